@@ -1,0 +1,42 @@
+# Every target builds .venv by itself. Choose the interpreter with PYTHON=..., pass pip options with PIP_ARGS=...
+# (for example an index that holds the CPU build of PyTorch).
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test lint bench-quick clean
+
+demo: $(VENV)/.base
+	$(BIN)/espalier demo --out runs/demo
+
+test: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-quick: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.quick
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "espalier needs Python 3.11 or newer; say: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# What the demo needs: the package, ONNX export and figures.
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[onnx,report]'
+	@touch $@
+
+# What development needs on top: every extra.
+$(VENV)/.dev: $(VENV)/.base
+	$(INSTALL) --editable '.[models,data,onnx,report,dev,bench]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Watch one forward and know which channels live or die together."""

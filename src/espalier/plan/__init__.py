@@ -1,0 +1,1 @@
+"""The decision as data, the budget and the solver."""

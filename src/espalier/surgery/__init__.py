@@ -1,0 +1,1 @@
+"""Carry a plan out, prove it, save and load it."""

@@ -1,0 +1,112 @@
+"""A room imports only from rooms above it, and importing the package stays cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "espalier"
+ORDER = ["layers", "graph", "costs", "plan", "forms", "surgery", "methods", "run", "present"]
+FACADE = "espalier"  # __init__.py and __main__.py: may see every room, no room may see them
+
+
+def room_of(module: str) -> str:
+    """The room a dotted module name belongs to: ``espalier.forms.layers`` is the lowest one."""
+    parts = module.split(".")
+    if parts[:3] == ["espalier", "forms", "layers"]:
+        return "layers"
+    return parts[1] if len(parts) > 1 and parts[1] in ORDER else FACADE
+
+
+def module_name(path: Path) -> str:
+    parts = ["espalier", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(source: str, *, module: str, is_package: bool) -> list[tuple[int, str]]:
+    """Every module of ours that the source imports anywhere, functions included, as (line, dotted name)."""
+    here = module.split(".") if is_package else module.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            # "from espalier.forms import layers" imports the module espalier.forms.layers
+            found += [(node.lineno, f"{origin}.{alias.name}") for alias in node.names]
+    return [(line, name) for line, name in found if name.split(".")[0] == "espalier"]
+
+
+def violations(source: str, *, module: str, is_package: bool = False) -> list[str]:
+    """What the source imports from its own or an upper floor that it may not see."""
+    room = room_of(module)
+    if room == FACADE:
+        return []
+    wrong = []
+    for line, name in imported_modules(source, module=module, is_package=is_package):
+        target = room_of(name)
+        if name == "espalier.__version__" or target == room:
+            continue
+        if target == FACADE or ORDER.index(target) > ORDER.index(room):
+            wrong.append(f"{module}:{line} ({room}) imports {name} ({target})")
+    return wrong
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_room_imports_only_from_rooms_above(path):
+    found = violations(path.read_text(), module=module_name(path), is_package=path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("espalier.graph.trace", "from espalier.plan import Budget"),
+        ("espalier.graph.trace", "from ..plan import Budget"),
+        ("espalier.graph.trace", "from espalier import plan"),
+        ("espalier.plan.fit", "def f():\n    import espalier.methods.tcp"),
+        ("espalier.costs", "import espalier"),
+        ("espalier.run.data", "from espalier import compress"),
+        ("espalier.forms.layers", "from espalier.graph import Graph"),
+        ("espalier.graph.trace", "from espalier.forms import svd"),
+    ],
+)
+def test_the_check_sees_a_forbidden_import(module, source):
+    assert len(violations(source, module=module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("espalier.graph.trace", "from espalier.forms.layers import ChannelPad"),
+        ("espalier.graph.trace", "from espalier.forms import layers"),
+        ("espalier.plan.fit", "from ..graph import Graph\nfrom .budget import Budget"),
+        ("espalier.present.cli", "from espalier import __version__\nfrom espalier.run.data import load_data"),
+    ],
+)
+def test_the_check_lets_an_allowed_import_pass(module, source):
+    assert violations(source, module=module) == []
+
+
+def test_every_source_lies_in_a_known_room():
+    homeless = [
+        module_name(path)
+        for path in SOURCES
+        if room_of(module_name(path)) == FACADE and path.parent != PACKAGE
+    ]
+    assert homeless == []
+
+
+def test_importing_the_package_imports_no_optional_package():
+    code = "import sys, espalier; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"timm", "torchvision", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib", "typer"}
+    assert heavy & set(loaded) == set()
