@@ -1,0 +1,681 @@
+"""One rule per ATen operation: what it does to labels.
+
+A rule is called after the operation ran, as ``rule(watch, func, args, kwargs, out)``, and describes ``out`` with
+``watch.put``.  To support a new operation, write a function below and add it to ``RULES``; an operation without a rule
+freezes whatever labels reach it, so a missing rule costs compression but never correctness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.graph.watch import FROZEN, Layer, RawSite, Reason, State, Watch, compact, state, tensors_in, varying
+from espalier.layers import ChannelPad
+
+aten = torch.ops.aten
+Rule = Callable[[Watch, Any, Any, Any, Any], None]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function for ATen operations by name; names this torch does not have are skipped."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            packet = getattr(aten, name, None)
+            if packet is not None:
+                RULES[packet] = function
+        return function
+
+    return register
+
+
+def align(layer: Layer, ndim: int) -> Layer:
+    return layer.reshape((1,) * (ndim - layer.ndim) + tuple(layer.shape))
+
+
+def dims_of(dims: Any, ndim: int) -> list[int]:
+    """Normalise a reduction's ``dim`` argument; ``None`` and ``[]`` mean all."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(ndim))
+    if isinstance(dims, int):
+        dims = [dims]
+    return [d % ndim for d in dims] if ndim else []
+
+
+def is_derived(operands: Sequence[Tensor]) -> bool:
+    """Made of parameters and constants only (a tensor the watch has never seen counts as neither)."""
+    return bool(operands) and all(state(t).derived for t in operands)
+
+
+def pending_of(operands: Sequence[Tensor]) -> tuple[tuple[np.ndarray, Reason], ...]:
+    return tuple(p for t in operands for p in state(t).pending)
+
+
+def settle(watch: Watch, operands: Sequence[Tensor]) -> None:
+    """Weights whose inputs were mixed by a statistic meet an activation other than as a weight: freeze what was mixed."""
+    for tensor in operands:
+        for labels, reason in state(tensor).pending:
+            watch.mixes.append((labels, reason))
+
+
+# -- element-wise ------------------------------------------------------------------------------------------------------
+
+
+def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> list[Layer]:
+    """Layers of an element-wise result of ``shape``: matching dimensions tie, a fixed partner freezes."""
+    ndim = len(shape)
+    merged: list[Layer] = []
+    shapes = [(1,) * (ndim - t.ndim) + tuple(t.shape) for t in operands]
+    for tensor, own in zip(operands, shapes, strict=True):
+        for layer in state(tensor).layers:
+            layer = align(layer, ndim)
+            dims = varying(layer)
+            if not dims:  # one single channel
+                if any(other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)):
+                    watch.freeze([layer], "is a single channel that is broadcast")
+                    continue
+            for other, size in zip(operands, shapes, strict=True):
+                if other is tensor:
+                    continue
+                theirs = [align(m, ndim) for m in state(other).layers]
+                if any(size[d] > 1 and not any(m.shape[d] > 1 for m in theirs) for d in dims):
+                    watch.freeze([layer], "is combined element by element with a tensor of fixed size")
+                    break
+            for i, known in enumerate(merged):
+                if set(varying(known)) & set(dims) or (not dims and not varying(known)):
+                    watch.tie(known, layer)
+                    merged[i] = compact(torch.broadcast_tensors(known, layer)[0])
+                    break
+            else:
+                if not dims or any(own[d] > 1 for d in dims):
+                    merged.append(layer)
+    return merged
+
+
+def pointwise(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    operands = list(tensors_in((args, kwargs)))
+    derived = is_derived(operands)
+    outs = list(tensors_in(out))
+    shape = outs[0].shape if outs else ()
+    if len(operands) == 1 and operands[0].shape == shape:
+        known = state(operands[0])
+        for o in outs:
+            watch.put(o, known.layers, derived=known.derived, pending=known.pending)
+        return
+    layers = combine(watch, operands, shape)
+    pending = pending_of(operands)
+    if not derived:
+        settle(watch, operands)
+        pending = ()
+    for o in outs:
+        watch.put(o, layers, derived=derived, pending=pending)
+
+
+RULES["pointwise"] = pointwise
+rule(
+    "hardswish", "hardswish_", "_prelu_kernel", "where", "copy_", "celu", "celu_", "elu", "elu_", "softplus", "mish", "mish_",
+    "hardsigmoid_", "hardtanh", "hardtanh_", "threshold", "threshold_", "log_sigmoid_forward", "rrelu_with_noise", "selu",
+    "leaky_relu", "leaky_relu_", "logit", "hardshrink", "softshrink", "masked_fill", "masked_fill_", "relu6", "silu", "silu_",
+    "lerp", "addcmul", "addcdiv", "dropout", "feature_dropout", "maximum", "minimum",
+)(pointwise)  # fmt: skip
+
+
+@rule("clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout", "empty_like",
+      "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli_", "bernoulli", "fill_", "zero_",
+      "uniform_", "normal_", "fill", "_reshape_alias_copy", "positive")  # fmt: skip
+def same(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """The result has the channels of the first operand."""
+    known = state(args[0])
+    for o in tensors_in(out):
+        watch.put(o, known.layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+def unknown(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """No rule: freeze every label that gets here, and list the operation."""
+    operands = [t for t in tensors_in((args, kwargs)) if state(t).layers]
+    if operands:
+        watch.freeze_operands(args, kwargs, f"{func._overloadpacket} has no rule")
+        watch.unknown[f"{func._overloadpacket} in {watch.place()}"] = None
+    constant_macs(watch, func, args, kwargs, out)
+    for o in tensors_in(out):
+        watch.put(o)
+
+
+RULES["unknown"] = unknown
+
+
+def constant_macs(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """MACs of an operation whose sizes are fixed, from torch's own table of closed forms."""
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry.get(func._overloadpacket)
+    if count is not None:
+        macs = count(*args, **kwargs, out_val=out) // 2
+        watch.sites.append(RawSite(watch.module_name, str(func._overloadpacket), None, int(macs), ()))
+
+
+# -- views: executed on the labels -------------------------------------------------------------------------------------
+
+
+def executed(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Run the operation itself on the labels."""
+    tensor, known = args[0], state(args[0])
+    layers = [compact(func(layer.expand(tensor.shape), *args[1:], **kwargs)) for layer in known.layers]
+    watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+rule("permute", "transpose", "t", "squeeze", "unsqueeze", "flip", "repeat", "movedim", "unfold", "roll")(executed)
+
+
+@rule("expand")
+def expand(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    known = state(args[0])
+    layers = [align(layer, out.ndim) for layer in known.layers]
+    watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def view(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Merging dimensions only flows; splitting the channel axis says that one factor stays fixed, which one is tried out.
+
+    First guess: the last factor shrinks (``view(b, groups, c // groups, h, w)``), then the first
+    (``view(b, c // 4, 2, 2, h, w)``), then none.  A rehearsal decides, see ``trace``.
+    """
+    tensor, known = args[0], state(args[0])
+    layers = []
+    for layer in known.layers:
+        result = compact(layer.expand(tensor.shape).reshape(out.shape))
+        dims = varying(result)
+        level = watch.level()
+        if level and len(dims) <= 1:
+            watch.freeze([result], "a view fixes the number of channels")
+        elif len(dims) > max(1, len(varying(layer))):
+            if level >= 2:
+                watch.freeze([result], "a view splits the channels in a way that does not follow their number")
+            else:
+                shrinking = dims[-1] if level == 0 else dims[0]
+                for dim in dims:
+                    if dim != shrinking:
+                        watch.tie(result, result.narrow(dim, 0, 1))
+        layers.append(result)
+    watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensor = args[0]
+    vec = watch.vector(tensor, -3 if "pixel" in str(func) else 1)
+    if not vec.any():
+        watch.put(out)
+        return
+    if func._overloadpacket is aten.pixel_shuffle:  # (C*r*r, H, W) -> (C, H*r, W*r)
+        block = vec.view(-1, args[1] ** 2)
+        watch.tie(block, block[:, :1])
+        new = block[:, 0]
+    elif func._overloadpacket is aten.pixel_unshuffle:  # (C, H*r, W*r) -> (C*r*r, H, W)
+        new = vec.repeat_interleave(args[1] ** 2)
+    else:
+        block = vec.view(args[1], -1)
+        watch.tie(block, block[:1])
+        new = block.t().reshape(-1)
+    shape = [1] * out.ndim
+    shape[-3 if "pixel" in str(func) else 1] = -1
+    watch.put(out, [new.view(shape)])
+
+
+def chunked(watch: Watch, layer: Layer, dim: int, size: int) -> None:
+    """``layer`` is cut along ``dim`` into equal pieces: they stay equal only if their channels go together."""
+    if watch.level() >= 1:
+        watch.freeze([layer], "is cut at a fixed width")
+        return
+    pieces = layer.split(size, dim)
+    for piece in pieces[1:]:
+        watch.tie(pieces[0], piece)
+
+
+@rule("slice", "narrow")
+def slice_(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensor, known = args[0], state(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % max(tensor.ndim, 1)
+    start = args[2] if len(args) > 2 else kwargs.get("start", 0)
+    step = args[4] if len(args) > 4 else kwargs.get("step", 1)
+    layers = []
+    for layer in known.layers:
+        if layer.shape[dim] > 1 and out.shape[dim] != tensor.shape[dim]:
+            size, total = out.shape[dim], tensor.shape[dim]
+            start = (start or 0) % total
+            if step == 1 and func._overloadpacket is aten.slice and size and total % size == 0 and start % size == 0:
+                chunked(watch, layer, dim, size)
+            else:
+                watch.mix(layer, [dim], "is sliced at a fixed index")
+            layer = func(layer, *args[1:], **kwargs)
+        layers.append(compact(layer))
+    watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+def split(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensor, known = args[0], state(args[0])
+    unbinds = func._overloadpacket is aten.unbind
+    dim = (args[1 if unbinds else 2] if len(args) > (1 if unbinds else 2) else kwargs.get("dim", 0)) % tensor.ndim
+    pieces: list[list[Layer]] = [[] for _ in out]
+    for layer in known.layers:
+        if layer.shape[dim] > 1:
+            if unbinds:
+                watch.mix(layer, [dim], "is unbound one by one")
+            elif len({o.shape[dim] for o in out}) == 1:
+                if len(out) > 1:
+                    chunked(watch, layer, dim, out[0].shape[dim])
+            else:
+                watch.mix(layer, [dim], "is split at fixed widths")
+            cut = func(layer.expand(tensor.shape), *args[1:], **kwargs)
+        else:
+            cut = [layer.squeeze(dim) if unbinds else layer] * len(out)
+        for piece, part in zip(pieces, cut, strict=True):
+            piece.append(compact(part))
+    for o, layers in zip(out, pieces, strict=True):
+        watch.put(o, layers, derived=known.derived, pending=known.pending)
+
+
+@rule("select")
+def select(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensor, known = args[0], state(args[0])
+    dim = args[1] % tensor.ndim
+    layers = []
+    for layer in known.layers:
+        watch.mix(layer, [dim], "is selected by a fixed index")
+        layers.append(compact(layer.expand(tensor.shape).select(dim, args[2])))
+    watch.put(out, layers, derived=known.derived, pending=known.pending)
+
+
+@rule("cat", "concat", "concatenate")
+def cat(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensors = [t for t in args[0] if t.numel() or t.ndim == out.ndim]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    watch.put(out, join(watch, tensors, dim), derived=is_derived(tensors), pending=pending_of(tensors))
+
+
+def join(watch: Watch, tensors: Sequence[Tensor], dim: int) -> list[Layer]:
+    """Layers after concatenation: labels line up along ``dim`` and must agree along every other dimension."""
+    if not any(state(t).layers for t in tensors):
+        return []
+    along = [any(layer.shape[dim] > 1 for layer in state(t).layers) for t in tensors]
+    single = [t.shape[dim] == 1 and any(not varying(m) for m in state(t).layers) for t in tensors]
+    if any(along) or (any(single) and all(len(state(t).layers) <= 1 for t in tensors)):
+        new = torch.cat([watch.vector(t, dim) for t in tensors])
+        shape = [1] * tensors[0].ndim
+        shape[dim] = -1
+        return [new.view(shape)] if bool(new.any()) else []
+    base = tensors[0]
+    narrow = [t.narrow(dim, 0, 1) for t in tensors]
+    for short, full in zip(narrow, tensors, strict=True):
+        short._espalier = State(state(full).layers)  # type: ignore[attr-defined]
+    return combine(watch, narrow, base.narrow(dim, 0, 1).shape)
+
+
+@rule("stack")
+def stack(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    layers = combine(watch, list(args[0]), args[0][0].shape)
+    derived = is_derived(list(args[0]))
+    watch.put(out, [layer.unsqueeze(dim) for layer in layers], derived=derived, pending=pending_of(args[0]))
+
+
+@rule("constant_pad_nd")
+def pad(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Spatial padding belongs to its channel; new channels are known only where a ``ChannelPad`` makes them."""
+    tensor, amounts, known = args[0], args[1], state(args[0])
+    layers = []
+    for layer in known.layers:
+        padded = [d for d in range(tensor.ndim) if layer.shape[d] > 1 and tuple(amounts[2 * (tensor.ndim - 1 - d) :][:2]) not in ((), (0, 0))]
+        if padded == [1] and isinstance(watch.module, ChannelPad) and len(varying(layer)) == 1:
+            name = watch.module_name
+            before = watch.axis_labels(f"{name}#before", 0, watch.module.before)
+            after = watch.axis_labels(f"{name}#after", 0, watch.module.after)
+            vec = torch.cat([before, layer.reshape(-1), after])
+            layer = vec.view([1, -1] + [1] * (tensor.ndim - 2))
+        elif padded:
+            watch.freeze([layer], "channels are padded by a fixed number")
+            continue
+        layers.append(layer)
+    watch.put(out, layers, derived=known.derived, pending=known.pending)
+
+
+# -- statistics over dimensions ----------------------------------------------------------------------------------------
+
+
+def reduced(watch: Watch, args: Any, out: Any, dims: list[int], keepdim: bool, text: str) -> None:
+    """A reduction over ``dims``; a weight that is normalised over its own inputs may still be baked into a plain one."""
+    tensor, known = args[0], state(args[0])
+    layers, pending = [], list(known.pending)
+    for layer in known.layers:
+        touched = [d for d in dims if layer.shape[d] > 1]
+        if touched and known.derived:
+            pending.append((layer.reshape(1, -1).numpy(), Reason(text, watch.place())))
+        elif touched:
+            watch.mix(layer, touched, text)
+        for d in dims:
+            layer = layer.narrow(d, 0, 1)
+        if not keepdim:
+            layer = layer.reshape([s for d, s in enumerate(layer.shape) if d not in dims])
+        if not touched or not known.derived:
+            layers.append(layer)
+    for o in tensors_in(out):
+        watch.put(o, layers, derived=known.derived, pending=tuple(pending))
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod", "max", "min",
+      "logsumexp", "argmax", "argmin", "any", "all", "median", "nansum")  # fmt: skip
+def reduction(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    named = {a.name: i for i, a in enumerate(func._schema.arguments)}
+
+    def given(name: str, default: Any) -> Any:
+        position = named.get(name)
+        if position is None:
+            return default
+        return args[position] if position < len(args) else kwargs.get(name, default)
+
+    if len(list(tensors_in((args, kwargs)))) > 1:  # max(a, b)
+        pointwise(watch, func, args, kwargs, out)
+        return
+    dims = dims_of(given("dim", None), args[0].ndim)
+    reduced(watch, args, out, dims, bool(given("keepdim", False)), f"{func._overloadpacket} runs over these channels")
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "sort")
+def along(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    known = state(args[0])
+    for layer in known.layers:
+        watch.mix(layer, [args[1] % args[0].ndim], f"{func._overloadpacket} runs over these channels")
+    for o in tensors_in(out):
+        watch.put(o, known.layers)
+
+
+def spatial(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Pooling, resizing, reflecting: every channel by itself, over the last dimensions."""
+    tensor, known = args[0], state(args[0])
+    layers = []
+    for layer in known.layers:
+        for o in tensors_in(out):
+            resized = [d for d in varying(layer) if d >= 2 or o.ndim != tensor.ndim]
+            if resized or o.shape[1] != tensor.shape[1]:
+                watch.freeze([layer], f"{func._overloadpacket} runs over these channels")
+                break
+        else:
+            layers.append(layer)
+    for o in tensors_in(out):
+        watch.put(o, layers)
+
+
+rule(
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "max_pool1d", "max_pool1d_with_indices", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", "fractional_max_pool2d", "grid_sampler", "grid_sampler_2d",
+    "grid_sampler_3d",
+)(spatial)  # fmt: skip
+
+
+@rule("glu")
+def glu(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensor, known = args[0], state(args[0])
+    dim = (args[1] if len(args) > 1 else -1) % tensor.ndim
+    layers = []
+    for layer in known.layers:
+        if layer.shape[dim] > 1:
+            one, other = layer.chunk(2, dim)
+            watch.tie(one, other)
+            layer = one
+        layers.append(layer)
+    watch.put(out, layers)
+
+
+# -- normalisations ----------------------------------------------------------------------------------------------------
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm",
+      "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
+def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Per-channel scale, shift and statistics go with channel 1; also the way weights are standardised."""
+    tensor, known = args[0], state(args[0])
+    vec = watch.vector(tensor, 1)
+    for affine in args[1:5]:
+        if isinstance(affine, Tensor):
+            watch.tie(vec, watch.vector(affine, 0))
+            if not known.derived and state(affine).pending:
+                settle(watch, [affine])
+    layers, pending = [], list(known.pending)
+    for layer in known.layers:
+        if varying(layer) == (1,) or not varying(layer):
+            layers.append(layer)
+        elif known.derived:
+            text = "the weight is standardised over its inputs"
+            pending.append((layer.reshape(1, -1).numpy(), Reason(text, watch.place())))
+            layers.append(layer)
+        else:
+            watch.mix(layer, [d for d in varying(layer) if d != 1], "batch norm runs over these channels")
+    first = next(iter(tensors_in(out)))
+    watch.put(first, layers, derived=known.derived, pending=tuple(pending))
+    for o in list(tensors_in(out))[1:]:
+        watch.put(o, [vec] if o.ndim == 1 and o.shape[0] == vec.shape[0] and bool(vec.any()) else [], derived=known.derived)
+
+
+@rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    tensor, known, shape = args[0], state(args[0]), args[1]
+    dims = list(range(tensor.ndim - len(shape), tensor.ndim))
+    text = f"{func._overloadpacket} takes its statistics over these channels"
+    for layer in known.layers:
+        watch.mix(layer, dims, text)
+    affine = [t for t in tensors_in((args[2:], kwargs)) if t.ndim == len(shape)]
+    first = next(iter(tensors_in(out)))
+    for t in affine:  # its own parameters live as long as what they scale
+        if known.layers:
+            combine(watch, [tensor, t], tensor.shape)
+        else:
+            watch.freeze(state(t).layers, text)
+    watch.put(first, known.layers)
+    for o in list(tensors_in(out))[1:]:
+        watch.put(o)
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Statistics per group: exact when a whole group of channels goes, so that is the unit."""
+    tensor, groups = args[0], args[6] if func._overloadpacket is aten.native_group_norm else args[1]
+    affine = [t for t in tensors_in(args[1:4]) if t.ndim == 1]
+    vec = watch.vector(tensor, 1)
+    for t in affine:
+        watch.tie(vec, watch.vector(t, 0))
+    block = vec.view(groups, -1)
+    known = isinstance(watch.module, nn.GroupNorm) and watch.module.num_groups == groups
+    if groups == 1 and block.shape[1] > 1:
+        watch.mix(block, [1], "group norm with one group takes its statistics over these channels")
+    elif not known:
+        watch.freeze([vec], "a functional group norm fixes the number of groups")
+    else:
+        watch.tie(block, block[:, :1])
+        watch.whole_groups[watch.module_name] = block.shape[1]
+    first = next(iter(tensors_in(out)))
+    watch.put(first, state(tensor).layers)
+    for o in list(tensors_in(out))[1:]:
+        watch.put(o)
+
+
+# -- convolutions and matrix products ----------------------------------------------------------------------------------
+
+GROUPS_TAKEN_WHOLE = 4  # from this many groups on, a convolution loses whole groups; below, it loses positions in all
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+def convolution(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Weight ``(O, I/g, ...)``, transposed ``(I, O/g, ...)``: outputs are made, inputs are consumed."""
+    x, weight, bias = args[0], args[1], args[2]
+    transposed, groups = args[6], args[8]
+    channels = watch.vector(x, 1 if x.ndim == weight.ndim else 0)
+    known = state(weight)
+    rows, cols = watch.vector(weight, 0), watch.vector(weight, 1)
+    bake = ""
+    if known.pending:
+        module = watch.module
+        if isinstance(module, nn.Conv2d) and not transposed and not known.source:
+            bake = watch.module_name
+            watch.baked[bake] = None
+            cols = baked_columns(watch, module, cols)
+        else:
+            settle(watch, [weight])
+    made = cols if transposed else rows
+    if groups > 1:
+        made = grouped(watch, channels, rows, cols, groups, transposed)
+    else:
+        consumed = rows if transposed else cols
+        watch.tie(channels, consumed)
+        watch.consume(consumed)
+    if isinstance(bias, Tensor):
+        watch.tie(made, watch.vector(bias, 0))
+    positions = x if transposed else out
+    spatial = math.prod(positions.shape[2 - (x.ndim != weight.ndim) :]) * (x.shape[0] if x.ndim == weight.ndim else 1)
+    watch.sites.append(
+        RawSite(
+            watch.module_name,
+            "transposed convolution" if transposed else "convolution",
+            known.source,
+            int(spatial * math.prod(weight.shape[2:])),
+            (rows.numpy(), cols.numpy()),
+            baked=bool(bake),
+        )
+    )
+    shape = [1] * out.ndim
+    shape[1 if x.ndim == weight.ndim else 0] = -1
+    watch.put(out, [made.view(shape)] if bool(made.any()) else [])
+
+
+def baked_columns(watch: Watch, module: nn.Module, cols: Tensor) -> Tensor:
+    """Input labels of a weight that is computed: those of the raw parameter, which went through a statistic."""
+    raw = getattr(module, "weight", None)
+    if isinstance(raw, Tensor) and state(raw).source is not None:
+        return watch.vector(raw, 1)
+    return cols
+
+
+def grouped(watch: Watch, channels: Tensor, rows: Tensor, cols: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Tie what a grouped convolution needs to stay one; returns the labels of its output channels.
+
+    Many groups (depthwise, ResNeXt): a unit is a whole group, inputs and outputs together, and ``groups`` shrinks.
+    Few groups (ResNeSt's 2): a unit is one position in every group, ``groups`` stays.
+    """
+    inside = channels.numel() // groups
+    outside = (cols.numel() * groups if transposed else rows.numel()) // groups
+    x = channels.view(groups, inside)
+    whole = inside == 1 or groups >= GROUPS_TAKEN_WHOLE
+    module = watch.module
+    owned = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if whole and not (owned and module.groups == groups):
+        made = cols.repeat(groups) if transposed else rows
+        watch.freeze([channels, rows, cols], "a functional convolution fixes the number of groups")
+        return made
+    if whole:
+        watch.tie(x, x[:, :1])
+        watch.whole_groups[watch.module_name] = outside
+        if transposed:  # weight (I, O/g): rows follow the inputs, columns stay
+            watch.tie(rows.view(groups, inside), x)
+            watch.freeze([cols], "is shared by all groups of a transposed convolution")
+            watch.consume(rows)
+            return x[:, :1].expand(groups, outside).reshape(-1)
+        watch.tie(rows.view(groups, outside), x[:, :1])
+        watch.freeze([cols], "is shared by the groups of a convolution")
+        return rows
+    watch.tie(x, x[:1])
+    if transposed:
+        watch.tie(rows.view(groups, inside), x)
+        watch.consume(rows)
+        return cols.repeat(groups)
+    watch.tie(cols, x[0])
+    watch.consume(cols)
+    watch.tie(rows.view(groups, outside), rows.view(groups, outside)[:1])
+    return rows
+
+
+@rule("mm", "bmm", "matmul", "dot", "mv")
+def matmul(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    watch.put(out, contract(watch, func, args[0], args[1], out))
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    watch.put(out, contract(watch, func, args[1], args[2], out))
+    watch.put(out, combine(watch, [out, args[0]], out.shape))
+
+
+@rule("linear")
+def linear(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    weight, known = args[1], state(args[1])
+    flipped = weight.t()
+    layers = tuple(m.t() for m in known.layers)
+    flipped._espalier = State(layers, source=known.source, derived=known.derived, pending=known.pending)  # type: ignore[attr-defined]
+    watch.put(out, contract(watch, func, args[0], flipped, out))
+    if len(args) > 2 and isinstance(args[2], Tensor):
+        watch.put(out, combine(watch, [out, args[2]], out.shape))
+
+
+def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
+    """``a (..., m, k) @ b (..., k, n)``: labels along ``k`` meet and end here, the others go through."""
+    ka, kb = a.ndim - 1, max(b.ndim - 2, 0)
+    ends_a = [m for m in state(a).layers if m.shape[ka] > 1 or (not varying(m) and a.shape[ka] == 1)]
+    ends_b = [m for m in state(b).layers if m.shape[kb] > 1]
+    weight = b if state(b).derived else a if state(a).derived else None
+    if weight is None and (ends_a or ends_b):
+        watch.freeze([*ends_a, *ends_b], "is contracted with another activation")
+        inner = torch.zeros(a.shape[ka], dtype=torch.int64)
+    else:
+        inner = watch.vector(a, ka)
+        other = watch.vector(b, kb)
+        watch.tie(inner, other)
+        if weight is not None:
+            settle(watch, [weight])
+            watch.consume(other if weight is b else inner)
+        inner = other if weight is b else inner
+    layers = []
+    for m in state(a).layers:
+        if not any(m is e for e in ends_a) and m.ndim == out.ndim:
+            layers.append(m)
+    outer = torch.zeros(0, dtype=torch.int64)
+    for m in state(b).layers:
+        if not any(m is e for e in ends_b):
+            moved = align(m, out.ndim) if b.ndim > 1 else m
+            layers.append(moved)
+            if weight is b:
+                outer = m.reshape(-1)
+    macs = out.numel() * a.shape[ka]
+    factors = tuple(f.numpy() for f in (outer, inner) if f.numel() > 1)
+    if weight is not b:
+        rest = [m.reshape(-1).numpy() for m in layers]
+        factors = (inner.numpy(), *rest)[:3] if inner.numel() > 1 else tuple(rest[:3])
+    count = math.prod(len(f) for f in factors)
+    if not count or macs % count:
+        factors, count = (), 1
+    watch.sites.append(
+        RawSite(watch.module_name, "matrix product", state(weight).source if weight is not None else None, macs // count, factors)
+    )
+    return layers
+
+
+@rule("embedding")
+def embedding(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    table = args[0]
+    watch.freeze([m for m in state(table).layers if m.shape[0] > 1], "is looked up by index")
+    vec = watch.vector(table, 1)
+    watch.put(out, [vec.view([1] * (out.ndim - 1) + [-1])] if bool(vec.any()) else [])
+
+
+__all__ = ["FROZEN", "RULES", "rule"]

@@ -1,0 +1,406 @@
+"""``trace(model, example) -> Graph``: watch one forward, then rehearse a smaller one to prove that it was understood."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.carving import carve
+from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
+from espalier.graph.rules import RULES
+from espalier.graph.watch import FROZEN, Axis, Mismatch, Rehearsal, TraceError, Watch, first_line, tensors_in
+
+_TRIED_OUT = ("view", "_unsafe_view", "split", "slice", "chunk")
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | dict[str, Any],
+    *,
+    time_limit: float = 60.0,
+    rehearse: bool = True,
+) -> Graph:
+    """Find which channels of ``model`` can be removed, which go together, and what everything costs.
+
+    ``example_inputs`` is a tensor, a tuple of positional or a dictionary of keyword arguments; costs are counted for
+    exactly this input, so give a batch of one.  The forward runs on meta copies: no arithmetic, no memory, the model is
+    not touched.  If it cannot run there (data-dependent code), a private copy runs on the CPU instead.
+
+    The result is then proven by a rehearsal: a third of the units is taken out of every group and the smaller copy is
+    watched again; every operation must give the shapes and channels that were predicted.  A line of the user's code that
+    does not (a hard-coded width) is frozen and listed.
+
+    Raises ``TraceError`` (a ``ValueError``) naming operation, module and source line; ``TraceTimeout`` after
+    ``time_limit`` seconds.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"trace: expected an nn.Module, got {type(model).__name__}")
+    deadline = time.monotonic() + time_limit
+    levels: dict[tuple[str, str], int] = {}
+    notes: dict[tuple[str, str], str] = {}
+    device = "meta"
+    while True:
+        try:
+            watch, output = _watch(model, example_inputs, levels, deadline, device)
+        except (TraceError, Mismatch):
+            raise
+        except Exception as error:
+            if device == "cpu":
+                raise TraceError(f"trace: the model's forward failed on the example input: {first_line(error)}") from error
+            device = "cpu"
+            continue
+        component = _components(watch)
+        graph, alive = _build(model, watch, component, tuple(notes.values()))
+        if not rehearse or not graph.groups:
+            return graph
+        try:
+            _rehearse(model, example_inputs, graph, watch, component, alive, output, deadline, device)
+        except Mismatch as found:
+            at = levels.get(found.key, 0)
+            tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and at < 2
+            if at >= FROZEN:
+                raise TraceError(
+                    f"trace: {found.key[1]} {found.text} when widths change, although its channels are frozen: {found.place}"
+                ) from found
+            levels[found.key] = at + 1 if tried else FROZEN
+            if levels[found.key] >= 2 or "split" in found.key[1] or "slice" in found.key[1]:
+                notes[found.key] = f"{found.key[1]} {found.text} when widths change, so its channels are frozen: {found.place}"
+            continue
+        return graph
+
+
+# -- watching ----------------------------------------------------------------------------------------------------------
+
+
+def _watch(
+    model: nn.Module, example: Any, levels: dict[tuple[str, str], int], deadline: float, device: str
+) -> tuple[Watch, Any]:
+    """Eval-mode forward; if parameters stay unused (auxiliary heads), a train-mode forward on the same labels as well."""
+    private = private_copy(model, device)
+    watch = Watch(private, rules=RULES, levels=levels, deadline=deadline)
+    args, kwargs = call_arguments(example, device)
+    with mode(private, training=False):
+        output = watch.run(private, args, kwargs)
+    unused = [n for n, _ in private.named_parameters() if n not in watch.seen]
+    if unused:
+        sites, memory, records = list(watch.sites), watch.memory, list(watch.records)
+        try:
+            with mode(private, training=True):
+                watch.run(private, args, kwargs)
+        except Exception:  # what only training runs may need another input; what it alone uses is then frozen
+            pass
+        watch.sites, watch.memory, watch.records = sites, memory, records
+    return watch, output
+
+
+def private_copy(model: nn.Module, device: str) -> nn.Module:
+    """A copy whose parameters and buffers live on ``device``; on meta nothing is copied but structure."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        moved: Tensor = tensor.detach().to(device)
+        if device != "meta":
+            moved = moved.clone()
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(f"trace: {type(model).__name__} cannot be copied: {first_line(error)}") from error
+
+
+def call_arguments(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments with private tensors on ``device``."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to(device) if device == "meta" or value.device.type != device else value.detach().clone()
+        if isinstance(value, dict):
+            return {k: move(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(move(v) for v in value)
+        return value
+
+    if isinstance(example, dict):
+        return (), move(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(move(v) for v in example), {}
+    return (move(example),), {}
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module in eval mode, or in train mode except for what draws random numbers or needs a real batch."""
+    before = [(m, m.training) for m in model.modules()]
+    quiet = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    for module, _ in before:
+        module.training = training and not isinstance(module, quiet)
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+# -- components: labels that live and die together ---------------------------------------------------------------------
+
+
+def _components(watch: Watch) -> np.ndarray:
+    """Smallest label of each connected component, shape ``(labels,)``: repeated minimum over edges, with pointer jumping."""
+    parent = np.arange(watch.label_count)
+    if watch.edges:
+        a = np.concatenate([e[0] for e in watch.edges])
+        b = np.concatenate([e[1] for e in watch.edges])
+        while True:
+            low = np.minimum(parent[a], parent[b])
+            before = parent.copy()
+            np.minimum.at(parent, before[a], low)
+            np.minimum.at(parent, before[b], low)
+            parent = parent[parent]
+            if (parent[a] == parent[b]).all() and (parent == parent[parent]).all():
+                break
+    return parent
+
+
+def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, str]:
+    """Component -> first reason for which it may not lose anything."""
+    reasons: dict[int, str] = {}
+    for labels, reason in watch.freezes:
+        for root in np.unique(component[labels]):
+            reasons.setdefault(int(root), str(reason))
+    mixes = list(watch.mixes)
+    for rows, reason in mixes:
+        roots = component[rows]
+        bad = (roots != roots[:, :1]).any(1)
+        if bad.any():
+            for root in np.unique(roots[bad]):
+                reasons.setdefault(int(root), str(reason))
+    reasons.setdefault(0, "is fixed")
+    return reasons
+
+
+def _build(
+    model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[str, ...]
+) -> tuple[Graph, np.ndarray]:
+    """Group the components; returns the graph and, for the rehearsal, label -> group (-1 where frozen)."""
+    reasons = _frozen_components(watch, component)
+    axes = sorted(watch.axes, key=lambda a: a.start)
+    starts = np.array([a.start for a in axes], dtype=np.int64)
+    labels = np.arange(1, watch.label_count)
+    axis_of = np.searchsorted(starts, labels, side="right") - 1
+    position = labels - starts[axis_of] if len(axes) else labels
+    root = component[1:]
+
+    consumed = np.zeros(watch.label_count, dtype=bool)
+    for vector in watch.consumers:
+        consumed[vector] = True
+    consumed[0] = False
+    has_consumer = np.zeros(watch.label_count, dtype=bool)
+    has_consumer[component[np.flatnonzero(consumed)]] = True
+    free = has_consumer.copy()
+    free[list(reasons)] = False
+
+    # sort all labels of free components by (component, axis, position); cut into components; equal signatures make a group
+    members = np.flatnonzero(free[root])
+    order = members[np.lexsort((position[members], axis_of[members], root[members]))]
+    groups: dict[tuple[Any, ...], list[np.ndarray]] = {}
+    if len(order):
+        cuts = np.flatnonzero(np.diff(root[order])) + 1
+        for part in np.split(order, cuts):
+            where, counts = np.unique(axis_of[part], return_counts=True)
+            used = consumed[part[np.cumsum(counts) - counts] + 1]
+            signature = (*zip(where.tolist(), counts.tolist(), used.tolist(), strict=True),)
+            groups.setdefault(signature, []).append(part)
+
+    made: list[Group] = []
+    names: dict[str, int] = {}
+    group_of_label = np.full(watch.label_count, -1, dtype=np.int64)
+    for signature, parts in groups.items():
+        stacked = np.stack(parts)  # (units, labels per unit)
+        group_of_label[stacked.reshape(-1) + 1] = len(made)
+        slices, at = [], 0
+        for axis_number, count, used in signature:
+            axis = axes[axis_number]
+            slices.append(Slice(axis.tensor, axis.dim, position[stacked[:, at : at + count]], bool(used)))
+            at += count
+        slices.sort(key=lambda s: (s.consumed, "#" in s.tensor))
+        base = _group_name(slices)
+        names[base] = names.get(base, 0) + 1
+        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(parts), tuple(slices)))
+
+    extents: list[Extent] = []
+    known: dict[Any, int] = {}
+
+    def extent(vector: np.ndarray) -> int:
+        owner = group_of_label[vector]
+        inside = owner[owner >= 0]
+        numbers, counts = np.unique(inside, return_counts=True)
+        each = tuple((int(g), int(c) // made[g].size) for g, c in zip(numbers, counts, strict=True))
+        key = (int((owner < 0).sum()), each)
+        if key not in known:
+            known[key] = len(extents)
+            extents.append(Extent(*key))
+        return known[key]
+
+    def axis_vector(axis: Axis) -> np.ndarray:
+        return np.arange(axis.start, axis.start + axis.size)
+
+    sites = tuple(
+        Site(s.module, s.kind, Term(s.module, s.coefficient, tuple(extent(f) for f in s.factors))) for s in watch.sites
+    )
+    by_tensor: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_tensor.setdefault(axis.tensor, []).append(axis)
+    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    for axis in axes:
+        if "#" in axis.tensor:
+            shapes[axis.tensor] = (axis.size,)
+    parameters = []
+    for name, parameter in model.named_parameters():
+        own = by_tensor.get(name, [])
+        rest = int(np.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}], dtype=np.int64))
+        moving = []
+        for a in own:
+            if (group_of_label[axis_vector(a)] >= 0).any():
+                moving.append(extent(axis_vector(a)))
+            else:
+                rest *= a.size
+        parameters.append(Term(name, rest, tuple(moving)))
+
+    frozen = []
+    for axis in axes:
+        if axis.dim > 1 or "#" in axis.tensor or axis.tensor not in shapes:
+            continue
+        vector = axis_vector(axis)
+        stuck = vector[group_of_label[vector] < 0]
+        texts: dict[str, int] = {}
+        for r, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
+            text = reasons.get(int(r), "nothing consumes these channels")
+            texts[text] = texts.get(text, 0) + int(n)
+        for text, n in texts.items():
+            frozen.append(Frozen(axis.tensor, axis.dim, n, text))
+
+    return (
+        Graph(
+            groups=tuple(made),
+            frozen=tuple(frozen),
+            extents=tuple(extents),
+            sites=sites,
+            parameters=tuple(parameters),
+            activations=_moments(watch, extent),
+            shapes=shapes,
+            group_width=dict(watch.whole_groups),
+            baked=tuple(watch.baked),
+            unknown=tuple(watch.unknown),
+            notes=notes,
+        ),
+        group_of_label,
+    )
+
+
+def _group_name(slices: list[Slice]) -> str:
+    """The module that makes the channels; for a bare parameter its own name."""
+    tensor = next((s.tensor for s in slices if "#" not in s.tensor and not s.tensor.endswith("bias")), slices[0].tensor)
+    module, _, key = tensor.rpartition(".")
+    return module if key in ("weight", "bias") and module else tensor.split("#")[0]
+
+
+def _moments(watch: Watch, extent: Any) -> tuple[tuple[tuple[float, int], ...], ...]:
+    """Live bytes at every allocation, as linear forms of extents; moments that can never be the peak are dropped."""
+    births, deaths = watch.memory.births, watch.memory.deaths
+    events: list[tuple[int, int, int]] = []
+    form: list[tuple[int, float]] = []
+    for number, (at, _, vector, size) in enumerate(births):
+        form.append((-1, size) if vector is None else (extent(vector), size / len(vector)))
+        events.append((at, 0, number))
+        if number in deaths:
+            events.append((deaths[number], 1, number))
+    # a tensor released while operation t runs its successor is released after t allocated: births of t come first
+    events.sort(key=lambda e: (e[0], e[1]))
+    live: dict[int, float] = {}
+    moments: dict[tuple[tuple[int, float], ...], None] = {}
+    for position, (_, kind, number) in enumerate(events):
+        where, size = form[number]
+        live[where] = live.get(where, 0.0) + (size if kind == 0 else -size)
+        peak = position + 1 == len(events) or events[position + 1][1] == 1
+        if kind == 0 and peak:
+            moments[tuple(sorted((k, v) for k, v in live.items() if v > 0))] = None
+    unique = [dict(m) for m in moments]
+    maximal = [
+        m for i, m in enumerate(unique)
+        if not any(j != i and all(o.get(k, 0.0) >= v for k, v in m.items()) and o != m for j, o in enumerate(unique))
+    ] if len(unique) <= 400 else unique  # fmt: skip
+    return tuple(tuple((v, k) for k, v in m.items()) for m in maximal)
+
+
+# -- the rehearsal -----------------------------------------------------------------------------------------------------
+
+
+def rehearsal_units(graph: Graph) -> dict[str, np.ndarray]:
+    """Take about a third out of every group, unevenly, so that a wrong index cannot pass by accident."""
+    units = {}
+    for number, group in enumerate(graph.groups):
+        if group.size < 3:
+            units[group.name] = np.arange(group.size)
+            continue
+        keep = max(2, min(group.size - 1, (2 * group.size) // 3 - number % 2))
+        pick = (np.arange(keep) * group.size) // keep
+        units[group.name] = np.unique(pick)
+    return units
+
+
+def _rehearse(
+    model: nn.Module,
+    example: Any,
+    graph: Graph,
+    watch: Watch,
+    component: np.ndarray,
+    group_of_label: np.ndarray,
+    output: Any,
+    deadline: float,
+    device: str,
+) -> None:
+    kept = graph.kept(rehearsal_units(graph))
+    if not kept:
+        return
+    alive = np.ones(watch.label_count, dtype=bool)
+    start = {(a.tensor, a.dim): a for a in watch.axes}
+    for tensor, by_dim in kept.items():
+        for dim, index in by_dim.items():
+            axis = start[tensor, dim]
+            gone = np.ones(axis.size, dtype=bool)
+            gone[index] = False
+            alive[axis.start + np.flatnonzero(gone)] = False
+    smaller = private_copy(model, device)
+    carve(smaller, kept, group_width=graph.group_width)
+    rehearsal = Rehearsal(watch.records, component, alive)
+    second = Watch(
+        smaller,
+        rules=RULES,
+        levels=watch.levels,
+        deadline=deadline,
+        kept=kept,
+        axes=watch.axes,
+        rehearsal=rehearsal,
+    )
+    args, kwargs = call_arguments(example, device)
+    try:
+        with mode(smaller, training=False):
+            result = second.run(smaller, args, kwargs)
+    except (Mismatch, TraceError):
+        raise
+    except Exception as error:  # Python code of the forward itself
+        raise Mismatch(second.key(), first_line(error), second.place()) from error
+    shapes = [tuple(t.shape) for t in tensors_in(output)], [tuple(t.shape) for t in tensors_in(result)]
+    if shapes[0] != shapes[1]:
+        raise Mismatch(second.key(), f"gives outputs {shapes[1]} instead of {shapes[0]}", second.place())
+
+
+
+
+__all__ = ["trace"]

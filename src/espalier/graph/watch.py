@@ -1,0 +1,481 @@
+"""Watch one forward pass and write down which channels must live or die together.
+
+Every dimension of every parameter and buffer gets one integer *label* per index.  Labels flow beside the activations: a
+tensor carries zero or more *layers*, integer tensors that broadcast to its shape and say to which index each element
+belongs.  View-like operations are executed on the labels; element-wise operations merge them.  Nothing is computed: the
+forward runs on the meta device, so shapes are all it produces.
+
+Label 0 means "fixed": an element that nobody may remove (an image channel, a constant).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Layer = Tensor  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
+
+
+class TraceError(ValueError):
+    """The model could not be traced; the message names the operation, its module and its source line."""
+
+
+class TraceTimeout(TraceError):
+    """Tracing took longer than its time limit; the message names the operation it was at."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's code an operation was called."""
+
+    module: str  # name inside the model, "" for the model itself
+    module_type: str
+    line: str  # "file.py:123", or "" when no user code is on the stack
+
+    def __str__(self) -> str:
+        where = f"{self.module or '(model)'} [{self.module_type}]"
+        return f"{where} at {self.line}" if self.line else where
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why channels may not be removed."""
+
+    text: str
+    place: Place
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.place}"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One labelled dimension: labels ``start .. start+size-1`` belong to ``tensor`` along ``dim``."""
+
+    tensor: str  # parameter or buffer name, or "module#before" / "module#after" for a ChannelPad
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass
+class RawSite:
+    """One call of a convolution or matrix product: MACs are ``coefficient`` times the kept labels of each factor."""
+
+    module: str
+    kind: str
+    weight: str | None
+    coefficient: int
+    factors: tuple[np.ndarray, ...]
+    baked: bool = False
+
+
+class State:
+    """What is known of one tensor: its label layers and, for what is made of parameters only, where it comes from."""
+
+    __slots__ = ("derived", "layers", "pending", "source", "__weakref__")
+
+    def __init__(
+        self,
+        layers: tuple[Layer, ...] = (),
+        *,
+        source: str | None = None,
+        derived: bool = False,
+        pending: tuple[tuple[np.ndarray, Reason], ...] = (),
+    ) -> None:
+        self.layers = layers
+        self.source = source  # parameter name while the tensor is a view of exactly one parameter
+        self.derived = derived  # made of parameters and constants only
+        self.pending = pending  # labels mixed by a statistic of a weight: allowed if the weight can be baked
+
+
+NOTHING = State()
+
+
+def state(tensor: Tensor) -> State:
+    return getattr(tensor, "_espalier", NOTHING)
+
+
+def compact(layer: Layer) -> Layer:
+    """Shrink every dimension along which the labels do not change to size 1."""
+    for dim, size in enumerate(layer.shape):
+        if size == 1:
+            continue
+        first = layer.narrow(dim, 0, 1)
+        if layer.stride(dim) == 0 or bool((layer == first).all()):
+            layer = first
+    return layer
+
+
+def varying(layer: Layer) -> tuple[int, ...]:
+    return tuple(d for d, size in enumerate(layer.shape) if size > 1)
+
+
+def tensors_in(value: Any, _depth: int = 0) -> Iterator[Tensor]:
+    """All tensors inside nested lists, tuples, dictionaries, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, _depth + 1)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item, _depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and _depth < 8:
+        for item in vars(value).values():
+            yield from tensors_in(item, _depth + 1)
+
+
+class Mismatch(Exception):
+    """In a rehearsal an operation did not do what the labels predicted."""
+
+    def __init__(self, key: tuple[str, str], text: str, place: Place) -> None:
+        super().__init__(text)
+        self.key, self.text, self.place = key, text, place
+
+
+@dataclass
+class Record:
+    """What one operation produced: shape and layers of every output (the prediction a rehearsal is held against)."""
+
+    op: str
+    outputs: list[tuple[tuple[int, ...], tuple[Layer, ...]]]
+
+
+@dataclass
+class Memory:
+    """Live activation storages over time, as sizes in elements x label vectors."""
+
+    births: list[tuple[int, int, np.ndarray | None, float]] = field(default_factory=list)  # time, key, labels, bytes
+    deaths: dict[int, int] = field(default_factory=dict)  # birth index -> time
+
+
+class Watch(TorchDispatchMode):
+    """One watched forward.  ``levels`` holds what rehearsals have taught about single source lines."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rules: dict[Any, Callable[..., None]],
+        levels: dict[tuple[str, str], int],
+        deadline: float,
+        kept: dict[str, dict[int, np.ndarray]] | None = None,
+        axes: list[Axis] | None = None,
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
+        super().__init__()
+        self.rules = rules
+        self.levels = levels
+        self.deadline = deadline
+        self.rehearsal = rehearsal
+        self.edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self.freezes: list[tuple[np.ndarray, Reason]] = []
+        self.mixes: list[tuple[np.ndarray, Reason]] = []
+        self.consumers: list[np.ndarray] = []
+        self.sites: list[RawSite] = []
+        self.records: list[Record] = []
+        self.memory = Memory()
+        self.whole_groups: dict[str, int] = {}  # module -> how many channels one of its groups holds
+        self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
+        self.seen: set[str] = set()  # parameters that were used
+        self.unknown: dict[str, None] = {}
+        self.clock = 0
+        self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
+        self._stack: list[nn.Module] = [model]
+        self._names = {id(m): n for n, m in model.named_modules()}
+        self._func: Any = None
+        self.axes: list[Axis] = [] if axes is None else list(axes)
+        self._kept = kept or {}
+        self._axis_of = {(a.tensor, a.dim): a for a in self.axes}
+        self._next = 1
+        named = list(model.named_parameters()) + list(model.named_buffers())
+        for name, tensor in named:
+            layers = []
+            for dim, size in enumerate(tensor.shape):
+                if size > 1 or (name, dim) in self._axis_of:
+                    labels = self.axis_labels(name, dim, size)
+                    layers.append(labels.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
+            tensor._espalier = State(tuple(layers), source=name, derived=True)  # type: ignore[attr-defined]
+
+    # -- labels ----------------------------------------------------------------------------------------------------
+
+    def axis_labels(self, tensor: str, dim: int, size: int) -> Tensor:
+        """Labels of one dimension: new ones at the first watch, the surviving ones in a rehearsal."""
+        axis = self._axis_of.get((tensor, dim))
+        if axis is None:
+            axis = Axis(tensor, dim, self._next, size)
+            self._next += size
+            self.axes.append(axis)
+            self._axis_of[tensor, dim] = axis
+        index = self._kept.get(tensor, {}).get(dim)
+        if index is None:
+            return torch.arange(axis.start, axis.start + axis.size)
+        return torch.from_numpy(axis.start + index)
+
+    @property
+    def label_count(self) -> int:
+        return self._next
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Labels that must be equal element by element.  A partner that is fixed freezes the other."""
+        a, b = torch.broadcast_tensors(a, b)
+        left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
+        different = left != right
+        if not different.any():
+            return
+        left, right = left[different], right[different]
+        fixed = (left == 0) | (right == 0)
+        if fixed.any():
+            self.freeze_labels(np.maximum(left, right)[fixed], "is combined with channels that are fixed")
+            left, right = left[~fixed], right[~fixed]
+        self.edges.append((left, right))
+
+    def freeze_labels(self, labels: np.ndarray, text: str) -> None:
+        self.freezes.append((np.asarray(labels).reshape(-1), Reason(text, self.place())))
+
+    def freeze(self, layers: Iterable[Layer], text: str) -> None:
+        for layer in layers:
+            self.freeze_labels(layer.reshape(-1).numpy(), text)
+
+    def mix(self, layer: Layer, dims: Iterable[int], text: str) -> None:
+        """A statistic over ``dims``: harmless only if everything along them lives or dies together (judged at the end)."""
+        dims = [d for d in dims if layer.shape[d] > 1]
+        if not dims:
+            return
+        rest = [d for d in range(layer.ndim) if d not in dims]
+        rows = layer.permute(*rest, *dims).reshape(-1, int(np.prod([layer.shape[d] for d in dims])))
+        self.mixes.append((rows.numpy(), Reason(text, self.place())))
+
+    def vector(self, tensor: Tensor, dim: int) -> Tensor:
+        """Labels along one dimension, shape ``(size,)``; 0 where it is fixed.  Entangled layers are frozen."""
+        dim %= tensor.ndim
+        found = None
+        for layer in state(tensor).layers:
+            if layer.shape[dim] == 1 and not (tensor.shape[dim] == 1 and layer.numel() == 1):
+                continue
+            if layer.numel() == layer.shape[dim] and found is None and tensor.shape[dim] == layer.shape[dim]:
+                found = layer.reshape(-1)
+            else:
+                self.freeze([layer], "its channels are entangled with another dimension")
+        if found is None:
+            return torch.zeros(tensor.shape[dim], dtype=torch.int64)
+        return found
+
+    def put(
+        self,
+        tensor: Any,
+        layers: Iterable[Layer] = (),
+        *,
+        source: str | None = None,
+        derived: bool = False,
+        pending: tuple[tuple[np.ndarray, Reason], ...] = (),
+    ) -> None:
+        if isinstance(tensor, Tensor):
+            kept = tuple(layers)
+            if len(kept) > 1 and not derived:
+                self.freeze(kept[1:], "two dimensions of one activation carry channels")
+            tensor._espalier = State(kept, source=source, derived=derived, pending=pending)  # type: ignore[attr-defined]
+
+    def consume(self, labels: Tensor) -> None:
+        self.consumers.append(labels.reshape(-1).numpy())
+
+    # -- where we are ----------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        return self._stack[-1]
+
+    @property
+    def module_name(self) -> str:
+        return self._names.get(id(self._stack[-1]), "")
+
+    def place(self) -> Place:
+        return Place(self.module_name, type(self.module).__name__, user_line())
+
+    def key(self) -> tuple[str, str]:
+        """Identity of the source line being executed and of the operation: what a rehearsal learns about."""
+        return (user_line() or type(self.module).__name__, self._op_name())
+
+    def level(self) -> int:
+        return self.levels.get(self.key(), 0) if self.levels else 0
+
+    def _op_name(self) -> str:
+        return str(self._func) if self._func is not None else "forward"
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward of ``model`` under this watch; returns its output."""
+        enter = nn.modules.module.register_module_forward_pre_hook(lambda m, _a: self._stack.append(m))
+        leave = nn.modules.module.register_module_forward_hook(lambda _m, _a, _o: _pop(self._stack), always_call=True)
+        for tensor in tensors_in((args, kwargs)):
+            self._birth(tensor)
+        try:
+            with torch.no_grad(), self:
+                output = model(*args, **kwargs)
+        finally:
+            enter.remove()
+            leave.remove()
+        for tensor in tensors_in(output):
+            for layer in state(tensor).layers:
+                reason = Reason("is an output of the model", Place("", type(model).__name__, ""))
+                self.freezes.append((layer.reshape(-1).numpy(), reason))
+        return output
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._func = func
+        self.clock += 1
+        if time.monotonic() > self.deadline:
+            raise TraceTimeout(
+                f"tracing exceeded its time limit at {func} in {self.place()}; "
+                "raise `time_limit`, trace at a smaller input, or exclude this module"
+            )
+        if self.rehearsal is None:
+            out = func(*args, **kwargs)
+        else:
+            try:
+                out = func(*args, **kwargs)
+            except Exception as error:
+                raise Mismatch(self.key(), first_line(error), self.place()) from error
+        for operand in tensors_in((args, kwargs)):
+            known = state(operand)
+            if known.source is not None:
+                self.seen.add(known.source)
+        rule = self.rules.get(func._overloadpacket)
+        if rule is None:
+            rule = self.rules["pointwise" if torch.Tag.pointwise in func.tags else "unknown"]
+        if self.levels and self.levels.get(self.key(), 0) >= FROZEN:
+            self.freeze_operands(args, kwargs, "sizes look hard-coded here")
+            for tensor in tensors_in(out):
+                self.put(tensor)
+        else:
+            rule(self, func, args, kwargs, out)
+        for tensor in tensors_in(out):
+            self._birth(tensor)
+        outputs = [(tuple(t.shape), state(t).layers) for t in tensors_in(out)]
+        if self.rehearsal is None:
+            self.records.append(Record(str(func), outputs))
+        else:
+            self.rehearsal.check(self, str(func), outputs)
+        return out
+
+    def freeze_operands(self, args: Any, kwargs: Any, text: str) -> None:
+        for tensor in tensors_in((args, kwargs)):
+            known = state(tensor)
+            self.freeze(known.layers, text)
+            for labels, reason in known.pending:
+                self.freezes.append((labels.reshape(-1), reason))
+
+    # -- activation memory -----------------------------------------------------------------------------------------
+
+    def _birth(self, tensor: Tensor) -> None:
+        known = state(tensor)
+        if known.derived:
+            return
+        key = tensor.untyped_storage()._cdata
+        entry = self._live.get(key)
+        if entry is None:
+            bytes_ = tensor.untyped_storage().nbytes()
+            labels = known.layers[0] if known.layers else None
+            vector = None if labels is None else labels.reshape(-1).numpy()
+            self.memory.births.append((self.clock, key, vector, float(bytes_)))
+            entry = self._live[key] = [0, len(self.memory.births) - 1]
+        entry[0] += 1
+        weakref.finalize(tensor, self._release, key).atexit = False
+
+    def _release(self, key: int) -> None:
+        entry = self._live.get(key)
+        if entry is None:
+            return
+        entry[0] -= 1
+        if entry[0] == 0:
+            self.memory.deaths[entry[1]] = self.clock
+            del self._live[key]
+
+
+FROZEN = 99
+
+
+@dataclass
+class Rehearsal:
+    """Hold a second, smaller forward against the first: every output must be what the labels said it would be."""
+
+    records: list[Record]
+    component: np.ndarray  # label -> component
+    alive: np.ndarray  # label -> survives
+    position: int = 0
+
+    def check(self, watch: Watch, op: str, outputs: list[tuple[tuple[int, ...], tuple[Layer, ...]]]) -> None:
+        if self.position >= len(self.records) or self.records[self.position].op != op:
+            raise Mismatch(watch.key(), "the forward takes another path when widths change", watch.place())
+        expected = self.records[self.position].outputs
+        self.position += 1
+        if len(expected) != len(outputs):
+            raise Mismatch(watch.key(), f"gives {len(outputs)} tensors instead of {len(expected)}", watch.place())
+        for (shape, layers), (was, labels) in zip(outputs, expected, strict=True):
+            if not layers and not labels and shape == was:
+                continue
+            layers = tuple(m for m in layers if m.numel() > 1)
+            predicted = list(was)
+            survivors = []
+            for layer in labels:
+                kept = self._restrict(watch, layer)
+                for dim in varying(layer):
+                    predicted[dim] = kept.shape[dim]
+                if kept.numel() > 1:
+                    survivors.append(kept)
+            if tuple(predicted) != shape:
+                raise Mismatch(watch.key(), f"gives shape {list(shape)} where {predicted} was expected", watch.place())
+            if len(layers) != len(survivors):
+                raise Mismatch(watch.key(), "loses track of its channels", watch.place())
+            for one, other in zip(layers, survivors, strict=True):
+                one, other = torch.broadcast_tensors(one, other)
+                if (self.component[one.numpy()] != self.component[other.numpy()]).any():
+                    raise Mismatch(watch.key(), "arranges the remaining channels differently", watch.place())
+
+    def _restrict(self, watch: Watch, layer: Layer) -> Layer:
+        alive = torch.from_numpy(self.alive[layer.numpy()])
+        for dim in varying(layer):
+            lines = alive.movedim(dim, 0).reshape(layer.shape[dim], -1)
+            keep = lines.any(1)
+            layer = layer.index_select(dim, keep.nonzero().reshape(-1))
+            alive = alive.index_select(dim, keep.nonzero().reshape(-1))
+        if not bool(alive.all()):
+            raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
+        return layer
+
+
+def _pop(stack: list[nn.Module]) -> None:
+    if len(stack) > 1:
+        stack.pop()
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_SKIP = (f"{torch.__path__[0]}/", __file__.rsplit("/", 1)[0] + "/")
+
+
+def user_line() -> str:
+    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if frame.f_code is Watch.run.__code__:
+            return ""
+        if not name.startswith(_SKIP) and not name.startswith("<"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

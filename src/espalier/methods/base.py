@@ -1,0 +1,99 @@
+"""What every method is: hyper-parameters on a frozen ``Method``, the state of one run on a ``Process``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from espalier.carving import Kept
+from espalier.costs import Cost, CostModel
+from espalier.graph import Graph, trace
+from espalier.plan import Budget
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A process has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights."""
+
+    kept: Kept
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a process stands, for progress bars and logs."""
+
+    cost: Cost  # of the network as it is executed now
+    strength: float  # how hard the method presses at present, in its own unit; 0 when done
+    remaining: float  # share of what is to go that is still felt, 1 at the start, 0 when it can be removed
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A published method: its hyper-parameters.  ``start`` begins a run on one model."""
+
+    name: ClassVar[str]
+    trains: ClassVar[bool]  # False: one shot, needs no data
+
+    @abstractmethod
+    def start(self, model: nn.Module, example: Any, budget: Budget) -> Process:
+        """Begin on ``model``, which is trained and shrunk in place.  ``example`` is what ``trace`` takes."""
+
+
+class Process(ABC):
+    """One run of a method on one model.
+
+    In a training loop: ``loss + process.penalty()``, ``optimizer.step()``, then ``process.step(...)``; at the end
+    ``process.finish()`` returns the small model.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, budget: Budget) -> None:
+        self.model = model
+        self.example = example
+        self.budget = budget
+        self.graph: Graph = trace(model, example)
+        self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
+        self.limits: dict[str, int] = budget.limits(self.dense)
+
+    def penalty(self) -> Tensor | float:
+        """What the method adds to the loss; 0.0 for methods that act after the optimiser."""
+        return 0.0
+
+    @abstractmethod
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        """After every optimiser step.  ``progress`` runs from 0 to 1; returns what was removed, if anything was."""
+
+    @abstractmethod
+    def finish(self) -> nn.Module:
+        """Carry out what is left to do and return the model, a plain ``nn.Module`` that meets the budget."""
+
+    @property
+    @abstractmethod
+    def status(self) -> Status: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; with the model's weights and structure enough to go on exactly."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict()``; the model must already have the structure it had then."""
+
+
+def attach(model: nn.Module, example: Any, *, budget: Budget, method: Method) -> Process:
+    """Compress ``model`` inside your own training loop; it is trained and shrunk in place.
+
+    Make the optimiser from ``run.model.parameters()`` after this call; removals carry its state along.
+
+    >>> run = es.attach(model, example, budget=es.Budget(macs=0.5), method=es.TCP())   # doctest: +SKIP
+    >>> for step, (x, y) in enumerate(loader):                                         # doctest: +SKIP
+    ...     loss = criterion(run.model(x), y) + run.penalty()
+    ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+    ...     run.step(progress=(step + 1) / total, optimizer=optimizer)
+    >>> small = run.finish()                                                           # doctest: +SKIP
+    """
+    return method.start(model, example, budget)

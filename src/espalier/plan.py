@@ -1,0 +1,121 @@
+"""The decision as data: what to keep (``Plan``) and what it may cost (``Budget``)."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from espalier.graph import Graph, Group
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units of every group stay.  Groups that are not named stay whole."""
+
+    keep: Mapping[str, np.ndarray]  # group name -> sorted unit numbers
+    sizes: Mapping[str, int] = field(default_factory=dict)  # group name -> units of the traced network
+
+    @staticmethod
+    def dense(graph: Graph) -> Plan:
+        """The plan that removes nothing."""
+        return Plan({g.name: np.arange(g.size) for g in graph.groups}, {g.name: g.size for g in graph.groups})
+
+    def check(self, graph: Graph) -> None:
+        """Raise ``ValueError`` if this plan does not belong to ``graph``."""
+        for name, units in self.keep.items():
+            group = graph.group(name)
+            total = self.sizes.get(name, group.size)
+            if total != group.size:
+                raise ValueError(f"plan: group {name!r} had {total} units when planned, this graph has {group.size}; trace again")
+            units = np.asarray(units)
+            if units.ndim != 1 or len(units) == 0:
+                raise ValueError(f"plan: group {name!r} must keep at least one unit")
+            if len(np.unique(units)) != len(units) or units.min() < 0 or units.max() >= group.size:
+                raise ValueError(f"plan: group {name!r} lists units outside 0..{group.size - 1}, or twice")
+
+    def counts(self, graph: Graph) -> np.ndarray:
+        """Kept units per group in the order of ``graph.groups``."""
+        return np.array([len(self.keep[g.name]) if g.name in self.keep else g.size for g in graph.groups], dtype=np.int64)
+
+    def to_json(self) -> str:
+        groups = {n: {"of": int(self.sizes.get(n, 0)), "keep": np.asarray(u).tolist()} for n, u in self.keep.items()}
+        return json.dumps({"format": "espalier-plan/1", "groups": groups}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Inverse of ``to_json``; ``ValueError`` for anything else."""
+        try:
+            groups = json.loads(text)["groups"]
+            keep = {n: np.array(g["keep"], dtype=np.int64) for n, g in groups.items()}
+            return Plan(keep, {n: int(g["of"]) for n, g in groups.items()})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"plan: not an Espalier plan ({error})") from error
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the small network may cost.  Several limits at once must all hold.
+
+    Values up to 1 are fractions of the dense network, values above 1 are absolute: ``macs`` in multiply-accumulates,
+    ``params`` in elements, ``activation_memory`` in bytes of live activations at the traced input.  ``multiple_of``
+    makes every width a multiple (or leaves it whole); ``protect`` lists groups or modules, wildcards allowed, that keep
+    everything.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    activation_memory: float | None = None
+    multiple_of: int = 1
+    protect: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in self._values().items():
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+                raise ValueError(
+                    f"Budget({name}={value!r}): must be a positive number, up to 1 as a fraction of the dense network "
+                    "or above 1 as an absolute amount"
+                )
+        if all(v is None for v in self._values().values()):
+            raise ValueError("Budget(): give at least one of macs, params, activation_memory, for example Budget(macs=0.5)")
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+            raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): must be a whole number, 1 or more")
+        if isinstance(self.protect, str):
+            object.__setattr__(self, "protect", (self.protect,))
+
+    def _values(self) -> dict[str, float | None]:
+        return {"macs": self.macs, "params": self.params, "activation_memory": self.activation_memory}
+
+    def limits(self, dense: Any) -> dict[str, int]:
+        """Absolute limits, given the dense ``Cost``: the largest whole amounts that are allowed."""
+        resolved = {}
+        for name, value in self._values().items():
+            if value is not None:
+                total = getattr(dense, name)
+                resolved[name] = min(math.floor(value * total + 1e-6) if value <= 1 else math.floor(value), total)
+        return resolved
+
+    def protected(self, graph: Graph) -> np.ndarray:
+        """Boolean per group; a pattern that matches nothing is a ``ValueError``."""
+        mask = np.zeros(len(graph.groups), dtype=bool)
+        for pattern in self.protect:
+            hits = np.array([_matches(g, pattern) for g in graph.groups], dtype=bool)
+            if not hits.any() and not any(fnmatch.fnmatch(n.rpartition(".")[0], pattern) for n in graph.shapes):
+                raise ValueError(
+                    f"Budget(protect={pattern!r}): matches no group and no module; groups: "
+                    + ", ".join(g.name for g in graph.groups[:20])
+                )
+            mask |= hits
+        return mask
+
+
+def _matches(group: Group, pattern: str) -> bool:
+    modules = {s.tensor.split("#")[0].rpartition(".")[0] for s in group.producers}
+    return fnmatch.fnmatch(group.name, pattern) or any(fnmatch.fnmatch(m, pattern) for m in modules)

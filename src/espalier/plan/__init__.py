@@ -1,1 +1,0 @@
-"""The decision as data, the budget and the solver."""
