@@ -1,0 +1,441 @@
+"""Networks by name - CIFAR's own, torchvision's, timm's and the user's - and their weights.
+
+Names that :func:`build_model` understands:
+
+=========================  ==========================================================================
+``resnet20``               CIFAR ResNet with option-B shortcuts (also 32, 44, 56, 110)
+``resnet20a``              the same with option-A shortcuts (parameter-free)
+``vgg16_bn``               CIFAR VGG-16 with BatchNorm; also ``cifar_vgg16_bn``
+``torchvision:NAME``       a network of torchvision
+``timm:NAME``              a network of timm
+``package.module:factory`` the user's own: a function that returns an ``nn.Module``
+=========================  ==========================================================================
+
+Any other bare name is looked for in torchvision, then in timm.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espalier.layers import ChannelPad
+from espalier.run.optional import MissingPackage, import_timm, import_torchvision
+
+# ---------------------------------------------------------------- CIFAR ResNets
+
+
+class CifarBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them."""
+
+    def __init__(self, in_planes: int, planes: int, *, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = _shortcut(in_planes, planes, stride=stride, option=shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+def _shortcut(in_planes: int, planes: int, *, stride: int, option: str) -> nn.Module:
+    if stride == 1 and in_planes == planes:
+        return nn.Identity()
+    if option == "A":
+        before = (planes - in_planes) // 2
+        return ChannelPad(before, planes - in_planes - before, stride=stride)
+    return nn.Sequential(
+        nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False),
+        nn.BatchNorm2d(planes),
+    )
+
+
+class CifarResNet(nn.Module):
+    """The ResNet for 32x32 images: depth 6n+2, three stages of n blocks with 16, 32 and 64 channels.
+
+    Takes ``(n, in_channels, h, w)`` of any size from 1x1 on. Where the shape changes, ``shortcut`` "B"
+    projects with a 1x1 convolution and "A" subsamples and pads with zero channels, as in the published CIFAR
+    tables. Source: He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2.
+
+    Raises: ValueError if the depth is not 6n+2 or the shortcut neither "A" nor "B".
+    """
+
+    def __init__(
+        self, depth: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: str = "B"
+    ) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"a CIFAR ResNet has 6n+2 layers (8, 14, 20, ...), not {depth}")
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut is 'A' or 'B', not {shortcut!r}")
+        blocks = (depth - 2) // 6
+        self.depth = depth
+        self.option = shortcut
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks=blocks, stride=1, shortcut=shortcut)
+        self.layer2 = _stage(16, 32, blocks=blocks, stride=2, shortcut=shortcut)
+        self.layer3 = _stage(32, 64, blocks=blocks, stride=2, shortcut=shortcut)
+        self.linear = nn.Linear(64, num_classes)
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
+        return self.linear(out)
+
+
+def _stage(in_planes: int, planes: int, *, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
+    first = CifarBlock(in_planes, planes, stride=stride, shortcut=shortcut)
+    rest = [CifarBlock(planes, planes, stride=1, shortcut=shortcut) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *rest)
+
+
+def _init_convolutions(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
+    """CIFAR ResNet-20."""
+    return CifarResNet(20, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+def resnet32(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
+    """CIFAR ResNet-32."""
+    return CifarResNet(32, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+def resnet44(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
+    """CIFAR ResNet-44."""
+    return CifarResNet(44, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+def resnet56(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
+    """CIFAR ResNet-56."""
+    return CifarResNet(56, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+def resnet110(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
+    """CIFAR ResNet-110."""
+    return CifarResNet(110, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+# ---------------------------------------------------------------- CIFAR VGG
+
+_VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class CifarVgg(nn.Module):
+    """VGG-16 with BatchNorm for small images: 13 convolutions and one linear layer.
+
+    Takes ``(n, in_channels, h, w)``. Each of the five stages ends in a 2x2 max-pool; a pool that an image of
+    ``image_size`` would reach with a single pixel is left out when the network is built, so 8x8 digits pass
+    through three pools and 32x32 images through all five.
+    Source: Simonyan & Zisserman, Very Deep Convolutional Networks, 2015, as the CIFAR pruning tables use it.
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        size = image_size
+        for stage in _VGG16_STAGES:
+            for planes in stage:
+                layers += [
+                    nn.Conv2d(in_channels, planes, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(planes),
+                    nn.ReLU(inplace=True),
+                ]
+                in_channels = planes
+            if size >= 2:
+                layers.append(nn.MaxPool2d(2))
+                size //= 2
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(512, num_classes)
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)).flatten(1))
+
+
+def vgg16_bn(num_classes: int = 10, in_channels: int = 3, *, image_size: int = 32) -> CifarVgg:
+    """CIFAR VGG-16 with BatchNorm."""
+    return CifarVgg(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+
+
+# ---------------------------------------------------------------- networks by name
+
+Factory = Callable[..., nn.Module]
+
+CIFAR_MODELS: dict[str, Factory] = {
+    **{build.__name__: build for build in (resnet20, resnet32, resnet44, resnet56, resnet110)},
+    **{
+        f"{build.__name__}a": partial(build, shortcut="A")
+        for build in (resnet20, resnet32, resnet44, resnet56, resnet110)
+    },
+    "vgg16_bn": vgg16_bn,
+    "cifar_vgg16_bn": vgg16_bn,
+}
+
+
+def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Build a network by name, untrained, for the classes, channels and size of the data.
+
+    The module's docstring lists the names. A factory of the user's own receives those of ``num_classes``,
+    ``in_channels`` and ``image_size`` that it takes by name. Nothing is downloaded.
+
+    Raises: ValueError for a name nobody knows (with the closest ones), for a torchvision network asked to
+    take other than 3 channels, and for a factory that does not return an ``nn.Module``; MissingPackage where
+    the network's package is not installed.
+    """
+    origin, _, rest = name.rpartition(":")
+    if origin == "torchvision":
+        return _torchvision_model(rest, num_classes=num_classes, in_channels=in_channels)
+    if name.startswith("timm:"):
+        return _timm_model(name[5:], num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    if origin:
+        return _own_model(origin, rest, sizes)
+    if name in CIFAR_MODELS:
+        return _call_factory(CIFAR_MODELS[name], sizes)
+    if name in _torchvision_names():
+        return _torchvision_model(name, num_classes=num_classes, in_channels=in_channels)
+    if _timm_knows(name):
+        return _timm_model(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    raise _unknown(name, [*CIFAR_MODELS, *_torchvision_names(), *_timm_names()])
+
+
+def model_names() -> list[str]:
+    """The names of the CIFAR networks, which need no optional package."""
+    return list(CIFAR_MODELS)
+
+
+def _unknown(name: str, known: list[str]) -> ValueError:
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=5)
+    hint = f"close matches: {', '.join(close)}" if close else f"ours are {', '.join(CIFAR_MODELS)}"
+    absent = (
+        "" if len(known) > len(CIFAR_MODELS) else "; networks of torchvision and timm need 'espalier[models]'"
+    )
+    return ValueError(f"no network is called {name!r}; {hint}{absent}; your own is package.module:factory")
+
+
+def _torchvision_names() -> list[str]:
+    try:
+        import_torchvision()
+    except MissingPackage:
+        return []
+    return importlib.import_module("torchvision.models").list_models()
+
+
+def _timm_names() -> list[str]:
+    try:
+        return import_timm().list_models()
+    except MissingPackage:
+        return []
+
+
+def _timm_knows(name: str) -> bool:
+    try:
+        return import_timm().is_model(name)
+    except MissingPackage:
+        return False
+
+
+def _torchvision_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
+    import_torchvision()
+    models = importlib.import_module("torchvision.models")
+    if name not in models.list_models():
+        raise _unknown(name, models.list_models())
+    if in_channels != 3:
+        other = f"timm:{name}" if _timm_knows(name) else "a network of timm"
+        raise ValueError(
+            f"torchvision's {name} takes 3 input channels and the data has {in_channels}; use {other}, "
+            f"which adapts, one of {', '.join(CIFAR_MODELS)}, or your own package.module:factory"
+        )
+    taken = inspect.signature(models.get_model_builder(name)).parameters
+    options: dict[str, object] = {"num_classes": num_classes}
+    if "weights_backbone" in taken:
+        options["weights_backbone"] = None  # the default would download a trained backbone
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True  # what they do anyway, after a warning
+    return models.get_model(name, weights=None, **options)
+
+
+def _timm_model(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    timm = import_timm()
+    if not timm.is_model(name):
+        raise _unknown(name, timm.list_models())
+    options: dict[str, object] = {"num_classes": num_classes, "in_chans": in_channels}
+    config = timm.models.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = image_size  # transformers fix their number of patches when they are built
+    return timm.create_model(name, pretrained=False, **options)
+
+
+def _own_model(module: str, factory: str, sizes: Mapping[str, int]) -> nn.Module:
+    try:
+        found = _import_from_here(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the user's module is there and lacks something else
+        raise ValueError(
+            f"{module}:{factory}: there is no module {error.name!r} in the current folder or among the "
+            "installed packages"
+        ) from error
+    build = getattr(found, factory, None)
+    if not callable(build):
+        raise _no_factory(module, factory, [key for key, value in vars(found).items() if callable(value)])
+    model = _call_factory(build, sizes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{module}:{factory} must return an nn.Module and returned a {type(model).__name__}")
+    return model
+
+
+def _no_factory(module: str, factory: str, callables: list[str]) -> ValueError:
+    close = difflib.get_close_matches(factory, callables, n=5) or callables[:5]
+    return ValueError(f"{module} has no function {factory!r}; it has {', '.join(close) or 'no functions'}")
+
+
+def _import_from_here(module: str) -> object:
+    # An installed command starts with its own folder on the path; add the user's, as python -m does.
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(module)
+
+
+def _call_factory(build: Factory, sizes: Mapping[str, int]) -> nn.Module:
+    try:
+        taken = inspect.signature(build).parameters.values()
+    except ValueError as error:  # a builtin without a signature
+        raise ValueError(f"{build!r} cannot be a factory of networks: {error}") from error
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return build(**sizes)
+    named = {parameter.name for parameter in taken if parameter.kind is not parameter.POSITIONAL_ONLY}
+    return build(**{key: value for key, value in sizes.items() if key in named})
+
+
+# ---------------------------------------------------------------- weights
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_SHOWN = 10
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load weights into ``model``, all of them or none.
+
+    Takes safetensors or a torch checkpoint (read with ``weights_only=True``: nothing in it is executed).
+    Looks inside ``state_dict`` and ``model`` entries and drops the prefixes that DataParallel, torch.compile
+    and Lightning put before every name.
+
+    Raises: ValueError naming the file if it is absent, truncated or not a weights file, and listing what is
+    missing, unexpected or of another shape if it does not fit; the model is then unchanged.
+    """
+    path = Path(path)
+    weights = _strip_prefixes(_unwrap(_read_weights(path), path), set(model.state_dict()))
+    problems = _misfits(model, weights)
+    if problems:
+        name = type(model).__name__
+        raise ValueError("\n".join([f"{path} does not fit {name}:", *problems, *_advice(model, weights)]))
+    model.load_state_dict(weights)
+
+
+def _read_weights(path: Path) -> object:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a file of weights alone: it is truncated, or holds pickled objects that would "
+            "have to be executed; save model.state_dict() with torch.save, or safetensors"
+        ) from error
+    except (
+        Exception
+    ) as error:  # a damaged file may raise anything: EOFError, RuntimeError, SafetensorError, ...
+        raise ValueError(f"{path} cannot be read: truncated, or not a weights file ({error})") from error
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"{path} holds no weights (its entries: {', '.join(map(str, content)) or 'none'})")
+    return weights
+
+
+def _strip_prefixes(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    for _ in range(len(_PREFIXES)):  # wrappers nest: module._orig_mod.conv1.weight
+        for prefix in _PREFIXES:
+            shared = all(key.startswith(prefix) for key in weights)
+            if shared and not any(key.startswith(prefix) for key in wanted):
+                weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
+def _misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    own = model.state_dict()
+    # Checkpoints of torch 0.4 and before do not count batches; load_state_dict fills the counters in.
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in own]
+    reshaped = [
+        f"{key} ({_shape(weights[key])} in the file, {_shape(own[key])} in the model)"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    parts = {"missing in the file": missing, "not in the model": unexpected, "of another shape": reshaped}
+    return [_listed(title, keys) for title, keys in parts.items() if keys]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _listed(title: str, keys: list[str]) -> str:
+    more = f", and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"  {len(keys)} {title}: {', '.join(keys[:_SHOWN])}{more}"
+
+
+def _advice(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Which CIFAR ResNet the weights belong to, where that is what went wrong."""
+    if not isinstance(model, CifarResNet):
+        return []
+    blocks = sum(key.startswith("layer") and key.endswith(".conv1.weight") for key in weights)
+    projected = any(".shortcut." in key for key in weights)
+    fitting = f"resnet{2 * blocks + 2}{'' if projected else 'a'}"
+    given = f"resnet{model.depth}{'a' if model.option == 'A' else ''}"
+    if fitting == given or fitting not in CIFAR_MODELS:
+        return []
+    kind = (
+        "option-B shortcuts (1x1 convolutions)"
+        if projected
+        else "option-A shortcuts (no weights of their own)"
+    )
+    return [f"  the network is {given}; these are weights of {fitting}, with {kind}"]
