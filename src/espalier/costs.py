@@ -53,7 +53,9 @@ class CostModel:
         for number, e in enumerate(graph.extents):
             for group, multiplicity in e.each:
                 self._each[number, group] = multiplicity
-        self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(graph.parameters)}
+        stays = [t for t in graph.parameters if t.name not in graph.baked_away]
+        self._baked_away = sum(int(np.prod(graph.shapes[n])) for n in graph.baked_away)
+        self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(stays)}
         self._touching = {m: [self._touched(p, g) for g in range(groups)] for m, p in self._terms.items()}
         moments = np.zeros((len(graph.activations), extents + 1))
         for row, moment in zip(moments, graph.activations, strict=True):
@@ -80,6 +82,8 @@ class CostModel:
         """Exact cost when group ``g`` keeps ``keep[g]`` units."""
         length = self._fixed + self._each @ keep
         amounts = {m: int(round(float((c * length[e].prod(0)).sum()))) for m, (c, e) in self._terms.items()}
+        if (keep == self.graph.sizes).all():  # what surgery would not touch keeps its computed weights
+            amounts["params"] += self._baked_away
         live = self._live_fixed + self._live_each @ keep
         return Cost(amounts["macs"], amounts["params"], int(round(float(live.max(initial=0.0)))))
 

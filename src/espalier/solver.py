@@ -180,3 +180,24 @@ def _fill(state: CostState, sums: list[np.ndarray], steps: np.ndarray, sizes: np
         state.move(group, units)
         if state.keep[group] < sizes[group]:
             heapq.heappush(heap, (fresh, group))
+
+
+def unused_blocks(graph: Graph, plan: Plan, budget: Budget) -> list[str]:
+    """Groups that could still take one more block without leaving ``budget``: empty for every plan of ``solve``."""
+    model = CostModel(graph)
+    limits = budget.limits(model.cost(graph.sizes))
+    keep = plan.counts(graph)
+    state = model.at(keep)
+    found = []
+    for number, group in enumerate(graph.groups):
+        step = budget.multiple_of // math.gcd(budget.multiple_of, group.width)
+        upper = _up(int(keep[number]), step, group.size)
+        if upper == keep[number]:
+            continue
+        units = upper - int(keep[number])
+        amounts = {m: state.value(m) + state.change(m, number, units) for m in limits if m != "activation_memory"}
+        if "activation_memory" in limits:
+            amounts["activation_memory"] = state.peak_with(number, units)
+        if all(amounts[m] <= limits[m] for m in limits):
+            found.append(group.name)
+    return found

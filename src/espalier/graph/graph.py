@@ -94,7 +94,8 @@ class Graph:
     activations: tuple[tuple[tuple[float, int], ...], ...]  # per moment: (bytes per position, extent or -1 for bytes)
     shapes: dict[str, tuple[int, ...]]
     group_width: dict[str, int]
-    baked: tuple[str, ...]
+    baked: tuple[str, ...]  # convolutions with computed weights: plain ones take their place when anything is removed
+    baked_away: tuple[str, ...]  # parameters that are gone then
     unknown: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
 

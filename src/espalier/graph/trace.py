@@ -296,6 +296,9 @@ def _build(
             shapes=shapes,
             group_width=dict(watch.whole_groups),
             baked=tuple(watch.baked),
+            baked_away=tuple(
+                n for n, _ in model.named_parameters() for b in watch.baked if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
+            ),
             unknown=tuple(watch.unknown),
             notes=notes,
         ),

@@ -1,1 +1,7 @@
-"""Carry a plan out, prove it, save and load it."""
+"""Carry a plan out, save and load what it makes, and prove it."""
+
+from espalier.surgery.files import load, rebuild, save, structure, write_beside
+from espalier.surgery.shrink import mask, shrink, shrink_
+from espalier.surgery.verify import Check, Proof, verify
+
+__all__ = ["Check", "Proof", "load", "mask", "rebuild", "save", "shrink", "shrink_", "structure", "verify", "write_beside"]

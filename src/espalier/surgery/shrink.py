@@ -1,0 +1,114 @@
+"""Carry a plan out: a copy with smaller layers, or the model itself in the middle of training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from espalier.carving import Kept, carve
+from espalier.graph import Graph
+from espalier.layers import PaddedConv2d
+from espalier.plan import Plan
+
+
+def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
+    """A copy of ``model``, same class, that holds only what ``plan`` keeps.  ``model`` is not touched."""
+    small = copy.deepcopy(model)
+    shrink_(small, graph, plan)
+    return small
+
+
+def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> Kept:
+    """Shrink ``model`` in place and return what stayed of every tensor.
+
+    Gradients and the state of ``optimizer`` are cut along, its parameter lists are brought up to date; training goes on.
+    The old ``graph`` no longer describes the model afterwards: trace again.
+    """
+    plan.check(graph)
+    kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
+    if kept:
+        for name in graph.baked:
+            bake(model, name, optimizer=optimizer)
+        kept = {t: d for t, d in kept.items() if t not in graph.baked_away}
+        carve(model, kept, group_width=graph.group_width, optimizer=optimizer)
+    return kept
+
+
+def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
+    """A copy of full size in which the removed units have no effect: their inputs to every consumer are zero.
+
+    This is what the small model must equal.  Zeroing at the consumers rather than at the producers matters: a BatchNorm
+    bias would survive there.
+    """
+    plan.check(graph)
+    masked = copy.deepcopy(model)
+    removed = {n: np.setdiff1d(np.arange(graph.group(n).size), u) for n, u in plan.keep.items()}
+    if any(len(r) for r in removed.values()):
+        for name in graph.baked:
+            bake(masked, name)
+    tensors = dict(masked.named_parameters())
+    with torch.no_grad():
+        for name, units in removed.items():
+            for s in graph.group(name).consumers:
+                rows = torch.from_numpy(s.index[units].reshape(-1)).to(tensors[s.tensor].device)
+                tensors[s.tensor].index_fill_(s.dim, rows, 0.0)
+    return masked
+
+
+class _Capture(TorchDispatchMode):
+    """Remember the arguments of the one convolution that a module computes."""
+
+    call: tuple[Any, ...] | None = None
+    padded = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.aten.constant_pad_nd:
+            self.padded = True
+        if func._overloadpacket is torch.ops.aten.convolution:
+            self.call = args
+        return func(*args, **(kwargs or {}))
+
+
+def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Replace a convolution that computes its weight (weight standardisation) by a plain one with that weight.
+
+    A filter standardised over all its inputs is not standardised over some of them, so the exact small layer is plain.
+    """
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Conv2d), name
+    reach = [2 * d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    probe = torch.zeros(1, module.in_channels, *reach, device=module.weight.device, dtype=module.weight.dtype)
+    capture = _Capture()
+    with torch.no_grad(), capture:
+        module(probe)
+    assert capture.call is not None, name
+    _, weight, bias, stride, padding, dilation, _, _, groups = capture.call
+    kind = PaddedConv2d if capture.padded else nn.Conv2d
+    plain = kind(
+        module.in_channels, module.out_channels, module.kernel_size, stride=tuple(stride), padding=tuple(padding),
+        dilation=tuple(dilation), groups=groups, bias=bias is not None, device=weight.device, dtype=weight.dtype,
+    )  # fmt: skip
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        if bias is not None and plain.bias is not None:
+            plain.bias.copy_(bias)
+    plain.train(module.training)
+    if optimizer is not None:
+        _hand_over(optimizer, module, plain)
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, plain)
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
+    """The optimiser trains the baked weight from now on; what is gone leaves its lists and its state."""
+    fresh = dict(new.named_parameters())
+    place: dict[int, Tensor | None] = {id(p): fresh.get(n) for n, p in old.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [q for p in group["params"] if (q := place.get(id(p), p)) is not None]
+    for parameter in old.parameters():
+        optimizer.state.pop(parameter, None)

@@ -1,0 +1,227 @@
+"""Prove that a small network is what was promised: equal to the masked one, at the planned cost, inside the budget."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from espalier.costs import CostModel, cost
+from espalier.graph import Graph, trace
+from espalier.graph.trace import call_arguments, private_copy
+from espalier.graph.watch import first_line, tensors_in
+from espalier.plan import Budget, Plan
+from espalier.solver import unused_blocks
+from espalier.surgery.files import load, save
+from espalier.surgery.shrink import mask, shrink
+
+
+@dataclass(frozen=True)
+class Check:
+    """One obligation: what was claimed, whether it holds, and the numbers."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome of ``verify``."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.detail}" for c in self.checks)
+
+    def require(self) -> Proof:
+        """Return self, or raise ``ValueError`` listing what failed."""
+        if not self.passed:
+            raise ValueError("verification failed\n" + "\n".join(f"  {c.name}: {c.detail}" for c in self.checks if not c.passed))
+        return self
+
+
+def verify(
+    model: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    example: Any,
+    *,
+    small: nn.Module | None = None,
+    budget: Budget | None = None,
+    fresh: Callable[[], nn.Module] | None = None,
+    tolerance: float = 1e-8,
+) -> Proof:
+    """Check the obligations on ``model`` and the small network that ``plan`` makes of it (or on ``small``, if given).
+
+    1. the plan that keeps everything changes no bit; 2. small equals masked, in float64, within ``tolerance`` relative to
+    the largest output; 3. planned cost equals the traced cost of the small network, its number of parameters, and torch's
+    own FLOP counter; 4. every limit of ``budget`` holds and no further block would fit; 5. saved and loaded onto
+    ``fresh()`` (default: a copy of ``model``) it gives the same bits; 6. backward reaches every parameter it reached before.
+    A forward that breaks after surgery is reported with the line that broke.
+    """
+    checks: list[Check] = []
+
+    def claim(name: str, check: Callable[[], tuple[bool, str]]) -> None:
+        try:
+            passed, detail = check()
+        except Exception as error:
+            passed, detail = False, f"{type(error).__name__}: {first_line(error)}{_line_of(error)}"
+        checks.append(Check(name, passed, detail))
+
+    built = shrink(model, graph, plan) if small is None else small
+    planned = cost(graph, plan)
+
+    def identity() -> tuple[bool, str]:
+        same = shrink(model, graph, Plan.dense(graph))
+        return _same_bits(forward(model, example), forward(same, example)), "a plan that keeps everything changes no bit"
+
+    def equal() -> tuple[bool, str]:
+        masked = mask(model, graph, plan)
+        error, scale = difference(masked, built, example)
+        return error <= tolerance * max(scale, 1e-30), f"largest difference {error:.2e} of {scale:.2e} in float64"
+
+    def costs() -> tuple[bool, str]:
+        retraced = CostModel(again := trace(built, example)).cost(again.sizes)
+        parameters = sum(p.numel() for p in built.parameters())
+        counted = count_macs(built, example)
+        agree = retraced == planned and parameters == planned.params and counted == planned.macs
+        return agree, f"planned {planned}, built {retraced}, parameters {parameters:,}, torch counts {counted:,} MACs"
+
+    def budgets() -> tuple[bool, str]:
+        assert budget is not None
+        limits = budget.limits(CostModel(graph).cost(graph.sizes))
+        over = [m for m, limit in limits.items() if getattr(planned, m) > limit]
+        left = unused_blocks(graph, plan, budget)
+        text = ", ".join(f"{m} {getattr(planned, m):,} of {limit:,}" for m, limit in limits.items())
+        return not over and not left, text + (f"; would still fit: {left[:3]}" if left else "; nothing more fits")
+
+    def files() -> tuple[bool, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "small.safetensors"
+            save(built, path)
+            base = fresh() if fresh is not None else copy.deepcopy(model)
+            loaded = load(path, base=base).to(next(built.parameters()).device)
+            return _same_bits(forward(built, example), forward(loaded, example)), "saved, loaded, same bits"
+
+    def backward() -> tuple[bool, str]:
+        reached, expected = gradients(built, example), gradients(model, example)
+        lost = sorted((expected - reached) & {n for n, _ in built.named_parameters()})
+        return not lost, f"gradients reach {len(reached)} parameters" + (f", but not {lost[:3]}" if lost else "")
+
+    claim("identity", identity)
+    claim("small equals masked", equal)
+    claim("planned cost equals built cost", costs)
+    if budget is not None:
+        claim("budget", budgets)
+    claim("save and load", files)
+    claim("backward", backward)
+    return Proof(tuple(checks))
+
+
+def forward(model: nn.Module, example: Any) -> list[Tensor]:
+    """All output tensors of an eval-mode forward without gradients; the model's mode is restored."""
+    args, kwargs = call_arguments(example, _device(model))
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return list(tensors_in(model(*args, **kwargs)))
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def difference(one: nn.Module, other: nn.Module, example: Any) -> tuple[float, float]:
+    """Largest absolute difference of the outputs in float64, and the largest output, on random inputs like ``example``."""
+    generator = torch.Generator().manual_seed(0)
+    error = scale = 0.0
+    inputs = _map(example, lambda t: _noise(t, generator))
+    a = forward(copy.deepcopy(one).double(), inputs)
+    b = forward(copy.deepcopy(other).double(), inputs)
+    if [t.shape for t in a] != [t.shape for t in b]:
+        raise ValueError(f"outputs have shapes {[tuple(t.shape) for t in b]} instead of {[tuple(t.shape) for t in a]}")
+    for x, y in zip(a, b, strict=True):
+        error = max(error, float((x - y).abs().max())) if x.numel() else error
+        scale = max(scale, float(x.abs().max())) if x.numel() else scale
+    if not math.isfinite(error) or not math.isfinite(scale):
+        raise ValueError("outputs are not finite, so nothing can be compared")
+    return error, scale
+
+
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(v, change) for v in value)
+    return value
+
+
+def count_macs(model: nn.Module, example: Any) -> int:
+    """Multiply-accumulates of an eval-mode forward by ``torch.utils.flop_counter``, halved."""
+    for device in ("meta", "cpu"):
+        private = private_copy(model, device).eval()
+        args, kwargs = call_arguments(example, device)
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                private(*args, **kwargs)
+        except Exception:
+            if device == "cpu":
+                raise
+            continue
+        return counter.get_total_flops() // 2
+    raise AssertionError("unreachable")
+
+
+def gradients(model: nn.Module, example: Any) -> set[str]:
+    """Names of parameters that get a finite gradient from the sum of all outputs, in eval mode."""
+    private = copy.deepcopy(model).eval()
+    for parameter in private.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    args, kwargs = call_arguments(example, _device(model))
+    total = sum(t.float().sum() for t in tensors_in(private(*args, **kwargs)) if t.is_floating_point())
+    assert isinstance(total, Tensor)
+    total.backward()
+    return {n for n, p in private.named_parameters() if p.grad is not None and bool(torch.isfinite(p.grad).all())}
+
+
+def _same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _device(model: nn.Module) -> str:
+    first = next(model.parameters(), None)
+    return "cpu" if first is None else str(first.device)
+
+
+def _line_of(error: BaseException) -> str:
+    """Where in the user's code an exception was raised."""
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _internal(f.filename)]
+    return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _internal(path: str) -> bool:
+    return path.startswith((f"{torch.__path__[0]}/", str(Path(__file__).parent.parent / "surgery"), str(Path(__file__).parent.parent / "graph")))
