@@ -1,0 +1,316 @@
+"""The graph as tables: what can be removed, what every layer costs, and what is frozen and why."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from espalier.graph.graph import Frozen, Graph, Group, Site, Term
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The dense network at the traced input."""
+
+    macs: int
+    params: int
+    activation_memory: int  # bytes at the peak
+    groups: int
+    units: int  # of groups that have more than one: the last unit of a group always stays
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Units that can be removed one by one."""
+
+    name: str
+    units: int
+    channels: int  # channels of one unit at the layer that makes them
+    made_by: tuple[str, ...]
+    used_by: tuple[str, ...]
+    macs_share: float  # share of all MACs spent in layers whose width depends on this group
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer that multiplies, over all its calls."""
+
+    name: str
+    kind: str
+    calls: int
+    macs: int
+    params: int
+    inputs: int | None  # per group of the convolution, as in the weight; None where there is no weight
+    outputs: int | None
+    removable: int | None  # of the outputs
+
+
+@dataclass(frozen=True)
+class FrozenRow:
+    """Everything that one line of code keeps from being removed."""
+
+    reason: str
+    line: str  # "file.py:123", shortened; "" if no line is to blame
+    channels: int  # outputs and inputs of layers; scales and biases that follow them are not counted again
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything ``summarise`` prints, as plain data."""
+
+    totals: Totals
+    groups: tuple[GroupRow, ...]
+    layers: tuple[LayerRow, ...]
+    other_params: int  # of layers that do not multiply: normalisations, layer scales
+    frozen: tuple[FrozenRow, ...]
+    notes: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def overview(graph: Graph) -> Summary:
+    """The rows of all tables."""
+    length = _lengths(graph)
+    macs = [_amount(site.term, length) for site in graph.sites]
+    layers = _layer_rows(graph, macs, length)
+    params = sum(_amount(term, length) for term in graph.parameters)
+    peak = max((sum(c * length[e] for c, e in moment) for moment in graph.activations), default=0.0)
+    units = sum(g.size for g in graph.groups if g.size > 1)
+    return Summary(
+        totals=Totals(sum(macs), params, round(peak), len(graph.groups), units),
+        groups=_group_rows(graph, macs),
+        layers=layers,
+        other_params=params - sum(row.params for row in layers),
+        frozen=_frozen_rows(graph.frozen, graph),
+        notes=tuple(shorten_places(text) for text in graph.notes),
+        unknown=tuple(shorten_places(text) for text in graph.unknown),
+    )
+
+
+def summarise(graph: Graph) -> str:
+    """Plain text tables of ``overview(graph)``, one below the other."""
+    summary = overview(graph)
+    parts = [totals_line(summary.totals)]
+    parts += [f"{title}\n{_table(head, rows)}" for title, head, rows in tables(summary)]
+    return "\n\n".join(parts)
+
+
+def totals_line(totals: Totals) -> str:
+    """One line: what the dense network costs, and how much of it can be removed."""
+    return (
+        f"{totals.macs:,} MACs, {totals.params:,} parameters, "
+        f"{readable_bytes(totals.activation_memory)} of activations at the peak; {totals.units:,} removable units in {totals.groups} groups"
+    )
+
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Title, column heads, rows of cells. Columns whose head begins with ``>`` are numbers."""
+
+
+def tables(summary: Summary) -> list[Table]:
+    """Every table that has rows."""
+    total = max(summary.totals.macs, 1)
+    groups = [
+        (r.name, f"{r.units:,}", f"{r.channels:,}", f"{r.macs_share:.1%}", _few(r.made_by), _few(r.used_by))
+        for r in summary.groups
+    ]
+    layers = [
+        (
+            r.name or "(model)",
+            r.kind if r.calls == 1 else f"{r.kind} x{r.calls}",
+            f"{r.macs:,}",
+            f"{r.macs / total:.1%}",
+            f"{r.params:,}",
+            *("" if n is None else f"{n:,}" for n in (r.inputs, r.outputs, r.removable)),
+        )
+        for r in summary.layers
+    ]
+    if summary.other_params:
+        layers.append(("(all others)", "", "0", "0.0%", f"{summary.other_params:,}", "", "", ""))
+    frozen = [(r.reason, f"{r.channels:,}", r.line, _few(r.layers)) for r in summary.frozen]
+    made: list[Table] = [
+        ("Groups", ("group", ">units", ">channels", ">of MACs", "made by", "used by"), groups),
+        (
+            "Layers",
+            ("layer", "kind", ">MACs", ">share", ">parameters", ">in/group", ">out", ">removable"),
+            layers,
+        ),
+        ("Frozen", ("why", ">channels", "where", "layers"), frozen),
+        ("Operations without a rule", ("operation",), [(text,) for text in summary.unknown]),
+        ("Notes", ("note",), [(text,) for text in summary.notes]),
+    ]
+    return [(title, head, rows) for title, head, rows in made if rows]
+
+
+def readable_bytes(count: float) -> str:
+    """``340096`` -> ``"332.1 KiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def _lengths(graph: Graph) -> list[int]:
+    """The dense length of every extent; the last entry, number -1, is the constant 1."""
+    each = [e.fixed + sum(count * graph.groups[g].size for g, count in e.each) for e in graph.extents]
+    return [*each, 1]
+
+
+def _amount(term: Term, length: Sequence[int]) -> int:
+    return round(term.coefficient * math.prod(length[e] for e in term.extents))
+
+
+def _group_rows(graph: Graph, macs: Sequence[int]) -> tuple[GroupRow, ...]:
+    total = max(sum(macs), 1)
+    multiply = {site.module for site in graph.sites}
+    touched = [0] * len(graph.groups)
+    for site, amount in zip(graph.sites, macs, strict=True):
+        for number in {g for e in site.term.extents for g, _ in graph.extents[e].each}:
+            touched[number] += amount
+    return tuple(
+        GroupRow(
+            group.name,
+            group.size,
+            group.width,
+            *_makers_and_users(group, multiply),
+            macs_share=touched[number] / total,
+        )
+        for number, group in enumerate(graph.groups)
+    )
+
+
+def _makers_and_users(group: Group, multiply: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    makers = _modules(s.tensor for s in group.producers)
+    users = _modules(s.tensor for s in group.consumers)
+    return tuple(m for m in makers if m in multiply) or makers, users
+
+
+def _layer_rows(graph: Graph, macs: Sequence[int], length: Sequence[int]) -> tuple[LayerRow, ...]:
+    calls: dict[tuple[str, str], list[int]] = {}
+    for site, amount in zip(graph.sites, macs, strict=True):
+        calls.setdefault((site.module, site.kind), []).append(amount)
+    first: dict[tuple[str, str], Site] = {}
+    for site in graph.sites:
+        first.setdefault((site.module, site.kind), site)
+    params: dict[str, int] = {}
+    for term in graph.parameters:
+        module = _module(term.name)
+        params[module] = params.get(module, 0) + _amount(term, length)
+    rows = []
+    for (module, kind), amounts in calls.items():
+        own = params.pop(module, 0)  # a module with two kinds of products shows its parameters once
+        widths = _widths(graph, first[module, kind], length) if own else (None, None, None)
+        rows.append(LayerRow(module, kind, len(amounts), sum(amounts), own, *widths))
+    return tuple(rows)
+
+
+def _widths(
+    graph: Graph, site: Site, length: Sequence[int]
+) -> tuple[int, int, int] | tuple[None, None, None]:
+    """Inputs, outputs and removable outputs of a product; its first two extents are ``(out, in)``.
+
+    A group of one unit is never removed: something must stay.
+    """
+    if len(site.term.extents) < 2:
+        return None, None, None
+    outer, inner = site.term.extents[:2]
+    if site.kind.startswith("transposed"):
+        outer, inner = inner, outer
+    removable = sum(
+        count * graph.groups[g].size for g, count in graph.extents[outer].each if graph.groups[g].size > 1
+    )
+    return length[inner], length[outer], removable
+
+
+def _frozen_rows(frozen: Iterable[Frozen], graph: Graph) -> tuple[FrozenRow, ...]:
+    channels: dict[tuple[str, str], int] = {}
+    layers: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in frozen:
+        key = split_reason(entry.reason)
+        is_weight = len(graph.shapes[entry.tensor]) > 1
+        channels[key] = channels.get(key, 0) + (entry.count if is_weight else 0)
+        layers.setdefault(key, {})[_module(entry.tensor)] = None
+    rows = [FrozenRow(*key, channels[key], tuple(layers[key])) for key in layers]
+    return tuple(sorted(rows, key=lambda row: -row.channels))
+
+
+def _modules(tensors: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_module(tensor) for tensor in tensors))
+
+
+def _module(tensor: str) -> str:
+    """The module a parameter belongs to, whether or not the parameter is parametrised."""
+    return (
+        tensor.split("#")[0].split(".parametrizations.")[0]
+        if _is_special(tensor)
+        else tensor.rpartition(".")[0]
+    )
+
+
+def _is_special(tensor: str) -> bool:
+    return "#" in tensor or ".parametrizations." in tensor
+
+
+# -- places ----------------------------------------------------------------------------------------
+
+_REASON = re.compile(r"(?P<text>.*?): \S+ \[[^\]]*\](?: at (?P<line>.*))?")
+_PLACE = re.compile(r"(?<= at )\S.*?\.py:\d+")
+
+
+def split_reason(reason: str) -> tuple[str, str]:
+    """A reason's text and its source line, shortened; the line is empty where the reason names none."""
+    match = _REASON.fullmatch(reason)
+    if match is None:
+        return reason, ""
+    return match["text"], shorten_path(match["line"] or "")
+
+
+def shorten_places(text: str) -> str:
+    """``text`` with every source line in it shortened."""
+    return _PLACE.sub(lambda match: shorten_path(match[0]), text)
+
+
+def shorten_path(line: str) -> str:
+    """``file:line`` from the installed package on, or from the current folder on, or the last two parts."""
+    path = line.replace("\\", "/")
+    for marker in (
+        "/site-packages/",
+        "/dist-packages/",
+        f"/python{sys.version_info[0]}.{sys.version_info[1]}/",
+    ):
+        if marker in path:
+            return path.rpartition(marker)[2]
+    here = f"{Path.cwd().as_posix().rstrip('/')}/"
+    if path.startswith(here):
+        return path.removeprefix(here)
+    return "/".join(path.split("/")[-2:])
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def _few(names: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(name or "(model)" for name in names[:limit])
+    return f"{shown} + {len(names) - limit} more" if len(names) > limit else shown
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under their heads; numbers to the right."""
+    cells = [[h.removeprefix(">") for h in head], *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = []
+    for row in cells:
+        parts = [
+            cell.rjust(width) if h.startswith(">") else cell.ljust(width)
+            for cell, width, h in zip(row, widths, head, strict=True)
+        ]
+        lines.append(f"  {'  '.join(parts)}".rstrip())
+    return "\n".join(lines)
