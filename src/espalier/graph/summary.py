@@ -103,11 +103,12 @@ def totals_line(totals: Totals) -> str:
     """One line: what the dense network costs, and how much of it can be removed."""
     return (
         f"{totals.macs:,} MACs, {totals.params:,} parameters, "
-        f"{readable_bytes(totals.activation_memory)} of activations at the peak; {totals.units:,} removable units in {totals.groups} groups"
+        f"{readable_bytes(totals.activation_memory)} of activations at the peak; "
+        f"{totals.units:,} removable units in {totals.groups} groups"
     )
 
 
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[str, tuple[str, ...], Sequence[tuple[str, ...]]]
 """Title, column heads, rows of cells. Columns whose head begins with ``>`` are numbers."""
 
 
