@@ -74,16 +74,22 @@ def full_batches(images: int, batch_size: int) -> int:
     return max(1, images // batch_size)
 
 
-def normalise(
-    images: Tensor, *, mean: Sequence[float], std: Sequence[float], levels: int, channels_last: bool
-) -> Tensor:
-    """``(images / levels - mean) / std`` per channel, as float32. Images are uint8 ``(n, c, h, w)``."""
-    scale = torch.tensor([1 / (levels * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(
-        1, -1, 1, 1
-    )
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    return images.to(torch.float32, memory_format=form).mul_(scale).add_(shift)
+class Normalise:
+    """``(images / levels - mean) / std`` per channel: uint8 ``(n, c, h, w)`` to float32.
+
+    Its two constants stay on the device; made anew for each batch, they would cost two copies there.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], *, levels: int, device: torch.device
+    ) -> None:
+        shape = (1, -1, 1, 1)
+        self.scale = torch.tensor([1 / (levels * s) for s in std], device=device).view(shape)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(shape)
+
+    def __call__(self, images: Tensor, *, channels_last: bool = False) -> Tensor:
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        return images.to(torch.float32, memory_format=form).mul_(self.scale).add_(self.shift)
 
 
 def crop_and_flip(images: Tensor, *, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:

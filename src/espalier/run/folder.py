@@ -16,9 +16,9 @@ from espalier.run.batches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Batch,
+    Normalise,
     epoch_generator,
     full_batches,
-    normalise,
     stratified_order,
 )
 from espalier.run.optional import import_optional
@@ -104,16 +104,11 @@ class FolderData:
             collate_fn=_collate,
             generator=torch.Generator().manual_seed(0),  # else it would draw from the global one
         )
+        normalise = Normalise(self.mean, self.std, levels=255, device=self.device)
         for images, labels in loader:
             if isinstance(images, str):
                 raise ValueError(images)
-            x = normalise(
-                images.to(self.device),
-                mean=self.mean,
-                std=self.std,
-                levels=255,
-                channels_last=channels_last,
-            )
+            x = normalise(images.to(self.device), channels_last=channels_last)
             yield x, labels.to(self.device)
 
 
