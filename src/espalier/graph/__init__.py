@@ -1,7 +1,7 @@
 """Run one forward, watch it, and know which channels live or die together."""
 
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
-from espalier.graph.trace import trace
+from espalier.graph.tracing import trace
 from espalier.graph.watch import TraceError, TraceTimeout
 
 __all__ = ["Extent", "Frozen", "Graph", "Group", "Site", "Slice", "Term", "TraceError", "TraceTimeout", "trace"]

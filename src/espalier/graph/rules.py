@@ -73,7 +73,7 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
     ndim = len(shape)
     merged: list[Layer] = []
     shapes = [(1,) * (ndim - t.ndim) + tuple(t.shape) for t in operands]
-    for tensor, own in zip(operands, shapes, strict=True):
+    for tensor in operands:
         for layer in state(tensor).layers:
             layer = align(layer, ndim)
             dims = varying(layer)
@@ -81,22 +81,29 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
                 if any(other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)):
                     watch.freeze([layer], "is a single channel that is broadcast")
                     continue
-            for other, size in zip(operands, shapes, strict=True):
-                if other is tensor:
-                    continue
-                theirs = [align(m, ndim) for m in state(other).layers]
-                if any(size[d] > 1 and not any(m.shape[d] > 1 for m in theirs) for d in dims):
-                    watch.freeze([layer], "is combined element by element with a tensor of fixed size")
-                    break
+            if _meets_fixed(tensor, dims, operands, shapes, ndim):
+                watch.freeze([layer], "is combined element by element with a tensor of fixed size")
+                continue
             for i, known in enumerate(merged):
                 if set(varying(known)) & set(dims) or (not dims and not varying(known)):
                     watch.tie(known, layer)
                     merged[i] = compact(torch.broadcast_tensors(known, layer)[0])
                     break
             else:
-                if not dims or any(own[d] > 1 for d in dims):
-                    merged.append(layer)
+                merged.append(layer)
     return merged
+
+
+def _meets_fixed(
+    tensor: Tensor, dims: tuple[int, ...], operands: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], ndim: int
+) -> bool:
+    """Another operand is as long as this one along its channels, but no channels of its own are known there."""
+    for other, size in zip(operands, shapes, strict=True):
+        if other is not tensor:
+            theirs = [align(m, ndim) for m in state(other).layers]
+            if any(size[d] > 1 and not any(m.shape[d] > 1 for m in theirs) for d in dims):
+                return True
+    return False
 
 
 def pointwise(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:

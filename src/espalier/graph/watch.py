@@ -201,7 +201,8 @@ class Watch(TorchDispatchMode):
         named = list(model.named_parameters()) + list(model.named_buffers())
         for name, tensor in named:
             layers = []
-            for dim, size in enumerate(tensor.shape):
+            kernel = tensor.ndim > 2 and min(tensor.shape[:2]) > 1  # (O, I, ...): positions are no channels
+            for dim, size in enumerate(tensor.shape[:2] if kernel else tensor.shape):
                 if size > 1 or (name, dim) in self._axis_of:
                     labels = self.axis_labels(name, dim, size)
                     layers.append(labels.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
@@ -284,6 +285,7 @@ class Watch(TorchDispatchMode):
             kept = tuple(layers)
             if len(kept) > 1 and not derived:
                 self.freeze(kept[1:], "two dimensions of one activation carry channels")
+                kept = kept[:1]
             tensor._espalier = State(kept, source=source, derived=derived, pending=pending)  # type: ignore[attr-defined]
 
     def consume(self, labels: Tensor) -> None:

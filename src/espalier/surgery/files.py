@@ -179,9 +179,11 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     rebuild(base, table)
-    missing, unexpected = base.load_state_dict(tensors, strict=False)
-    shared = {n for n, _ in base.named_parameters(remove_duplicate=False)} - {n for n, _ in base.named_parameters()}
-    missing = [m for m in missing if m not in shared and m in table["shapes"]]
+    own = dict([*base.named_parameters(), *base.named_buffers()])
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(f"{path}: weights do not fit the base model; missing {missing[:5]}, unexpected {unexpected[:5]}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
     return base

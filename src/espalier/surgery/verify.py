@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.costs import CostModel, cost
 from espalier.graph import Graph, trace
-from espalier.graph.trace import call_arguments, private_copy
+from espalier.graph.tracing import call_arguments, private_copy
 from espalier.graph.watch import first_line, tensors_in
 from espalier.plan import Budget, Plan
 from espalier.solver import unused_blocks

@@ -285,6 +285,7 @@ def _build(
         for text, n in texts.items():
             frozen.append(Frozen(axis.tensor, axis.dim, n, text))
 
+    activations = _moments(watch, extent)
     return (
         Graph(
             groups=tuple(made),
@@ -292,7 +293,7 @@ def _build(
             extents=tuple(extents),
             sites=sites,
             parameters=tuple(parameters),
-            activations=_moments(watch, extent),
+            activations=activations,
             shapes=shapes,
             group_width=dict(watch.whole_groups),
             baked=tuple(watch.baked),
