@@ -1,0 +1,60 @@
+"""What README, docs and examples show runs as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def code_of(page: Path) -> str:
+    """All Python blocks of a page, as one program."""
+    return "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
+
+
+def run(arguments: list[str], *, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter in an empty folder, as a reader would have it."""
+    paths = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if code_of(p)], ids=lambda page: page.name)
+def test_the_code_on_a_page_runs(page, tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text(code_of(page), encoding="utf-8")
+    done = run([str(script)], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_result_takes_ten_lines():
+    first = BLOCK.search((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    assert first is not None
+    assert len([line for line in first[1].splitlines() if line.strip()]) <= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_the_plain_example_runs(tmp_path):
+    done = run([str(REPOSITORY / "examples" / "own_loop.py"), "--epochs", "2"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of the dense MACs" in done.stdout
+
+
+def test_the_lightning_example_runs(tmp_path):
+    pytest.importorskip("lightning")
+    done = run([str(REPOSITORY / "examples" / "lightning_loop.py"), "--epochs", "2"], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of the dense MACs" in done.stdout
