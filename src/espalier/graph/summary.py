@@ -93,7 +93,11 @@ def overview(graph: Graph) -> Summary:
 
 def summarise(graph: Graph) -> str:
     """Plain text tables of ``overview(graph)``, one below the other."""
-    summary = overview(graph)
+    return as_text(overview(graph))
+
+
+def as_text(summary: Summary) -> str:
+    """Every table of ``summary`` as aligned text."""
     parts = [totals_line(summary.totals)]
     parts += [f"{title}\n{_table(head, rows)}" for title, head, rows in tables(summary)]
     return "\n\n".join(parts)

@@ -1,0 +1,36 @@
+"""The edge of the program: a user's error becomes one clear message and exit code 2, a stop exit code 130."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError)
+"""What a user can cause and mend. Everything else is our bug and keeps its traceback."""
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+class Edge(TyperGroup):
+    """Runs a command; ESPALIER_DEBUG=1 lets tracebacks through."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except USER_ERRORS as error:
+            if os.environ.get("ESPALIER_DEBUG") == "1":
+                raise
+            say_error(error)
+            raise typer.Exit(2) from None
+
+
+def say_error(error: BaseException) -> None:
+    """``error: ...`` on stderr, as it stands: brackets are not markup, long lines are not wrapped."""
+    text = str(error).strip() or type(error).__name__
+    stderr.print(f"error: {text}", markup=False, soft_wrap=True)

@@ -1,0 +1,157 @@
+"""The command line's options, each in one place: name, type, help, panel.
+
+All of them default to ``None`` - not given - so that a ``--config`` file can stand behind them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _option(name: str, text: str, panel: str, *, metavar: str | None = None) -> typer.models.OptionInfo:
+    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+# -- network and data
+
+Model = Annotated[
+    str | None,
+    _option(
+        "--model",
+        "resnet20 ... resnet110 (also resnet20a: option-A shortcuts), vgg16_bn, torchvision:NAME, timm:NAME, "
+        "package.module:factory.",
+        "Network and data",
+        metavar="NAME",
+    ),
+]
+ModelArgument = Annotated[str, typer.Argument(help="Name of a network, as for --model.", metavar="MODEL")]
+Weights = Annotated[
+    Path | None,
+    _option("--weights", "Trained weights: safetensors or a checkpoint.", "Network and data", metavar="FILE"),
+]
+Data = Annotated[
+    str | None,
+    _option("--data", "digits, cifar10, cifar100 or imagefolder:PATH.", "Network and data", metavar="NAME"),
+]
+DataDir = Annotated[
+    Path | None,
+    _option(
+        "--data-dir",
+        "Where the data lies; default ESPALIER_DATA_DIR, then data.",
+        "Network and data",
+        metavar="DIR",
+    ),
+]
+Download = Annotated[
+    bool | None, _option("--download", "Fetch the data if it is absent.", "Network and data")
+]
+Holdout = Annotated[
+    int | None,
+    _option("--holdout", "Training images set aside to choose by.", "Network and data", metavar="N"),
+]
+ImageSize = Annotated[
+    int | None,
+    _option("--image-size", "For imagefolder: side of the square images.", "Network and data", metavar="N"),
+]
+
+# -- budget
+
+Macs = Annotated[
+    float | None,
+    _option("--macs", "Multiply-adds: up to 1 a fraction of the dense network, above 1 absolute.", "Budget"),
+]
+Params = Annotated[float | None, _option("--params", "Parameters, likewise.", "Budget")]
+ActivationMemory = Annotated[
+    float | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget")
+]
+MultipleOf = Annotated[
+    int | None,
+    _option(
+        "--multiple-of", "Every width is a multiple of this: 8 or 16 run fastest.", "Budget", metavar="N"
+    ),
+]
+Protect = Annotated[
+    list[str] | None,
+    _option(
+        "--protect",
+        "A group or module that keeps everything; * allowed, repeatable.",
+        "Budget",
+        metavar="NAME",
+    ),
+]
+
+# -- method and training
+
+Method = Annotated[
+    str | None, _option("--method", "tcp, magnitude, or none to train only.", "Training", metavar="NAME")
+]
+Epochs = Annotated[
+    int | None, _option("--epochs", "Passes over the training images.", "Training", metavar="N")
+]
+BatchSize = Annotated[int | None, _option("--batch-size", "Images per step.", "Training", metavar="N")]
+Lr = Annotated[float | None, _option("--lr", "Learning rate at its peak.", "Training")]
+Optimizer = Annotated[str | None, _option("--optimizer", "sgd or adamw.", "Training", metavar="NAME")]
+WeightDecay = Annotated[
+    float | None, _option("--weight-decay", "Not on biases and normalisations.", "Training")
+]
+Warmup = Annotated[
+    float | None, _option("--warmup", "Epochs of linear warm-up.", "Training", metavar="EPOCHS")
+]
+LabelSmoothing = Annotated[float | None, _option("--label-smoothing", "From 0 to below 1.", "Training")]
+Ema = Annotated[float | None, _option("--ema", "Decay of averaged weights, for example 0.999.", "Training")]
+Distill = Annotated[
+    bool | None,
+    typer.Option(
+        "--distill/--no-distill",
+        help="Learn from the dense network; default: if it is trained.",
+        rich_help_panel="Training",
+        show_default=False,
+    ),
+]
+Clip = Annotated[
+    float | None, _option("--clip", "Bound on the norm of the gradient.", "Training", metavar="NORM")
+]
+Seed = Annotated[
+    int | None, _option("--seed", "Of order, augmentation and initial weights.", "Training", metavar="N")
+]
+
+# -- machine
+
+Precision = Annotated[str | None, _option("--precision", "fp32, bf16 or fp16.", "Machine", metavar="NAME")]
+ChannelsLast = Annotated[
+    bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout; often faster.",
+                              rich_help_panel="Machine", show_default=False),
+]  # fmt: skip
+Device = Annotated[str | None, _option("--device", "auto, cpu, cuda, cuda:1, ...", "Machine", metavar="NAME")]
+Threads = Annotated[int | None, _option("--threads", "Threads of the processor.", "Machine", metavar="N")]
+
+# -- run folder
+
+Out = Annotated[Path | None, _option("--out", "Folder that receives the run.", "Run folder", metavar="DIR")]
+Config = Annotated[
+    Path | None,
+    _option(
+        "--config",
+        "config.toml of a run: does it again; options given here win.",
+        "Run folder",
+        metavar="FILE",
+    ),
+]
+Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Run folder")]
+Force = Annotated[bool, _option("--force", "Replace the run in --out.", "Run folder")]
+
+# -- inspect
+
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", help="Default: CIFAR's 10, else 1000.", min=1)
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", help="Shape of an input, batch first; repeat for several.", metavar="1,3,224,224"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
