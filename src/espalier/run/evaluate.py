@@ -1,0 +1,138 @@
+"""Accuracy and loss of a classifier, exactly counted; BatchNorm statistics of a changed network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from espalier.run.batches import Batch
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """``"auto"`` is the GPU if there is one.  Raises: ValueError for a device that is not there."""
+    if name == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", so that devices can be compared
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context for one forward: nothing for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST[precision])
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its train or eval flag back afterwards, each its own."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def main_logits(output: Any, *, classes: int | None = None) -> Tensor:
+    """The logits ``(n, classes)`` in what a classifier returns: itself, or the first of a tuple (the rest are
+    auxiliary).
+
+    Raises: ValueError for anything else.
+    """
+    logits = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(
+            f"the model returns {found}, not logits (images, classes); this loop trains classifiers"
+        )
+    if classes is not None and logits.shape[1] != classes:
+        raise ValueError(
+            f"the model returns {logits.shape[1]} logits for an image, the data has {classes} classes; "
+            "build the model for the data's classes"
+        )
+    return logits
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """Top-1 accuracy in percent and mean cross-entropy over all images of ``batches``.
+
+    Runs in eval mode on ``device`` (default: where the model is); the model is left as it was.  Correct
+    answers are counted as whole numbers, so the accuracy does not depend on the batch size.
+
+    Raises: ValueError if there is no image, or if the model does not return logits.
+    """
+    first = next(model.parameters(), None)
+    place = (
+        pick_device(device)
+        if device is not None
+        else first.device
+        if first is not None
+        else torch.device("cpu")
+    )
+    correct = torch.zeros((), dtype=torch.int64, device=place)
+    loss = torch.zeros((), dtype=torch.float64, device=place)
+    images = 0
+    with modes_kept(model), torch.no_grad(), autocast(place, precision):
+        model.eval()
+        for x, y in batches:
+            x, y = x.to(place, non_blocking=True), y.to(place, non_blocking=True)
+            logits = main_logits(model(x)).float()
+            correct += (logits.argmax(1) == y).sum()
+            loss += F.cross_entropy(logits, y, reduction="sum").double()
+            images += len(y)
+    if not images:
+        raise ValueError("evaluate: there are no images")
+    return {"accuracy": 100.0 * int(correct) / images, "loss": float(loss) / images}
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) -> None:
+    """Estimate the running statistics of every BatchNorm anew, as plain averages over the first ``n``
+    batches.
+
+    Only BatchNorm runs in train mode meanwhile: nothing else is changed, dropout is off.
+
+    Raises: ValueError if there is no batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    momenta = [m.momentum for m in norms]
+    chosen = islice(batches, n)
+    first = next(chosen, None)
+    if first is None:
+        raise ValueError("recalibrate_batchnorm: there are no batches")
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.train()
+            for x, _ in chain([first], chosen):
+                model(x.to(device))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

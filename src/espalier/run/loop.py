@@ -1,0 +1,522 @@
+"""The training loop: one for plain training, for methods that prune meanwhile, and for fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from espalier.graph.watch import first_line
+from espalier.methods.base import Process
+from espalier.run.batches import Source
+from espalier.run.checkpoint import (
+    fingerprint,
+    load_optimizer_state,
+    load_weights,
+    named_tensors,
+    optimizer_state,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+    same_structure,
+    seeded,
+    write_checkpoint,
+)
+from espalier.run.data import Data, FolderData
+from espalier.run.ema import AveragedWeights
+from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device
+from espalier.run.recipe import Recipe
+from espalier.surgery.files import rebuild, structure
+
+AUXILIARY_WEIGHT = (
+    0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
+)
+CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the weights are no longer finite; the last checkpoint is from before that."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the log.  Costs, strength and remaining mass are those after the epoch; ``None`` without a
+    process."""
+
+    epoch: int  # from 1 on
+    loss: float  # mean of what was minimised, penalty included
+    train_accuracy: float  # percent, of the augmented training images as they were seen
+    accuracy: float  # percent, of the test images
+    test_loss: float
+    lr: float  # at the last step
+    seconds: float  # of training, without evaluation and checkpoint
+    macs: int | None = None
+    params: int | None = None
+    activation_memory: int | None = None
+    strength: float | None = None
+    remaining: float | None = None
+    removals: int = 0  # how often channels were removed during the epoch
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened, epoch by epoch."""
+
+    epochs: tuple[Epoch, ...] = ()
+
+    @property
+    def last(self) -> Epoch:
+        if not self.epochs:
+            raise ValueError("no epoch has been trained")
+        return self.epochs[-1]
+
+    @property
+    def seconds(self) -> float:
+        return sum(e.seconds for e in self.epochs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the loop is, for progress bars; all counted from 1."""
+
+    epoch: int
+    epochs: int
+    step: int  # within the epoch
+    steps: int  # per epoch
+
+
+OnEpoch = Callable[[History], None]
+OnStep = Callable[[Step], None]
+
+
+def train(
+    model: nn.Module,
+    data: Source,
+    recipe: Recipe,
+    *,
+    process: Process | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
+) -> History:
+    """Train ``model``, a classifier, in place, and return what happened; with a ``process`` it is compressed
+    meanwhile.
+
+    ``process`` has been started on ``model``; call its ``finish()`` afterwards.  With a ``teacher`` the loss
+    is ``(1 - w) * cross-entropy + w * T^2 * KL(teacher || model)`` of predictions softened by ``T =
+    recipe.temperature`` (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015).
+
+    ``checkpoint`` is a file that is replaced after every epoch.  With ``resume`` the run goes on from it
+    (from the start if there is none yet) and, on the CPU and with the same number of threads, ends bit for
+    bit where the uninterrupted run would have ended.  The caller's random number streams are left as they
+    were.
+
+    Raises: ValueError if model, data and recipe do not fit together, or if a checkpoint is in the way or
+    belongs to another run; TrainingDiverged, naming epoch and step, if the loss is no longer finite.
+    """
+    device = pick_device(recipe.device)
+    path = None if checkpoint is None else Path(checkpoint)
+    if resume and path is None:
+        raise ValueError("train(resume=True): say where the checkpoint is: checkpoint=PATH")
+    if path is not None and path.exists() and not resume:
+        raise ValueError(
+            f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place"
+        )
+    _check_batch_size(data, recipe)
+    if process is not None and any(p.device != device for p in model.parameters()):
+        raise ValueError(f"train: move the model to {device} before the process is started on it")
+    with _threads(recipe.threads), seeded(recipe.seed, device):
+        content = read_checkpoint(path) if path is not None and path.exists() else None
+        if content is not None and not same_structure(model, content):
+            if process is not None:
+                raise ValueError(
+                    f"{path}: the model has another structure than this checkpoint; first "
+                    "rebuild_from_checkpoint(model, path), then start the process on it"
+                )
+            rebuild(model, content["structure"])
+        run = _Run(model, data, recipe, device, process, teacher, path)
+        if content is not None:
+            run.load(content)
+        run.try_forward()
+        while len(run.history.epochs) < recipe.epochs:
+            run.epoch(on_step)
+            if on_epoch is not None:
+                on_epoch(run.history)
+        if run.average is not None:
+            run.average.swap(model)
+    return run.history
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The rate of step ``step`` (from 0 on): linear warm-up, then the schedule down to 0 at the end of the
+    run."""
+    total, warm = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warm:
+        return recipe.lr * (step + 1) / warm
+    return recipe.lr * _DECAY[recipe.schedule]((step - warm) / max(total - warm, 1))
+
+
+_DECAY: dict[str, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "constant": lambda share: 1.0,
+}
+
+_NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters that train; vectors and normalisation layers without weight decay."""
+    spared = {
+        id(p) for m in model.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or id(parameter) in spared else decayed).append(parameter)
+    if not decayed and not plain:
+        raise ValueError("train: the model has no parameter that requires a gradient")
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Source,
+        recipe: Recipe,
+        device: torch.device,
+        process: Process | None,
+        teacher: nn.Module | None,
+        path: Path | None,
+    ) -> None:
+        self.distill = _distillation_weight(recipe, teacher)
+        self.model = _placed(model, device, recipe)
+        self.teacher = (
+            _placed(teacher, device, recipe).eval() if teacher is not None and self.distill else None
+        )
+        self.teacher_print = fingerprint(self.teacher)
+        self.data = data.to(device) if isinstance(data, Data) else data
+        self.recipe, self.device, self.process, self.path = recipe, device, process, path
+        self.steps = data.steps(recipe.batch_size)
+        self.optimizer = make_optimizer(model, recipe)
+        self.average = None if recipe.ema is None else AveragedWeights(model, recipe.ema)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.history = History()
+        self.done = 0  # steps of the whole run
+        self.kept_checkpoint = 0  # the epoch that lies on disk
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def epoch(self, on_step: OnStep | None) -> None:
+        """Train one epoch, evaluate, write the checkpoint."""
+        begin = time.perf_counter()
+        losses, correct, images, removals = self._pass(on_step)
+        seconds = time.perf_counter() - begin
+        tested = self._evaluate()
+        found = Epoch(
+            epoch=len(self.history.epochs) + 1,
+            loss=losses.mean,
+            train_accuracy=100.0 * correct / images,
+            accuracy=tested["accuracy"],
+            test_loss=tested["loss"],
+            lr=learning_rate(self.recipe, self.done - 1, self.steps),
+            seconds=seconds,
+            removals=removals,
+        )
+        self.history = History((*self.history.epochs, self._with_status(found)))
+        self._save()
+
+    def _pass(self, on_step: OnStep | None) -> tuple[_Losses, int, int, int]:
+        """Once through the training images: losses, right answers, images, removals."""
+        number, recipe = len(self.history.epochs), self.recipe
+        losses = _Losses(self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        images = removals = 0
+        self.model.train()
+        for x, y in self.data.train_batches(
+            batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
+        ):
+            if losses.seen == self.steps:
+                raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            self._set_rate()
+            correct += self._forward_backward(x, y, losses)
+            images += len(y)
+            self._update()
+            removals += self._compress(losses)
+            if self.average is not None:
+                self.average.update(self.model)
+            if losses.full:
+                self._look_at(losses)
+            if on_step is not None:
+                on_step(Step(number + 1, recipe.epochs, losses.seen, self.steps))
+        self._look_at(losses)
+        if losses.seen != self.steps:
+            raise ValueError(f"the data promised {self.steps} batches in an epoch and gave {losses.seen}")
+        self._check_weights(losses)
+        return losses, int(correct), images, removals
+
+    def _set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.done, self.steps)
+
+    def _forward_backward(self, x: Tensor, y: Tensor, losses: _Losses) -> Tensor:
+        """Returns how many were right, still on the device."""
+        with autocast(self.device, self.recipe.precision):
+            output = self.model(x)
+            soft = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    soft = main_logits(self.teacher(x)).float()
+        logits = main_logits(output).float()
+        loss = self._loss(output, logits, y, soft)
+        if self.process is not None:
+            loss = loss + self.process.penalty()
+        losses.add(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        return (logits.detach().argmax(1) == y).sum()
+
+    def _loss(self, output: Any, logits: Tensor, y: Tensor, soft: Tensor | None) -> Tensor:
+        smooth = self.recipe.label_smoothing
+        loss = F.cross_entropy(logits, y, label_smoothing=smooth)
+        for other in output[1:] if isinstance(output, (tuple, list)) else ():
+            if isinstance(other, Tensor) and other.shape == logits.shape:
+                loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other.float(), y, label_smoothing=smooth)
+        if soft is None:
+            return loss
+        return (1.0 - self.distill) * loss + self.distill * distillation(
+            logits, soft, self.recipe.temperature
+        )
+
+    def _update(self) -> None:
+        if self.recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.done += 1
+
+    def _compress(self, losses: _Losses) -> int:
+        """Let the process act; returns 1 if it removed something."""
+        if self.process is None:
+            return 0
+        try:
+            progress = self.done / (self.recipe.epochs * self.steps)
+            removed = self.process.step(progress=progress, optimizer=self.optimizer)
+        except Exception:
+            self._look_at(
+                losses
+            )  # a method stumbles over NaN before the loop looks: name the cause, not the symptom
+            self._check_weights(losses)
+            raise
+        if removed is None:
+            return 0
+        if self.average is not None:
+            self.average.cut(removed.kept, self.model)
+        return 1
+
+    # -- looking ---------------------------------------------------------------------------------------------
+
+    def _look_at(self, losses: _Losses) -> None:
+        bad = losses.read()
+        if bad is not None:
+            self._diverged(bad[0], f"the loss is {bad[1]}")
+
+    def _check_weights(self, losses: _Losses) -> None:
+        finite = torch.stack([torch.isfinite(p.detach()).all() for p in self.model.parameters()]).all()
+        if not bool(finite):
+            self._diverged(losses.seen, "weights are not finite")
+
+    def _diverged(self, step: int, what: str) -> None:
+        epoch = len(self.history.epochs) + 1
+        total = (epoch - 1) * self.steps + step
+        kept = self.kept_checkpoint
+        raise TrainingDiverged(
+            f"training diverged in epoch {epoch} at step {step} of {self.steps} (run step {total}): {what}"
+            + (f"; the checkpoint of epoch {kept} is kept in {self.path}" if kept else "")
+            + f". Lower the learning rate ({self.recipe.lr:g}), set clip_norm, or warm up longer"
+        )
+
+    def try_forward(self) -> None:
+        """One forward before anything is trained: what does not fit is found here, and said plainly."""
+        x = self.data.example(1).to(self.device)
+        with modes_kept(self.model), torch.no_grad():
+            self.model.eval()
+            try:
+                output = self.model(x)
+            except Exception as error:
+                raise ValueError(
+                    f"the model does not take the data's images {tuple(x.shape[1:])}: {first_line(error)}"
+                ) from error
+            main_logits(output, classes=self.data.num_classes)
+            if self.teacher is not None:
+                main_logits(self.teacher(x), classes=self.data.num_classes)
+
+    def _evaluate(self) -> dict[str, float]:
+        batches = self.data.test_batches(channels_last=self.recipe.channels_last)
+        if self.average is not None:
+            self.average.swap(self.model)
+        try:
+            return evaluate(self.model, batches, device=self.device, precision=self.recipe.precision)
+        finally:
+            if self.average is not None:
+                self.average.swap(self.model)
+
+    def _with_status(self, epoch: Epoch) -> Epoch:
+        if self.process is None:
+            return epoch
+        status = self.process.status
+        strength, remaining = float(status.strength), float(status.remaining)
+        return replace(epoch, **asdict(status.cost), strength=strength, remaining=remaining)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        content = {
+            "epoch": len(self.history.epochs),
+            "step": self.done,
+            "structure": structure(self.model),
+            "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "process": None if self.process is None else self.process.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(self.device),
+            "history": [asdict(epoch) for epoch in self.history.epochs],
+            "recipe": self.recipe.to_dict(),
+            "setting": self._setting(),
+        }
+        write_checkpoint(self.path, content)
+        self.kept_checkpoint = len(self.history.epochs)
+
+    def _setting(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return {
+            "batches in an epoch": self.steps,
+            "classes": self.data.num_classes,
+            "teacher's weights": self.teacher_print,
+            "process": None if self.process is None else type(self.process).__name__,
+        }
+
+    def load(self, content: dict[str, Any]) -> None:
+        where = str(self.path)
+        ours = {**self.recipe.to_dict(), **self._setting()}
+        theirs = {**content["recipe"], **content["setting"]}
+        elsewhere = ("device", "threads")
+        for name in ours.keys() | theirs.keys():
+            if name not in elsewhere and ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{where}: cannot resume: {name} was {theirs.get(name)} and is {ours.get(name)} now; "
+                    "give what the run began with, or begin a new one"
+                )
+        load_weights(self.model, content["weights"], where=where)
+        load_optimizer_state(self.model, self.optimizer, content["optimizer"])
+        if self.process is not None:
+            self.process.load_state_dict(content["process"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.history = History(tuple(Epoch(**epoch) for epoch in content["history"]))
+        self.done, self.kept_checkpoint = content["step"], content["epoch"]
+        restore_random_state(content["random"], self.device)
+
+
+class _Losses:
+    """Losses of an epoch, kept on the device and read in bulk: reading waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.waiting = torch.zeros(CHECK_EVERY, device=device)
+        self.unread = 0
+        self.values: list[float] = []
+
+    @property
+    def seen(self) -> int:
+        return len(self.values) + self.unread
+
+    @property
+    def full(self) -> bool:
+        return self.unread == CHECK_EVERY
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+    def add(self, loss: Tensor) -> None:
+        self.waiting[self.unread] = loss.detach()
+        self.unread += 1
+
+    def read(self) -> tuple[int, float] | None:
+        """Read what waits; returns the first step of the epoch, from 1 on, whose loss is not finite."""
+        fresh = self.waiting[: self.unread].tolist()
+        before = len(self.values)
+        self.values += fresh
+        self.unread = 0
+        return next(((before + i + 1, v) for i, v in enumerate(fresh) if not math.isfinite(v)), None)
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(logits / T))``, mean over images; both are ``(n,
+    classes)``."""
+    student = F.log_softmax(logits / temperature, dim=1)
+    target = F.log_softmax(teacher / temperature, dim=1)
+    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _distillation_weight(recipe: Recipe, teacher: nn.Module | None) -> float:
+    if teacher is None:
+        if recipe.distill:
+            raise ValueError(f"Recipe(distill={recipe.distill:g}): there is no trained network to learn from")
+        return 0.0
+    return 0.5 if recipe.distill is None else recipe.distill
+
+
+def _placed(model: nn.Module, device: torch.device, recipe: Recipe) -> nn.Module:
+    model.to(device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _check_batch_size(data: Source, recipe: Recipe) -> None:
+    images = len(data.train) if isinstance(data, (Data, FolderData)) else None
+    if images is not None and recipe.batch_size > images:
+        raise ValueError(
+            f"Recipe(batch_size={recipe.batch_size}): {data.name} has {images} training images; "  # type: ignore[attr-defined]
+            "give a batch size that is not larger"
+        )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

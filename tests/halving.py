@@ -1,0 +1,86 @@
+"""A small method for tests of what surrounds methods: half of every group goes at one point of the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from espalier.carving import Kept, carve
+from espalier.costs import Cost, CostModel
+from espalier.graph import trace
+from espalier.methods.base import Method, Process, Removed, Status
+from espalier.plan import Budget
+
+
+@dataclass(frozen=True)
+class Halving(Method):
+    """Keeps the even units; the odd ones are removed when progress reaches ``at``."""
+
+    at: float = 0.4
+    name: ClassVar[str] = "halving"
+    trains: ClassVar[bool] = True
+
+    def start(self, model: nn.Module, example: Any, budget: Budget) -> HalvingProcess:
+        return HalvingProcess(model, example, budget, self.at)
+
+
+@dataclass(frozen=True)
+class HalvingAtOnce(Method):
+    """The same without training: everything happens in ``finish``."""
+
+    name: ClassVar[str] = "halving-at-once"
+    trains: ClassVar[bool] = False
+
+    def start(self, model: nn.Module, example: Any, budget: Budget) -> HalvingProcess:
+        return HalvingProcess(model, example, budget, 2.0)
+
+
+class HalvingProcess(Process):
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, at: float) -> None:
+        super().__init__(model, example, budget)
+        self.at, self.halved, self.steps = at, False, 0
+
+    def penalty(self) -> torch.Tensor:
+        return 1e-3 * sum(p.square().sum() for p in self.model.parameters() if p.ndim == 1)
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        self.steps += 1
+        if self.halved or progress < self.at:
+            return None
+        kept = self._halve(optimizer)
+        return Removed(kept, self.cost)
+
+    def _halve(self, optimizer: torch.optim.Optimizer | None) -> Kept:
+        kept = self.graph.kept({g.name: np.arange(0, g.size, 2) for g in self.graph.groups})
+        carve(self.model, kept, group_width=self.graph.group_width, optimizer=optimizer)
+        self.graph, self.halved = trace(self.model, self.example), True
+        return kept
+
+    @property
+    def cost(self) -> Cost:
+        return CostModel(self.graph).cost(self.graph.sizes)
+
+    def finish(self) -> nn.Module:
+        if not self.halved:
+            self._halve(None)
+        return self.model
+
+    @property
+    def status(self) -> Status:
+        return Status(self.cost, 0.0 if self.halved else 1.0, 0.0 if self.halved else 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "halved": self.halved,
+            "steps": self.steps,
+            "dense": asdict(self.dense),
+            "limits": self.limits,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.halved, self.steps = state["halved"], state["steps"]
+        self.dense, self.limits = Cost(**state["dense"]), dict(state["limits"])
