@@ -28,18 +28,18 @@ def solve(
     *,
     multiple_of: int | None = None,
     protect: np.ndarray | None = None,
-    model: CostModel | None = None,
+    per_cost: bool = True,
 ) -> Plan:
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
     ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
-    kept whole.  ``budget`` may also be absolute limits per metric.  Greedy on importance per exact marginal cost with
+    kept whole.  With ``per_cost=False`` the least important unit goes first whatever it saves.  ``budget`` may also be absolute limits per metric.  Greedy on importance per exact marginal cost with
     lazy updates (removing units only makes other units cheaper to keep, so an old key is a lower bound), then a fill
     pass that gives back, best first, every block that still fits.
 
     Raises ``BudgetError`` (a ``ValueError``) with the smallest reachable cost if the budget cannot be met.
     """
-    model = model or CostModel(graph)
+    model = CostModel(graph)
     sizes = graph.sizes
     dense = model.cost(sizes)
     if isinstance(budget, Budget):
@@ -57,7 +57,7 @@ def solve(
     _check_reachable(model, lowest, limits, dense)
 
     state = model.at(sizes)
-    _remove(state, values, lowest, steps, sizes, limits)
+    _remove(state, values, lowest, steps, sizes, limits, per_cost)
     _fill(state, values, steps, sizes, limits)
     keep = {g.name: np.sort(orders[i][: state.keep[i]]) for i, g in enumerate(graph.groups)}
     return Plan(keep, {g.name: g.size for g in graph.groups})
@@ -103,7 +103,8 @@ def _up(keep: int, step: int, size: int) -> int:
 
 
 def _remove(
-    state: CostState, sums: list[np.ndarray], lowest: np.ndarray, steps: np.ndarray, sizes: np.ndarray, limits: dict[str, int]
+    state: CostState, sums: list[np.ndarray], lowest: np.ndarray, steps: np.ndarray, sizes: np.ndarray,
+    limits: dict[str, int], per_cost: bool
 ) -> None:
     violated = {m for m in METRICS if m in limits and state.value(m) > limits[m]}
     weights: dict[str, float] = {}
@@ -118,7 +119,9 @@ def _remove(
             else:
                 saved -= weight * state.change(metric, group, lower - keep)
         worth = float(sums[group][keep] - sums[group][lower])
-        return worth / saved if saved > 0 else math.inf
+        if saved <= 0:
+            return math.inf
+        return worth / saved if per_cost else worth / (keep - lower)
 
     while violated:
         weights = {

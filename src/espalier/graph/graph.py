@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -129,6 +130,38 @@ class Graph:
             mask[np.concatenate(parts)] = False
             kept.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
         return kept
+
+    def after(self, units: Mapping[str, np.ndarray]) -> Graph:
+        """The graph of the network that keeps only ``units``: what ``trace`` would find there, without tracing."""
+        kept = self.kept(dict(units))
+        moved: dict[tuple[str, int], np.ndarray] = {}
+        shapes = dict(self.shapes)
+        for tensor, by_dim in kept.items():
+            for dim, stay in by_dim.items():
+                place = np.full(self.shapes[tensor][dim], -1, dtype=np.int64)
+                place[stay] = np.arange(len(stay))
+                moved[tensor, dim] = place
+                shapes[tensor] = tuple(len(stay) if d == dim else n for d, n in enumerate(shapes[tensor]))
+        groups = []
+        for group in self.groups:
+            stay = np.asarray(units[group.name]) if group.name in units else np.arange(group.size)
+            slices = []
+            for s in group.slices:
+                index = s.index[stay]
+                place = moved.get((s.tensor, s.dim))
+                slices.append(replace(s, index=index if place is None else place[index]))
+            groups.append(replace(group, size=len(stay), slices=tuple(slices)))
+        if not kept:
+            return self
+        gone = set(self.baked_away)
+        return replace(
+            self,
+            groups=tuple(groups),
+            shapes={n: v for n, v in shapes.items() if n not in gone},
+            parameters=tuple(t for t in self.parameters if t.name not in gone),
+            baked=(),
+            baked_away=(),
+        )
 
     def summary(self) -> str:
         """A table of groups, of layers with MACs and parameters, and of what is frozen and why."""

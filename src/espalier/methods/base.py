@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept
 from espalier.costs import Cost, CostModel
 from espalier.graph import Graph, trace
-from espalier.plan import Budget
+from espalier.plan import Budget, Plan
+from espalier.surgery import shrink_
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class Process(ABC):
         self.graph: Graph = trace(model, example)
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, int] = budget.limits(self.dense)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the network as it is executed now."""
+        return CostModel(self.graph).cost(self.graph.sizes)
+
+    def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
+        """Shrink the model to ``units`` in place and move on to the graph of what is left."""
+        kept = shrink_(self.model, self.graph, Plan(units), optimizer=optimizer)
+        self.graph = self.graph.after(units)
+        return Removed(kept, self.cost)
 
     def penalty(self) -> Tensor | float:
         """What the method adds to the loss; 0.0 for methods that act after the optimiser."""

@@ -1,0 +1,217 @@
+"""How much each unit matters.  One function per score; all return one value per unit, larger is more important.
+
+``by_weight`` scores read the model as it is.  ``Sensitivity`` and ``share_of_variance`` need data; both are calibrated
+across layers: the first is the loss itself to first order, the second a share of what every consumer sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.graph import Graph
+from espalier.methods.units import Columns, Units
+
+Score = Callable[[nn.Module, Units], Tensor]
+
+
+def weight_norm(model: nn.Module, units: Units) -> Tensor:
+    """Norm of the filters that make a unit, relative to the mean filter of each layer, added up over layers."""
+    with torch.no_grad():
+        matrices = [c for c in units.producers if c.parameter.ndim > 1]
+        return units.sum((c, relative(c.per_position(c.parameter.square()).sqrt())) for c in matrices)
+
+
+def consumer_norm(model: nn.Module, units: Units) -> Tensor:
+    """Norm of what reads a unit, relative to the mean input of each reader, added up over readers."""
+    with torch.no_grad():
+        return units.sum((c, relative(c.per_position(c.parameter.square()).sqrt())) for c in units.consumers)
+
+
+def scale(model: nn.Module, units: Units) -> Tensor:
+    """Root mean square of the BatchNorm scales of a unit (network slimming, Liu et al. 2017); weight norm without any."""
+    gammas = _norm_scales(model)
+    with torch.no_grad():
+        coupled = [c for c in units.producers if c.tensor in gammas]
+        energy = units.sum((c, c.parameter.square()) for c in coupled)
+        number = units.sum((c, torch.ones_like(c.parameter)) for c in coupled)
+    return torch.where(number > 0, (energy / number.clamp_min(1)).sqrt(), weight_norm(model, units))
+
+
+def scale_times_consumer(model: nn.Module, units: Units) -> Tensor:
+    """BatchNorm scale times the norm of what reads it, relative to the mean of each reader, added up over readers."""
+    size = torch.cat([scale(model, units), torch.zeros(1, device=units.device)])
+    with torch.no_grad():
+        return units.sum(
+            (c, relative(size[c.owner] * c.per_position(c.parameter.square()).sqrt())) for c in units.consumers
+        )
+
+
+def relative(values: Tensor) -> Tensor:
+    """Divide by the mean, so that layers of different scale can be compared."""
+    return values / values.mean().clamp_min(1e-30)
+
+
+def _norm_scales(model: nn.Module) -> set[str]:
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, norms)}
+
+
+BY_WEIGHT: dict[str, Score] = {
+    "weight_norm": weight_norm,
+    "consumer_norm": consumer_norm,
+    "scale": scale,
+    "scale_times_consumer": scale_times_consumer,
+}
+
+
+# -- from gradients ----------------------------------------------------------------------------------------------------
+
+
+class Sensitivity:
+    """First-order change of the loss when a unit is switched off, squared and averaged over batches.
+
+    With a gate ``g`` on a unit, ``dL/dg = sum(W * dL/dW)`` over all weights that read it, so the gradients of ordinary
+    training are all that is needed.  Listens through gradient hooks and works in any loop, whatever it does with
+    ``zero_grad``.  Per batch the squares are normalised, so loss scaling cancels.
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, equation 6, on gates.
+    """
+
+    def __init__(self, units: Units, *, smoothing: float = 0.98) -> None:
+        self.units = units
+        self.smoothing = smoothing
+        self.value = torch.zeros(units.count, device=units.device)
+        self.batches = 0
+        self.listening = True
+        self._sum = torch.zeros(units.count + 1, device=units.device)
+        self._heard = False
+        self._hooks = [c.parameter.register_post_accumulate_grad_hook(self._hear(c)) for c in units.consumers]
+
+    def _hear(self, columns: Columns) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if self.listening and parameter.grad is not None:
+                values = columns.per_position(parameter.detach() * parameter.grad)
+                self._sum.index_add_(0, columns.owner, values)
+                self._heard = True
+
+        return hook
+
+    def batch_done(self) -> None:
+        """Take in what was heard since the last call."""
+        if not self._heard:
+            return
+        squares = self._sum[: self.units.count].square()
+        squares = squares / squares.sum().clamp_min(1e-30)
+        if bool(torch.isfinite(squares).all()):
+            self.batches += 1
+            weight = max(1.0 - self.smoothing, 1.0 / self.batches)
+            self.value.lerp_(squares, weight)
+        self._sum.zero_()
+        self._heard = False
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+# -- from activations --------------------------------------------------------------------------------------------------
+
+
+class Moments:
+    """Mean and variance of every channel that enters a consumer, gathered while forwards run.
+
+    ``share(units)`` is what removal would take away: the variance a unit contributes to each consumer's output before its
+    normalisation, as a share of the whole, relative to the mean share there, added up over the unit's consumers.
+    """
+
+    def __init__(self, model: nn.Module, units: Units) -> None:
+        self.units = units
+        self._modules = dict(model.named_modules())
+        self._columns = {c.tensor.rpartition(".")[0]: c for c in units.consumers if c.tensor.endswith(".weight")}
+        self._sums: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Any:
+        """Gather from all forwards inside the ``with`` block."""
+        hooks = [
+            self._modules[n].register_forward_pre_hook(self._gather(n)) for n in self._columns if n in self._modules
+        ]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _gather(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            x = inputs[0].detach()
+            channel = 1 if isinstance(module, nn.modules.conv._ConvNd) and x.ndim > 2 else x.ndim - 1
+            dims = [d for d in range(x.ndim) if d != channel]
+            number = x.numel() // x.shape[channel]
+            x = x.float()
+            row = torch.stack([x.sum(dims), x.square().sum(dims), torch.full((x.shape[channel],), number, device=x.device)])
+            self._sums[name] = self._sums.get(name, 0) + row
+
+        return hook
+
+    def share(self) -> Tensor:
+        """Relative share of variance per unit, shape ``(count,)``; every consumer hands out 1 on average."""
+        total = torch.zeros(self.units.count + 1, device=self.units.device)
+        for name, sums in self._sums.items():
+            columns = self._columns[name]
+            mean, square = sums[0] / sums[2], sums[1] / sums[2]
+            variance = (square - mean.square()).clamp_min(0)
+            weights = columns.per_position(columns.parameter.detach().square())
+            groups = len(variance) // len(weights)  # grouped convolutions read the same position in every group
+            part = variance.view(groups, -1).sum(0) * weights
+            total.index_add_(0, columns.owner, relative(part))
+        return total[: self.units.count]
+
+
+def measure(
+    model: nn.Module,
+    graph: Graph,
+    kind: str,
+    batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Score every unit of ``graph`` once; ``kind`` is a name in ``SCORES``.
+
+    ``taylor`` and ``share`` need ``batches`` of inputs and labels; ``taylor`` uses cross-entropy.  The model is not changed.
+    """
+    units = Units(model, graph)
+    if kind in BY_WEIGHT:
+        return units.by_group(BY_WEIGHT[kind](model, units))
+    if kind not in SCORES:
+        raise ValueError(f"importance {kind!r} does not exist; choose one of {', '.join(SCORES)}")
+    if batches is None:
+        raise ValueError(f"importance {kind!r} is measured on data; give batches, or choose one of {', '.join(BY_WEIGHT)}")
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        if kind == "share":
+            moments = Moments(model, units)
+            with moments.watching(), torch.no_grad():
+                for x, _ in batches:
+                    model(x)
+            return units.by_group(moments.share())
+        grads = [p.grad for p in model.parameters()]
+        sensitivity = Sensitivity(units, smoothing=1.0)
+        for x, y in batches:
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            sensitivity.batch_done()
+        sensitivity.close()
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            parameter.grad = grad
+        return units.by_group(sensitivity.value)
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+SCORES = (*BY_WEIGHT, "taylor", "share")

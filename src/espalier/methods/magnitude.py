@@ -1,0 +1,71 @@
+"""One shot: rank the units by a score, keep what the budget allows, cut.  The baseline that every method has to beat.
+
+Sources: Han et al. 2015 (magnitude); Liu et al., network slimming, 2017 (BatchNorm scales); He et al. 2017 (fine-tuning
+afterwards, which is the training loop's business).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from espalier.methods.base import Method, Process, Removed, Status
+from espalier.methods.importance import SCORES, measure
+from espalier.plan import Budget
+from espalier.solver import solve
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Prune once by ``score``, a name in ``espalier.methods.importance.SCORES``; no data needed unless the score says so."""
+
+    name: ClassVar[str] = "magnitude"
+    trains: ClassVar[bool] = False
+    score: str = "scale_times_consumer"
+    per_cost: bool = True  # importance per MAC saved, or importance alone
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"Magnitude(score={self.score!r}): choose one of {', '.join(SCORES)}")
+
+    def start(
+        self,
+        model: nn.Module,
+        example: Any,
+        budget: Budget,
+        *,
+        batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+    ) -> OneShot:
+        return OneShot(model, example, budget, self, batches)
+
+
+class OneShot(Process):
+    """Cuts at the start; what follows is ordinary training of the small network."""
+
+    def __init__(
+        self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Iterable[tuple[Tensor, Tensor]] | None
+    ) -> None:
+        super().__init__(model, example, budget)
+        importance = measure(model, self.graph, method.score, batches)
+        self.plan = solve(self.graph, importance, budget, per_cost=method.per_cost)
+        self.remove(self.plan.keep, None)
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        return None
+
+    def finish(self) -> nn.Module:
+        return self.model
+
+    @property
+    def status(self) -> Status:
+        return Status(self.cost, 0.0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state

@@ -1,0 +1,92 @@
+"""Units on tensors: from per-channel numbers of every layer to one vector over all units of a graph, and back.
+
+A unit acts on the network only through its *consumers*, the convolutions and linear layers that read it.  Shrinking the
+consumers' columns to zero removes it exactly: no bias or BatchNorm shift of the producer survives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.graph import Graph, Slice
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One dimension of one parameter and the unit that owns each position; ``owner`` is ``Units.count`` where none does."""
+
+    tensor: str
+    dim: int
+    parameter: nn.Parameter
+    owner: Tensor  # int64, (size of dim,)
+
+    def per_position(self, values: Tensor) -> Tensor:
+        """Sum a tensor shaped like the parameter over everything but ``dim``; shape ``(size of dim,)``, float32."""
+        return values.sum([d for d in range(values.ndim) if d != self.dim], dtype=torch.float32)
+
+    def spread(self, per_unit: Tensor) -> Tensor:
+        """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
+        shape = [1] * self.parameter.ndim
+        shape[self.dim] = -1
+        return per_unit[self.owner].view(shape)
+
+
+class Units:
+    """All units of a graph in one row, group after group, tied to the parameters of one model."""
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.graph = graph
+        self.offsets = np.concatenate([[0], np.cumsum(graph.sizes)]).astype(np.int64)
+        self.count = int(self.offsets[-1])
+        parameters = dict(model.named_parameters())
+        first = next(iter(parameters.values()), None)
+        self.device = torch.device("cpu") if first is None else first.device
+        self.consumers = self._columns(parameters, lambda s: s.consumed)
+        self.producers = self._columns(parameters, lambda s: not s.consumed and s.tensor in parameters)
+
+    def _columns(self, parameters: dict[str, nn.Parameter], wanted: Callable[[Slice], bool]) -> list[Columns]:
+        owners: dict[tuple[str, int], np.ndarray] = {}
+        for number, group in enumerate(self.graph.groups):
+            for s in group.slices:
+                if wanted(s):
+                    key = (s.tensor, s.dim)
+                    if key not in owners:
+                        owners[key] = np.full(self.graph.shapes[s.tensor][s.dim], self.count, dtype=np.int64)
+                    unit = self.offsets[number] + np.arange(group.size)
+                    owners[key][s.index] = unit[:, None]
+        return [Columns(t, d, parameters[t], torch.from_numpy(o).to(self.device)) for (t, d), o in owners.items()]
+
+    def sum(self, parts: Iterator[tuple[Columns, Tensor]]) -> Tensor:
+        """Add per-position values of several columns up per unit; shape ``(count,)``."""
+        total = torch.zeros(self.count + 1, device=self.device)
+        for columns, values in parts:
+            total.index_add_(0, columns.owner, values.float())
+        return total[: self.count]
+
+    def consumer_energy(self) -> Tensor:
+        """Squared norm of everything that reads a unit; shape ``(count,)``."""
+        with torch.no_grad():
+            return self.sum((c, c.per_position(c.parameter.detach().square())) for c in self.consumers)
+
+    def by_group(self, values: Tensor) -> dict[str, np.ndarray]:
+        """Cut one vector over all units into one array per group, as ``solve`` takes it."""
+        array = values.detach().double().cpu().numpy()
+        return {g.name: array[self.offsets[i] : self.offsets[i + 1]] for i, g in enumerate(self.graph.groups)}
+
+    def group_of(self) -> Tensor:
+        """Group number of every unit; shape ``(count,)``."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.graph.groups)), self.graph.sizes)).to(self.device)
+
+    def outside(self, keep: dict[str, np.ndarray]) -> Tensor:
+        """True for the units that are not in ``keep``; shape ``(count,)``."""
+        out = np.zeros(self.count, dtype=bool)
+        for i, group in enumerate(self.graph.groups):
+            if group.name in keep:
+                out[self.offsets[i] : self.offsets[i + 1]] = True
+                out[self.offsets[i] + np.asarray(keep[group.name])] = False
+        return torch.from_numpy(out).to(self.device)
