@@ -48,7 +48,8 @@ def trace(
     device = "meta"
     while True:
         try:
-            watch, output = _watch(model, example_inputs, levels, deadline, device)
+            private = private_copy(model, device)
+            watch, output = _watch(private, example_inputs, levels, deadline, device)
         except (TraceError, Mismatch):
             raise
         except Exception as error:
@@ -61,7 +62,7 @@ def trace(
         if not rehearse or not graph.groups:
             return graph
         try:
-            _rehearse(model, example_inputs, graph, watch, component, alive, output, deadline, device)
+            _rehearse(private, example_inputs, graph, watch, component, alive, output, deadline, device)
         except Mismatch as found:
             at = levels.get(found.key, 0)
             tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and at < 2
@@ -80,10 +81,9 @@ def trace(
 
 
 def _watch(
-    model: nn.Module, example: Any, levels: dict[tuple[str, str], int], deadline: float, device: str
+    private: nn.Module, example: Any, levels: dict[tuple[str, str], int], deadline: float, device: str
 ) -> tuple[Watch, Any]:
     """Eval-mode forward; if parameters stay unused (auxiliary heads), a train-mode forward on the same labels as well."""
-    private = private_copy(model, device)
     watch = Watch(private, rules=RULES, levels=levels, deadline=deadline)
     args, kwargs = call_arguments(example, device)
     with mode(private, training=False):
@@ -208,19 +208,26 @@ def _build(
     # sort all labels of free components by (component, axis, position); cut into components; equal signatures make a group
     members = np.flatnonzero(free[root])
     order = members[np.lexsort((position[members], axis_of[members], root[members]))]
-    groups: dict[tuple[Any, ...], list[np.ndarray]] = {}
+    groups: dict[Any, tuple[list[tuple[int, int, bool]], list[np.ndarray]]] = {}
     if len(order):
-        cuts = np.flatnonzero(np.diff(root[order])) + 1
-        for part in np.split(order, cuts):
-            where, counts = np.unique(axis_of[part], return_counts=True)
-            used = consumed[part[np.cumsum(counts) - counts] + 1]
-            signature = (*zip(where.tolist(), counts.tolist(), used.tolist(), strict=True),)
-            groups.setdefault(signature, []).append(part)
+        where, whose = axis_of[order], root[order]
+        run = np.flatnonzero(np.concatenate([[True], (np.diff(where) != 0) | (np.diff(whose) != 0)]))  # one axis, one component
+        count = np.diff(np.concatenate([run, [len(order)]]))
+        first = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
+        begin = np.flatnonzero(np.concatenate([[True], np.diff(whose[run]) != 0]))  # first run of every component
+        end = np.concatenate([begin[1:], [len(run)]])
+        starts_at = run[begin]
+        ends_at = np.concatenate([starts_at[1:], [len(order)]])
+        for i, j, at, to in zip(begin.tolist(), end.tolist(), starts_at.tolist(), ends_at.tolist(), strict=True):
+            key = first[i:j].tobytes()
+            if key not in groups:
+                groups[key] = ([(int(a), int(n), bool(u)) for a, n, u in first[i:j]], [])
+            groups[key][1].append(order[at:to])
 
     made: list[Group] = []
     names: dict[str, int] = {}
     group_of_label = np.full(watch.label_count, -1, dtype=np.int64)
-    for signature, parts in groups.items():
+    for signature, parts in groups.values():
         stacked = np.stack(parts)  # (units, labels per unit)
         group_of_label[stacked.reshape(-1) + 1] = len(made)
         slices, at = [], 0
@@ -334,12 +341,18 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[tuple[float, int], ...], 
         peak = position + 1 == len(events) or events[position + 1][1] == 1
         if kind == 0 and peak:
             moments[tuple(sorted((k, v) for k, v in live.items() if v > 0))] = None
-    unique = [dict(m) for m in moments]
-    maximal = [
-        m for i, m in enumerate(unique)
-        if not any(j != i and all(o.get(k, 0.0) >= v for k, v in m.items()) and o != m for j, o in enumerate(unique))
-    ] if len(unique) <= 400 else unique  # fmt: skip
-    return tuple(tuple((v, k) for k, v in m.items()) for m in maximal)
+    table = np.zeros((len(moments), max((k for m in moments for k, _ in m), default=-1) + 2))
+    for row, moment in zip(table, moments, strict=True):
+        for where, size in moment:
+            row[where] += size  # -1, plain bytes, is the last column
+    if len(table) <= 1000:
+        covered = (table[None] >= table[:, None]).all(2)  # [i, j]: moment j needs at least what moment i needs
+        np.fill_diagonal(covered, False)
+        table = table[~covered.any(1)]
+    last = table.shape[1] - 1
+    return tuple(
+        tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table
+    )
 
 
 # -- the rehearsal -----------------------------------------------------------------------------------------------------
@@ -359,7 +372,7 @@ def rehearsal_units(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def _rehearse(
-    model: nn.Module,
+    smaller: nn.Module,
     example: Any,
     graph: Graph,
     watch: Watch,
@@ -380,7 +393,6 @@ def _rehearse(
             gone = np.ones(axis.size, dtype=bool)
             gone[index] = False
             alive[axis.start + np.flatnonzero(gone)] = False
-    smaller = private_copy(model, device)
     carve(smaller, kept, group_width=graph.group_width)
     rehearsal = Rehearsal(watch.records, component, alive)
     second = Watch(
