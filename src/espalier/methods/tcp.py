@@ -134,9 +134,12 @@ class Tailoring(Process):
     # -- 1. importance -------------------------------------------------------------------------------------------------
 
     def importance(self) -> Tensor:
-        """Importance per unit as if nothing had faded: what a fading unit would be worth at full size."""
-        faded = torch.where(self.pressed, self._norm() / self.reference.clamp_min(1e-12), 1.0).clamp(0.1, 1.0)
-        return self.sensitivity.value / faded.square()
+        """Importance per unit as it is now.
+
+        A fading unit counts for what is left of it: it comes back only if the loss asks for it strongly.  Undoing the fading
+        here was tried and made the keep-set churn: every decision, a third of the pressed units came back.
+        """
+        return self.sensitivity.value
 
     def _norm(self) -> Tensor:
         return self.units.consumer_energy().sqrt()
