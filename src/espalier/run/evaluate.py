@@ -41,6 +41,19 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 @contextmanager
+def thread_count(count: int | None) -> Iterator[None]:
+    """Let torch use ``count`` threads inside; ``None`` changes nothing."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module its train or eval flag back afterwards, each its own."""
     before = [(module, module.training) for module in model.modules()]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from espalier.run.checkpoint import (
 )
 from espalier.run.data import Data, FolderData
 from espalier.run.ema import AveragedWeights
-from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device
+from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device, thread_count
 from espalier.run.recipe import Recipe
 from espalier.surgery.files import rebuild, structure
 
@@ -137,7 +136,7 @@ def train(
     _check_batch_size(data, recipe)
     if process is not None and any(p.device != device for p in model.parameters()):
         raise ValueError(f"train: move the model to {device} before the process is started on it")
-    with _threads(recipe.threads), seeded(recipe.seed, device):
+    with thread_count(recipe.threads), seeded(recipe.seed, device):
         content = read_checkpoint(path) if path is not None and path.exists() else None
         if content is not None and not same_structure(model, content):
             if process is not None:
@@ -509,14 +508,3 @@ def _check_batch_size(data: Source, recipe: Recipe) -> None:
             f"Recipe(batch_size={recipe.batch_size}): {data.name} has {images} training images; "  # type: ignore[attr-defined]
             "give a batch size that is not larger"
         )
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,145 @@
+"""What a network really costs: time and bytes, measured side by side so that ratios mean something."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.run.evaluate import thread_count
+from espalier.run.onnx import feeds, onnx_session, positional, resized, to_onnx_bytes
+from espalier.surgery.files import save
+
+WARM_UP = 3  # calls of every model before the clock counts
+SHORTEST = 2e-3  # seconds; faster calls are timed several at once
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one forward of one model."""
+
+    name: str
+    backend: str
+    batch: int
+    threads: int
+    milliseconds: float  # median
+    speedup: float  # over the first model, at the same batch size
+
+
+def latency(
+    models: Mapping[str, nn.Module],
+    example: Any,
+    *,
+    backend: str = "torch",
+    batch_sizes: Sequence[int] = (1, 64),
+    repeats: int = 30,
+    threads: int = 1,
+    seconds: float = 5.0,
+) -> list[Timing]:
+    """Time the forward of all ``models`` in one run, in turns, and compare each with the first.
+
+    In turns, because a machine's speed drifts: every round times every model once, and medians over the
+    rounds are compared.  ``backend`` is "torch" (where ``example`` is; eval mode) or "onnxruntime" (CPU).  A
+    batch size takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have passed.  ``example`` is a
+    tensor or a tuple of tensors, batch first; it is repeated to the batch sizes.
+
+    Raises: ValueError for an unknown backend or numbers below 1; MissingPackage without the backend's extra.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"latency(backend={backend!r}): choose {' or '.join(_BACKENDS)}")
+    numbers = {"repeats": repeats, "threads": threads, "batch_sizes": min(batch_sizes, default=0)}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"latency({name}): must be 1 or more")
+    if not models:
+        raise ValueError("latency: there is no model to time")
+    found = []
+    with thread_count(threads):
+        makers = {name: _BACKENDS[backend](model, example, threads) for name, model in models.items()}
+        for batch in batch_sizes:
+            medians = _race({name: make(batch) for name, make in makers.items()}, repeats, seconds)
+            first = next(iter(medians.values()))
+            found += [
+                Timing(name, backend, batch, threads, 1e3 * t, first / t) for name, t in medians.items()
+            ]
+    return found
+
+
+def size_on_disk(model: nn.Module) -> int:
+    """Bytes of the file that ``es.save`` writes: weights and structure."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save(model, path)
+        return path.stat().st_size
+
+
+Call = Callable[[], Any]
+
+
+def _race(calls: dict[str, Call], repeats: int, seconds: float) -> dict[str, float]:
+    """Median seconds of one call, by name."""
+    loops = {}
+    for name, call in calls.items():
+        for _ in range(WARM_UP):
+            call()
+        loops[name] = max(1, math.ceil(SHORTEST / max(_time(call, 1), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name, call in calls.items():
+            times[name].append(_time(call, loops[name]))
+    return {name: median(values) for name, values in times.items()}
+
+
+def _time(call: Call, loops: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return (time.perf_counter() - begin) / loops
+
+
+def _torch_maker(model: nn.Module, example: Any, threads: int) -> Callable[[int], Call]:
+    args: tuple[Tensor, ...] = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    device = args[0].device
+    private = copy.deepcopy(model).to(device).eval()
+
+    def make(batch: int) -> Call:
+        inputs = resized(args, batch)
+
+        def call() -> None:
+            with torch.inference_mode():
+                private(*inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return call
+
+    return make
+
+
+def _onnx_maker(model: nn.Module, example: Any, threads: int) -> Callable[[int], Call]:
+    args = positional(example)
+    session = onnx_session(to_onnx_bytes(model, example), threads=threads)
+
+    def make(batch: int) -> Call:
+        inputs = feeds(session, resized(args, batch))
+        return lambda: session.run(None, inputs)
+
+    return make
+
+
+_BACKENDS: dict[str, Callable[[nn.Module, Any, int], Callable[[int], Call]]] = {
+    "torch": _torch_maker,
+    "onnxruntime": _onnx_maker,
+}

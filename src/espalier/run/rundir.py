@@ -1,0 +1,167 @@
+"""The folder of a run: what it holds, when it may be written, and its files in plain formats.
+
+============================  ======================================================================
+``config.toml``               what reproduces the run
+``checkpoint.pt``             the last whole epoch, to resume from
+``log.csv``                   one row per epoch
+``model.safetensors``         the small network: weights and structure
+``model.onnx``                the same for ONNX Runtime, if the extra is installed
+``plan.json``                 which units stayed
+``metrics.json``              dense and small side by side
+``summary.md``                the same to read
+============================  ======================================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from espalier.surgery.files import write_beside
+
+CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
+    "config.toml",
+    "checkpoint.pt",
+    "log.csv",
+    "metrics.json",
+    "summary.md",
+)
+MODEL, ONNX, PLAN = "model.safetensors", "model.onnx", "plan.json"
+FILES = (CONFIG, CHECKPOINT, LOG, MODEL, ONNX, PLAN, METRICS, SUMMARY)
+
+
+def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
+    """The configuration of the run to resume, or ``None`` if a new one may begin.  Changes nothing.
+
+    Raises: ValueError if a run is in the way, or none is there to resume.
+    """
+    if resume and force:
+        raise ValueError("resume goes on with the run, force begins a new one; choose one")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; give a folder for the run")
+    present = _present(folder)
+    if resume:
+        if CONFIG not in present:
+            raise ValueError(f"{folder}: holds no run to resume (no {CONFIG})")
+        return read_config(folder / CONFIG)
+    if present and not force:
+        raise ValueError(
+            f"{folder}: already holds a run ({', '.join(present)}); go on with it (resume), begin anew and keep "
+            "the old files in a folder inside (force), or choose another folder"
+        )
+    return None
+
+
+def begin_folder(folder: Path) -> None:
+    """Make the folder.  The files of an older run go to ``old-1`` inside it, or the next free number; no
+    other is touched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    present = _present(folder)
+    if present:
+        aside = next(p for n in range(1, 10**6) if not (p := folder / f"old-{n}").exists())
+        aside.mkdir()
+        for name in present:
+            (folder / name).rename(aside / name)
+
+
+def _present(folder: Path) -> list[str]:
+    return [name for name in FILES if (folder / name).exists()]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a ``config.toml``.  Raises: ValueError if it is absent or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from error
+
+
+def write_config(path: Path, tables: Mapping[str, Any]) -> None:
+    write_file(path, to_toml(tables).encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON; numbers that JSON does not have (NaN, infinity) become null."""
+    write_file(path, (json.dumps(_finite(content), indent=1) + "\n").encode())
+
+
+def write_log(path: Path, epochs: Sequence[Any], columns: type) -> None:
+    """One row per epoch, columns as in the dataclass; empty where there is nothing to say."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, [f.name for f in fields(columns)], lineterminator="\n")
+    rows.writeheader()
+    for epoch in epochs:
+        rows.writerow(
+            {
+                k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v
+                for k, v in asdict(epoch).items()
+            }
+        )
+    write_file(path, text.getvalue().encode())
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that a full disk leaves the old file whole."""
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_bytes(content)
+
+    write_beside(path, write)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- TOML, which the standard library reads but does not write
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """Plain values first, then one table for each mapping.  ``None`` is left out.
+
+    Raises: ValueError for a value that TOML does not have.
+    """
+    plain = {k: v for k, v in tables.items() if not isinstance(v, Mapping)}
+    lines = [_line(k, v) for k, v in plain.items() if v is not None]
+    for name, table in tables.items():
+        if isinstance(table, Mapping):
+            lines += ["", f"[{_key(name)}]", *[_line(k, v) for k, v in table.items() if v is not None]]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _line(key: str, value: Any) -> str:
+    return f"{_key(key)} = {_value(value, key)}"
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def _value(value: Any, key: str) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (str, Path)):
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_value(v, key) for v in value)}]"
+    raise ValueError(f"config: {key} is a {type(value).__name__}, which TOML has no notation for")

@@ -1,0 +1,139 @@
+"""Measured time and size, and ONNX files that compute what PyTorch computes."""
+
+import pytest
+import torch
+from torch import nn
+
+from espalier.run import measure
+from espalier.run import onnx as onnx_room
+from espalier.run.measure import latency, size_on_disk
+from espalier.run.onnx import export_onnx, onnx_session
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+def test_every_model_is_timed_at_every_batch_size_against_the_first():
+    models = {"dense": small_net(), "small": small_net()}
+    found = latency(models, EXAMPLE, batch_sizes=(1, 4), repeats=3)
+    assert [(t.name, t.batch) for t in found] == [("dense", 1), ("small", 1), ("dense", 4), ("small", 4)]
+    assert all(t.milliseconds > 0 and t.threads == 1 and t.backend == "torch" for t in found)
+    assert [t.speedup for t in found if t.name == "dense"] == [1.0, 1.0]
+    assert found[1].speedup == pytest.approx(found[0].milliseconds / found[1].milliseconds)
+
+
+def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
+    clock, log = [0.0], []
+    duration = {"a": [9.0, 9.0, 9.0, 1.0, 1.0, 3.0, 2.0], "b": [9.0, 9.0, 9.0, 4.0, 4.0, 4.0, 4.0]}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def caller(name):
+        def call():
+            log.append(name)
+            clock[0] += duration[name].pop(0)
+
+        return call
+
+    found = measure._race({"a": caller("a"), "b": caller("b")}, repeats=3, seconds=100)
+    assert found == {"a": 2.0, "b": 4.0}
+    assert log[-6:] == ["a", "b"] * 3
+
+
+def test_timing_changes_neither_the_models_nor_the_threads():
+    model, before = small_net().train(), torch.get_num_threads()
+    latency({"dense": model}, EXAMPLE, batch_sizes=(1,), repeats=1, threads=2)
+    assert model.training and model[1].training and int(model[1].num_batches_tracked) == 0
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"backend": "abacus"}, {"repeats": 0}, {"threads": 0}, {"batch_sizes": ()}, {"batch_sizes": (0,)}],
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        latency({"dense": small_net()}, EXAMPLE, **wrong)
+
+
+def test_no_model_is_an_error():
+    with pytest.raises(ValueError, match="no model"):
+        latency({}, EXAMPLE)
+
+
+def test_the_size_on_disk_is_that_of_the_saved_file(tmp_path):
+    from espalier.surgery import save
+
+    model = small_net()
+    save(model, tmp_path / "m.safetensors")
+    assert size_on_disk(model) == (tmp_path / "m.safetensors").stat().st_size
+    assert size_on_disk(nn.Linear(100, 100)) - size_on_disk(nn.Linear(100, 50)) == pytest.approx(
+        4 * 50 * 101, abs=64
+    )
+
+
+# -- ONNX
+
+
+@pytest.fixture(scope="module")
+def onnx():
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    return pytest.importorskip("onnx", reason="the extra onnx is not installed")
+
+
+def test_an_exported_file_computes_the_same_at_any_batch_size(onnx, tmp_path, capfd):
+    model, path = small_net().train(), tmp_path / "m.onnx"
+    assert export_onnx(model, path, EXAMPLE) < 1e-5
+    assert model.training
+    session = onnx_session(path.read_bytes())
+    x = torch.randn(5, 1, 8, 8)
+    expected = model.eval()(x)
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_computes_something_else_is_not_written(onnx, tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"older")
+    other = small_net()
+    with torch.no_grad():
+        other[-1].bias.add_(0.5)
+    wrong = onnx_room.to_onnx_bytes(other, EXAMPLE)
+    monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("liar", lambda *_: wrong, True),))
+    with pytest.raises(ValueError, match=r"differ from PyTorch's by 0\.\d+.*not written"):
+        export_onnx(small_net(), path, EXAMPLE)
+    assert path.read_bytes() == b"older"
+
+
+def test_an_exporter_that_fails_makes_room_for_the_next(onnx, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no rule for this\nand a page of advice")
+
+    attempts = onnx_room._ATTEMPTS
+    monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("broken", broken, True), attempts[1]))
+    assert onnx_session(onnx_room.to_onnx_bytes(small_net(), EXAMPLE)) is not None
+    monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("broken", broken, True),))
+    with pytest.raises(ValueError, match=r"broken: no rule for this$"):
+        onnx_room.to_onnx_bytes(small_net(), EXAMPLE)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"espalier\[onnx\]"):
+        export_onnx(small_net(), tmp_path / "m.onnx", EXAMPLE)
+
+
+def test_onnx_runtime_is_timed_too(onnx):
+    found = latency({"dense": small_net(), "small": small_net()}, EXAMPLE, backend="onnxruntime", repeats=3)
+    assert [(t.name, t.batch) for t in found] == [("dense", 1), ("small", 1), ("dense", 64), ("small", 64)]
+    assert all(t.milliseconds > 0 for t in found)
