@@ -133,7 +133,6 @@ def train(
         raise ValueError(
             f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place"
         )
-    _check_batch_size(data, recipe)
     if process is not None and any(p.device != device for p in model.parameters()):
         raise ValueError(f"train: move the model to {device} before the process is started on it")
     with thread_count(recipe.threads), seeded(recipe.seed, device):
@@ -148,7 +147,7 @@ def train(
         run = _Run(model, data, recipe, device, process, teacher, path)
         if content is not None:
             run.load(content)
-        run.try_forward()
+        check_fit(model, run.data, recipe, teacher=run.teacher)
         while len(run.history.epochs) < recipe.epochs:
             run.epoch(on_step)
             if on_epoch is not None:
@@ -156,6 +155,34 @@ def train(
         if run.average is not None:
             run.average.swap(model)
     return run.history
+
+
+def check_fit(model: nn.Module, data: Source, recipe: Recipe, *, teacher: nn.Module | None = None) -> None:
+    """Find out before anything is trained or written whether model, data and recipe go together.
+
+    Raises: ValueError saying what does not fit.
+    """
+    images = len(data.train) if isinstance(data, (Data, FolderData)) else None
+    if images is not None and recipe.batch_size > images:
+        raise ValueError(
+            f"Recipe(batch_size={recipe.batch_size}): there are {images} training images; "
+            "give a batch size that is not larger"
+        )
+    _distillation_weight(recipe, teacher)
+    first = next(model.parameters(), None)
+    x = data.example(1).to(torch.device("cpu") if first is None else first.device)
+    for network in (model, teacher):
+        if network is None:
+            continue
+        with modes_kept(network), torch.no_grad():
+            network.eval()
+            try:
+                output = network(x)
+            except Exception as error:
+                raise ValueError(
+                    f"the model does not take the data's images {tuple(x.shape[1:])}: {first_line(error)}"
+                ) from error
+        main_logits(output, classes=data.num_classes)
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -359,21 +386,6 @@ class _Run:
             + f". Lower the learning rate ({self.recipe.lr:g}), set clip_norm, or warm up longer"
         )
 
-    def try_forward(self) -> None:
-        """One forward before anything is trained: what does not fit is found here, and said plainly."""
-        x = self.data.example(1).to(self.device)
-        with modes_kept(self.model), torch.no_grad():
-            self.model.eval()
-            try:
-                output = self.model(x)
-            except Exception as error:
-                raise ValueError(
-                    f"the model does not take the data's images {tuple(x.shape[1:])}: {first_line(error)}"
-                ) from error
-            main_logits(output, classes=self.data.num_classes)
-            if self.teacher is not None:
-                main_logits(self.teacher(x), classes=self.data.num_classes)
-
     def _evaluate(self) -> dict[str, float]:
         batches = self.data.test_batches(channels_last=self.recipe.channels_last)
         if self.average is not None:
@@ -499,12 +511,3 @@ def _placed(model: nn.Module, device: torch.device, recipe: Recipe) -> nn.Module
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def _check_batch_size(data: Source, recipe: Recipe) -> None:
-    images = len(data.train) if isinstance(data, (Data, FolderData)) else None
-    if images is not None and recipe.batch_size > images:
-        raise ValueError(
-            f"Recipe(batch_size={recipe.batch_size}): {data.name} has {images} training images; "  # type: ignore[attr-defined]
-            "give a batch size that is not larger"
-        )

@@ -1,0 +1,313 @@
+"""The whole job in one call: a trained or untrained network and a budget in, a smaller network out."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier import __version__
+from espalier.costs import Cost, cost
+from espalier.graph import trace
+from espalier.methods.base import Method, Process
+from espalier.methods.tcp import TCP
+from espalier.plan import Budget
+from espalier.run.batches import Source
+from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
+from espalier.run.data import Data
+from espalier.run.evaluate import evaluate, pick_device
+from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
+from espalier.run.recipe import Recipe
+from espalier.run.report import Outcome, write_results
+from espalier.run.rundir import CHECKPOINT, CONFIG, LOG, begin_folder, check_folder, write_config, write_log
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network and what became of it.  Accuracies are in percent, ``None`` where there was no
+    data."""
+
+    model: nn.Module
+    dense: Cost
+    cost: Cost
+    limits: dict[str, int]
+    history: History
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    folder: Path | None = None
+
+
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: Budget,
+    method: Method | None = None,
+    recipe: Recipe | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    trained: bool | None = None,
+    config: Mapping[str, Mapping[str, Any]] | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Compress a copy of ``model`` to ``budget``; ``model`` itself is not touched.
+
+    ``data`` is what ``load_data`` returns, or ``Loaders`` around your own; for a method that needs no
+    training it may be an example input, and then nothing is trained.  ``method`` defaults to ``TCP()``.  A
+    one-shot method with data is followed by ``recipe.epochs`` of fine-tuning.
+
+    A ``trained`` network becomes the teacher of its small copy, unless ``recipe.distill`` is 0; ``None``
+    means to find out: trained is what classifies training images far better than chance.
+
+    ``out`` is a folder that receives the run: network, plan, metrics, configuration, log, summary,
+    checkpoints.  It is refused if it holds a run already, unless ``resume`` goes on with that run (exactly,
+    also after a kill) or ``force`` begins anew and moves the old files aside.  ``config`` adds tables to its
+    ``config.toml``, to say where model and data came from.
+
+    Raises: ValueError if something does not fit together or the budget cannot be met; TrainingDiverged.
+
+    >>> import torch, espalier as es
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    >>> es.compress(net, torch.zeros(1, 8), budget=es.Budget(macs=0.5), method=es.Magnitude()).cost.macs
+    192
+    """
+    method = method or TCP()
+    source, example = _data_or_example(data, method)
+    recipe = recipe or Recipe()
+    if source is not None and method.trains and recipe.epochs == 0:
+        raise ValueError(f"{method.name} works while the network trains: give Recipe(epochs=1) or more")
+    if out is None and (resume or force):
+        raise ValueError("compress(resume=True or force=True): say which run: out=FOLDER")
+    folder = None if out is None else Path(out)
+    earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
+    job = _Job(model, source, example, budget, method, recipe)
+    job.judge(earlier, trained)
+    with seeded(recipe.seed, job.device):
+        job.start(folder, resumes=earlier is not None)
+        job.begin(folder, earlier, config or {})
+        job.train(on_epoch, on_step)
+    return job.result()
+
+
+class _Job:
+    """One call of ``compress``, step by step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: Source | None,
+        example: Any,
+        budget: Budget,
+        method: Method,
+        recipe: Recipe,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"compress: expected an nn.Module, got {type(model).__name__}")
+        if not isinstance(budget, Budget):
+            raise ValueError("compress: budget is a Budget, for example Budget(macs=0.5)")
+        self.model, self.source, self.example = model, source, example
+        self.budget, self.method, self.recipe = budget, method, recipe
+        first = next(model.parameters(), torch.empty(0))
+        self.home = first.device
+        self.device = pick_device(recipe.device) if source is not None else self.home
+        if source is not None:
+            check_fit(model, source, replace(recipe, distill=None))
+        self.dense = cost(trace(model, example))
+        self.limits = budget.limits(self.dense)
+        self.teacher: nn.Module | None = None
+        self.dense_result: dict[str, float] = {}
+
+    def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None) -> None:
+        """Evaluate the dense network, and find out whether its small copy can learn from it."""
+        self.trained = bool(trained)
+        if self.source is None:
+            return
+        reference = copy.deepcopy(self.model).to(self.device)
+        if isinstance(self.source, Data):
+            self.source = self.source.to(self.device)
+        self.dense_result = self._tested(reference)
+        if trained is None:
+            self.trained = earlier["start"]["trained"] if earlier else _is_trained(reference, self.source)
+        if self.trained and self.recipe.distill != 0:
+            self.teacher = reference
+        check_fit(reference, self.source, self.recipe, teacher=self.teacher)
+
+    def start(self, folder: Path | None, *, resumes: bool) -> None:
+        """Begin on a copy of the network, as it is or as the checkpoint has it."""
+        self.checkpoint = None if folder is None else folder / CHECKPOINT
+        self.goes_on = resumes and self.checkpoint is not None and self.checkpoint.exists()
+        small = copy.deepcopy(self.model).to(self.device)
+        if self.goes_on and self.checkpoint is not None:
+            rebuild_from_checkpoint(small, self.checkpoint)
+        self.process: Process | None = None
+        if self.method.trains:
+            # Fractions are of the network that the run began with, not of what is left of it by now.
+            budget = self._absolute_budget() if self.goes_on else self.budget
+            self.process = self.method.start(small, self.example, budget)
+        elif not self.goes_on:
+            small = self.method.start(small, self.example, self.budget).finish()
+        self.small = small
+
+    def begin(
+        self,
+        folder: Path | None,
+        earlier: Mapping[str, Any] | None,
+        more: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Write down what is going to be done, or see that it is what was done so far."""
+        self.folder = folder
+        self.config = {
+            **{name: dict(table) for name, table in more.items()},
+            "budget": asdict(self.budget),
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "recipe": self.recipe.to_dict() if self.source is not None else {},
+            "start": {"trained": self.trained, "weights": fingerprint(self.model)},
+            "versions": {
+                "espalier": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        }
+        if earlier is not None:
+            _check_same(earlier, self.config)
+        elif folder is not None:
+            begin_folder(folder)
+            write_config(folder / CONFIG, self.config)
+
+    def train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:
+        """Train, with the method at work or after it, and let the method finish."""
+        self.history = History()
+        if self.source is not None and self.recipe.epochs:
+            constant = {} if self.method.trains else asdict(cost(trace(self.small, self.example)))
+
+            def after_epoch(history: History) -> None:
+                history = _with_cost(history, constant)
+                if self.folder is not None:
+                    write_log(self.folder / LOG, history.epochs, Epoch)
+                if on_epoch is not None:
+                    on_epoch(history)
+
+            history = train(
+                self.small,
+                self.source,
+                self.recipe,
+                process=self.process,
+                teacher=self.teacher,
+                checkpoint=self.checkpoint,
+                resume=self.goes_on,
+                on_epoch=after_epoch,
+                on_step=on_step,
+            )
+            self.history = _with_cost(history, constant)
+        if self.process is not None:
+            self.small = self.process.finish()
+
+    def result(self) -> Result:
+        """Check what was promised, evaluate, and write the results."""
+        found = cost(trace(self.small, self.example))
+        for metric, limit in self.limits.items():
+            if getattr(found, metric) > limit:
+                raise ValueError(
+                    f"{self.method.name} returned a network with {metric}={getattr(found, metric):,}, "
+                    f"above the budget of {limit:,}; this is a fault of the method"
+                )
+        small_result = self._tested(self.small) if self.source is not None else {}
+        small = self.small.to(self.home).train(self.model.training)
+        if self.folder is not None:
+            write_results(
+                self.folder,
+                Outcome(
+                    dense_model=self.model,
+                    small_model=small,
+                    example=self.example,
+                    dense=self.dense,
+                    small=found,
+                    limits=self.limits,
+                    dense_result=self.dense_result,
+                    small_result=small_result,
+                    history=self.history,
+                    config=self.config,
+                ),
+            )
+        return Result(
+            model=small,
+            dense=self.dense,
+            cost=found,
+            limits=self.limits,
+            history=self.history,
+            dense_accuracy=self.dense_result.get("accuracy"),
+            accuracy=small_result.get("accuracy"),
+            folder=self.folder,
+        )
+
+    def _absolute_budget(self) -> Budget:
+        macs, params = self.limits.get("macs"), self.limits.get("params")
+        memory = self.limits.get("activation_memory")
+        return replace(self.budget, macs=macs, params=params, activation_memory=memory)
+
+    def _tested(self, model: nn.Module) -> dict[str, float]:
+        assert self.source is not None
+        batches = self.source.test_batches(channels_last=self.recipe.channels_last)
+        return evaluate(model, batches, device=self.device, precision=self.recipe.precision)
+
+
+def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any]:
+    if isinstance(data, (Tensor, tuple, list, dict)):
+        if method.trains:
+            raise ValueError(
+                f"{method.name} works while the network trains, so it needs data: give load_data(...) or "
+                "Loaders(train, test, num_classes=...); Magnitude() needs only an example"
+            )
+        return None, data
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise ValueError(
+            "compress: a DataLoader alone is not enough; give Loaders(train, test, num_classes=N)"
+        )
+    if isinstance(data, str):
+        raise ValueError(f"compress: data is not a name; give load_data({data!r})")
+    try:
+        return data, data.example(1)
+    except AttributeError as error:
+        raise ValueError(
+            f"compress: data is a {type(data).__name__}; give load_data(...), Loaders(...) or an example"
+        ) from error
+
+
+def _is_trained(model: nn.Module, source: Source) -> bool:
+    """A quarter of the way from chance to perfect, on up to 1024 training images."""
+    found = evaluate(model, source.calibration_batches(batch_size=256, batches=4))
+    chance = 100.0 / source.num_classes
+    return found["accuracy"] > chance + 0.25 * (100.0 - chance)
+
+
+def _with_cost(history: History, constant: dict[str, int]) -> History:
+    """Fine-tuning does not change the cost; the log says it all the same."""
+    return History(tuple(replace(e, **constant) for e in history.epochs)) if constant else history
+
+
+def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A run goes on as it began: same budget, method, recipe, and, where it matters, network."""
+    for table in ("budget", "method", "recipe", "start"):
+        then, new = earlier.get(table, {}), _plain(now[table])
+        for key in then.keys() | new.keys():
+            if key in ("device", "threads") or (key == "weights" and not new.get("trained")):
+                continue
+            if then.get(key) != new.get(key):
+                raise ValueError(
+                    f"cannot resume: {table}.{key} was {then.get(key)} and is {new.get(key)} now; "
+                    "give what the run began with, or begin a new one"
+                )
+
+
+def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    """As the table reads once it has been through TOML."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in table.items() if v is not None}

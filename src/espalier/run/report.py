@@ -1,0 +1,142 @@
+"""The results of a run, written into its folder: networks, metrics, and a summary to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from espalier.costs import METRICS as COSTS
+from espalier.costs import Cost
+from espalier.graph.watch import first_line
+from espalier.run.loop import History
+from espalier.run.measure import Timing, latency, size_on_disk
+from espalier.run.onnx import export_onnx
+from espalier.run.rundir import METRICS, MODEL, ONNX, SUMMARY, write_file, write_json
+from espalier.surgery import save
+
+BATCH_SIZES = (1, 64)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to, for the report."""
+
+    dense_model: nn.Module
+    small_model: nn.Module
+    example: Any
+    dense: Cost
+    small: Cost
+    limits: Mapping[str, int]
+    dense_result: Mapping[str, float]  # accuracy and loss; empty without data
+    small_result: Mapping[str, float]
+    history: History
+    config: Mapping[str, Any]
+
+
+def write_results(folder: Path, outcome: Outcome) -> None:
+    """Write ``model.safetensors``, ``model.onnx``, ``metrics.json`` and ``summary.md``.
+
+    What cannot be measured or exported here - an extra that is not installed, an operation without a
+    translation - is said in the metrics and the summary; the run is not lost for it.
+    """
+    save(outcome.small_model, folder / MODEL)
+    metrics = measured(folder, outcome)
+    write_json(folder / METRICS, metrics)
+    write_file(folder / SUMMARY, summary(metrics, outcome.config).encode())
+
+
+def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
+    """The content of ``metrics.json``; writes ``model.onnx`` on the way."""
+    notes: dict[str, str] = {}
+    difference = None
+    try:
+        difference = export_onnx(outcome.small_model, folder / ONNX, outcome.example)
+    except ValueError as error:
+        notes["model.onnx"] = str(error)
+    timings: list[Timing] = []
+    for backend in ("torch", "onnxruntime"):
+        try:
+            timings += _timings(outcome, backend)
+        except (ValueError, RuntimeError) as error:
+            notes[f"latency, {backend}"] = first_line(error)
+    dense_bytes, small_bytes = size_on_disk(outcome.dense_model), (folder / MODEL).stat().st_size
+    return {
+        "dense": {**outcome.dense_result, **asdict(outcome.dense), "bytes": dense_bytes},
+        "small": {**outcome.small_result, **asdict(outcome.small), "bytes": small_bytes},
+        "fraction": {**outcome.small.fraction_of(outcome.dense), "bytes": small_bytes / dense_bytes},
+        "limits": dict(outcome.limits),
+        "latency": [asdict(timing) for timing in timings],
+        "onnx_difference": difference,
+        "notes": notes,
+        "epochs": len(outcome.history.epochs),
+        "seconds": outcome.history.seconds,
+        "seed": outcome.config["recipe"].get("seed"),
+        "versions": outcome.config["versions"],
+    }
+
+
+def _timings(outcome: Outcome, backend: str) -> list[Timing]:
+    example = outcome.example
+    if isinstance(example, dict):
+        raise ValueError("models with keyword inputs are not timed")
+    tensors = example if isinstance(example, (tuple, list)) else (example,)
+    models = {"dense": outcome.dense_model, "small": outcome.small_model}
+    return latency(models, tuple(t.detach().cpu() for t in tensors), backend=backend, batch_sizes=BATCH_SIZES)
+
+
+def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """``metrics.json`` as Markdown."""
+    dense, small, fraction = metrics["dense"], metrics["small"], metrics["fraction"]
+    origin = [f"{config[name]['name']}" for name in ("model", "data") if "name" in config.get(name, {})]
+    title = " on ".join(origin) or "A network"
+    lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics), ""]
+    lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
+    if "accuracy" in small:
+        change = small["accuracy"] - dense["accuracy"]
+        lines.append(
+            f"| test accuracy, % | {dense['accuracy']:.2f} | {small['accuracy']:.2f} | {change:+.2f} points |"
+        )
+        lines.append(f"| test loss | {dense['loss']:.4f} | {small['loss']:.4f} | |")
+    for name, label in _LABELS.items():
+        limit = f" (limit {metrics['limits'][name]:,})" if name in metrics["limits"] else ""
+        lines.append(f"| {label} | {dense[name]:,} | {small[name]:,}{limit} | {fraction[name]:.1%} |")
+    lines += ["", *_latency_table(metrics["latency"])]
+    if metrics["epochs"]:
+        lines += [
+            f"Trained for {metrics['epochs']} epochs in {metrics['seconds']:.0f} s, seed {metrics['seed']}.",
+            "",
+        ]
+    if metrics["onnx_difference"] is not None:
+        lines += [f"`model.onnx` differs from PyTorch by at most {metrics['onnx_difference']:.1e}.", ""]
+    lines += [f"Missing - {name}: {reason}\n" for name, reason in metrics["notes"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    lines += [f"Made with {versions}. `config.toml` reproduces it, `log.csv` has every epoch.", ""]
+    return "\n".join(lines)
+
+
+_LABELS = {
+    **dict(zip(COSTS, ("MACs", "parameters", "peak activation memory, bytes"), strict=True)),
+    "bytes": "bytes on disk",
+}
+
+
+def _sentence(metrics: Mapping[str, Any]) -> str:
+    limits = ", ".join(f"{name} up to {value:,}" for name, value in metrics["limits"].items())
+    return f"Budget: {limits}. One multiply-add is one MAC; costs are those of a single input."
+
+
+def _latency_table(timings: list[dict[str, Any]]) -> list[str]:
+    if not timings:
+        return []
+    lines = ["| latency | dense, ms | small, ms | speed-up |", "|---|---:|---:|---:|"]
+    for first, second in zip(timings[::2], timings[1::2], strict=True):
+        place, times = (
+            f"{first['backend']}, batch {first['batch']}",
+            (first["milliseconds"], second["milliseconds"]),
+        )
+        lines.append(f"| {place} | {times[0]:.3g} | {times[1]:.3g} | {second['speedup']:.2f}x |")
+    return [*lines, "", "One thread of this machine's processor, medians of runs in turns.", ""]
