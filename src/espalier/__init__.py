@@ -10,20 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from espalier.costs import Cost, cost
-    from espalier.graph import Graph, trace
-    from espalier.methods.base import attach
-    from espalier.methods.magnitude import Magnitude
-    from espalier.methods.tcp import TCP
-    from espalier.plan import Budget, Plan
-    from espalier.run.compress import Result, compress
-    from espalier.run.data import load_data
-    from espalier.run.models import build_model, load_weights
-    from espalier.run.onnx import export_onnx
-    from espalier.run.recipe import Recipe
-    from espalier.solver import BudgetError, solve
-    from espalier.surgery import load, save, shrink, verify
+if TYPE_CHECKING:  # the same table for type checkers
+    from espalier.costs import Cost as Cost
+    from espalier.costs import cost as cost
+    from espalier.graph import Graph as Graph
+    from espalier.graph import trace as trace
+    from espalier.methods.base import attach as attach
+    from espalier.methods.magnitude import Magnitude as Magnitude
+    from espalier.methods.tcp import TCP as TCP
+    from espalier.plan import Budget as Budget
+    from espalier.plan import Plan as Plan
+    from espalier.run.compress import Result as Result
+    from espalier.run.compress import compress as compress
+    from espalier.run.data import load_data as load_data
+    from espalier.run.models import build_model as build_model
+    from espalier.run.models import load_weights as load_weights
+    from espalier.run.onnx import export_onnx as export_onnx
+    from espalier.run.recipe import Recipe as Recipe
+    from espalier.solver import BudgetError as BudgetError
+    from espalier.solver import solve as solve
+    from espalier.surgery import load as load
+    from espalier.surgery import save as save
+    from espalier.surgery import shrink as shrink
+    from espalier.surgery import verify as verify
 
 _HOME = {
     "Budget": "espalier.plan",

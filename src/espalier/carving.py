@@ -68,7 +68,9 @@ def carve(
 
 def select(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
     """Keep ``index[dim]`` along every dimension given; the memory format stays."""
-    channels_last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    channels_last = (
+        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
     for dim, keep in index.items():
         tensor = tensor.index_select(dim, keep)
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.contiguous()

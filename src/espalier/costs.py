@@ -81,11 +81,11 @@ class CostModel:
     def cost(self, keep: np.ndarray) -> Cost:
         """Exact cost when group ``g`` keeps ``keep[g]`` units."""
         length = self._fixed + self._each @ keep
-        amounts = {m: int(round(float((c * length[e].prod(0)).sum()))) for m, (c, e) in self._terms.items()}
+        amounts = {m: round(float((c * length[e].prod(0)).sum())) for m, (c, e) in self._terms.items()}
         if (keep == self.graph.sizes).all():  # what surgery would not touch keeps its computed weights
             amounts["params"] += self._baked_away
         live = self._live_fixed + self._live_each @ keep
-        return Cost(amounts["macs"], amounts["params"], int(round(float(live.max(initial=0.0)))))
+        return Cost(amounts["macs"], amounts["params"], round(float(live.max(initial=0.0))))
 
     def at(self, keep: np.ndarray) -> CostState:
         """A state that can be moved unit by unit, cheaply."""

@@ -32,7 +32,9 @@ class Plan:
             group = graph.group(name)
             total = self.sizes.get(name, group.size)
             if total != group.size:
-                raise ValueError(f"plan: group {name!r} had {total} units when planned, this graph has {group.size}; trace again")
+                raise ValueError(
+                    f"plan: group {name!r} had {total} units when planned, this graph has {group.size}; trace again"
+                )
             units = np.asarray(units)
             if units.ndim != 1 or len(units) == 0:
                 raise ValueError(f"plan: group {name!r} must keep at least one unit")
@@ -41,7 +43,9 @@ class Plan:
 
     def counts(self, graph: Graph) -> np.ndarray:
         """Kept units per group in the order of ``graph.groups``."""
-        return np.array([len(self.keep[g.name]) if g.name in self.keep else g.size for g in graph.groups], dtype=np.int64)
+        return np.array(
+            [len(self.keep[g.name]) if g.name in self.keep else g.size for g in graph.groups], dtype=np.int64
+        )
 
     def to_json(self) -> str:
         groups = {n: {"of": int(self.sizes.get(n, 0)), "keep": np.asarray(u).tolist()} for n, u in self.keep.items()}
@@ -84,7 +88,9 @@ class Budget:
                     "or above 1 as an absolute amount"
                 )
         if all(v is None for v in self._values().values()):
-            raise ValueError("Budget(): give at least one of macs, params, activation_memory, for example Budget(macs=0.5)")
+            raise ValueError(
+                "Budget(): give at least one of macs, params, activation_memory, for example Budget(macs=0.5)"
+            )
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): must be a whole number, 1 or more")
         if isinstance(self.protect, str):

@@ -33,9 +33,11 @@ def solve(
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
     ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
-    kept whole.  With ``per_cost=False`` the least important unit goes first whatever it saves.  ``budget`` may also be absolute limits per metric.  Greedy on importance per exact marginal cost with
-    lazy updates (removing units only makes other units cheaper to keep, so an old key is a lower bound), then a fill
-    pass that gives back, best first, every block that still fits.
+    kept whole.  ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes
+    first, whatever it saves.
+
+    Greedy on importance per exact marginal cost with lazy updates (removing units only makes other units cheaper to keep,
+    so an old key is a lower bound), then a fill pass that gives back, best first, every block that still fits.
 
     Raises ``BudgetError`` (a ``ValueError``) with the smallest reachable cost if the budget cannot be met.
     """
@@ -103,8 +105,13 @@ def _up(keep: int, step: int, size: int) -> int:
 
 
 def _remove(
-    state: CostState, sums: list[np.ndarray], lowest: np.ndarray, steps: np.ndarray, sizes: np.ndarray,
-    limits: dict[str, int], per_cost: bool
+    state: CostState,
+    sums: list[np.ndarray],
+    lowest: np.ndarray,
+    steps: np.ndarray,
+    sizes: np.ndarray,
+    limits: dict[str, int],
+    per_cost: bool,
 ) -> None:
     violated = {m for m in METRICS if m in limits and state.value(m) > limits[m]}
     weights: dict[str, float] = {}
@@ -125,7 +132,8 @@ def _remove(
 
     while violated:
         weights = {
-            m: 1.0 / (state.excess(limits[m]) if m == "activation_memory" else state.value(m) - limits[m]) for m in violated
+            m: 1.0 / (state.excess(limits[m]) if m == "activation_memory" else state.value(m) - limits[m])
+            for m in violated
         }
         heap = [(key(g), g) for g in range(len(sizes)) if state.keep[g] > lowest[g]]
         heapq.heapify(heap)
@@ -145,7 +153,9 @@ def _remove(
         violated = now
 
 
-def _fill(state: CostState, sums: list[np.ndarray], steps: np.ndarray, sizes: np.ndarray, limits: dict[str, int]) -> None:
+def _fill(
+    state: CostState, sums: list[np.ndarray], steps: np.ndarray, sizes: np.ndarray, limits: dict[str, int]
+) -> None:
     """Give back blocks, best importance per share of the limits first, until none fits.
 
     What does not fit now never fits later, because everything added makes it dearer.

@@ -148,8 +148,8 @@ class Graph:
             slices = []
             for s in group.slices:
                 index = s.index[stay]
-                place = moved.get((s.tensor, s.dim))
-                slices.append(replace(s, index=index if place is None else place[index]))
+                move = moved.get((s.tensor, s.dim))
+                slices.append(replace(s, index=index if move is None else move[index]))
             groups.append(replace(group, size=len(stay), slices=tuple(slices)))
         if not kept:
             return self

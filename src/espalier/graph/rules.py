@@ -15,7 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.graph.watch import FROZEN, Layer, RawSite, Reason, State, Watch, compact, state, tensors_in, varying
+from espalier.graph.watch import (
+    COMPUTED,
+    PLAIN,
+    Layer,
+    RawSite,
+    Reason,
+    State,
+    Watch,
+    compact,
+    state,
+    tensors_in,
+    varying,
+)
 from espalier.layers import ChannelPad
 
 aten = torch.ops.aten
@@ -49,9 +61,10 @@ def dims_of(dims: Any, ndim: int) -> list[int]:
     return [d % ndim for d in dims] if ndim else []
 
 
-def is_derived(operands: Sequence[Tensor]) -> bool:
-    """Made of parameters and constants only (a tensor the watch has never seen counts as neither)."""
-    return bool(operands) and all(state(t).derived for t in operands)
+def derived_from(operands: Sequence[Tensor]) -> int:
+    """``State.derived`` of what is made of ``operands``; a tensor the watch has never seen is no parameter."""
+    kinds = [state(t).derived for t in operands]
+    return max(kinds) if kinds and min(kinds) else 0
 
 
 def pending_of(operands: Sequence[Tensor]) -> tuple[tuple[np.ndarray, Reason], ...]:
@@ -78,7 +91,9 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
             layer = align(layer, ndim)
             dims = varying(layer)
             if not dims:  # one single channel
-                if any(other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)):
+                if any(
+                    other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)
+                ):
                     watch.freeze([layer], "is a single channel that is broadcast")
                     continue
             if _meets_fixed(tensor, dims, operands, shapes, ndim):
@@ -106,15 +121,34 @@ def _meets_fixed(
     return False
 
 
+KEEPS_ZERO = {
+    getattr(aten, name)
+    for name in (
+        "mul", "mul_", "div", "div_", "neg", "neg_", "abs", "abs_", "sign", "sgn", "round", "trunc", "relu", "relu_", "tanh",
+        "leaky_relu", "gelu", "silu", "hardswish", "erf", "sin", "atan", "square", "asinh", "sinh",
+    )
+}  # fmt: skip
+"""Operations that make zero of a parameter that is zero (of a quotient: of its first operand)."""
+
+
+def computed(func: Any, operands: Sequence[Tensor]) -> bool:
+    """Could the result be other than zero where a parameter among ``operands`` is zero?"""
+    packet = func._overloadpacket
+    quotient = packet in (aten.div, aten.div_)
+    return packet not in KEEPS_ZERO or (quotient and any(state(t).layers for t in operands[1:]))
+
+
 def pointwise(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     operands = list(tensors_in((args, kwargs)))
-    derived = is_derived(operands)
+    derived = derived_from(operands)
+    if derived == PLAIN and computed(func, operands):
+        derived = COMPUTED
     outs = list(tensors_in(out))
     shape = outs[0].shape if outs else ()
     if len(operands) == 1 and operands[0].shape == shape:
         known = state(operands[0])
         for o in outs:
-            watch.put(o, known.layers, derived=known.derived, pending=known.pending)
+            watch.put(o, known.layers, derived=derived, pending=known.pending)
         return
     layers = combine(watch, operands, shape)
     pending = pending_of(operands)
@@ -147,7 +181,10 @@ def same(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 @rule("as_strided_")
 def restrided(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """In place: the same elements in the same shape with other strides (adaptive pooling to 1x1 ends so)."""
-    if all(len(args[1]) == m.ndim and all(s in (1, n) for s, n in zip(m.shape, args[1], strict=True)) for m in state(out).layers):
+    if all(
+        len(args[1]) == m.ndim and all(s in (1, n) for s, n in zip(m.shape, args[1], strict=True))
+        for m in state(out).layers
+    ):
         return
     unknown(watch, func, args, kwargs, out)
 
@@ -164,6 +201,18 @@ def unknown(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 RULES["unknown"] = unknown
+
+
+def fixed(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A rehearsal has shown that this line, or the module it is in, works for one size only."""
+    watch.freeze_operands(args, kwargs, "sizes look hard-coded here")
+    constant_macs(watch, func, args, kwargs, out)
+    derived = derived_from(list(tensors_in((args, kwargs))))
+    for o in tensors_in(out):
+        watch.put(o, derived=derived)
+
+
+RULES["fixed"] = fixed
 
 
 def constant_macs(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -314,7 +363,7 @@ def select(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def cat(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tensors = [t for t in args[0] if t.numel() or t.ndim == out.ndim]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
-    watch.put(out, join(watch, tensors, dim), derived=is_derived(tensors), pending=pending_of(tensors))
+    watch.put(out, join(watch, tensors, dim), derived=derived_from(tensors), pending=pending_of(tensors))
 
 
 def join(watch: Watch, tensors: Sequence[Tensor], dim: int) -> list[Layer]:
@@ -339,7 +388,7 @@ def join(watch: Watch, tensors: Sequence[Tensor], dim: int) -> list[Layer]:
 def stack(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     layers = combine(watch, list(args[0]), args[0][0].shape)
-    derived = is_derived(list(args[0]))
+    derived = derived_from(list(args[0]))
     watch.put(out, [layer.unsqueeze(dim) for layer in layers], derived=derived, pending=pending_of(args[0]))
 
 
@@ -349,7 +398,8 @@ def pad(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tensor, amounts, known = args[0], args[1], state(args[0])
     layers = []
     for layer in known.layers:
-        padded = [d for d in range(tensor.ndim) if layer.shape[d] > 1 and tuple(amounts[2 * (tensor.ndim - 1 - d) :][:2]) not in ((), (0, 0))]
+        amount = {tensor.ndim - 1 - i: tuple(amounts[2 * i : 2 * i + 2]) for i in range(len(amounts) // 2)}
+        padded = [d for d in varying(layer) if amount.get(d, (0, 0)) != (0, 0)]
         if padded == [1] and isinstance(watch.module, ChannelPad) and len(varying(layer)) == 1:
             name = watch.module_name
             before = watch.axis_labels(f"{name}#before", 0, watch.module.before)
@@ -368,7 +418,7 @@ def pad(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 def reduced(watch: Watch, args: Any, out: Any, dims: list[int], keepdim: bool, text: str) -> None:
     """A reduction over ``dims``; a weight that is normalised over its own inputs may still be baked into a plain one."""
-    tensor, known = args[0], state(args[0])
+    known = state(args[0])
     layers, pending = [], list(known.pending)
     for layer in known.layers:
         touched = [d for d in dims if layer.shape[d] > 1]
@@ -482,7 +532,9 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     first = next(iter(tensors_in(out)))
     watch.put(first, layers, derived=known.derived, pending=tuple(pending))
     for o in list(tensors_in(out))[1:]:
-        watch.put(o, [vec] if o.ndim == 1 and o.shape[0] == vec.shape[0] and bool(vec.any()) else [], derived=known.derived)
+        watch.put(
+            o, [vec] if o.ndim == 1 and o.shape[0] == vec.shape[0] and bool(vec.any()) else [], derived=known.derived
+        )
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
@@ -514,6 +566,8 @@ def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
         watch.tie(vec, watch.vector(t, 0))
     block = vec.view(groups, -1)
     known = isinstance(watch.module, nn.GroupNorm) and watch.module.num_groups == groups
+    if known and bool(vec.any()):
+        watch.tie(vec, watch.axis_labels(f"{watch.module_name}#channels", 0, vec.numel()))
     if groups == 1 and block.shape[1] > 1:
         watch.mix(block, [1], "group norm with one group takes its statistics over these channels")
     elif not known:
@@ -521,10 +575,10 @@ def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     else:
         watch.tie(block, block[:, :1])
         watch.whole_groups[watch.module_name] = block.shape[1]
-    first = next(iter(tensors_in(out)))
+    first, *statistics = tensors_in(out)
     watch.put(first, state(tensor).layers)
-    for o in list(tensors_in(out))[1:]:
-        watch.put(o)
+    for o in statistics:  # (n, groups)
+        watch.put(o, [block[:, 0].view(1, -1)] if bool(vec.any()) else [])
 
 
 # -- convolutions and matrix products ----------------------------------------------------------------------------------
@@ -543,12 +597,14 @@ def convolution(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> No
     bake = ""
     if known.pending:
         module = watch.module
-        if isinstance(module, nn.Conv2d) and not transposed and not known.source:
+        if isinstance(module, nn.Conv2d) and "weight" in module._parameters and not transposed and not known.source:
             bake = watch.module_name
             watch.baked[bake] = None
             cols = baked_columns(watch, module, cols)
         else:
             settle(watch, [weight])
+    if known.derived == COMPUTED and not bake:
+        watch.freeze([rows if transposed else cols], "belongs to a weight that is computed")
     made = cols if transposed else rows
     if groups > 1:
         made = grouped(watch, channels, rows, cols, groups, transposed)
@@ -592,9 +648,14 @@ def grouped(watch: Watch, channels: Tensor, rows: Tensor, cols: Tensor, groups: 
     inside = channels.numel() // groups
     outside = (cols.numel() * groups if transposed else rows.numel()) // groups
     x = channels.view(groups, inside)
-    whole = inside == 1 or groups >= GROUPS_TAKEN_WHOLE
     module = watch.module
-    owned = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if watch.rehearsal is None:
+        whole = inside == 1 or groups >= GROUPS_TAKEN_WHOLE
+    else:
+        whole = watch.module_name in watch.rehearsal.whole_groups
+    owned = isinstance(
+        module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    )
     if whole and not (owned and module.groups == groups):
         made = cols.repeat(groups) if transposed else rows
         watch.freeze([channels, rows, cols], "a functional convolution fixes the number of groups")
@@ -623,7 +684,25 @@ def grouped(watch: Watch, channels: Tensor, rows: Tensor, cols: Tensor, groups: 
 
 @rule("mm", "bmm", "matmul", "dot", "mv")
 def matmul(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    watch.put(out, contract(watch, func, args[0], args[1], out))
+    a, b = args[0], args[1]
+    derived = derived_from([a, b])
+    if derived and min(a.ndim, b.ndim) == 1:
+        weight_times_vector(watch, a, b, out, derived)
+    else:
+        watch.put(out, contract(watch, func, a, b, out), derived=derived)
+
+
+def weight_times_vector(watch: Watch, a: Tensor, b: Tensor, out: Tensor, derived: int) -> None:
+    """A statistic of a weight, such as its largest singular value: it ends up in every element of the weight."""
+    watch.tie(watch.vector(a, -1), watch.vector(b, 0))
+    reason = Reason("a weight is divided by a statistic over these channels", watch.place())
+    layers, pending = [], list(pending_of([a, b]))
+    for layer in (*state(a).layers, *state(b).layers):
+        if layer.ndim == 2 and layer.shape[1] == 1:
+            layers.append(layer.reshape(-1))
+        else:
+            pending.append((layer.reshape(1, -1).numpy(), reason))
+    watch.put(out, layers, derived=derived, pending=tuple(pending))
 
 
 @rule("addmm", "baddbmm", "addbmm")
@@ -658,6 +737,8 @@ def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list
         watch.tie(inner, other)
         if weight is not None:
             settle(watch, [weight])
+            if state(weight).derived == COMPUTED:
+                watch.freeze([other if weight is b else inner], "belongs to a weight that is computed")
             watch.consume(other if weight is b else inner)
         inner = other if weight is b else inner
     layers = []
@@ -680,7 +761,13 @@ def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list
     if not count or macs % count:
         factors, count = (), 1
     watch.sites.append(
-        RawSite(watch.module_name, "matrix product", state(weight).source if weight is not None else None, macs // count, factors)
+        RawSite(
+            watch.module_name,
+            "matrix product",
+            state(weight).source if weight is not None else None,
+            macs // count,
+            factors,
+        )
     )
     return layers
 
@@ -693,4 +780,4 @@ def embedding(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None
     watch.put(out, [vec.view([1] * (out.ndim - 1) + [-1])] if bool(vec.any()) else [])
 
 
-__all__ = ["FROZEN", "RULES", "rule"]
+__all__ = ["RULES", "rule"]

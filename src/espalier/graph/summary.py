@@ -217,9 +217,7 @@ def _layer_rows(graph: Graph, macs: Sequence[int], length: Sequence[int]) -> tup
     return tuple(rows)
 
 
-def _widths(
-    graph: Graph, site: Site, length: Sequence[int]
-) -> tuple[int, int, int] | tuple[None, None, None]:
+def _widths(graph: Graph, site: Site, length: Sequence[int]) -> tuple[int, int, int] | tuple[None, None, None]:
     """Inputs, outputs and removable outputs of a product; its first two extents are ``(out, in)``.
 
     A group of one unit is never removed: something must stay.
@@ -229,9 +227,7 @@ def _widths(
     outer, inner = site.term.extents[:2]
     if site.kind.startswith("transposed"):
         outer, inner = inner, outer
-    removable = sum(
-        count * graph.groups[g].size for g, count in graph.extents[outer].each if graph.groups[g].size > 1
-    )
+    removable = sum(count * graph.groups[g].size for g, count in graph.extents[outer].each if graph.groups[g].size > 1)
     return length[inner], length[outer], removable
 
 
@@ -253,11 +249,7 @@ def _modules(tensors: Iterable[str]) -> tuple[str, ...]:
 
 def _module(tensor: str) -> str:
     """The module a parameter belongs to, whether or not the parameter is parametrised."""
-    return (
-        tensor.split("#")[0].split(".parametrizations.")[0]
-        if _is_special(tensor)
-        else tensor.rpartition(".")[0]
-    )
+    return tensor.split("#")[0].split(".parametrizations.")[0] if _is_special(tensor) else tensor.rpartition(".")[0]
 
 
 def _is_special(tensor: str) -> bool:

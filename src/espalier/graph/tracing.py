@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import copy
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from espalier.carving import carve
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
 from espalier.graph.rules import RULES
-from espalier.graph.watch import FROZEN, Axis, Mismatch, Rehearsal, TraceError, Watch, first_line, tensors_in
+from espalier.graph.watch import (
+    FROZEN,
+    Axis,
+    Layer,
+    Lessons,
+    Mismatch,
+    Place,
+    Reason,
+    Rehearsal,
+    TraceError,
+    TraceTimeout,
+    Watch,
+    first_line,
+    is_users,
+    state,
+    tensors_in,
+)
 
 _TRIED_OUT = ("view", "_unsafe_view", "split", "slice", "chunk")
 
@@ -35,7 +52,7 @@ def trace(
 
     The result is then proven by a rehearsal: a third of the units is taken out of every group and the smaller copy is
     watched again; every operation must give the shapes and channels that were predicted.  A line of the user's code that
-    does not (a hard-coded width) is frozen and listed.
+    does not (a hard-coded width) is frozen and listed; where no single line is to blame, the module it happened in is.
 
     Raises ``TraceError`` (a ``ValueError``) naming operation, module and source line; ``TraceTimeout`` after
     ``time_limit`` seconds.
@@ -43,18 +60,19 @@ def trace(
     if not isinstance(model, nn.Module):
         raise ValueError(f"trace: expected an nn.Module, got {type(model).__name__}")
     deadline = time.monotonic() + time_limit
-    levels: dict[tuple[str, str], int] = {}
-    notes: dict[tuple[str, str], str] = {}
+    lessons = Lessons()
+    notes: dict[Any, str] = {}
     device = "meta"
     while True:
+        private = private_copy(model, device)
         try:
-            private = private_copy(model, device)
-            watch, output = _watch(private, example_inputs, levels, deadline, device)
-        except (TraceError, Mismatch):
+            watch, output = _watch(private, example_inputs, lessons, deadline, device, notes)
+        except TraceError:
             raise
         except Exception as error:
             if device == "cpu":
-                raise TraceError(f"trace: the model's forward failed on the example input: {first_line(error)}") from error
+                place, _ = _blame(error, private)
+                raise TraceError(f"trace: the forward failed on the example input: {first_line(error)}: {place}") from error
             device = "cpu"
             continue
         component = _components(watch)
@@ -64,27 +82,56 @@ def trace(
         try:
             _rehearse(private, example_inputs, graph, watch, component, alive, output, deadline, device)
         except Mismatch as found:
-            at = levels.get(found.key, 0)
-            tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and at < 2
-            if at >= FROZEN:
-                raise TraceError(
-                    f"trace: {found.key[1]} {found.text} when widths change, although its channels are frozen: {found.place}"
-                ) from found
-            levels[found.key] = at + 1 if tried else FROZEN
-            if levels[found.key] >= 2 or "split" in found.key[1] or "slice" in found.key[1]:
-                notes[found.key] = f"{found.key[1]} {found.text} when widths change, so its channels are frozen: {found.place}"
+            _learn(lessons, notes, found)
             continue
         return graph
+
+
+def _learn(lessons: Lessons, notes: dict[Any, str], found: Mismatch) -> None:
+    """Fix the line that did not follow; if it is fixed already, the module it is in, then the module around that."""
+    text = f"{found.text} when widths change, so its channels are frozen: {found.place}"
+    new_axes = found.axes - lessons.axes.keys()
+    level = lessons.lines.get(found.key, 0) if found.key is not None else FROZEN
+    if new_axes:
+        lessons.axes |= dict.fromkeys(new_axes, Reason("sizes look hard-coded here", found.place))
+        notes[found.place.line] = f"the forward fails ({text}"
+    elif found.key is not None and level < FROZEN:
+        tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and level < 2
+        lessons.lines[found.key] = level + 1 if tried else FROZEN
+        if lessons.lines[found.key] >= 2 or "split" in found.key[1] or "slice" in found.key[1]:
+            notes[found.key] = f"{found.key[1]} {text}"
+    else:
+        name = found.place.module
+        while name in lessons.modules:
+            assert name, f"the whole model is fixed, yet it changes: {found.text}"
+            name = name.rpartition(".")[0]
+        lessons.modules[name] = Reason("the module around these channels works for one size only", found.place)
+        notes["module", name] = f"{name or 'the whole model'} does not follow when widths change, so it is frozen: {text}"
+
+
+def _blame(error: BaseException, model: nn.Module) -> tuple[Place, list[Layer]]:
+    """Where in the user's code ``error`` was raised, and the channels that this code had at hand."""
+    names = {id(m): n for n, m in model.named_modules()}
+    place, layers = Place("", type(model).__name__, ""), []
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            place = Place(names[id(owner)], type(owner).__name__, place.line)
+        if is_users(frame.f_code.co_filename):
+            place = replace(place, line=f"{frame.f_code.co_filename}:{number}")
+            at_hand = [state(t) for t in tensors_in(list(frame.f_locals.values()))]
+            layers = [m for known in at_hand if not known.derived for m in known.layers]
+    return place, layers
 
 
 # -- watching ----------------------------------------------------------------------------------------------------------
 
 
 def _watch(
-    private: nn.Module, example: Any, levels: dict[tuple[str, str], int], deadline: float, device: str
+    private: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
 ) -> tuple[Watch, Any]:
     """Eval-mode forward; if parameters stay unused (auxiliary heads), a train-mode forward on the same labels as well."""
-    watch = Watch(private, rules=RULES, levels=levels, deadline=deadline)
+    watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
     args, kwargs = call_arguments(example, device)
     with mode(private, training=False):
         output = watch.run(private, args, kwargs)
@@ -94,8 +141,15 @@ def _watch(
         try:
             with mode(private, training=True):
                 watch.run(private, args, kwargs)
-        except Exception:  # what only training runs may need another input; what it alone uses is then frozen
-            pass
+        except TraceTimeout:
+            raise
+        except Exception as error:  # what only training runs may need another input
+            watch.freeze(watch.at_hand, "feeds what only training runs, and that failed on the example input")
+            place, _ = _blame(error, private)
+            notes["training"] = (
+                f"{unused[0]} and {len(unused) - 1} other parameters have no part in the eval-mode forward, and the train-mode "
+                f"forward failed on the example input, so what they need was not seen: {first_line(error)}: {place}"
+            )
         watch.sites, watch.memory, watch.records = sites, memory, records
     return watch, output
 
@@ -119,7 +173,9 @@ def call_arguments(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.detach().to(device) if device == "meta" or value.device.type != device else value.detach().clone()
+            return (
+                value.detach().to(device) if device == "meta" or value.device.type != device else value.detach().clone()
+            )
         if isinstance(value, dict):
             return {k: move(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
@@ -184,9 +240,7 @@ def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, str]:
     return reasons
 
 
-def _build(
-    model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[str, ...]
-) -> tuple[Graph, np.ndarray]:
+def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple[Graph, np.ndarray]:
     """Group the components; returns the graph and, for the rehearsal, label -> group (-1 where frozen)."""
     reasons = _frozen_components(watch, component)
     axes = sorted(watch.axes, key=lambda a: a.start)
@@ -211,7 +265,9 @@ def _build(
     groups: dict[Any, tuple[list[tuple[int, int, bool]], list[np.ndarray]]] = {}
     if len(order):
         where, whose = axis_of[order], root[order]
-        run = np.flatnonzero(np.concatenate([[True], (np.diff(where) != 0) | (np.diff(whose) != 0)]))  # one axis, one component
+        run = np.flatnonzero(
+            np.concatenate([[True], (np.diff(where) != 0) | (np.diff(whose) != 0)])
+        )  # one axis, one component
         count = np.diff(np.concatenate([run, [len(order)]]))
         first = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
         begin = np.flatnonzero(np.concatenate([[True], np.diff(whose[run]) != 0]))  # first run of every component
@@ -305,7 +361,10 @@ def _build(
             group_width=dict(watch.whole_groups),
             baked=tuple(watch.baked),
             baked_away=tuple(
-                n for n, _ in model.named_parameters() for b in watch.baked if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
+                n
+                for n, _ in model.named_parameters()
+                for b in watch.baked
+                if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
             ),
             unknown=tuple(watch.unknown),
             notes=notes,
@@ -343,16 +402,16 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[tuple[float, int], ...], 
             moments[tuple(sorted((k, v) for k, v in live.items() if v > 0))] = None
     table = np.zeros((len(moments), max((k for m in moments for k, _ in m), default=-1) + 2))
     for row, moment in zip(table, moments, strict=True):
-        for where, size in moment:
-            row[where] += size  # -1, plain bytes, is the last column
+        for column, size in moment:
+            row[column] += size  # -1, plain bytes, is the last column
     if len(table) <= 1000:
-        covered = (table[None] >= table[:, None]).all(2)  # [i, j]: moment j needs at least what moment i needs
+        covered = np.asarray(
+            (table[None] >= table[:, None]).all(2)
+        )  # [i, j]: moment j needs at least what moment i needs
         np.fill_diagonal(covered, False)
         table = table[~covered.any(1)]
     last = table.shape[1] - 1
-    return tuple(
-        tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table
-    )
+    return tuple(tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table)
 
 
 # -- the rehearsal -----------------------------------------------------------------------------------------------------
@@ -393,12 +452,11 @@ def _rehearse(
             gone = np.ones(axis.size, dtype=bool)
             gone[index] = False
             alive[axis.start + np.flatnonzero(gone)] = False
-    carve(smaller, kept, group_width=graph.group_width)
-    rehearsal = Rehearsal(watch.records, component, alive)
+    rehearsal = Rehearsal(watch.records, component, alive, graph.group_width)
     second = Watch(
         smaller,
         rules=RULES,
-        levels=watch.levels,
+        lessons=watch.lessons,
         deadline=deadline,
         kept=kept,
         axes=watch.axes,
@@ -411,12 +469,16 @@ def _rehearse(
     except (Mismatch, TraceError):
         raise
     except Exception as error:  # Python code of the forward itself
-        raise Mismatch(second.key(), first_line(error), second.place()) from error
+        place, layers = _blame(error, smaller)
+        numbers = np.unique(np.concatenate([[0], *(m.reshape(-1).numpy() for m in layers)]))[1:]
+        starts = sorted(a.start for a in watch.axes)
+        at_hand = {starts[i] for i in np.searchsorted(starts, numbers, side="right") - 1}
+        axes = frozenset((a.tensor, a.dim) for a in watch.axes if a.start in at_hand)
+        raise Mismatch(None, first_line(error), place, axes) from error
     shapes = [tuple(t.shape) for t in tensors_in(output)], [tuple(t.shape) for t in tensors_in(result)]
     if shapes[0] != shapes[1]:
-        raise Mismatch(second.key(), f"gives outputs {shapes[1]} instead of {shapes[0]}", second.place())
-
-
+        place = Place("", type(smaller).__name__, "")
+        raise Mismatch(None, f"gives outputs {shapes[1]} instead of {shapes[0]}", place)
 
 
 __all__ = ["trace"]

@@ -82,19 +82,19 @@ class RawSite:
 class State:
     """What is known of one tensor: its label layers and, for what is made of parameters only, where it comes from."""
 
-    __slots__ = ("derived", "layers", "pending", "source", "__weakref__")
+    __slots__ = ("__weakref__", "derived", "layers", "pending", "source")
 
     def __init__(
         self,
         layers: tuple[Layer, ...] = (),
         *,
         source: str | None = None,
-        derived: bool = False,
+        derived: int = 0,
         pending: tuple[tuple[np.ndarray, Reason], ...] = (),
     ) -> None:
         self.layers = layers
         self.source = source  # parameter name while the tensor is a view of exactly one parameter
-        self.derived = derived  # made of parameters and constants only
+        self.derived = derived  # 0, or made of parameters and constants only: PLAIN or COMPUTED
         self.pending = pending  # labels mixed by a statistic of a weight: allowed if the weight can be baked
 
 
@@ -111,7 +111,11 @@ def compact(layer: Layer) -> Layer:
         if size > 1 and layer.stride(dim) == 0:
             layer = layer.narrow(dim, 0, 1)
     if layer.numel() == max(layer.shape, default=1):  # one dimension left: differs along it, or is one channel
-        return layer if layer.numel() == 1 or bool((layer != layer.reshape(-1)[0]).any()) else layer[(slice(0, 1),) * layer.ndim]
+        return (
+            layer
+            if layer.numel() == 1 or bool((layer != layer.reshape(-1)[0]).any())
+            else layer[(slice(0, 1),) * layer.ndim]
+        )
     for dim, size in enumerate(layer.shape):
         if size > 1:
             first = layer.narrow(dim, 0, 1)
@@ -140,11 +144,27 @@ def tensors_in(value: Any, _depth: int = 0) -> Iterator[Tensor]:
 
 
 class Mismatch(Exception):
-    """In a rehearsal an operation did not do what the labels predicted."""
+    """In a rehearsal an operation did not do what the labels predicted.
 
-    def __init__(self, key: tuple[str, str], text: str, place: Place) -> None:
+    ``axes`` are the parameters whose channels were at hand where Python code, not an operation, failed.
+    """
+
+    def __init__(
+        self, key: tuple[str, str] | None, text: str, place: Place, axes: frozenset[tuple[str, int]] = frozenset()
+    ) -> None:
         super().__init__(text)
-        self.key, self.text, self.place = key, text, place
+        self.key, self.text, self.place, self.axes = key, text, place, axes
+
+
+@dataclass
+class Lessons:
+    """What rehearsals have taught: which lines, parameters and modules do not follow when widths change."""
+
+    lines: dict[tuple[str, str], int] = field(
+        default_factory=dict
+    )  # (source line, operation) -> how much of it is fixed
+    axes: dict[tuple[str, int], Reason] = field(default_factory=dict)
+    modules: dict[str, Reason] = field(default_factory=dict)
 
 
 @dataclass
@@ -164,14 +184,14 @@ class Memory:
 
 
 class Watch(TorchDispatchMode):
-    """One watched forward.  ``levels`` holds what rehearsals have taught about single source lines."""
+    """One watched forward."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
         rules: dict[Any, Callable[..., None]],
-        levels: dict[tuple[str, str], int],
+        lessons: Lessons,
         deadline: float,
         kept: dict[str, dict[int, np.ndarray]] | None = None,
         axes: list[Axis] | None = None,
@@ -179,7 +199,7 @@ class Watch(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.rules = rules
-        self.levels = levels
+        self.lessons = lessons
         self.deadline = deadline
         self.rehearsal = rehearsal
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
@@ -210,7 +230,11 @@ class Watch(TorchDispatchMode):
                 if size > 1 or (name, dim) in self._axis_of:
                     labels = self.axis_labels(name, dim, size)
                     layers.append(labels.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
-            tensor._espalier = State(tuple(layers), source=name, derived=True)  # type: ignore[attr-defined]
+            tensor._espalier = State(tuple(layers), source=name, derived=PLAIN)  # type: ignore[attr-defined]
+        for at, reason in lessons.axes.items():
+            if at in self._axis_of:
+                axis = self._axis_of[at]
+                self.freezes.append((np.arange(axis.start, axis.start + axis.size), reason))
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
@@ -282,7 +306,7 @@ class Watch(TorchDispatchMode):
         layers: Iterable[Layer] = (),
         *,
         source: str | None = None,
-        derived: bool = False,
+        derived: int = 0,
         pending: tuple[tuple[np.ndarray, Reason], ...] = (),
     ) -> None:
         if isinstance(tensor, Tensor):
@@ -313,7 +337,7 @@ class Watch(TorchDispatchMode):
         return (user_line() or type(self.module).__name__, self._op_name())
 
     def level(self) -> int:
-        return self.levels.get(self.key(), 0) if self.levels else 0
+        return self.lessons.lines.get(self.key(), 0) if self.lessons.lines else 0
 
     def _op_name(self) -> str:
         return str(self._func) if self._func is not None else "forward"
@@ -322,7 +346,7 @@ class Watch(TorchDispatchMode):
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of ``model`` under this watch; returns its output."""
-        enter = nn.modules.module.register_module_forward_pre_hook(lambda m, _a: self._stack.append(m))
+        enter = nn.modules.module.register_module_forward_pre_hook(self._enter)
         leave = nn.modules.module.register_module_forward_hook(lambda _m, _a, _o: _pop(self._stack), always_call=True)
         for tensor in tensors_in((args, kwargs)):
             self._birth(tensor)
@@ -337,6 +361,21 @@ class Watch(TorchDispatchMode):
                 reason = Reason("is an output of the model", Place("", type(model).__name__, ""))
                 self.freezes.append((layer.reshape(-1).numpy(), reason))
         return output
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self._stack.append(module)
+        reason = self.lessons.modules.get(self.module_name) if self.lessons.modules else None
+        if reason is not None:
+            self.freezes += [(m.reshape(-1).numpy(), reason) for t in tensors_in(inputs) for m in state(t).layers]
+
+    def _fixed_module(self) -> Reason | None:
+        """Why a module that is being executed may not change, if one may not."""
+        reasons = self.lessons.modules
+        return (
+            next((reasons[n] for m in self._stack if (n := self._names.get(id(m), "")) in reasons), None)
+            if reasons
+            else None
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -364,12 +403,9 @@ class Watch(TorchDispatchMode):
         rule = self.rules.get(func._overloadpacket)
         if rule is None:
             rule = self.rules["pointwise" if torch.Tag.pointwise in func.tags else "unknown"]
-        if self.levels and self.levels.get(self.key(), 0) >= FROZEN:
-            self.freeze_operands(args, kwargs, "sizes look hard-coded here")
-            for tensor in tensors_in(out):
-                self.put(tensor)
-        else:
-            rule(self, func, args, kwargs, out)
+        if self._fixed_module() is not None or self.level() >= FROZEN:
+            rule = self.rules["fixed"]
+        rule(self, func, args, kwargs, out)
         for tensor in tensors_in(out):
             self._birth(tensor)
         outputs = [(tuple(t.shape), state(t).layers) for t in tensors_in(out)]
@@ -413,7 +449,8 @@ class Watch(TorchDispatchMode):
             del self._live[key]
 
 
-FROZEN = 99
+FROZEN = 99  # a lesson about a line: nothing that its operation touches may change
+PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
 
 
 def _batch_norm_shapes(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
@@ -435,11 +472,14 @@ class Rehearsal:
     records: list[Record]
     component: np.ndarray  # label -> component
     alive: np.ndarray  # label -> survives
+    whole_groups: dict[str, int]  # what the first watch decided for grouped convolutions
     position: int = 0
 
     def check(self, watch: Watch, op: str, outputs: list[tuple[tuple[int, ...], tuple[Layer, ...]]]) -> None:
         if self.position >= len(self.records) or self.records[self.position].op != op:
-            raise Mismatch(watch.key(), "the forward takes another path when widths change", watch.place())
+            line, _ = watch.key()
+            due = self.records[self.position].op if self.position < len(self.records) else op
+            raise Mismatch((line, due), f"is followed by {op}: the forward takes another path", watch.place())
         expected = self.records[self.position].outputs
         self.position += 1
         if len(expected) != len(outputs):
@@ -489,6 +529,11 @@ def first_line(error: BaseException) -> str:
 _SKIP = (f"{torch.__path__[0]}/", __file__.rsplit("/", 1)[0] + "/")
 
 
+def is_users(path: str) -> bool:
+    """Is this source file neither torch's nor ours?"""
+    return not path.startswith(_SKIP) and not path.startswith("<")
+
+
 def user_line() -> str:
     """``file:line`` of the innermost frame that is neither torch's nor ours."""
     frame = sys._getframe(1)
@@ -496,7 +541,7 @@ def user_line() -> str:
         name = frame.f_code.co_filename
         if frame.f_code is Watch.run.__code__:
             return ""
-        if not name.startswith(_SKIP) and not name.startswith("<"):
+        if is_users(name):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

@@ -61,6 +61,7 @@ class Process(ABC):
         self.graph: Graph = trace(model, example)
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, int] = budget.limits(self.dense)
+        self.stayed: Plan = Plan.dense(self.graph)  # what all removals so far add up to, in units of the first network
 
     @property
     def cost(self) -> Cost:
@@ -70,6 +71,11 @@ class Process(ABC):
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
         kept = shrink_(self.model, self.graph, Plan(units), optimizer=optimizer)
+        before = {n: self.stayed.keep.get(n, np.arange(self.graph.group(n).size)) for n in units}
+        self.stayed = Plan(
+            {**self.stayed.keep, **{n: before[n][np.asarray(stay)] for n, stay in units.items()}},
+            {**{n: self.graph.group(n).size for n in units}, **self.stayed.sizes},
+        )
         self.graph = self.graph.after(units)
         return Removed(kept, self.cost)
 

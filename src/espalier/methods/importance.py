@@ -6,7 +6,7 @@ across layers: the first is the loss itself to first order, the second a share o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,20 +132,35 @@ class Moments:
     def __init__(self, model: nn.Module, units: Units) -> None:
         self.units = units
         self._modules = dict(model.named_modules())
-        self._columns = {c.tensor.rpartition(".")[0]: c for c in units.consumers if c.tensor.endswith(".weight")}
-        self._sums: dict[str, Tensor] = {}
+        readers = {c.tensor.rpartition(".")[0]: c for c in units.consumers if c.tensor.endswith(".weight")}
+        self._columns = {n: c for n, c in readers.items() if n in self._modules}
+        self.sums: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
 
     @contextmanager
-    def watching(self) -> Any:
+    def watching(self) -> Iterator[Moments]:
         """Gather from all forwards inside the ``with`` block."""
-        hooks = [
-            self._modules[n].register_forward_pre_hook(self._gather(n)) for n in self._columns if n in self._modules
-        ]
+        self.start()
         try:
             yield self
         finally:
-            for hook in hooks:
-                hook.remove()
+            self.stop()
+
+    @property
+    def active(self) -> bool:
+        return bool(self._hooks)
+
+    def start(self, sums: dict[str, Tensor] | None = None) -> None:
+        """Forget what was gathered (or go on from ``sums``), and gather from now on."""
+        self.stop()
+        self.sums = dict(sums or {})
+        for name in self._columns:
+            self._hooks.append(self._modules[name].register_forward_pre_hook(self._gather(name)))
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _gather(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
@@ -154,15 +169,17 @@ class Moments:
             dims = [d for d in range(x.ndim) if d != channel]
             number = x.numel() // x.shape[channel]
             x = x.float()
-            row = torch.stack([x.sum(dims), x.square().sum(dims), torch.full((x.shape[channel],), number, device=x.device)])
-            self._sums[name] = self._sums.get(name, 0) + row
+            row = torch.stack(
+                [x.sum(dims), x.square().sum(dims), torch.full((x.shape[channel],), number, device=x.device)]
+            )
+            self.sums[name] = self.sums.get(name, 0) + row
 
         return hook
 
     def share(self) -> Tensor:
         """Relative share of variance per unit, shape ``(count,)``; every consumer hands out 1 on average."""
         total = torch.zeros(self.units.count + 1, device=self.units.device)
-        for name, sums in self._sums.items():
+        for name, sums in self.sums.items():
             columns = self._columns[name]
             mean, square = sums[0] / sums[2], sums[1] / sums[2]
             variance = (square - mean.square()).clamp_min(0)
@@ -189,7 +206,9 @@ def measure(
     if kind not in SCORES:
         raise ValueError(f"importance {kind!r} does not exist; choose one of {', '.join(SCORES)}")
     if batches is None:
-        raise ValueError(f"importance {kind!r} is measured on data; give batches, or choose one of {', '.join(BY_WEIGHT)}")
+        raise ValueError(
+            f"importance {kind!r} is measured on data; give batches, or choose one of {', '.join(BY_WEIGHT)}"
+        )
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

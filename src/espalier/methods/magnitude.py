@@ -47,7 +47,12 @@ class OneShot(Process):
     """Cuts at the start; what follows is ordinary training of the small network."""
 
     def __init__(
-        self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Iterable[tuple[Tensor, Tensor]] | None
+        self,
+        model: nn.Module,
+        example: Any,
+        budget: Budget,
+        method: Magnitude,
+        batches: Iterable[tuple[Tensor, Tensor]] | None,
     ) -> None:
         super().__init__(model, example, budget)
         importance = measure(model, self.graph, method.score, batches)

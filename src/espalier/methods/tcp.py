@@ -33,7 +33,7 @@ from espalier.carving import select
 from espalier.costs import CostModel
 from espalier.graph import trace
 from espalier.methods.base import Method, Process, Removed, Status
-from espalier.methods.importance import Moments, Sensitivity
+from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity
 from espalier.methods.units import Columns, Units
 from espalier.plan import Budget
 from espalier.solver import solve
@@ -44,8 +44,8 @@ from espalier.surgery.shrink import bake
 class TCP(Method):
     """Hyper-parameters of tailored channel pruning; every duration is a fraction of the whole run.
 
-    ``importance``: "taylor" (sensitivity of the loss), "share" (of variance at the readers) or "both" (geometric mean).
-    ``start``/``reach``: the budget moves from the full cost at ``start`` to the target, everything outside is gone at about ``reach``.
+    ``importance``: a name in ``espalier.methods.importance.SCORES``; "taylor" is the sensitivity of the loss.
+    ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
     ``fade``: how long a unit takes from leaving the keep-set to zero.
     ``every``: time between two decisions about the keep-set.
     ``chunk``: remove as soon as that share of the current MACs (or parameters) has faded; small values remove often.
@@ -63,8 +63,8 @@ class TCP(Method):
     power: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.importance not in ("taylor", "share", "both"):
-            raise ValueError(f"TCP(importance={self.importance!r}): choose taylor, share or both")
+        if self.importance not in SCORES:
+            raise ValueError(f"TCP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
         for name in ("start_at", "reach", "fade", "every", "chunk", "smoothing"):
             value = getattr(self, name)
             if not 0 <= value < 1 or not math.isfinite(value):
@@ -101,7 +101,6 @@ class Tailoring(Process):
         self._mass = 1.0
         self._bind(Units(model, self.graph))
         count = self.units.count
-        self.value = torch.zeros(count, device=self.units.device)
         self.pressed = torch.zeros(count, dtype=torch.bool, device=self.units.device)
         self.reference = torch.ones(count, device=self.units.device)  # norm of the readers when pressing began
         self.since = torch.zeros(count, device=self.units.device)  # progress then
@@ -110,7 +109,9 @@ class Tailoring(Process):
         """Tie hooks to the model's present parameters."""
         self.units = units
         self.sensitivity = Sensitivity(units, smoothing=self.method.smoothing)
-        self.moments = Moments(self.model, units) if self.method.importance != "taylor" else None
+        self.moments = Moments(self.model, units)
+        if self.method.importance != "taylor":
+            self.sensitivity.close()
         self._busy: list[Columns] = []
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -121,6 +122,10 @@ class Tailoring(Process):
         self._steps += 1
         self.sensitivity.batch_done()
         self.sensitivity.listening = self._steps % LISTEN_EVERY == 0
+        soon = progress + LISTEN_EVERY * (progress - self._last) >= self._decided + self.method.every
+        if self.method.importance == "share" and soon and not self.settled and not self.moments.active:
+            self.moments.start()
+        self._last = progress
         if progress - self._decided >= self.method.every and progress >= self.method.start_at and not self.settled:
             self._decide(progress)
         removed = None
@@ -139,6 +144,10 @@ class Tailoring(Process):
         A fading unit counts for what is left of it: it comes back only if the loss asks for it strongly.  Undoing the fading
         here was tried and made the keep-set churn: every decision, a third of the pressed units came back.
         """
+        if self.method.importance in BY_WEIGHT:
+            return BY_WEIGHT[self.method.importance](self.model, self.units)
+        if self.method.importance == "share":
+            return self.moments.share() if self.moments.sums else torch.ones(self.units.count, device=self.units.device)
         return self.sensitivity.value
 
     def _norm(self) -> Tensor:
@@ -162,6 +171,7 @@ class Tailoring(Process):
             multiple_of=self.budget.multiple_of,
             protect=self.budget.protected(self.graph),
         )
+        self.moments.stop()
         outside = self.units.outside(dict(plan.keep))
         fresh = outside & ~self.pressed
         if bool(fresh.any()):
@@ -216,7 +226,9 @@ class Tailoring(Process):
             return None
         faded = (self._norm() == 0) & self.pressed
         group = self.units.group_of()
-        waiting = torch.zeros(len(self.graph.groups), device=faded.device).index_add_(0, group, (self.pressed & ~faded).float())
+        waiting = torch.zeros(len(self.graph.groups), device=faded.device).index_add_(
+            0, group, (self.pressed & ~faded).float()
+        )
         ready = faded & (waiting[group] == 0)  # a group goes in one piece, so that widths keep their alignment
         if not bool(ready.any()):
             return None
@@ -234,11 +246,18 @@ class Tailoring(Process):
             np.concatenate([self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)])
         ).to(self.units.device)
         value, batches = self.sensitivity.value, self.sensitivity.batches
-        self.sensitivity.close()
+        gathering = self.moments.active  # what was gathered belongs to the old channels: gather anew
+        self._silence()
         removed = self.remove(stay, optimizer)
         self._bind(Units(self.model, self.graph))
         self.sensitivity.value, self.sensitivity.batches = select(value, {0: survivors}), batches
-        self.pressed, self.reference, self.since = self.pressed[survivors], self.reference[survivors], self.since[survivors]
+        if gathering:
+            self.moments.start()
+        self.pressed, self.reference, self.since = (
+            self.pressed[survivors],
+            self.reference[survivors],
+            self.since[survivors],
+        )
         self._find_busy()
         if self.settled and not bool(self.pressed.any()):
             self._finished()
@@ -247,7 +266,11 @@ class Tailoring(Process):
     def _finished(self) -> None:
         self.done = True
         self._mass, self.strength = 0.0, 0.0
+        self._silence()
+
+    def _silence(self) -> None:
         self.sensitivity.close()
+        self.moments.stop()
 
     def finish(self) -> nn.Module:
         """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
@@ -270,11 +293,17 @@ class Tailoring(Process):
 
     def state_dict(self) -> dict[str, Any]:
         self.sensitivity.batch_done()
-        rows = {"value": self.sensitivity.value, "pressed": self.pressed, "reference": self.reference, "since": self.since}
+        rows = {
+            "value": self.sensitivity.value,
+            "pressed": self.pressed,
+            "reference": self.reference,
+            "since": self.since,
+        }
         return {
             "numbers": {n: getattr(self, n) for n in _NUMBERS},
             "batches": self.sensitivity.batches,
             "listening": self.sensitivity.listening,
+            "moments": dict(self.moments.sums) if self.moments.active else None,
             "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
             "limits": dict(self.limits),
             "groups": {
@@ -302,8 +331,10 @@ class Tailoring(Process):
         self.sensitivity.listening = state["listening"]
         self.pressed, self.reference, self.since = row("pressed"), row("reference"), row("since")
         self._find_busy()
+        if state["moments"] is not None:
+            self.moments.start(state["moments"])
         if self.done:
-            self.sensitivity.close()
+            self._silence()
 
 
 LISTEN_EVERY = 4  # batches between two readings of the gradients

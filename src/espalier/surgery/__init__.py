@@ -4,4 +4,16 @@ from espalier.surgery.files import load, rebuild, save, structure, write_beside
 from espalier.surgery.shrink import mask, shrink, shrink_
 from espalier.surgery.verify import Check, Proof, verify
 
-__all__ = ["Check", "Proof", "load", "mask", "rebuild", "save", "shrink", "shrink_", "structure", "verify", "write_beside"]
+__all__ = [
+    "Check",
+    "Proof",
+    "load",
+    "mask",
+    "rebuild",
+    "save",
+    "shrink",
+    "shrink_",
+    "structure",
+    "verify",
+    "write_beside",
+]

@@ -79,7 +79,9 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
     ``ValueError`` if ``base`` is another architecture, naming the first module that differs.
     """
     if table.get("format") != FORMAT:
-        raise ValueError(f"structure: format {table.get('format')!r} is not {FORMAT!r}; the file was not written by es.save")
+        raise ValueError(
+            f"structure: format {table.get('format')!r} is not {FORMAT!r}; the file was not written by es.save"
+        )
     own = dict(base.named_modules())
     for name, entry in table["modules"].items():
         module = own.get(name)
@@ -182,7 +184,9 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     own = dict([*base.named_parameters(), *base.named_buffers()])
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
-        raise ValueError(f"{path}: weights do not fit the base model; missing {missing[:5]}, unexpected {unexpected[:5]}")
+        raise ValueError(
+            f"{path}: weights do not fit the base model; missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

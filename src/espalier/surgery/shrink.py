@@ -88,7 +88,7 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
         module(probe)
     assert capture.call is not None, name
     _, weight, bias, stride, padding, dilation, _, _, groups = capture.call
-    kind = PaddedConv2d if capture.padded else nn.Conv2d
+    kind: Any = PaddedConv2d if capture.padded else nn.Conv2d
     plain = kind(
         module.in_channels, module.out_channels, module.kernel_size, stride=tuple(stride), padding=tuple(padding),
         dilation=tuple(dilation), groups=groups, bias=bias is not None, device=weight.device, dtype=weight.dtype,

@@ -49,7 +49,9 @@ class Proof:
     def require(self) -> Proof:
         """Return self, or raise ``ValueError`` listing what failed."""
         if not self.passed:
-            raise ValueError("verification failed\n" + "\n".join(f"  {c.name}: {c.detail}" for c in self.checks if not c.passed))
+            raise ValueError(
+                "verification failed\n" + "\n".join(f"  {c.name}: {c.detail}" for c in self.checks if not c.passed)
+            )
         return self
 
 
@@ -86,7 +88,9 @@ def verify(
 
     def identity() -> tuple[bool, str]:
         same = shrink(model, graph, Plan.dense(graph))
-        return _same_bits(forward(model, example), forward(same, example)), "a plan that keeps everything changes no bit"
+        return _same_bits(
+            forward(model, example), forward(same, example)
+        ), "a plan that keeps everything changes no bit"
 
     def equal() -> tuple[bool, str]:
         masked = mask(model, graph, plan)
@@ -223,5 +227,9 @@ def _line_of(error: BaseException) -> str:
     return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
+_ROOM = Path(__file__).parent
+_INTERNAL = (f"{torch.__path__[0]}/", f"{_ROOM}/", f"{_ROOM.parent / 'graph'}/")
+
+
 def _internal(path: str) -> bool:
-    return path.startswith((f"{torch.__path__[0]}/", str(Path(__file__).parent.parent / "surgery"), str(Path(__file__).parent.parent / "graph")))
+    return path.startswith(_INTERNAL)
