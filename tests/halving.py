@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from espalier.carving import Kept, carve
-from espalier.costs import Cost, CostModel
-from espalier.graph import trace
+from espalier.costs import Cost
 from espalier.methods.base import Method, Process, Removed, Status
 from espalier.plan import Budget
 
@@ -51,18 +49,11 @@ class HalvingProcess(Process):
         self.steps += 1
         if self.halved or progress < self.at:
             return None
-        kept = self._halve(optimizer)
-        return Removed(kept, self.cost)
+        return self._halve(optimizer)
 
-    def _halve(self, optimizer: torch.optim.Optimizer | None) -> Kept:
-        kept = self.graph.kept({g.name: np.arange(0, g.size, 2) for g in self.graph.groups})
-        carve(self.model, kept, group_width=self.graph.group_width, optimizer=optimizer)
-        self.graph, self.halved = trace(self.model, self.example), True
-        return kept
-
-    @property
-    def cost(self) -> Cost:
-        return CostModel(self.graph).cost(self.graph.sizes)
+    def _halve(self, optimizer: torch.optim.Optimizer | None) -> Removed:
+        self.halved = True
+        return self.remove({g.name: np.arange(0, g.size, 2) for g in self.graph.groups}, optimizer)
 
     def finish(self) -> nn.Module:
         if not self.halved:

@@ -16,7 +16,7 @@ from espalier.costs import cost
 from espalier.graph import trace
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.tcp import TCP
-from espalier.plan import Budget
+from espalier.plan import Budget, Plan
 from espalier.run import compress as compress_room
 from espalier.run import report, rundir
 from espalier.run.checkpoint import named_tensors
@@ -25,7 +25,7 @@ from espalier.run.data import Data, Loaders, load_data
 from espalier.run.evaluate import evaluate
 from espalier.run.loop import train
 from espalier.run.recipe import Recipe
-from espalier.surgery import load
+from espalier.surgery import load, shrink
 
 BUDGET = Budget(macs=0.5)
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -181,6 +181,9 @@ def test_a_run_folder_holds_the_network_its_metrics_and_what_reproduces_it(digit
     assert torch.equal(small.eval()(x), copy.deepcopy(result.model).eval()(x))
     assert (out / "model.onnx").stat().st_size > 0
 
+    plan_made = Plan.from_json((out / "plan.json").read_text())
+    assert cost(trace(net(), EXAMPLE), plan_made) == result.cost
+
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["small"]["accuracy"] == result.accuracy
     assert metrics["dense"]["macs"] == result.dense.macs and metrics["small"]["macs"] == result.cost.macs
@@ -261,11 +264,14 @@ def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, no_timing, m
     same = [dataclasses.replace(e, seconds=0.0) for e in result.history.epochs]
     assert same == [dataclasses.replace(e, seconds=0.0) for e in whole.history.epochs]
     assert len((tmp_path / "part" / "log.csv").read_text().splitlines()) == 5
+    plans = [(tmp_path / run / "plan.json").read_text() for run in ("whole", "part")]
+    assert plans[0] == plans[1]
+    plan = Plan.from_json(plans[0])
+    expected = shrink(trained, trace(trained, EXAMPLE), plan)
+    assert [p.shape for p in expected.parameters()] == [p.shape for p in result.model.parameters()]
 
 
-def test_a_run_killed_while_the_results_are_written_is_resumed(
-    digits, trained, tmp_path, no_timing, monkeypatch
-):
+def test_a_run_killed_while_the_results_are_written_is_resumed(digits, trained, tmp_path, no_timing, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 
@@ -331,9 +337,7 @@ def test_data_that_does_not_fit_the_network_is_said():
 
 def test_own_loaders_work_in_place_of_named_data(digits):
     batches = list(digits.train_batches(batch_size=32, epoch=0, seed=0))
-    result = compress(
-        net(), Loaders(batches, batches, num_classes=10), budget=BUDGET, recipe=recipe(epochs=2)
-    )
+    result = compress(net(), Loaders(batches, batches, num_classes=10), budget=BUDGET, recipe=recipe(epochs=2))
     assert result.cost.macs <= result.limits["macs"]
 
 

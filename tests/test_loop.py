@@ -157,16 +157,12 @@ def test_gradient_clipping_bounds_the_first_step(digits):
         dataclasses.replace(digits, train=digits.train[:32]),
         recipe(epochs=1, clip_norm=1e-3, momentum=0.0, nesterov=False, weight_decay=0.0, lr=1.0),
     )
-    moved = [
-        (a - b).detach().square().sum() for a, b in zip(model.parameters(), before.parameters(), strict=True)
-    ]
+    moved = [(a - b).detach().square().sum() for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert 0 < float(sum(moved).sqrt()) <= 1.001e-3
 
 
 def test_weight_decay_spares_biases_and_normalisation():
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm([4]), nn.Linear(4, 2)
-    )
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LayerNorm([4]), nn.Linear(4, 2))
     decayed, plain = make_optimizer(model, recipe(weight_decay=0.1)).param_groups
     assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[4].weight)}
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
@@ -188,9 +184,7 @@ def test_distillation_is_zero_for_equal_logits_and_matches_its_formula():
     ours, theirs = torch.randn(5, 3), torch.randn(5, 3)
     assert distillation(ours, ours, 4.0).item() == pytest.approx(0.0, abs=1e-6)
     p, q = (theirs / 4).softmax(1), (ours / 4).softmax(1)
-    assert distillation(ours, theirs, 4.0).item() == pytest.approx(
-        16 * (p * (p / q).log()).sum(1).mean().item()
-    )
+    assert distillation(ours, theirs, 4.0).item() == pytest.approx(16 * (p * (p / q).log()).sum(1).mean().item())
 
 
 def test_a_teacher_changes_what_is_learned_unless_its_weight_is_zero(digits):
@@ -376,9 +370,7 @@ class Exploding(Net):
 @pytest.mark.parametrize("at", [7, 10, 12])
 def test_a_nan_loss_stops_at_its_step_and_the_last_good_checkpoint_stays(digits, tmp_path, at):
     path = tmp_path / "c.pt"
-    with pytest.raises(
-        TrainingDiverged, match=rf"epoch 2 at step {at - 6} of 6 \(run step {at}\).*epoch 1 is kept"
-    ):
+    with pytest.raises(TrainingDiverged, match=rf"epoch 2 at step {at - 6} of 6 \(run step {at}\).*epoch 1 is kept"):
         train(Exploding(at), digits, recipe(), checkpoint=path)
     content = read_checkpoint(path)
     assert content["epoch"] == 1
@@ -507,3 +499,20 @@ def test_recalibration_gives_the_average_of_the_batches(digits):
     with pytest.raises(ValueError, match="no batches"):
         recalibrate_batchnorm(model, [], 4)
     assert torch.equal(before, model.bn1.running_mean)
+
+
+# -- TensorBoard
+
+
+def test_tensorboard_gets_every_number_of_every_epoch(digits, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from espalier.run.board import tensorboard
+
+    history = train(net(), digits, recipe(epochs=2), on_epoch=tensorboard(tmp_path))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"loss", "accuracy", "lr"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+    assert events.Scalars("loss")[1].value == pytest.approx(history.last.loss)

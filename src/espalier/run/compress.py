@@ -18,7 +18,7 @@ from espalier.costs import Cost, cost
 from espalier.graph import trace
 from espalier.methods.base import Method, Process
 from espalier.methods.tcp import TCP
-from espalier.plan import Budget
+from espalier.plan import Budget, Plan
 from espalier.run.batches import Source
 from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
 from espalier.run.data import Data
@@ -26,7 +26,17 @@ from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.recipe import Recipe
 from espalier.run.report import Outcome, write_results
-from espalier.run.rundir import CHECKPOINT, CONFIG, LOG, begin_folder, check_folder, write_config, write_log
+from espalier.run.rundir import (
+    CHECKPOINT,
+    CONFIG,
+    LOG,
+    PLAN,
+    begin_folder,
+    check_folder,
+    write_config,
+    write_file,
+    write_log,
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,7 @@ class _Job:
         self.dense = cost(trace(model, example))
         self.limits = budget.limits(self.dense)
         self.teacher: nn.Module | None = None
+        self.plan: Plan | None = None
         self.dense_result: dict[str, float] = {}
 
     def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None) -> None:
@@ -154,7 +165,9 @@ class _Job:
             budget = self._absolute_budget() if self.goes_on else self.budget
             self.process = self.method.start(small, self.example, budget)
         elif not self.goes_on:
-            small = self.method.start(small, self.example, self.budget).finish()
+            at_once = self.method.start(small, self.example, self.budget)
+            small = at_once.finish()
+            self.plan = at_once.stayed
         self.small = small
 
     def begin(
@@ -182,6 +195,7 @@ class _Job:
         elif folder is not None:
             begin_folder(folder)
             write_config(folder / CONFIG, self.config)
+            self._write_plan()
 
     def train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:
         """Train, with the method at work or after it, and let the method finish."""
@@ -210,6 +224,12 @@ class _Job:
             self.history = _with_cost(history, constant)
         if self.process is not None:
             self.small = self.process.finish()
+            self.plan = self.process.stayed
+            self._write_plan()
+
+    def _write_plan(self) -> None:
+        if self.folder is not None and self.plan is not None:
+            write_file(self.folder / PLAN, self.plan.to_json().encode())
 
     def result(self) -> Result:
         """Check what was promised, evaluate, and write the results."""
@@ -269,9 +289,7 @@ def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any]:
             )
         return None, data
     if isinstance(data, torch.utils.data.DataLoader):
-        raise ValueError(
-            "compress: a DataLoader alone is not enough; give Loaders(train, test, num_classes=N)"
-        )
+        raise ValueError("compress: a DataLoader alone is not enough; give Loaders(train, test, num_classes=N)")
     if isinstance(data, str):
         raise ValueError(f"compress: data is not a name; give load_data({data!r})")
     try:

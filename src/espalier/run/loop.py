@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from espalier.graph.watch import first_line
 from espalier.methods.base import Process
+from espalier.plan import Plan
 from espalier.run.batches import Source
 from espalier.run.checkpoint import (
     fingerprint,
@@ -37,9 +38,7 @@ from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, p
 from espalier.run.recipe import Recipe
 from espalier.surgery.files import rebuild, structure
 
-AUXILIARY_WEIGHT = (
-    0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
-)
+AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
 
@@ -130,9 +129,7 @@ def train(
     if resume and path is None:
         raise ValueError("train(resume=True): say where the checkpoint is: checkpoint=PATH")
     if path is not None and path.exists() and not resume:
-        raise ValueError(
-            f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place"
-        )
+        raise ValueError(f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place")
     if process is not None and any(p.device != device for p in model.parameters()):
         raise ValueError(f"train: move the model to {device} before the process is started on it")
     with thread_count(recipe.threads), seeded(recipe.seed, device):
@@ -204,9 +201,7 @@ _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD or AdamW over the parameters that train; vectors and normalisation layers without weight decay."""
-    spared = {
-        id(p) for m in model.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)
-    }
+    spared = {id(p) for m in model.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -238,9 +233,7 @@ class _Run:
     ) -> None:
         self.distill = _distillation_weight(recipe, teacher)
         self.model = _placed(model, device, recipe)
-        self.teacher = (
-            _placed(teacher, device, recipe).eval() if teacher is not None and self.distill else None
-        )
+        self.teacher = _placed(teacher, device, recipe).eval() if teacher is not None and self.distill else None
         self.teacher_print = fingerprint(self.teacher)
         self.data = data.to(device) if isinstance(data, Data) else data
         self.recipe, self.device, self.process, self.path = recipe, device, process, path
@@ -332,9 +325,7 @@ class _Run:
                 loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other.float(), y, label_smoothing=smooth)
         if soft is None:
             return loss
-        return (1.0 - self.distill) * loss + self.distill * distillation(
-            logits, soft, self.recipe.temperature
-        )
+        return (1.0 - self.distill) * loss + self.distill * distillation(logits, soft, self.recipe.temperature)
 
     def _update(self) -> None:
         if self.recipe.clip_norm is not None:
@@ -353,9 +344,7 @@ class _Run:
             progress = self.done / (self.recipe.epochs * self.steps)
             removed = self.process.step(progress=progress, optimizer=self.optimizer)
         except Exception:
-            self._look_at(
-                losses
-            )  # a method stumbles over NaN before the loop looks: name the cause, not the symptom
+            self._look_at(losses)  # a method stumbles over NaN before the loop looks: name the cause, not the symptom
             self._check_weights(losses)
             raise
         if removed is None:
@@ -415,6 +404,7 @@ class _Run:
             "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
             "process": None if self.process is None else self.process.state_dict(),
+            "stayed": None if self.process is None else self.process.stayed.to_json(),
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
@@ -449,6 +439,7 @@ class _Run:
         load_optimizer_state(self.model, self.optimizer, content["optimizer"])
         if self.process is not None:
             self.process.load_state_dict(content["process"])
+            self.process.stayed = Plan.from_json(content["stayed"])
         if self.average is not None:
             self.average.load_state_dict(content["average"])
         self.scaler.load_state_dict(content["scaler"])

@@ -97,9 +97,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
     if "accuracy" in small:
         change = small["accuracy"] - dense["accuracy"]
-        lines.append(
-            f"| test accuracy, % | {dense['accuracy']:.2f} | {small['accuracy']:.2f} | {change:+.2f} points |"
-        )
+        lines.append(f"| test accuracy, % | {dense['accuracy']:.2f} | {small['accuracy']:.2f} | {change:+.2f} points |")
         lines.append(f"| test loss | {dense['loss']:.4f} | {small['loss']:.4f} | |")
     for name, label in _LABELS.items():
         limit = f" (limit {metrics['limits'][name]:,})" if name in metrics["limits"] else ""
