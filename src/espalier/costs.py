@@ -98,6 +98,7 @@ class CostState:
     def __init__(self, model: CostModel, keep: np.ndarray) -> None:
         self._model = model
         self.keep = keep.astype(np.int64).copy()
+        self._missing = int((model.graph.sizes - self.keep).sum())  # units that are gone
         self._length = model._fixed + model._each @ self.keep
         whole = model.cost(self.keep)
         self.amount = {"macs": float(whole.macs), "params": float(whole.params)}
@@ -114,7 +115,10 @@ class CostState:
         """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses)."""
         coefficient, extents, each = self._model._touching[metric][group]
         before = self._length[extents]
-        return float((coefficient * ((before + units * each).prod(0) - before.prod(0))).sum())
+        growth = float((coefficient * ((before + units * each).prod(0) - before.prod(0))).sum())
+        if metric == "params" and self._model._baked_away:  # there only while nothing at all is removed
+            growth += self._model._baked_away * ((self._missing == units) - (self._missing == 0))
+        return growth
 
     def peak_with(self, group: int, units: int) -> float:
         """Peak activation memory if ``group`` gained ``units``."""
@@ -133,5 +137,6 @@ class CostState:
         for metric in self.amount:
             self.amount[metric] += self.change(metric, group, units)
         self.keep[group] += units
+        self._missing -= units
         self._length += units * self._model._each[:, group]
         self._live += units * self._model._live_each[:, group]

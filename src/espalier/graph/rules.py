@@ -64,7 +64,7 @@ def dims_of(dims: Any, ndim: int) -> list[int]:
 def derived_from(operands: Sequence[Tensor]) -> int:
     """``State.derived`` of what is made of ``operands``; a tensor the watch has never seen is no parameter."""
     kinds = [state(t).derived for t in operands]
-    return max(kinds) if kinds and min(kinds) else 0
+    return max(kinds) if kinds and all(kinds) else 0
 
 
 def pending_of(operands: Sequence[Tensor]) -> tuple[tuple[np.ndarray, Reason], ...]:
@@ -90,12 +90,11 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
         for layer in state(tensor).layers:
             layer = align(layer, ndim)
             dims = varying(layer)
-            if not dims:  # one single channel
-                if any(
-                    other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)
-                ):
-                    watch.freeze([layer], "is a single channel that is broadcast")
-                    continue
+            if not dims and any(
+                other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)
+            ):
+                watch.freeze([layer], "is a single channel that is broadcast")
+                continue
             if _meets_fixed(tensor, dims, operands, shapes, ndim):
                 watch.freeze([layer], "is combined element by element with a tensor of fixed size")
                 continue

@@ -72,7 +72,9 @@ def trace(
         except Exception as error:
             if device == "cpu":
                 place, _ = _blame(error, private)
-                raise TraceError(f"trace: the forward failed on the example input: {first_line(error)}: {place}") from error
+                raise TraceError(
+                    f"trace: the forward failed on the example input: {first_line(error)}: {place}"
+                ) from error
             device = "cpu"
             continue
         component = _components(watch)
@@ -106,7 +108,9 @@ def _learn(lessons: Lessons, notes: dict[Any, str], found: Mismatch) -> None:
             assert name, f"the whole model is fixed, yet it changes: {found.text}"
             name = name.rpartition(".")[0]
         lessons.modules[name] = Reason("the module around these channels works for one size only", found.place)
-        notes["module", name] = f"{name or 'the whole model'} does not follow when widths change, so it is frozen: {text}"
+        notes["module", name] = (
+            f"{name or 'the whole model'} does not follow when widths change, so it is frozen: {text}"
+        )
 
 
 def _blame(error: BaseException, model: nn.Module) -> tuple[Place, list[Layer]]:
@@ -286,11 +290,11 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     for signature, parts in groups.values():
         stacked = np.stack(parts)  # (units, labels per unit)
         group_of_label[stacked.reshape(-1) + 1] = len(made)
-        slices, at = [], 0
-        for axis_number, count, used in signature:
+        slices, offset = [], 0
+        for axis_number, length, used in signature:
             axis = axes[axis_number]
-            slices.append(Slice(axis.tensor, axis.dim, position[stacked[:, at : at + count]], bool(used)))
-            at += count
+            slices.append(Slice(axis.tensor, axis.dim, position[stacked[:, offset : offset + length]], bool(used)))
+            offset += length
         slices.sort(key=lambda s: (s.consumed, "#" in s.tensor))
         base = _group_name(slices)
         names[base] = names.get(base, 0) + 1
@@ -452,18 +456,18 @@ def _rehearse(
             gone = np.ones(axis.size, dtype=bool)
             gone[index] = False
             alive[axis.start + np.flatnonzero(gone)] = False
-    rehearsal = Rehearsal(watch.records, component, alive, graph.group_width)
-    second = Watch(
-        smaller,
-        rules=RULES,
-        lessons=watch.lessons,
-        deadline=deadline,
-        kept=kept,
-        axes=watch.axes,
-        rehearsal=rehearsal,
-    )
     args, kwargs = call_arguments(example, device)
     try:
+        carve(smaller, kept, group_width=graph.group_width)
+        second = Watch(
+            smaller,
+            rules=RULES,
+            lessons=watch.lessons,
+            deadline=deadline,
+            kept=kept,
+            axes=watch.axes,
+            rehearsal=Rehearsal(watch.records, component, alive, graph.group_width),
+        )
         with mode(smaller, training=False):
             result = second.run(smaller, args, kwargs)
     except (Mismatch, TraceError):

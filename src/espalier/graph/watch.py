@@ -213,6 +213,7 @@ class Watch(TorchDispatchMode):
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
         self.seen: set[str] = set()  # parameters that were used
         self.unknown: dict[str, None] = {}
+        self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
         self._stack: list[nn.Module] = [model]
@@ -364,17 +365,15 @@ class Watch(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         self._stack.append(module)
-        reason = self.lessons.modules.get(self.module_name) if self.lessons.modules else None
-        if reason is not None:
+        if self.module_name in self.lessons.modules:
+            reason = self.lessons.modules[self.module_name]
             self.freezes += [(m.reshape(-1).numpy(), reason) for t in tensors_in(inputs) for m in state(t).layers]
 
-    def _fixed_module(self) -> Reason | None:
-        """Why a module that is being executed may not change, if one may not."""
-        reasons = self.lessons.modules
-        return (
-            next((reasons[n] for m in self._stack if (n := self._names.get(id(m), "")) in reasons), None)
-            if reasons
-            else None
+    def _is_fixed(self) -> bool:
+        """Is this operation, or a module that it is part of, known to work for one size only?"""
+        modules = self.lessons.modules
+        return self.level() >= FROZEN or (
+            bool(modules) and any(self._names.get(id(m), "") in modules for m in self._stack)
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -387,15 +386,13 @@ class Watch(TorchDispatchMode):
                 "raise `time_limit`, trace at a smaller input, or exclude this module"
             )
         shortcut = SHORTCUTS.get(func._overloadpacket)
-        if shortcut is not None and args[0].is_meta:
-            out = shortcut(*args)
-        elif self.rehearsal is None:
-            out = func(*args, **kwargs)
-        else:
-            try:
-                out = func(*args, **kwargs)
-            except Exception as error:
-                raise Mismatch(self.key(), first_line(error), self.place()) from error
+        try:
+            out = shortcut(*args) if shortcut is not None and args[0].is_meta else func(*args, **kwargs)
+        except Exception as error:
+            self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
+            if self.rehearsal is None:
+                raise
+            raise Mismatch(self.key(), first_line(error), self.place()) from error
         for operand in tensors_in((args, kwargs)):
             known = state(operand)
             if known.source is not None:
@@ -403,7 +400,7 @@ class Watch(TorchDispatchMode):
         rule = self.rules.get(func._overloadpacket)
         if rule is None:
             rule = self.rules["pointwise" if torch.Tag.pointwise in func.tags else "unknown"]
-        if self._fixed_module() is not None or self.level() >= FROZEN:
+        if self._is_fixed():
             rule = self.rules["fixed"]
         rule(self, func, args, kwargs, out)
         for tensor in tensors_in(out):

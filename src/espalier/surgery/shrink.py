@@ -51,7 +51,7 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     if any(len(r) for r in removed.values()):
         for name in graph.baked:
             bake(masked, name)
-    tensors = dict(masked.named_parameters())
+    tensors: dict[str, Tensor] = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, units in removed.items():
             for s in graph.group(name).consumers:

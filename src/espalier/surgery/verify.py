@@ -117,7 +117,7 @@ def verify(
             path = Path(folder) / "small.safetensors"
             save(built, path)
             base = fresh() if fresh is not None else copy.deepcopy(model)
-            loaded = load(path, base=base).to(next(built.parameters()).device)
+            loaded = load(path, base=base).to(_device(built))
             return _same_bits(forward(built, example), forward(loaded, example)), "saved, loaded, same bits"
 
     def backward() -> tuple[bool, str]:
@@ -204,9 +204,9 @@ def gradients(model: nn.Module, example: Any) -> set[str]:
         parameter.requires_grad_(True)
         parameter.grad = None
     args, kwargs = call_arguments(example, _device(model))
-    total = sum(t.float().sum() for t in tensors_in(private(*args, **kwargs)) if t.is_floating_point())
-    assert isinstance(total, Tensor)
-    total.backward()
+    outputs = [t for t in tensors_in(private(*args, **kwargs)) if t.is_floating_point() and t.requires_grad]
+    if outputs:
+        torch.stack([t.float().sum() for t in outputs]).sum().backward()
     return {n for n, p in private.named_parameters() if p.grad is not None and bool(torch.isfinite(p.grad).all())}
 
 
