@@ -87,9 +87,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) ->
     own = named_tensors(model)
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
-        raise ValueError(
-            f"{where}: its weights are those of another model; they differ in {', '.join(odd[:5])}"
-        )
+        raise ValueError(f"{where}: its weights are those of another model; they differ in {', '.join(odd[:5])}")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
             raise ValueError(
@@ -108,9 +106,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
-) -> None:
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
     """Inverse of ``optimizer_state``.  Step counters stay where the optimiser keeps them, on the CPU."""
     parameters = dict(model.named_parameters())
     for name, entries in state.items():
@@ -192,6 +188,5 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(item, f"{where}[{number}]")
     elif type(value) not in (Tensor, nn.Parameter, int, float, bool, str, type(None)):
         raise ValueError(
-            f"{where} is a {type(value).__name__}; a state_dict holds tensors, numbers, strings, lists and "
-            "dictionaries"
+            f"{where} is a {type(value).__name__}; a state_dict holds tensors, numbers, strings, lists and dictionaries"
         )

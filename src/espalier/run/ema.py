@@ -37,9 +37,7 @@ class AveragedWeights:
                 self.shadow[name] = select(old, index)
         shadow = self.shadow
         self.shadow = {
-            name: shadow[name]
-            if name in shadow and shadow[name].shape == tensor.shape
-            else tensor.detach().clone()
+            name: shadow[name] if name in shadow and shadow[name].shape == tensor.shape else tensor.detach().clone()
             for name, tensor in _averaged(model)
         }
 

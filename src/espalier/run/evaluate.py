@@ -20,11 +20,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str | torch.device) -> torch.device:
     """``"auto"`` is the GPU if there is one.  Raises: ValueError for a device that is not there."""
     if name == "auto":
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -73,9 +69,7 @@ def main_logits(output: Any, *, classes: int | None = None) -> Tensor:
     logits = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(
-            f"the model returns {found}, not logits (images, classes); this loop trains classifiers"
-        )
+        raise ValueError(f"the model returns {found}, not logits (images, classes); this loop trains classifiers")
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(
             f"the model returns {logits.shape[1]} logits for an image, the data has {classes} classes; "
@@ -99,13 +93,7 @@ def evaluate(
     Raises: ValueError if there is no image, or if the model does not return logits.
     """
     first = next(model.parameters(), None)
-    place = (
-        pick_device(device)
-        if device is not None
-        else first.device
-        if first is not None
-        else torch.device("cpu")
-    )
+    place = pick_device(device) if device is not None else first.device if first is not None else torch.device("cpu")
     correct = torch.zeros((), dtype=torch.int64, device=place)
     loss = torch.zeros((), dtype=torch.float64, device=place)
     images = 0

@@ -20,6 +20,7 @@ from espalier.run.onnx import feeds, onnx_session, positional, resized, to_onnx_
 from espalier.surgery.files import save
 
 WARM_UP = 3  # calls of every model before the clock counts
+LONGEST = 1.0  # seconds; a slower call is warm after one
 SHORTEST = 2e-3  # seconds; faster calls are timed several at once
 
 
@@ -68,9 +69,7 @@ def latency(
         for batch in batch_sizes:
             medians = _race({name: make(batch) for name, make in makers.items()}, repeats, seconds)
             first = next(iter(medians.values()))
-            found += [
-                Timing(name, backend, batch, threads, 1e3 * t, first / t) for name, t in medians.items()
-            ]
+            found += [Timing(name, backend, batch, threads, 1e3 * t, first / t) for name, t in medians.items()]
     return found
 
 
@@ -90,8 +89,10 @@ def _race(calls: dict[str, Call], repeats: int, seconds: float) -> dict[str, flo
     loops = {}
     for name, call in calls.items():
         for _ in range(WARM_UP):
-            call()
-        loops[name] = max(1, math.ceil(SHORTEST / max(_time(call, 1), 1e-7)))
+            took = _time(call, 1)
+            if took > LONGEST:
+                break
+        loops[name] = max(1, math.ceil(SHORTEST / max(took, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in range(repeats):

@@ -20,9 +20,7 @@ from espalier.run.optional import import_optional
 from espalier.run.rundir import write_file
 
 
-def export_onnx(
-    model: nn.Module, path: str | os.PathLike[str], example: Any, *, tolerance: float = 1e-4
-) -> float:
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *, tolerance: float = 1e-4) -> float:
     """Write ``model`` as ONNX with a free batch size, and return the largest difference from PyTorch.
 
     The difference is relative to the largest output, taken over the example and random inputs at batch sizes
@@ -95,17 +93,13 @@ def resized(args: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
     return tuple(a.repeat(-(-batch // len(a)), *[1] * (a.dim() - 1))[:batch].contiguous() for a in args)
 
 
-def _difference(
-    model: nn.Module, content: bytes, args: tuple[Tensor, ...], batches: tuple[int | None, ...]
-) -> float:
+def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], batches: tuple[int | None, ...]) -> float:
     session = onnx_session(content)
     random = torch.Generator().manual_seed(0)
     worst = 0.0
     for batch in batches:
         given = args if batch is None else resized(args, batch)
-        noise = tuple(
-            torch.randn(a.shape, generator=random).to(a.dtype) if a.is_floating_point() else a for a in given
-        )
+        noise = tuple(torch.randn(a.shape, generator=random).to(a.dtype) if a.is_floating_point() else a for a in given)
         for inputs in (given, noise):
             with torch.no_grad():
                 ours = list(tensors_in(model(*inputs)))
@@ -126,9 +120,7 @@ def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: bool) -> bytes:
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} for _ in args) if free else None
     names = _names(args)
-    program = torch.onnx.export(
-        model, args, dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=names
-    )
+    program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=names)
     if program is None:
         raise RuntimeError("nothing was returned")
     return program.model_proto.SerializeToString()

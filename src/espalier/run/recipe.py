@@ -71,15 +71,11 @@ class Recipe:
         if self.clip_norm is not None:
             self._number("clip_norm", above=0.0)
         if not isinstance(self.device, str) or not self.device:
-            raise ValueError(
-                f"Recipe(device={self.device!r}): must be a name such as 'auto', 'cpu' or 'cuda:0'"
-            )
+            raise ValueError(f"Recipe(device={self.device!r}): must be a name such as 'auto', 'cpu' or 'cuda:0'")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("Recipe(nesterov=True, momentum=0): Nesterov needs momentum; set nesterov=False")
         if self.epochs and self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"Recipe(warmup_epochs={self.warmup_epochs}): must end before the {self.epochs} epochs do"
-            )
+            raise ValueError(f"Recipe(warmup_epochs={self.warmup_epochs}): must end before the {self.epochs} epochs do")
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -104,9 +100,7 @@ class Recipe:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or not (least <= value <= most and above < value < below):
             bounds = {"at least": least, "above": above, "below": below, "at most": most}
-            wanted = " and ".join(
-                f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)
-            )
+            wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
             raise ValueError(f"Recipe({name}={value!r}): must be a number {wanted}")
 
     def to_dict(self) -> dict[str, Any]:

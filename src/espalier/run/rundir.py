@@ -102,10 +102,7 @@ def write_log(path: Path, epochs: Sequence[Any], columns: type) -> None:
     rows.writeheader()
     for epoch in epochs:
         rows.writerow(
-            {
-                k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v
-                for k, v in asdict(epoch).items()
-            }
+            {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(epoch).items()}
         )
     write_file(path, text.getvalue().encode())
 
