@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from espalier.graph.graph import Frozen, Graph, Group, Site, Term
+from espalier.graph.graph import Frozen, Graph, Group, Term
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,8 @@ def _layer_rows(graph: Graph, macs: Sequence[int], length: Sequence[int]) -> tup
     calls: dict[tuple[str, str], list[int]] = {}
     for site, amount in zip(graph.sites, macs, strict=True):
         calls.setdefault((site.module, site.kind), []).append(amount)
-    first: dict[tuple[str, str], Site] = {}
-    for site in graph.sites:
-        first.setdefault((site.module, site.kind), site)
+    weights = _weights(graph)
+    removable = _removable(graph)
     params: dict[str, int] = {}
     for term in graph.parameters:
         module = _module(term.name)
@@ -212,23 +211,39 @@ def _layer_rows(graph: Graph, macs: Sequence[int], length: Sequence[int]) -> tup
     rows = []
     for (module, kind), amounts in calls.items():
         own = params.pop(module, 0)  # a module with two kinds of products shows its parameters once
-        widths = _widths(graph, first[module, kind], length) if own else (None, None, None)
+        widths = _widths(graph, weights.get(module), kind, removable) if own else (None, None, None)
         rows.append(LayerRow(module, kind, len(amounts), sum(amounts), own, *widths))
     return tuple(rows)
 
 
-def _widths(graph: Graph, site: Site, length: Sequence[int]) -> tuple[int, int, int] | tuple[None, None, None]:
-    """Inputs, outputs and removable outputs of a product; its first two extents are ``(out, in)``.
+def _weights(graph: Graph) -> dict[str, str]:
+    """Module -> its weight, the first parameter that has more than one dimension."""
+    found: dict[str, str] = {}
+    for term in graph.parameters:
+        if len(graph.shapes[term.name]) > 1:
+            found.setdefault(_module(term.name), term.name)
+    return found
 
-    A group of one unit is never removed: something must stay.
-    """
-    if len(site.term.extents) < 2:
+
+def _removable(graph: Graph) -> dict[tuple[str, int], int]:
+    """Tensor and dimension -> positions that can go. The one unit of a group of one cannot: something must stay."""
+    found: dict[tuple[str, int], int] = {}
+    for group in graph.groups:
+        for part in group.slices if group.size > 1 else ():
+            key = (part.tensor, part.dim)
+            found[key] = found.get(key, 0) + part.index.size
+    return found
+
+
+def _widths(
+    graph: Graph, weight: str | None, kind: str, removable: dict[tuple[str, int], int]
+) -> tuple[int, int, int] | tuple[None, None, None]:
+    """Inputs, outputs and removable outputs of a layer with a weight."""
+    if weight is None:
         return None, None, None
-    outer, inner = site.term.extents[:2]
-    if site.kind.startswith("transposed"):
-        outer, inner = inner, outer
-    removable = sum(count * graph.groups[g].size for g, count in graph.extents[outer].each if graph.groups[g].size > 1)
-    return length[inner], length[outer], removable
+    out, into = (1, 0) if kind.startswith("transposed") else (0, 1)
+    shape = graph.shapes[weight]
+    return shape[into], shape[out], removable.get((weight, out), 0)
 
 
 def _frozen_rows(frozen: Iterable[Frozen], graph: Graph) -> tuple[FrozenRow, ...]:

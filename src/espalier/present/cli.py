@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from espalier import __version__
+from espalier.costs import cost
 from espalier.graph import trace
-from espalier.graph.summary import overview
+from espalier.graph.summary import overview, readable_bytes
 from espalier.present import options as opt
-from espalier.present.edge import Edge, stdout
-from espalier.present.show import show_summary
-from espalier.run.data import load_data
-from espalier.run.models import build_model, load_weights, model_names
+from espalier.present.config import Config, fit_model_to, given, make_data, make_model, make_recipe, settings
+from espalier.present.demo import run_demo
+from espalier.present.edge import Edge, stdout, stopped
+from espalier.present.jobs import open_network, run_job
+from espalier.present.show import show_markdown, show_summary
+from espalier.run.evaluate import evaluate as evaluate_model
+from espalier.run.evaluate import pick_device
+from espalier.run.models import load_weights, model_names
+from espalier.run.onnx import export_onnx
+from espalier.run.rundir import ONNX, SUMMARY
 
 app = typer.Typer(
     cls=Edge,
@@ -42,7 +50,80 @@ def main(
     """Options of the program itself."""
 
 
-# -- inspect
+@app.command()
+def compress(
+    model: opt.Model = None,
+    weights: opt.Weights = None,
+    data: opt.Data = None,
+    data_dir: opt.DataDir = None,
+    download: opt.Download = False,
+    image_size: opt.ImageSize = None,
+    holdout: opt.Holdout = None,
+    macs: opt.Macs = None,
+    params: opt.Params = None,
+    activation_memory: opt.ActivationMemory = None,
+    multiple_of: opt.MultipleOf = None,
+    protect: opt.Protect = None,
+    method: opt.Method = None,
+    epochs: opt.Epochs = None,
+    batch_size: opt.BatchSize = None,
+    lr: opt.Lr = None,
+    optimizer: opt.Optimizer = None,
+    weight_decay: opt.WeightDecay = None,
+    warmup: opt.Warmup = None,
+    label_smoothing: opt.LabelSmoothing = None,
+    ema: opt.Ema = None,
+    distill: opt.Distill = None,
+    clip: opt.Clip = None,
+    seed: opt.Seed = None,
+    precision: opt.Precision = None,
+    channels_last: opt.ChannelsLast = None,
+    device: opt.Device = None,
+    threads: opt.Threads = None,
+    config: opt.Config = None,
+    out: opt.Out = None,
+    resume: opt.Resume = False,
+    force: opt.Force = False,
+    tensorboard: opt.Tensorboard = False,
+) -> None:
+    """Train a network and prune it to a budget; leaves a run folder. With --method none, train only."""
+    wanted: Config = {
+        "model": given(name=model, weights=weights),
+        "data": given(name=data, dir=data_dir, image_size=image_size, holdout=holdout),
+        "budget": given(
+            macs=macs,
+            params=params,
+            activation_memory=activation_memory,
+            multiple_of=multiple_of,
+            protect=protect,
+        ),
+        "method": given(name=method),
+        "recipe": given(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup,
+            label_smoothing=label_smoothing,
+            ema=ema,
+            distill=None if distill is None else 0.5 * distill,
+            clip_norm=clip,
+            seed=seed,
+            precision=precision,
+            channels_last=channels_last,
+            device=device,
+            threads=threads,
+        ),
+    }
+    if out is None:
+        raise ValueError("--out is missing: give the folder that receives the run")
+    with stopped(f"go on with: espalier compress --out {out} --resume"):
+        merged = settings(wanted, config=config, out=out, resume=resume)
+        run_job(merged, out=out, resume=resume, force=force, download=download, board=tensorboard)
+    if (out / SUMMARY).exists():
+        show_markdown((out / SUMMARY).read_text(encoding="utf-8"), stdout)
+    stdout.print(f"{out}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -57,29 +138,105 @@ def inspect(
     as_json: opt.AsJson = False,
 ) -> None:
     """Show what can be removed from a network, what every layer costs, and what is frozen and why."""
+    wanted: Config = {
+        "model": given(name=model),
+        "data": given(name=data, dir=data_dir, image_size=image_size),
+    }
     if data is not None:
-        source = load_data(data, data_dir=data_dir, image_size=image_size)
-        shapes, classes = [tuple(source.example().shape)], source.num_classes
+        source = make_data(wanted, device="cpu")
+        inputs: tuple[torch.Tensor, ...] = (source.example(),)
+        wanted = fit_model_to(wanted, source)
     else:
-        shapes, classes = _input_shapes(model, input), num_classes or _usual(model)[1]
-    channels, size = _channels_and_size(shapes[0])
-    network = build_model(model, num_classes=classes, in_channels=channels, image_size=size)
+        wanted, inputs = _described(wanted, input, num_classes)
+    network = make_model(wanted)
     if weights is not None:
         load_weights(network, weights)
-    summary = overview(trace(network, tuple(torch.zeros(shape) for shape in shapes)))
+    summary = overview(trace(network, inputs))
     if as_json:
         typer.echo(json.dumps(asdict(summary), indent=1))
     else:
         show_summary(summary, stdout)
 
 
+@app.command()
+def evaluate(
+    path: opt.RunOrFile,
+    model: opt.Model = None,
+    data: opt.Data = None,
+    data_dir: opt.DataDir = None,
+    image_size: opt.ImageSize = None,
+    precision: opt.Precision = None,
+    device: opt.Device = None,
+) -> None:
+    """Accuracy and cost of the network in a run folder, or of a file of weights with --model and --data."""
+    wanted: Config = {
+        "model": given(name=model),
+        "data": given(name=data, dir=data_dir, image_size=image_size),
+        "recipe": given(precision=precision, device=device),
+    }
+    merged = settings(wanted, config=None, out=path, resume=path.is_dir())
+    recipe = make_recipe(merged)
+    source = make_data(merged, device=pick_device(recipe.device))
+    network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
+    found = evaluate_model(network, source.test_batches(), precision=recipe.precision)
+    used = cost(trace(network, source.example()))
+    stdout.print(f"accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}")
+    memory = readable_bytes(used.activation_memory)
+    stdout.print(f"{used.macs:,} MACs, {used.params:,} parameters, {memory} of activations at the peak")
+
+
+@app.command()
+def export(
+    path: opt.RunOrFile,
+    to: opt.To = None,
+    model: opt.Model = None,
+    num_classes: opt.NumClasses = None,
+    input: opt.Input = None,
+) -> None:
+    """Write the network in a run folder, or in a file with --model, as ONNX, and compare it with PyTorch."""
+    merged = settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir())
+    if path.is_dir() and input is None:
+        section = merged["model"]
+        shape = (1, section["in_channels"], section["image_size"], section["image_size"])
+        inputs: tuple[torch.Tensor, ...] = (torch.zeros(shape),)
+    else:
+        merged, inputs = _described(merged, input, num_classes)
+    target = to or (path / ONNX if path.is_dir() else path.with_suffix(".onnx"))
+    difference = export_onnx(open_network(path, merged), target, inputs)
+    stdout.print(f"{target}: differs from PyTorch by at most {difference:.1e}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder that receives the run.")] = Path("runs/demo"),
+) -> None:
+    """Train a ResNet-20 on real handwritten digits; compress it to 40 % of its MACs and half its weights."""
+    with stopped("nothing is lost: start the demo again"):
+        run_demo(out)
+
+
+# -- inputs without data
+
+
+def _described(
+    config: Config, given_input: list[str] | None, num_classes: int | None
+) -> tuple[Config, tuple[torch.Tensor, ...]]:
+    """A network's section for inputs of the shapes given, and those inputs."""
+    shape, classes = _usual(config["model"].get("name", ""))
+    shapes = [_shape(text) for text in given_input] if given_input else [shape]
+    first = shapes[0]
+    section = {
+        "num_classes": num_classes or classes,
+        "in_channels": first[1] if len(first) > 1 else first[0],
+        "image_size": first[-1],
+    }
+    inputs = tuple(torch.zeros(s) for s in shapes)
+    return {**config, "model": {**config["model"], **section}}, inputs
+
+
 def _usual(model: str) -> tuple[tuple[int, ...], int]:
     """Input shape and classes that a network of this name usually has: CIFAR's or ImageNet's."""
     return ((1, 3, 32, 32), 10) if model in model_names() else ((1, 3, 224, 224), 1000)
-
-
-def _input_shapes(model: str, given: list[str] | None) -> list[tuple[int, ...]]:
-    return [_shape(text) for text in given] if given else [_usual(model)[0]]
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -90,7 +247,3 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise ValueError(f"--input {text}: give the shape as numbers, batch first, for example 1,3,224,224")
     return shape
-
-
-def _channels_and_size(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[1] if len(shape) > 1 else shape[0], shape[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, ArithmeticError, torch.OutOfMemoryError)
+from espalier.run.loop import TrainingDiverged
+
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, TrainingDiverged, torch.OutOfMemoryError)
 """What a user can cause and mend. Everything else is our bug and keeps its traceback."""
 
 stdout = Console(highlight=False)
@@ -34,3 +38,13 @@ def say_error(error: BaseException) -> None:
     """``error: ...`` on stderr, as it stands: brackets are not markup, long lines are not wrapped."""
     text = str(error).strip() or type(error).__name__
     stderr.print(f"error: {text}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stopped(advice: str) -> Iterator[None]:
+    """Ctrl-C inside says what to do next and ends with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print(f"stopped; {advice}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None

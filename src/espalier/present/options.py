@@ -45,9 +45,7 @@ DataDir = Annotated[
         metavar="DIR",
     ),
 ]
-Download = Annotated[
-    bool | None, _option("--download", "Fetch the data if it is absent.", "Network and data")
-]
+Download = Annotated[bool, _option("--download", "Fetch the data if it is absent.", "Network and data")]
 Holdout = Annotated[
     int | None,
     _option("--holdout", "Training images set aside to choose by.", "Network and data", metavar="N"),
@@ -69,9 +67,7 @@ ActivationMemory = Annotated[
 ]
 MultipleOf = Annotated[
     int | None,
-    _option(
-        "--multiple-of", "Every width is a multiple of this: 8 or 16 run fastest.", "Budget", metavar="N"
-    ),
+    _option("--multiple-of", "Every width is a multiple of this: 8 or 16 run fastest.", "Budget", metavar="N"),
 ]
 Protect = Annotated[
     list[str] | None,
@@ -88,18 +84,12 @@ Protect = Annotated[
 Method = Annotated[
     str | None, _option("--method", "tcp, magnitude, or none to train only.", "Training", metavar="NAME")
 ]
-Epochs = Annotated[
-    int | None, _option("--epochs", "Passes over the training images.", "Training", metavar="N")
-]
+Epochs = Annotated[int | None, _option("--epochs", "Passes over the training images.", "Training", metavar="N")]
 BatchSize = Annotated[int | None, _option("--batch-size", "Images per step.", "Training", metavar="N")]
 Lr = Annotated[float | None, _option("--lr", "Learning rate at its peak.", "Training")]
 Optimizer = Annotated[str | None, _option("--optimizer", "sgd or adamw.", "Training", metavar="NAME")]
-WeightDecay = Annotated[
-    float | None, _option("--weight-decay", "Not on biases and normalisations.", "Training")
-]
-Warmup = Annotated[
-    float | None, _option("--warmup", "Epochs of linear warm-up.", "Training", metavar="EPOCHS")
-]
+WeightDecay = Annotated[float | None, _option("--weight-decay", "Not on biases and normalisations.", "Training")]
+Warmup = Annotated[float | None, _option("--warmup", "Epochs of linear warm-up.", "Training", metavar="EPOCHS")]
 LabelSmoothing = Annotated[float | None, _option("--label-smoothing", "From 0 to below 1.", "Training")]
 Ema = Annotated[float | None, _option("--ema", "Decay of averaged weights, for example 0.999.", "Training")]
 Distill = Annotated[
@@ -111,12 +101,8 @@ Distill = Annotated[
         show_default=False,
     ),
 ]
-Clip = Annotated[
-    float | None, _option("--clip", "Bound on the norm of the gradient.", "Training", metavar="NORM")
-]
-Seed = Annotated[
-    int | None, _option("--seed", "Of order, augmentation and initial weights.", "Training", metavar="N")
-]
+Clip = Annotated[float | None, _option("--clip", "Bound on the norm of the gradient.", "Training", metavar="NORM")]
+Seed = Annotated[int | None, _option("--seed", "Of order, augmentation and initial weights.", "Training", metavar="N")]
 
 # -- machine
 
@@ -142,16 +128,18 @@ Config = Annotated[
 ]
 Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Run folder")]
 Force = Annotated[bool, _option("--force", "Replace the run in --out.", "Run folder")]
+Tensorboard = Annotated[bool, _option("--tensorboard", "Log for TensorBoard as well, in --out.", "Run folder")]
 
 # -- inspect
 
-NumClasses = Annotated[
-    int | None, typer.Option("--num-classes", help="Default: CIFAR's 10, else 1000.", min=1)
-]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Default: CIFAR's 10, else 1000.", min=1)]
 Input = Annotated[
     list[str] | None,
-    typer.Option(
-        "--input", help="Shape of an input, batch first; repeat for several.", metavar="1,3,224,224"
-    ),
+    typer.Option("--input", help="Shape of an input, batch first; repeat for several.", metavar="1,3,224,224"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
+
+# -- evaluate, export
+
+RunOrFile = Annotated[Path, typer.Argument(help="A run folder, or a file of weights.", metavar="PATH")]
+To = Annotated[Path | None, typer.Option("--to", help="Where the ONNX file goes; default: beside.", metavar="FILE")]

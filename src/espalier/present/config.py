@@ -1,0 +1,126 @@
+"""From a configuration - a run's ``config.toml``, the command line's options, or both - to objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.methods.base import Method
+from espalier.methods.magnitude import Magnitude
+from espalier.methods.tcp import TCP
+from espalier.plan import Budget
+from espalier.run.data import Data, FolderData, load_data
+from espalier.run.models import build_model
+from espalier.run.recipe import Recipe
+from espalier.run.rundir import CONFIG, read_config
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, Magnitude)}
+"""What ``--method`` knows, besides ``none``: one row per method."""
+
+SECTIONS = ("model", "data", "budget", "method", "recipe")
+Config = dict[str, dict[str, Any]]
+"""Section -> name -> value, as in the file; a name that is absent has its default."""
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given, as plain values; paths are made absolute, to be found from anywhere."""
+    plain = {n: str(v.expanduser().resolve()) if isinstance(v, Path) else v for n, v in options.items()}
+    return {n: v for n, v in plain.items() if v is not None and v != []}
+
+
+def settings(options: Config, *, config: Path | None, out: Path | None, resume: bool) -> Config:
+    """``options`` over the ``config`` file, or over the configuration of the run to resume."""
+    file = config if config is not None else out / CONFIG if resume and out is not None else None
+    below = read_config(file) if file is not None else {}
+    merged = merge({name: dict(below.get(name, {})) for name in SECTIONS}, options)
+    if resume and merged["method"].get("name") != below.get("method", {}).get("name"):
+        raise ValueError(f"{file}: cannot resume with another method; leave --method out")
+    return merged
+
+
+def merge(below: Config, above: Config) -> Config:
+    """``above`` wins, name by name; another method drops the hyper-parameters of the one below."""
+    merged = {name: {**below.get(name, {}), **above.get(name, {})} for name in SECTIONS}
+    if merged["method"].get("name") != below.get("method", {}).get("name"):
+        merged["method"] = dict(above.get("method", {}))
+    return merged
+
+
+def required(config: Config, section: str, name: str) -> Any:
+    """The value, or a ``ValueError`` that says which option gives it."""
+    if name not in config[section]:
+        option = f"--{section}" if name == "name" else f"--{name}"
+        raise ValueError(f"{option} is missing: give it, or a --config that holds it")
+    return config[section][name]
+
+
+# -- objects
+
+
+def make_data(config: Config, *, device: str | torch.device, download: bool = False) -> Data | FolderData:
+    """The data set by name."""
+    section = config["data"]
+    return load_data(
+        required(config, "data", "name"),
+        data_dir=section.get("dir"),
+        download=download,
+        holdout=section.get("holdout", 0),
+        image_size=section.get("image_size"),
+        device=device,
+    )
+
+
+def make_model(config: Config) -> nn.Module:
+    """The network by name, untrained; its classes, channels and size stand in the section as well."""
+    return build_model(
+        required(config, "model", "name"),
+        num_classes=required(config, "model", "num_classes"),
+        in_channels=required(config, "model", "in_channels"),
+        image_size=required(config, "model", "image_size"),
+    )
+
+
+def fit_model_to(config: Config, data: Data | FolderData) -> Config:
+    """``config`` with the data's classes, channels and size written into the model's section."""
+    shape = {
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": data.image_size,
+    }
+    return {**config, "model": {**config["model"], **shape}}
+
+
+def make_budget(config: Config) -> Budget:
+    """Raises: ValueError for a limit that makes no sense, or none at all."""
+    _check_names("budget", config["budget"], [f.name for f in fields(Budget)])
+    if not {"macs", "params", "activation_memory"} & config["budget"].keys():
+        raise ValueError("there is no budget: give --macs, --params or --activation-memory, for example --macs 0.5")
+    return Budget(**config["budget"])
+
+
+def make_method(config: Config) -> Method | None:
+    """The method of that name with the hyper-parameters beside it; ``None`` for "none"."""
+    options = {n: v for n, v in config["method"].items() if n != "name"}
+    name = config["method"].get("name", TCP.name)
+    if name == "none":
+        return None
+    if name not in METHODS:
+        raise ValueError(f"--method {name}: choose one of {', '.join(METHODS)}, none")
+    _check_names(f"method {name}", options, [f.name for f in fields(METHODS[name])])
+    return METHODS[name](**options)
+
+
+def make_recipe(config: Config) -> Recipe:
+    """Raises: ValueError that names the field and what it allows."""
+    return Recipe.from_dict(config["recipe"])
+
+
+def _check_names(where: str, section: Mapping[str, Any], known: list[str]) -> None:
+    for name in section:
+        if name not in known:
+            raise ValueError(f"{where}: there is no {name!r}; it has {', '.join(known) or 'nothing to set'}")

@@ -1,0 +1,151 @@
+"""Whole jobs of the command line: compress or only train, with progress, into a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from espalier.present.config import (
+    Config,
+    fit_model_to,
+    make_budget,
+    make_data,
+    make_method,
+    make_model,
+    make_recipe,
+)
+from espalier.present.edge import stdout
+from espalier.present.progress import RunProgress
+from espalier.run.batches import Source
+from espalier.run.board import tensorboard
+from espalier.run.checkpoint import seeded
+from espalier.run.compress import compress
+from espalier.run.evaluate import pick_device
+from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
+from espalier.run.models import load_weights
+from espalier.run.optional import import_optional
+from espalier.run.recipe import Recipe
+from espalier.run.rundir import (
+    CHECKPOINT,
+    CONFIG,
+    LOG,
+    MODEL,
+    begin_folder,
+    check_folder,
+    write_config,
+    write_log,
+)
+from espalier.surgery import load, save
+
+
+def run_job(
+    config: Config,
+    *,
+    out: Path,
+    resume: bool = False,
+    force: bool = False,
+    download: bool = False,
+    board: bool = False,
+) -> None:
+    """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too."""
+    recipe, method = make_recipe(config), make_method(config)
+    budget = None if method is None else make_budget(config)
+    data = make_data(config, device=pick_device(recipe.device), download=download)
+    config = fit_model_to(config, data)
+    network = starting_network(config, seed=recipe.seed)
+    title = f"{config['model']['name']} on {config['data']['name']}"
+    with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
+        on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
+        if method is None or budget is None:
+            earlier = check_folder(out, resume=resume, force=force)
+            if earlier is None:
+                begin_dense(out, config, recipe)
+            train_only(network, data, recipe, out=out, on_epoch=on_epoch, on_step=progress.on_step)
+        else:
+            compress(
+                network,
+                data,
+                budget=budget,
+                method=method,
+                recipe=recipe,
+                out=out,
+                resume=resume,
+                force=force,
+                config={"model": config["model"], "data": config["data"]},
+                on_epoch=on_epoch,
+                on_step=progress.on_step,
+            )
+
+
+def starting_network(config: Config, *, seed: int) -> nn.Module:
+    """The dense network: initial weights by the seed, or the weights that were given."""
+    with seeded(seed, torch.device("cpu")):
+        network = make_model(config)
+    if "weights" in config["model"]:
+        load_weights(network, config["model"]["weights"])
+    return network
+
+
+def begin_dense(out: Path, config: Config, recipe: Recipe) -> None:
+    """The folder of a run that only trains."""
+    begin_folder(out)
+    tables = {"model": config["model"], "data": config["data"], "method": {"name": "none"}}
+    write_config(out / CONFIG, {**tables, "recipe": recipe.to_dict()})
+
+
+def train_only(
+    network: nn.Module, data: Source, recipe: Recipe, *, out: Path, on_epoch: OnEpoch, on_step: OnStep
+) -> None:
+    """Train ``network`` in place, as it is; from the checkpoint in ``out``, if there is one."""
+
+    def after_epoch(history: History) -> None:
+        write_log(out / LOG, history.epochs, Epoch)
+        on_epoch(history)
+
+    checkpoint = out / CHECKPOINT
+    train(
+        network,
+        data,
+        recipe,
+        checkpoint=checkpoint,
+        resume=checkpoint.exists(),
+        on_epoch=after_epoch,
+        on_step=on_step,
+    )
+    save(network, out / MODEL)
+
+
+def with_board(on_epoch: OnEpoch, folder: Path) -> OnEpoch:
+    """``on_epoch``, and the same for TensorBoard. Its file is made at the first epoch: a refused run leaves none."""
+    import_optional("tensorboard", extra="tensorboard")
+    boards: list[OnEpoch] = []
+
+    def both(history: History) -> None:
+        on_epoch(history)
+        if not boards:
+            boards.append(tensorboard(folder))
+        boards[0](history)
+
+    return both
+
+
+def open_network(path: Path, config: Config) -> nn.Module:
+    """The network of a run folder, or of a file of weights with or without structure, in eval mode."""
+    file = path / MODEL if path.is_dir() else path
+    network = make_model(config)
+    if _has_structure(file):
+        return load(file, base=network).eval()
+    load_weights(network, file)
+    return network.eval()
+
+
+def _has_structure(file: Path) -> bool:
+    """Whether ``es.save`` wrote it; of what cannot be read, ``load_weights`` says what is wrong."""
+    try:
+        with safe_open(str(file), framework="pt") as content:
+            return "espalier" in (content.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

@@ -1,0 +1,342 @@
+"""The command line: what it prints, what it leaves behind, and how it says no."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+from espalier import __version__
+from espalier.present import demo
+from espalier.present.cli import app
+from espalier.run.models import build_model
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch):
+    monkeypatch.delenv("ESPALIER_DEBUG", raising=False)
+
+
+def espalier(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_version_is_the_packages():
+    assert espalier("--version").output.split() == ["espalier", __version__]
+
+
+def test_help_names_every_command():
+    text = espalier("--help").output
+    assert all(name in text for name in ("compress", "inspect", "evaluate", "export", "demo"))
+
+
+# -- inspect
+
+
+def test_inspect_shows_groups_layers_and_what_is_frozen():
+    done = espalier("inspect", "resnet20")
+    assert done.exit_code == 0
+    assert "40,813,184 MACs, 272,474 parameters" in done.output
+    assert "layer3.2.conv2" in done.output
+    assert "is an output of the model" in done.output
+
+
+def test_inspect_builds_the_network_for_the_data():
+    done = espalier("inspect", "resnet20", "--data", "digits", "--json")
+    layers = {row["name"]: row for row in json.loads(done.output)["layers"]}
+    assert layers["conv1"]["inputs"] == 1
+
+
+def test_inspect_takes_shapes_and_classes():
+    done = espalier("inspect", "resnet20", "--input", "1,4,16,16", "--num-classes", 7, "--json")
+    layers = {row["name"]: row for row in json.loads(done.output)["layers"]}
+    assert layers["conv1"]["inputs"] == 4
+    assert layers["linear"]["outputs"] == 7
+
+
+def test_inspect_takes_a_factory_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine_for_inspect.py").write_text(
+        "from torch import nn\n\n\ndef net(in_channels):\n    return nn.Conv2d(in_channels, 4, 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = espalier("inspect", "mine_for_inspect:net", "--input", "1,2,8,8", "--json")
+    assert json.loads(done.output)["totals"]["params"] == 2 * 4 * 9 + 4
+
+
+# -- how it says no
+
+
+def refused(done, *words: str) -> None:
+    """One message on stderr, exit code 2, no traceback, nothing on stdout."""
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+
+
+def test_an_unknown_network_is_refused_with_what_there_is():
+    refused(espalier("inspect", "resnet21"), "resnet21", "resnet20")
+
+
+def test_a_shape_that_is_none_is_refused():
+    refused(espalier("inspect", "resnet20", "--input", "1,three,8,8"), "--input 1,three,8,8")
+
+
+def test_weights_that_do_not_fit_are_refused_with_a_list(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
+    refused(espalier("inspect", "resnet20", "--weights", tmp_path / "w.pt"), "w.pt", "missing", "conv1.weight")
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(build_model("resnet20", num_classes=10).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(espalier("inspect", "resnet20", "--weights", path), "w.pt", "truncated")
+
+
+def test_data_that_is_absent_is_refused(tmp_path):
+    refused(espalier("inspect", "resnet20", "--data", "cifar10", "--data-dir", tmp_path), str(tmp_path))
+
+
+def test_with_debug_the_traceback_comes_through(monkeypatch):
+    monkeypatch.setenv("ESPALIER_DEBUG", "1")
+    done = espalier("inspect", "resnet21")
+    assert isinstance(done.exception, ValueError)
+
+
+# -- a run, from beginning to end
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Runs without the slow last part, which the first test of a run does."""
+
+    def not_here(*arguments, **options):
+        raise ValueError("not in this test")
+
+    monkeypatch.setattr("espalier.run.report.latency", not_here)
+    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
+
+
+SMALL_RUN = ("--batch-size", 256, "--threads", 1, "--device", "cpu", "--lr", 0.02)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A network of one's own that trains in no time; returns its name."""
+    (tmp_path / "tiny_for_cli.py").write_text(
+        "from torch import nn\n\n\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),\n"
+        "        nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "tiny_for_cli:net"
+
+
+def begin(tiny, out, *more: object):
+    return espalier(
+        "compress", "--model", tiny, "--data", "digits", "--macs", 0.5, "--epochs", 1, *SMALL_RUN, "--out", out, *more
+    )
+
+
+def test_a_run_meets_its_budget_and_leaves_a_folder(tiny, tmp_path):
+    done = begin(tiny, tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "epoch 1/1" in done.output
+    assert "strength" in done.output
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["small"]["macs"] <= 0.5 * metrics["dense"]["macs"]
+    assert (tmp_path / "run" / "summary.md").read_text().splitlines()[0].endswith("compressed by tcp")
+    assert (tmp_path / "run" / "summary.md").read_text().strip() in done.output
+    assert {"model.safetensors", "config.toml", "log.csv"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_evaluate_finds_what_the_run_reported(tiny, tmp_path):
+    begin(tiny, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    done = espalier("evaluate", tmp_path / "run")
+    assert f"accuracy {metrics['small']['accuracy']:.2f} %" in done.output
+    assert f"{metrics['small']['macs']:,} MACs" in done.output
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_configuration_repeats_the_run_bit_for_bit(tiny, tmp_path):
+    begin(tiny, tmp_path / "one")
+    done = espalier("compress", "--config", tmp_path / "one" / "config.toml", "--out", tmp_path / "two")
+    assert done.exit_code == 0, done.output
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_an_option_wins_over_the_configuration(tiny, tmp_path):
+    begin(tiny, tmp_path / "one")
+    config = tmp_path / "one" / "config.toml"
+    espalier("compress", "--config", config, "--macs", 0.3, "--method", "magnitude", "--out", tmp_path / "two")
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["fraction"]["macs"] <= 0.3
+    assert 'name = "magnitude"' in (tmp_path / "two" / "config.toml").read_text()
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_training_only_leaves_weights_that_can_be_compressed(tiny, tmp_path):
+    dense = espalier(
+        "compress", "--model", tiny, "--data", "digits", "--method", "none", "--epochs", 1, *SMALL_RUN,
+        "--out", tmp_path / "dense",
+    )  # fmt: skip
+    assert dense.exit_code == 0, dense.output
+    file = tmp_path / "dense" / "model.safetensors"
+    small = begin(tiny, tmp_path / "small", "--weights", file, "--method", "magnitude")
+    assert small.exit_code == 0, small.output
+    reported = json.loads((tmp_path / "small" / "metrics.json").read_text())["dense"]["accuracy"]
+    assert f"accuracy {reported:.2f} %" in espalier("evaluate", tmp_path / "dense").output
+    found = espalier("evaluate", file, "--model", tiny, "--data", "digits").output
+    assert f"accuracy {reported:.2f} %" in found
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_export_writes_onnx_that_computes_the_same(tiny, tmp_path):
+    pytest.importorskip("onnxruntime")
+    begin(tiny, tmp_path / "run")
+    done = espalier("export", tmp_path / "run", "--to", tmp_path / "x.onnx")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "x.onnx").stat().st_size > 0
+    assert "differs from PyTorch by at most" in done.output.replace("\n", " ")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tiny, tmp_path):
+    begin(tiny, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    refused(begin(tiny, tmp_path / "run"), str(tmp_path / "run"), "already holds a run")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert begin(tiny, tmp_path / "run", "--force").exit_code == 0
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_run_would_have(tiny, tmp_path, monkeypatch):
+    two = ("--epochs", 2)
+    assert begin(tiny, tmp_path / "whole", *two).exit_code == 0
+
+    def stop(self, history):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("espalier.present.progress.RunProgress.on_epoch", stop)
+        done = begin(tiny, tmp_path / "run", *two)
+    assert done.exit_code == 130
+    assert f"espalier compress --out {tmp_path / 'run'} --resume" in done.stderr
+    resumed = espalier("compress", "--out", tmp_path / "run", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "epoch 2/2" in resumed.output
+    assert "epoch 1/2" not in resumed.output
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_demo_compresses_what_it_trained(tmp_path, monkeypatch):
+    for recipe in ("DENSE", "SMALL"):
+        short = {**getattr(demo, recipe), "epochs": 2, "warmup_epochs": 0}
+        monkeypatch.setattr(demo, recipe, short)
+    done = espalier("demo", "--out", tmp_path / "demo")
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["fraction"]["macs"] <= 0.4
+    assert metrics["fraction"]["params"] <= 0.5
+    assert espalier("demo", "--out", tmp_path / "demo").exit_code == 0  # a second time, beside what is there
+
+
+# -- requests that make no sense
+
+
+@pytest.mark.parametrize(
+    "budget", [("--macs", 0), ("--macs", -1), ("--params", "nan"), ("--multiple-of", 0, "--macs", 0.5)]
+)
+def test_a_budget_that_makes_no_sense_is_refused(tiny, tmp_path, budget):
+    done = espalier("compress", "--model", tiny, "--data", "digits", *budget, "--out", tmp_path / "run")
+    refused(done, "Budget(")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_budget_at_all_is_refused(tiny, tmp_path):
+    refused(espalier("compress", "--model", tiny, "--data", "digits", "--out", tmp_path / "run"), "--macs 0.5")
+
+
+def test_an_unreachable_budget_is_refused_with_the_smallest(tiny, tmp_path):
+    done = espalier("compress", "--model", tiny, "--data", "digits", "--macs", 1e-6, "--out", tmp_path / "run")
+    refused(done, "smallest reachable")
+
+
+@pytest.mark.parametrize(
+    ("missing", "given"),
+    [
+        ("--out", ("--model", "resnet20", "--data", "digits", "--macs", 0.5)),
+        ("--data", ("--model", "resnet20", "--macs", 0.5, "--out", "nowhere")),
+        ("--model", ("--data", "digits", "--macs", 0.5, "--out", "nowhere")),
+    ],
+)
+def test_what_is_missing_is_named(missing, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(espalier("compress", *given), f"{missing} is missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_method_is_refused_with_what_there_is(tmp_path):
+    done = espalier(
+        "compress",
+        "--model",
+        "resnet20",
+        "--data",
+        "digits",
+        "--macs",
+        0.5,
+        "--method",
+        "magic",
+        "--out",
+        tmp_path / "r",
+    )
+    refused(done, "magic", "tcp", "magnitude")
+
+
+def test_nothing_to_resume_is_refused(tmp_path):
+    refused(espalier("compress", "--out", tmp_path / "none", "--resume"), str(tmp_path / "none"))
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_resuming_with_another_method_is_refused(tiny, tmp_path):
+    begin(tiny, tmp_path / "run")
+    refused(begin(tiny, tmp_path / "run", "--resume", "--method", "magnitude"), "another method")
+
+
+def test_a_configuration_that_is_none_is_refused(tmp_path):
+    (tmp_path / "config.toml").write_text("= nonsense")
+    refused(espalier("compress", "--config", tmp_path / "config.toml", "--out", tmp_path / "r"), "config.toml", "TOML")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_hyper_parameter_that_does_not_exist_is_refused(tiny, tmp_path):
+    begin(tiny, tmp_path / "one")
+    config = tmp_path / "one" / "config.toml"
+    config.write_text(config.read_text().replace("[recipe]\n", "[recipe]\nspeed = 3\n"))
+    refused(espalier("compress", "--config", config, "--out", tmp_path / "two"), "speed")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(tiny, tmp_path):
+    done = begin(tiny, tmp_path / "run", "--lr", 1e30)
+    assert done.exit_code == 2
+    assert "diverged in epoch 1 at step" in done.stderr
+
+
+def test_the_log_goes_to_tensorboard_as_well(tiny, tmp_path, unmeasured):
+    pytest.importorskip("tensorboard")
+    assert begin(tiny, tmp_path / "run", "--tensorboard").exit_code == 0
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
