@@ -340,3 +340,13 @@ def test_the_log_goes_to_tensorboard_as_well(tiny, tmp_path, unmeasured):
     pytest.importorskip("tensorboard")
     assert begin(tiny, tmp_path / "run", "--tensorboard").exit_code == 0
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_path_that_is_not_there_is_refused(command, tmp_path):
+    refused(espalier(command, tmp_path / "gone"), str(tmp_path / "gone"), "no such")
+
+
+def test_a_folder_without_a_network_is_refused(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(espalier("evaluate", tmp_path / "empty"), "config.toml")

@@ -169,6 +169,7 @@ def evaluate(
     device: opt.Device = None,
 ) -> None:
     """Accuracy and cost of the network in a run folder, or of a file of weights with --model and --data."""
+    _check_exists(path)
     wanted: Config = {
         "model": given(name=model),
         "data": given(name=data, dir=data_dir, image_size=image_size),
@@ -194,6 +195,7 @@ def export(
     input: opt.Input = None,
 ) -> None:
     """Write the network in a run folder, or in a file with --model, as ONNX, and compare it with PyTorch."""
+    _check_exists(path)
     merged = settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir())
     if path.is_dir() and input is None:
         section = merged["model"]
@@ -213,6 +215,11 @@ def demo(
     """Train a ResNet-20 on real handwritten digits; compress it to 40 % of its MACs and half its weights."""
     with stopped("nothing is lost: start the demo again"):
         run_demo(out)
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such run folder or file")
 
 
 # -- inputs without data

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from espalier.run.recipe import Recipe
+
 
 def _option(name: str, text: str, panel: str, *, metavar: str | None = None) -> typer.models.OptionInfo:
     return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
@@ -67,7 +69,12 @@ ActivationMemory = Annotated[
 ]
 MultipleOf = Annotated[
     int | None,
-    _option("--multiple-of", "Every width is a multiple of this: 8 or 16 run fastest.", "Budget", metavar="N"),
+    _option(
+        "--multiple-of",
+        "Every width is a multiple of this or stays whole; 8 and 16 run fastest.",
+        "Budget",
+        metavar="N",
+    ),
 ]
 Protect = Annotated[
     list[str] | None,
@@ -82,14 +89,27 @@ Protect = Annotated[
 # -- method and training
 
 Method = Annotated[
-    str | None, _option("--method", "tcp, magnitude, or none to train only.", "Training", metavar="NAME")
+    str | None, _option("--method", "tcp (default), magnitude, or none to train only.", "Training", metavar="NAME")
 ]
-Epochs = Annotated[int | None, _option("--epochs", "Passes over the training images.", "Training", metavar="N")]
-BatchSize = Annotated[int | None, _option("--batch-size", "Images per step.", "Training", metavar="N")]
-Lr = Annotated[float | None, _option("--lr", "Learning rate at its peak.", "Training")]
-Optimizer = Annotated[str | None, _option("--optimizer", "sgd or adamw.", "Training", metavar="NAME")]
-WeightDecay = Annotated[float | None, _option("--weight-decay", "Not on biases and normalisations.", "Training")]
-Warmup = Annotated[float | None, _option("--warmup", "Epochs of linear warm-up.", "Training", metavar="EPOCHS")]
+Epochs = Annotated[
+    int | None,
+    _option("--epochs", f"Passes over the training images; default {Recipe.epochs}.", "Training", metavar="N"),
+]
+BatchSize = Annotated[
+    int | None, _option("--batch-size", f"Images per step; default {Recipe.batch_size}.", "Training", metavar="N")
+]
+Lr = Annotated[float | None, _option("--lr", f"Learning rate at its peak; default {Recipe.lr}.", "Training")]
+Optimizer = Annotated[
+    str | None, _option("--optimizer", f"sgd or adamw; default {Recipe.optimizer}.", "Training", metavar="NAME")
+]
+WeightDecay = Annotated[
+    float | None,
+    _option("--weight-decay", f"Not on biases and normalisations; default {Recipe.weight_decay}.", "Training"),
+]
+Warmup = Annotated[
+    float | None,
+    _option("--warmup", f"Epochs of linear warm-up; default {Recipe.warmup_epochs:g}.", "Training", metavar="EPOCHS"),
+]
 LabelSmoothing = Annotated[float | None, _option("--label-smoothing", "From 0 to below 1.", "Training")]
 Ema = Annotated[float | None, _option("--ema", "Decay of averaged weights, for example 0.999.", "Training")]
 Distill = Annotated[
@@ -102,16 +122,24 @@ Distill = Annotated[
     ),
 ]
 Clip = Annotated[float | None, _option("--clip", "Bound on the norm of the gradient.", "Training", metavar="NORM")]
-Seed = Annotated[int | None, _option("--seed", "Of order, augmentation and initial weights.", "Training", metavar="N")]
+Seed = Annotated[
+    int | None,
+    _option("--seed", f"Of order, augmentation and initial weights; default {Recipe.seed}.", "Training", metavar="N"),
+]
 
 # -- machine
 
-Precision = Annotated[str | None, _option("--precision", "fp32, bf16 or fp16.", "Machine", metavar="NAME")]
+Precision = Annotated[
+    str | None, _option("--precision", f"fp32, bf16 or fp16; default {Recipe.precision}.", "Machine", metavar="NAME")
+]
 ChannelsLast = Annotated[
     bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout; often faster.",
                               rich_help_panel="Machine", show_default=False),
 ]  # fmt: skip
-Device = Annotated[str | None, _option("--device", "auto, cpu, cuda, cuda:1, ...", "Machine", metavar="NAME")]
+Device = Annotated[
+    str | None,
+    _option("--device", f"auto, cpu, cuda, cuda:1, ...; default {Recipe.device}.", "Machine", metavar="NAME"),
+]
 Threads = Annotated[int | None, _option("--threads", "Threads of the processor.", "Machine", metavar="N")]
 
 # -- run folder
