@@ -22,7 +22,7 @@ class Halving(Method):
     name: ClassVar[str] = "halving"
     trains: ClassVar[bool] = True
 
-    def start(self, model: nn.Module, example: Any, budget: Budget) -> HalvingProcess:
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Any = None) -> HalvingProcess:
         return HalvingProcess(model, example, budget, self.at)
 
 
@@ -33,7 +33,7 @@ class HalvingAtOnce(Method):
     name: ClassVar[str] = "halving-at-once"
     trains: ClassVar[bool] = False
 
-    def start(self, model: nn.Module, example: Any, budget: Budget) -> HalvingProcess:
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Any = None) -> HalvingProcess:
         return HalvingProcess(model, example, budget, 2.0)
 
 

@@ -149,7 +149,7 @@ def test_a_trained_network_teaches_and_an_untrained_one_does_not(digits, trained
 def test_a_method_above_the_budget_is_found_out(digits):
     @dataclasses.dataclass(frozen=True)
     class Lazy(HalvingAtOnce):
-        def start(self, model, example, budget):
+        def start(self, model, example, budget, *, batches=None):
             process = super().start(model, example, budget)
             process.finish = lambda: model
             return process

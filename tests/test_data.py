@@ -45,9 +45,7 @@ def make_loaders(_):
     images = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(30) % 3
     whole = TensorDataset(images, labels)
-    return Loaders(
-        DataLoader(whole, 4, shuffle=True), DataLoader(whole, 7), num_classes=3, holdout=[(images, labels)]
-    )
+    return Loaders(DataLoader(whole, 4, shuffle=True), DataLoader(whole, 7), num_classes=3, holdout=[(images, labels)])
 
 
 SOURCES = {"digits": make_digits, "folder": make_folder, "loaders": make_loaders}

@@ -379,7 +379,7 @@ def test_a_nan_loss_stops_at_its_step_and_the_last_good_checkpoint_stays(digits,
 
 def test_a_method_that_stumbles_over_nan_is_not_blamed(digits):
     class Strict(Halving):
-        def start(self, model, example, budget):
+        def start(self, model, example, budget, *, batches=None):
             process = super().start(model, example, budget)
 
             def step(*, progress, optimizer):

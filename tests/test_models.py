@@ -43,9 +43,7 @@ def test_cifar_networks_run_on_digits_and_cifar(name, channels, size):
         assert model(torch.randn(2, channels, size, size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("resnet20a", 269_722), ("resnet32a", 464_154), ("resnet56a", 853_018)]
-)
+@pytest.mark.parametrize(("name", "expected"), [("resnet20a", 269_722), ("resnet32a", 464_154), ("resnet56a", 853_018)])
 def test_parameters_of_the_published_networks(name, expected):
     assert parameters(build_model(name, num_classes=10)) == expected
 
@@ -162,9 +160,7 @@ def own_module(tmp_path, monkeypatch):
 def test_a_factory_in_the_current_folder_takes_what_it_names(own_module):
     model = build_model("own_networks:plain", num_classes=3, in_channels=1, image_size=8)
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
-    assert build_model(
-        "own_networks:everything", num_classes=3, in_channels=1, image_size=8
-    ).weight.shape == (8, 1)
+    assert build_model("own_networks:everything", num_classes=3, in_channels=1, image_size=8).weight.shape == (8, 1)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +248,7 @@ def test_weights_without_shortcuts_name_the_network_they_fit(tmp_path, given, fi
 
 def test_weights_with_projections_name_the_network_they_fit(tmp_path):
     torch.save(resnet20().state_dict(), tmp_path / "w.pt")
-    with pytest.raises(
-        ValueError, match="the network is resnet20a; these are weights of resnet20, with option-B"
-    ):
+    with pytest.raises(ValueError, match="the network is resnet20a; these are weights of resnet20, with option-B"):
         load_weights(resnet20(shortcut="A"), tmp_path / "w.pt")
 
 

@@ -115,8 +115,6 @@ def test_every_source_lies_in_a_known_room():
 
 def test_importing_the_package_imports_no_optional_package():
     code = "import sys, espalier; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"timm", "torchvision", "onnx", "onnxruntime", "onnxscript", "sklearn", "matplotlib", "typer"}
     assert heavy & set(loaded) == set()

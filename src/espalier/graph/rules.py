@@ -52,6 +52,14 @@ def align(layer: Layer, ndim: int) -> Layer:
     return layer.reshape((1,) * (ndim - layer.ndim) + tuple(layer.shape))
 
 
+def argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
+    """The value of one argument of an operation, however it was given."""
+    for position, known in enumerate(func._schema.arguments):
+        if known.name == name and position < len(args):
+            return args[position]
+    return kwargs.get(name, default)
+
+
 def dims_of(dims: Any, ndim: int) -> list[int]:
     """Normalise a reduction's ``dim`` argument; ``None`` and ``[]`` mean all."""
     if dims is None or (isinstance(dims, (list, tuple)) and not dims):
@@ -438,28 +446,34 @@ def reduced(watch: Watch, args: Any, out: Any, dims: list[int], keepdim: bool, t
 @rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod", "max", "min",
       "logsumexp", "argmax", "argmin", "any", "all", "median", "nansum")  # fmt: skip
 def reduction(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    named = {a.name: i for i, a in enumerate(func._schema.arguments)}
-
-    def given(name: str, default: Any) -> Any:
-        position = named.get(name)
-        if position is None:
-            return default
-        return args[position] if position < len(args) else kwargs.get(name, default)
-
     if len(list(tensors_in((args, kwargs)))) > 1:  # max(a, b)
         pointwise(watch, func, args, kwargs, out)
         return
-    dims = dims_of(given("dim", None), args[0].ndim)
-    reduced(watch, args, out, dims, bool(given("keepdim", False)), f"{func._overloadpacket} runs over these channels")
+    dims = dims_of(argument(func, args, kwargs, "dim", None), args[0].ndim)
+    keepdim = bool(argument(func, args, kwargs, "keepdim", False))
+    reduced(watch, args, out, dims, keepdim, f"{func._overloadpacket} runs over these channels")
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "sort")
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "_safe_softmax",
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "argsort",
+    "topk",
+)
 def along(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    known = state(args[0])
+    known, dim = state(args[0]), int(argument(func, args, kwargs, "dim", -1)) % max(args[0].ndim, 1)
+    layers = []
     for layer in known.layers:
-        watch.mix(layer, [args[1] % args[0].ndim], f"{func._overloadpacket} runs over these channels")
+        watch.mix(layer, [dim], f"{func._overloadpacket} runs over these channels")
+        layers.append(layer if next(tensors_in(out)).shape == args[0].shape else layer.narrow(dim, 0, 1))
     for o in tensors_in(out):
-        watch.put(o, known.layers)
+        watch.put(o, layers)
 
 
 def spatial(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:

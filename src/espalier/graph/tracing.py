@@ -426,7 +426,7 @@ def rehearsal_units(graph: Graph) -> dict[str, np.ndarray]:
     units = {}
     for number, group in enumerate(graph.groups):
         if group.size < 3:
-            units[group.name] = np.arange(group.size)
+            units[group.name] = np.array([number % group.size])
             continue
         keep = max(2, min(group.size - 1, (2 * group.size) // 3 - number % 2))
         pick = (np.arange(keep) * group.size) // keep

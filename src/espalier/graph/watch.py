@@ -228,7 +228,7 @@ class Watch(TorchDispatchMode):
             layers = []
             kernel = tensor.ndim > 2 and min(tensor.shape[:2]) > 1  # (O, I, ...): positions are no channels
             for dim, size in enumerate(tensor.shape[:2] if kernel else tensor.shape):
-                if size > 1 or (name, dim) in self._axis_of:
+                if (name, dim) in self._axis_of if rehearsal is not None else size > 1:
                     labels = self.axis_labels(name, dim, size)
                     layers.append(labels.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
             tensor._espalier = State(tuple(layers), source=name, derived=PLAIN)  # type: ignore[attr-defined]
@@ -402,7 +402,11 @@ class Watch(TorchDispatchMode):
             rule = self.rules["pointwise" if torch.Tag.pointwise in func.tags else "unknown"]
         if self._is_fixed():
             rule = self.rules["fixed"]
-        rule(self, func, args, kwargs, out)
+        try:
+            rule(self, func, args, kwargs, out)
+        except (IndexError, KeyError, RuntimeError, TypeError) as error:  # a shape that the rule does not expect
+            self.unknown[f"{func._overloadpacket} in {self.place()}: its rule failed, {first_line(error)}"] = None
+            self.rules["fixed"](self, func, args, kwargs, out)
         for tensor in tensors_in(out):
             self._birth(tensor)
         outputs = [(tuple(t.shape), state(t).layers) for t in tensors_in(out)]
@@ -491,7 +495,7 @@ class Rehearsal:
                 kept = self._restrict(watch, layer)
                 for dim in varying(layer):
                     predicted[dim] = kept.shape[dim]
-                if kept.numel() > 1:
+                if (kept := compact(kept)).numel() > 1:
                     survivors.append(kept)
             if tuple(predicted) != shape:
                 raise Mismatch(watch.key(), f"gives shape {list(shape)} where {predicted} was expected", watch.place())

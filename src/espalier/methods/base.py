@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from espalier.costs import Cost, CostModel
 from espalier.graph import Graph, trace
 from espalier.plan import Budget, Plan
 from espalier.surgery import shrink_
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ class Method(ABC):
     trains: ClassVar[bool]  # False: one shot, needs no data
 
     @abstractmethod
-    def start(self, model: nn.Module, example: Any, budget: Budget) -> Process:
-        """Begin on ``model``, which is trained and shrunk in place.  ``example`` is what ``trace`` takes."""
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Process:
+        """Begin on ``model``, which is trained and shrunk in place.
+
+        ``example`` is what ``trace`` takes.  ``batches`` are a few training batches for methods that measure something
+        before they begin; others ignore them.
+        """
 
 
 class Process(ABC):

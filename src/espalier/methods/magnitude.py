@@ -6,14 +6,13 @@ afterwards, which is the training loop's business).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from espalier.methods.base import Method, Process, Removed, Status
+from espalier.methods.base import Batches, Method, Process, Removed, Status
 from espalier.methods.importance import SCORES, measure
 from espalier.plan import Budget
 from espalier.solver import solve
@@ -32,14 +31,7 @@ class Magnitude(Method):
         if self.score not in SCORES:
             raise ValueError(f"Magnitude(score={self.score!r}): choose one of {', '.join(SCORES)}")
 
-    def start(
-        self,
-        model: nn.Module,
-        example: Any,
-        budget: Budget,
-        *,
-        batches: Iterable[tuple[Tensor, Tensor]] | None = None,
-    ) -> OneShot:
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> OneShot:
         return OneShot(model, example, budget, self, batches)
 
 
@@ -47,12 +39,7 @@ class OneShot(Process):
     """Cuts at the start; what follows is ordinary training of the small network."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        example: Any,
-        budget: Budget,
-        method: Magnitude,
-        batches: Iterable[tuple[Tensor, Tensor]] | None,
+        self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Batches | None
     ) -> None:
         super().__init__(model, example, budget)
         importance = measure(model, self.graph, method.score, batches)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from espalier.carving import select
 from espalier.costs import CostModel
 from espalier.graph import trace
-from espalier.methods.base import Method, Process, Removed, Status
+from espalier.methods.base import Batches, Method, Process, Removed, Status
 from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity
 from espalier.methods.units import Columns, Units
 from espalier.plan import Budget
@@ -77,7 +77,7 @@ class TCP(Method):
                 "start_at + fade must be below reach"
             )
 
-    def start(self, model: nn.Module, example: Any, budget: Budget) -> Tailoring:
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Tailoring:
         return Tailoring(model, example, budget, self)
 
 

@@ -35,9 +35,7 @@ class Source(Protocol):
     def steps(self, batch_size: int) -> int:
         """Batches in one epoch of :meth:`train_batches`."""
 
-    def train_batches(
-        self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False
-    ) -> Iterator[Batch]:
+    def train_batches(self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False) -> Iterator[Batch]:
         """One epoch of shuffled, augmented batches: a function of seed and epoch alone."""
 
     def test_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
@@ -80,9 +78,7 @@ class Normalise:
     Its two constants stay on the device; made anew for each batch, they would cost two copies there.
     """
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], *, levels: int, device: torch.device
-    ) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, levels: int, device: torch.device) -> None:
         shape = (1, -1, 1, 1)
         self.scale = torch.tensor([1 / (levels * s) for s in std], device=device).view(shape)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(shape)
@@ -121,9 +117,7 @@ def check_labels(labels: Tensor, *, num_classes: int, where: str) -> None:
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
-        raise ValueError(
-            f"{where}: label {wrong} lies outside the {num_classes} classes 0 to {num_classes - 1}"
-        )
+        raise ValueError(f"{where}: label {wrong} lies outside the {num_classes} classes 0 to {num_classes - 1}")
 
 
 def stratified_order(labels: np.ndarray, size: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

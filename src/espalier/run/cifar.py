@@ -81,9 +81,7 @@ def _download(layout: CifarLayout, root: Path) -> None:
     import_torchvision()
     datasets = importlib.import_module("torchvision.datasets")
     try:
-        getattr(datasets, layout.torchvision)(
-            root, download=True
-        )  # checks what is there, fetches what is not
+        getattr(datasets, layout.torchvision)(root, download=True)  # checks what is there, fetches what is not
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{layout.torchvision} could not be downloaded into {root}: {error}") from error
 

@@ -19,7 +19,7 @@ from espalier.graph import trace
 from espalier.methods.base import Method, Process
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
-from espalier.run.batches import Source
+from espalier.run.batches import Batch, Source
 from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
 from espalier.run.data import Data
 from espalier.run.evaluate import evaluate, pick_device
@@ -165,10 +165,17 @@ class _Job:
             budget = self._absolute_budget() if self.goes_on else self.budget
             self.process = self.method.start(small, self.example, budget)
         elif not self.goes_on:
-            at_once = self.method.start(small, self.example, self.budget)
+            at_once = self.method.start(small, self.example, self.budget, batches=self._few_batches())
             small = at_once.finish()
             self.plan = at_once.stayed
         self.small = small
+
+    def _few_batches(self) -> list[Batch] | None:
+        """A few training batches on the device, for methods that measure before they cut."""
+        if self.source is None:
+            return None
+        chosen = self.source.calibration_batches(batch_size=self.recipe.batch_size, batches=8, seed=self.recipe.seed)
+        return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
 
     def begin(
         self,

@@ -88,9 +88,7 @@ class Data:
                 raise ValueError(f"{where}: {len(split.images)} images have {len(split.labels)} labels")
             check_labels(split.labels, num_classes=self.num_classes, where=where)
         if not len(self.mean) == len(self.std) == self.in_channels:
-            raise ValueError(
-                f"{self.name}: mean and std need one value for each of {self.in_channels} channels"
-            )
+            raise ValueError(f"{self.name}: mean and std need one value for each of {self.in_channels} channels")
 
     @property
     def has_holdout(self) -> bool:
@@ -98,22 +96,16 @@ class Data:
 
     def to(self, device: str | torch.device) -> "Data":
         """The same data on another device."""
-        return replace(
-            self, train=self.train.to(device), test=self.test.to(device), holdout=self.holdout.to(device)
-        )
+        return replace(self, train=self.train.to(device), test=self.test.to(device), holdout=self.holdout.to(device))
 
     def steps(self, batch_size: int) -> int:
         return full_batches(len(self.train), batch_size)
 
-    def train_batches(
-        self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False
-    ) -> Iterator[Batch]:
+    def train_batches(self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False) -> Iterator[Batch]:
         steps = self.steps(batch_size)
         return self._augmented(steps, batch_size, epoch_generator(seed, epoch), channels_last)
 
-    def _augmented(
-        self, steps: int, batch_size: int, random: torch.Generator, channels_last: bool
-    ) -> Iterator[Batch]:
+    def _augmented(self, steps: int, batch_size: int, random: torch.Generator, channels_last: bool) -> Iterator[Batch]:
         used = min(len(self.train), steps * batch_size)
         device = self.train.labels.device
         # Drawn on the CPU for the whole epoch: three copies to the device, and every device draws the same.
@@ -136,9 +128,7 @@ class Data:
 
     def holdout_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
         if not self.has_holdout:
-            raise ValueError(
-                f"{self.name}: no images are held out; load_data(..., holdout=N) sets some aside"
-            )
+            raise ValueError(f"{self.name}: no images are held out; load_data(..., holdout=N) sets some aside")
         return self._batches(self.holdout, batch_size, channels_last)
 
     def calibration_batches(
@@ -197,9 +187,7 @@ class Loaders:
                 )
         images = self.example()
         if images.dim() != 4:
-            raise ValueError(
-                f"train loader: images are (n, c, h, w); these are of shape {tuple(images.shape)}"
-            )
+            raise ValueError(f"train loader: images are (n, c, h, w); these are of shape {tuple(images.shape)}")
         object.__setattr__(self, "_shape", tuple(images.shape[1:]))
 
     def _named(self) -> dict[str, Any]:
@@ -220,14 +208,10 @@ class Loaders:
 
     def steps(self, batch_size: int) -> int:
         if not isinstance(self.train, Sized):
-            raise ValueError(
-                "the train loader has no length, which the rate schedule needs; give it a __len__"
-            )
+            raise ValueError("the train loader has no length, which the rate schedule needs; give it a __len__")
         return len(self.train)
 
-    def train_batches(
-        self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False
-    ) -> Iterator[Batch]:
+    def train_batches(self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False) -> Iterator[Batch]:
         return self._batches("train", channels_last, seed=epoch_seed(seed, epoch))
 
     def test_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
@@ -262,9 +246,7 @@ class Loaders:
             item = next(iterator, None)
 
     def _checked(self, item: Any, name: str, channels_last: bool) -> Batch:
-        if not (
-            isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(t, Tensor) for t in item)
-        ):
+        if not (isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(t, Tensor) for t in item)):
             raise ValueError(
                 f"the {name} loader yields a {type(item).__name__}, not a pair (images, labels) of tensors"
             )
@@ -318,9 +300,7 @@ def load_data(
         path = Path(name.removeprefix("imagefolder:")).expanduser()
         return read_folder(path, image_size=image_size or 224, holdout=holdout, device=device)
     if name != "digits" and name not in LAYOUTS:
-        raise ValueError(
-            f"no data set is called {name!r}; there are digits, {', '.join(LAYOUTS)} and imagefolder:PATH"
-        )
+        raise ValueError(f"no data set is called {name!r}; there are digits, {', '.join(LAYOUTS)} and imagefolder:PATH")
     own_size = 8 if name == "digits" else 32
     if image_size not in (None, own_size):
         raise ValueError(

@@ -63,9 +63,7 @@ class FolderData:
     def steps(self, batch_size: int) -> int:
         return full_batches(len(self.train), batch_size)
 
-    def train_batches(
-        self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False
-    ) -> Iterator[Batch]:
+    def train_batches(self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False) -> Iterator[Batch]:
         steps = self.steps(batch_size)
         order = torch.randperm(len(self.train), generator=epoch_generator(seed, epoch)).tolist()
         files = _Files(self.train, self.image_size, draw=(seed, epoch))
@@ -76,9 +74,7 @@ class FolderData:
 
     def holdout_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
         if not self.holdout:
-            raise ValueError(
-                f"{self.name}: no images are held out; load_data(..., holdout=N) sets some aside"
-            )
+            raise ValueError(f"{self.name}: no images are held out; load_data(..., holdout=N) sets some aside")
         return self._in_order(self.holdout, batch_size, channels_last)
 
     def calibration_batches(
@@ -173,9 +169,7 @@ def _collate(items: list[tuple[Tensor | str, int]]) -> tuple[Tensor | str, Tenso
     return torch.stack([image for image, _ in items if isinstance(image, Tensor)]), labels
 
 
-def read_folder(
-    path: Path, *, image_size: int, holdout: int = 0, device: str | torch.device = "cpu"
-) -> FolderData:
+def read_folder(path: Path, *, image_size: int, holdout: int = 0, device: str | torch.device = "cpu") -> FolderData:
     """List the images of ``path``; nothing is decoded yet.
 
     Raises: ValueError if ``path``, ``train`` or both of ``val`` and ``test`` are absent, if a class has no
@@ -187,14 +181,10 @@ def read_folder(
     tests = [path / name for name in ("val", "test") if (path / name).is_dir()]
     if not (path / "train").is_dir() or not tests:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"{path} needs the folders train and val (or test), one sub-folder per class; it has {found}"
-        )
+        raise ValueError(f"{path} needs the folders train and val (or test), one sub-folder per class; it has {found}")
     classes = tuple(sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir()))
     train = _list_files(path / "train", classes)
-    strangers = sorted(
-        entry.name for entry in tests[0].iterdir() if entry.is_dir() and entry.name not in classes
-    )
+    strangers = sorted(entry.name for entry in tests[0].iterdir() if entry.is_dir() and entry.name not in classes)
     if strangers:
         raise ValueError(f"{tests[0]} has classes that {path / 'train'} lacks: {', '.join(strangers[:8])}")
     test = _list_files(tests[0], tuple(name for name in classes if (tests[0] / name).is_dir()), known=classes)

@@ -73,9 +73,7 @@ class CifarResNet(nn.Module):
     Raises: ValueError if the depth is not 6n+2 or the shortcut neither "A" nor "B".
     """
 
-    def __init__(
-        self, depth: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: str = "B"
-    ) -> None:
+    def __init__(self, depth: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: str = "B") -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a CIFAR ResNet has 6n+2 layers (8, 14, 20, ...), not {depth}")
@@ -229,9 +227,7 @@ def model_names() -> list[str]:
 def _unknown(name: str, known: list[str]) -> ValueError:
     close = difflib.get_close_matches(name, dict.fromkeys(known), n=5)
     hint = f"close matches: {', '.join(close)}" if close else f"ours are {', '.join(CIFAR_MODELS)}"
-    absent = (
-        "" if len(known) > len(CIFAR_MODELS) else "; networks of torchvision and timm need 'espalier[models]'"
-    )
+    absent = "" if len(known) > len(CIFAR_MODELS) else "; networks of torchvision and timm need 'espalier[models]'"
     return ValueError(f"no network is called {name!r}; {hint}{absent}; your own is package.module:factory")
 
 
@@ -371,9 +367,7 @@ def _read_weights(path: Path) -> object:
             f"{path} is not a file of weights alone: it is truncated, or holds pickled objects that would "
             "have to be executed; save model.state_dict() with torch.save, or safetensors"
         ) from error
-    except (
-        Exception
-    ) as error:  # a damaged file may raise anything: EOFError, RuntimeError, SafetensorError, ...
+    except Exception as error:  # a damaged file may raise anything: EOFError, RuntimeError, SafetensorError, ...
         raise ValueError(f"{path} cannot be read: truncated, or not a weights file ({error})") from error
 
 
@@ -433,9 +427,5 @@ def _advice(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     given = f"resnet{model.depth}{'a' if model.option == 'A' else ''}"
     if fitting == given or fitting not in CIFAR_MODELS:
         return []
-    kind = (
-        "option-B shortcuts (1x1 convolutions)"
-        if projected
-        else "option-A shortcuts (no weights of their own)"
-    )
+    kind = "option-B shortcuts (1x1 convolutions)" if projected else "option-A shortcuts (no weights of their own)"
     return [f"  the network is {given}; these are weights of {fitting}, with {kind}"]

@@ -1,0 +1,1 @@
+"""Measurements, each a plain script that writes what it found to ``benchmarks/results``."""

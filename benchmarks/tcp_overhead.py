@@ -1,0 +1,299 @@
+"""What TCP costs while it presses, and what it saves over a whole run.
+
+    python -m benchmarks.tcp_overhead [--networks resnet20 ...] [--window 160] [--run-steps 300]
+
+Batches of 128 random CIFAR-sized images (speed does not depend on what they show), bf16, channels_last, one thread, SGD.
+
+*While pressing*: a window of consecutive steps of a run of 20 epochs on 50,000 images (7,800 steps) at a MACs target of
+50 %, at one tenth of the run, where the keep-set is decided anew and units fade.  Blocks of steps with the process take
+turns with blocks of plain training of a network of the same structure, copied again whenever the process has removed
+something.  The ratio is that of the sums.  ``step`` is the part of it that is spent inside ``process.step``; the rest is
+gradient hooks.
+
+*Whole run*: all of a run of fewer steps, whose schedule is the same in proportion, beside dense training of as many steps,
+in turns.  Decisions, each of which costs the same however short the run, fall more often per step here than in a run of real
+length, so this ratio errs against TCP.  With distillation, the teacher's forward is added to TCP's steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import espalier as es
+from benchmarks import common
+from espalier.methods.base import Process
+from espalier.run.evaluate import autocast
+from espalier.run.loop import distillation, make_optimizer
+
+NETWORKS = ("resnet20", "resnet56", "vgg16_bn")
+RECIPE = es.Recipe(precision="bf16", channels_last=True, lr=0.01, device="cpu", threads=1)
+REAL_STEPS = 7800  # 20 epochs of 390
+BUDGET = es.Budget(macs=0.5)
+WINDOW_AT = 0.1
+
+
+def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    images = [torch.randn(RECIPE.batch_size, 3, 32, 32, generator=random) for _ in range(count)]
+    labels = [torch.randint(10, (RECIPE.batch_size,), generator=random) for _ in range(count)]
+    return [(x.to(memory_format=torch.channels_last), y) for x, y in zip(images, labels, strict=True)]
+
+
+class Trainer:
+    """Steps of training on one network, timed; with a process, its part apart."""
+
+    def __init__(self, model: nn.Module, *, process: Process | None = None, teacher: nn.Module | None = None) -> None:
+        self.model, self.process, self.teacher = model, process, teacher
+        self.optimizer = make_optimizer(model, RECIPE)
+        self.data = batches()
+        self.inside = 0.0  # seconds in process.step
+        self.removals = 0
+
+    def run(self, progress: Iterator[float], steps: int) -> float:
+        """Seconds of ``steps`` steps."""
+        begin = time.perf_counter()
+        for number in range(steps):
+            self._step(*self.data[number % len(self.data)], next(progress))
+        return time.perf_counter() - begin
+
+    def _step(self, x: Tensor, y: Tensor, progress: float) -> None:
+        with autocast(x.device, RECIPE.precision):
+            logits = self.model(x).float()
+            soft = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    soft = self.teacher(x).float()
+        loss = F.cross_entropy(logits, y)
+        if soft is not None:
+            loss = 0.5 * loss + 0.5 * distillation(logits, soft, RECIPE.temperature)
+        if self.process is not None:
+            loss = loss + self.process.penalty()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.process is not None:
+            begin = time.perf_counter()
+            removed = self.process.step(progress=progress, optimizer=self.optimizer)
+            self.inside += time.perf_counter() - begin
+            self.removals += removed is not None
+
+
+def network(name: str) -> nn.Module:
+    model = common.build(f"cifar:{name}").train()
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def counting(start: float, total: int) -> Iterator[float]:
+    step = round(start * total)
+    while True:
+        step += 1
+        yield min(step / total, 1.0)
+
+
+def _arrive(trainer: Trainer, at: float) -> Iterator[float]:
+    """Put the process where it would be at ``at``, about to decide.  A jump in progress alone would count as a long press."""
+    process: Any = trainer.process
+    process._last = process._pressed_at = at
+    process._decided = at - process.method.every
+    return counting(at, REAL_STEPS)
+
+
+def pressing(name: str, method: es.TCP, *, window: int, block: int) -> dict[str, Any]:
+    """Ratio of a window of TCP to plain training of the same structure, in turns."""
+    example = torch.zeros(1, 3, 32, 32)
+    model = network(name)
+    tcp = Trainer(model, process=method.start(model, example, BUDGET))
+    plain = Trainer(_without_hooks(model))
+    at = _arrive(tcp, WINDOW_AT)
+    tcp.run(at, 2 * block)  # warm up; also the first decision, for which everything is new
+    plain.run(counting(0, REAL_STEPS), block)
+    tcp.inside, times = 0.0, []
+    for _ in range(window // block):
+        if sum(p.numel() for p in tcp.model.parameters()) != sum(p.numel() for p in plain.model.parameters()):
+            plain = Trainer(_without_hooks(tcp.model))
+            plain.run(counting(0, REAL_STEPS), 2)
+        times.append((tcp.run(at, block), plain.run(counting(0, REAL_STEPS), block)))
+    pressed = getattr(tcp.process, "pressed", None)
+    ours, theirs = (sum(column) for column in zip(*times, strict=True))
+    return {
+        "ratio": ours / theirs,
+        "ratio, median of blocks": median(a / b for a, b in times),
+        "step": tcp.inside / theirs,
+        "plain ms per step": 1e3 * theirs / (block * len(times)),
+        "steps": block * len(times),
+        "removals": tcp.removals,
+        "units pressed at the end": None if pressed is None else int(pressed.sum()),
+    }
+
+
+def _without_hooks(model: nn.Module) -> nn.Module:
+    """A copy that no process listens to: copied parameters have no hooks, copied modules have."""
+    private = copy.deepcopy(model)
+    for module in private.modules():
+        module._forward_pre_hooks.clear()
+    return private
+
+
+def whole_run(name: str, method: es.TCP, *, steps: int, block: int) -> dict[str, Any]:
+    """Ratio of a whole run to dense training, in turns; MACs over the run."""
+    example = torch.zeros(1, 3, 32, 32)
+    model = network(name)
+    plain = Trainer(copy.deepcopy(model))
+    teacher = copy.deepcopy(model).eval()
+    tcp = Trainer(model, process=method.start(model, example, BUDGET))
+    assert tcp.process is not None
+    dense = tcp.process.cost.macs
+    plain.run(counting(0, steps), block)
+    at = counting(0, steps)
+    ours, theirs, alone, macs = [], [], [], []
+    for _ in range(steps // block):
+        ours.append(tcp.run(at, block))
+        theirs.append(plain.run(counting(0, steps), block))
+        alone.append(_forward_time(teacher, tcp.data[0][0], 2) * block)
+        macs.append(tcp.process.cost.macs / dense)
+    small = tcp.process.finish()
+    final = es.cost(es.trace(small, example)).macs / dense
+    later = len(ours) - len(ours) // 4
+    return {
+        "ratio": sum(ours) / sum(theirs),
+        "ratio with distillation, dense without": (sum(ours) + sum(alone)) / sum(theirs),
+        "ratio with distillation, dense too": (sum(ours) + sum(alone)) / (sum(theirs) + sum(alone)),
+        "ratio of the last quarter": sum(ours[later:]) / sum(theirs[later:]),
+        "step": tcp.inside / sum(theirs),
+        "MACs over the run": sum(macs) / len(macs),
+        "MACs at the end": final,
+        "removals": tcp.removals,
+        "curve": [{"macs": m, "time": a / b} for m, a, b in zip(macs, ours, theirs, strict=True)],
+        "steps": steps,
+        "plain ms per step": 1e3 * sum(theirs) / steps,
+    }
+
+
+def _forward_time(model: nn.Module, x: Tensor, repeats: int) -> float:
+    begin = time.perf_counter()
+    with torch.no_grad(), autocast(x.device, RECIPE.precision):
+        for _ in range(repeats):
+            model(x)
+    return (time.perf_counter() - begin) / repeats
+
+
+PARTS = ("_decide", "_press", "_adapt", "_remove_faded", "_carry_out", "_norm")
+
+
+def profile(name: str, method: es.TCP, *, steps: int) -> dict[str, float]:
+    """Milliseconds per step in the parts of the process (some contain others) and in the gradient hooks."""
+    spent: dict[str, float] = {}
+
+    def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[label] = spent.get(label, 0.0) + time.perf_counter() - begin
+
+        return call
+
+    from espalier.methods.importance import Sensitivity
+
+    hear = Sensitivity._hear
+    Sensitivity._hear = lambda self, columns: timed("hooks", hear(self, columns))  # type: ignore[method-assign]
+    try:
+        model = network(name)
+        process: Any = method.start(model, torch.zeros(1, 3, 32, 32), BUDGET)
+    finally:
+        Sensitivity._hear = hear  # type: ignore[method-assign]
+    for part in PARTS:
+        if hasattr(process, part):
+            setattr(process, part, timed(part, getattr(process, part)))
+    process.sensitivity.batch_done = timed("batch_done", process.sensitivity.batch_done)
+    trainer = Trainer(model, process=process)
+    at = _arrive(trainer, WINDOW_AT)
+    trainer.run(at, 10)
+    spent.clear()
+    trainer.inside = 0.0
+    begin = time.perf_counter()
+    trainer.run(at, steps)
+    total = time.perf_counter() - begin
+    found = {"whole step": total, "process.step": trainer.inside, **spent}
+    return {label: 1e3 * seconds / steps for label, seconds in found.items()}
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    body = []
+    for r in rows:
+        press, run = r["pressing"], r["run"]
+        body.append([
+            r["network"], f"{press['plain ms per step']:.0f}", f"{press['ratio']:.3f}", f"{press['step']:.3f}",
+            f"{run['ratio']:.3f}", f"{run['ratio with distillation, dense without']:.3f}",
+            f"{run['ratio with distillation, dense too']:.3f}", f"{run['ratio of the last quarter']:.3f}",
+            f"{run['MACs over the run']:.3f}",
+        ])  # fmt: skip
+    headers = [
+        "network",
+        "ms",
+        "pressing",
+        "in step()",
+        "whole run",
+        "+ teacher",
+        "both + teacher",
+        "last quarter",
+        "mean MACs",
+    ]
+    return (
+        common.table(headers, body) + "\nall but ms: relative to plain training; goals: pressing 1.05, whole run 0.85"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--window", type=int, default=160, help="steps while pressing")
+    parser.add_argument("--run-steps", type=int, default=300, help="steps of the whole run")
+    parser.add_argument("--block", type=int, default=5, help="steps between turns")
+    parser.add_argument("--profile", action="store_true", help="only say where the time goes")
+    parser.add_argument("--name", default="tcp_overhead", help="of the results file")
+    chosen = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    method = es.TCP()
+    if chosen.profile:
+        for name in chosen.networks:
+            print(name, json.dumps(common.rounded(profile(name, method, steps=chosen.window))))
+        return
+    rows = []
+    for name in chosen.networks:
+        press = pressing(name, method, window=chosen.window, block=chosen.block)
+        run = whole_run(name, method, steps=chosen.run_steps, block=chosen.block)
+        rows.append({"network": name, "pressing": press, "run": run})
+        print(as_table(rows).splitlines()[-2], flush=True)
+    content = {
+        "environment": common.environment(),
+        "settings": {
+            "method": asdict(method),
+            "recipe": RECIPE.to_dict(),
+            "macs": 0.5,
+            "real_steps": REAL_STEPS,
+            "seed": 0,
+        },
+        "rows": rows,
+    }
+    path = common.write_results(chosen.name, common.rounded(content))
+    print(as_table(rows))
+    print(f"written to {path.relative_to(common.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
