@@ -16,7 +16,7 @@ import math
 import random
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -41,7 +41,12 @@ def draw(chance: random.Random, number: int) -> es.Budget:
     """The kinds take turns: all of them without and then with a multiple of 8."""
     metrics = KINDS[number % len(KINDS)]
     multiple = 8 if (number // len(KINDS)) % 2 else 1
-    return es.Budget(**{m: round(chance.uniform(0.15, 0.9), 4) for m in metrics}, multiple_of=multiple)
+    return replace(es.Budget(macs=1.0, multiple_of=multiple), **_fractions(chance, metrics))
+
+
+def _fractions(chance: random.Random, metrics: tuple[str, ...]) -> dict[str, Any]:
+    """``macs`` is always there, ``None`` where it is not limited."""
+    return {"macs": None, **{m: round(chance.uniform(0.15, 0.9), 4) for m in metrics}}
 
 
 def cannot_be_met(graph: Graph, budget: es.Budget) -> bool:
