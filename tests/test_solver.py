@@ -1,0 +1,188 @@
+"""The keep-set: never above a budget, nothing that fits left out, clear words for what cannot be met."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from espalier.costs import METRICS, CostModel, cost
+from espalier.graph import Graph, trace
+from espalier.plan import Budget, Plan
+from espalier.run.models import build_model
+from espalier.solver import BudgetError, solve, unused_blocks
+from espalier.surgery import shrink
+
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet20a", num_classes=10, in_channels=3, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return trace(model(), EXAMPLE)
+
+
+def scores(graph: Graph, seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {g.name: random.random(g.size) for g in graph.groups}
+
+
+fractions = st.floats(0.15, 1.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    macs=st.none() | fractions,
+    params=st.none() | fractions,
+    memory=st.none() | st.floats(0.6, 1.0),
+    multiple=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 1000),
+)
+def test_every_limit_holds_and_nothing_more_fits(
+    graph: Graph, macs: float | None, params: float | None, memory: float | None, multiple: int, seed: int
+) -> None:
+    if macs is None and params is None and memory is None:
+        macs = 0.5
+    budget = Budget(macs=macs, params=params, activation_memory=memory, multiple_of=multiple)
+    try:
+        plan = solve(graph, scores(graph, seed), budget)
+    except BudgetError as error:
+        limits = budget.limits(cost(graph))
+        assert any(getattr(error.smallest, m) > limit for m, limit in limits.items())
+        return
+    small = cost(graph, plan)
+    for metric, limit in budget.limits(cost(graph)).items():
+        assert getattr(small, metric) <= limit
+    assert unused_blocks(graph, plan, budget) == []
+    for group in graph.groups:
+        kept = len(plan.keep[group.name])
+        assert kept == group.size or kept % (multiple // math.gcd(multiple, group.width)) == 0
+        assert kept >= 1
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(fraction=st.floats(0.2, 0.9), seed=st.integers(0, 1000))
+def test_planned_cost_is_the_cost_of_what_is_built_and_of_the_graph_after(
+    graph: Graph, fraction: float, seed: int
+) -> None:
+    plan = solve(graph, scores(graph, seed), Budget(macs=fraction))
+    planned = cost(graph, plan)
+    built = shrink(model(), graph, plan)
+    assert cost(trace(built, EXAMPLE)) == planned
+    assert sum(p.numel() for p in built.parameters()) == planned.params
+    after = graph.after(plan.keep)
+    assert cost(after) == planned
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.3, 0.9))
+def test_close_to_the_best_of_all_keep_sets_on_a_tiny_network(seed: int, fraction: float) -> None:
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    graph = trace(tiny, torch.zeros(1, 1, 8, 8))
+    importance = scores(graph, seed)
+    budget = Budget(macs=fraction)
+    limit = budget.limits(cost(graph))["macs"]
+    costs = CostModel(graph)
+    best = -1.0
+    for counts in itertools.product(*(range(1, g.size + 1) for g in graph.groups)):
+        if costs.cost(np.array(counts)).macs <= limit:
+            worth = sum(np.sort(importance[g.name])[::-1][:n].sum() for g, n in zip(graph.groups, counts, strict=True))
+            best = max(best, float(worth))
+    if best < 0:
+        with pytest.raises(BudgetError):
+            solve(graph, importance, budget)
+        return
+    plan = solve(graph, importance, budget)
+    assert cost(graph, plan).macs <= limit
+    reached = sum(float(importance[n][u].sum()) for n, u in plan.keep.items())
+    assert reached <= best + 1e-9
+    assert reached >= 0.75 * best
+
+
+def test_the_most_important_units_of_a_group_stay(graph: Graph) -> None:
+    importance = scores(graph, 3)
+    plan = solve(graph, importance, Budget(macs=0.5))
+    for group in graph.groups:
+        kept = plan.keep[group.name]
+        gone = np.setdiff1d(np.arange(group.size), kept)
+        if len(gone):
+            assert importance[group.name][kept].min() >= importance[group.name][gone].max()
+
+
+def test_absolute_limits_and_fractions_mean_the_same(graph: Graph) -> None:
+    whole = cost(graph)
+    half = solve(graph, scores(graph, 0), Budget(macs=0.5))
+    same = solve(graph, scores(graph, 0), Budget(macs=whole.macs // 2))
+    assert all(np.array_equal(half.keep[n], same.keep[n]) for n in half.keep)
+
+
+def test_a_budget_of_the_dense_cost_keeps_everything(graph: Graph) -> None:
+    plan = solve(graph, scores(graph, 0), Budget(macs=1.0, params=1.0, activation_memory=1.0))
+    assert cost(graph, plan) == cost(graph)
+
+
+def test_protected_groups_stay_whole_and_unknown_patterns_are_named(graph: Graph) -> None:
+    plan = solve(graph, scores(graph, 0), Budget(macs=0.6, protect=("layer1.*",)))
+    for group in graph.groups:
+        if group.name.startswith("layer1."):
+            assert len(plan.keep[group.name]) == group.size
+    with pytest.raises(ValueError, match="layer9"):
+        solve(graph, scores(graph, 0), Budget(macs=0.6, protect=("layer9.*",)))
+
+
+def test_an_unreachable_budget_states_the_smallest_reachable(graph: Graph) -> None:
+    with pytest.raises(BudgetError, match="smallest reachable") as caught:
+        solve(graph, scores(graph, 0), Budget(macs=1e-5))
+    ones = CostModel(graph).cost(np.ones(len(graph.groups), dtype=np.int64))
+    assert caught.value.smallest == ones
+    assert f"{ones.macs:,}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, -0.5, float("nan"), float("inf"), True, "0.5"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_budgets_that_make_no_sense_are_refused(metric: str, value: object) -> None:
+    with pytest.raises(ValueError, match=metric):
+        Budget(**{metric: value})  # type: ignore[arg-type]
+
+
+def test_an_empty_budget_and_a_bad_multiple_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        Budget()
+    with pytest.raises(ValueError, match="multiple_of"):
+        Budget(macs=0.5, multiple_of=0)
+
+
+@pytest.mark.parametrize(("bad", "words"), [(float("nan"), "finite"), (-1.0, "negative")])
+def test_importance_is_checked(graph: Graph, bad: float, words: str) -> None:
+    importance = scores(graph, 0)
+    importance["conv1"][0] = bad
+    with pytest.raises(ValueError, match=words):
+        solve(graph, importance, Budget(macs=0.5))
+    importance["conv1"] = np.ones(3)
+    with pytest.raises(ValueError, match="shape"):
+        solve(graph, importance, Budget(macs=0.5))
+    with pytest.raises(ValueError, match="no group"):
+        solve(graph, {"elsewhere": np.ones(3)}, Budget(macs=0.5))
+
+
+def test_a_plan_survives_json_and_is_checked_against_its_graph(graph: Graph) -> None:
+    plan = solve(graph, scores(graph, 0), Budget(macs=0.5))
+    again = Plan.from_json(plan.to_json())
+    assert all(np.array_equal(plan.keep[n], again.keep[n]) for n in plan.keep)
+    with pytest.raises(ValueError, match="at least one unit"):
+        cost(graph, Plan({"conv1": np.array([], dtype=np.int64)}))
+    with pytest.raises(ValueError, match="outside"):
+        cost(graph, Plan({"conv1": np.array([99])}))
+    with pytest.raises(ValueError, match="trace again"):
+        cost(graph, Plan({"conv1": np.array([0])}, {"conv1": 3}))
+    with pytest.raises(ValueError, match="not an Espalier plan"):
+        Plan.from_json("{}")

@@ -1,0 +1,228 @@
+"""TCP: it arrives at the budget by fading, removes without a jump, and carries optimiser and resume state along."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import espalier as es
+from espalier.costs import CostModel
+from espalier.graph import trace
+from espalier.methods.importance import SCORES, Sensitivity, measure
+from espalier.methods.tcp import TCP, Tailoring
+from espalier.methods.units import Units
+from espalier.plan import Budget
+from espalier.run.models import build_model
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+STEPS = 120
+
+
+def network(name: str = "resnet20a") -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, num_classes=10, in_channels=1, image_size=8)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
+
+
+def one_step(process: Tailoring, optimizer: torch.optim.Optimizer, step: int) -> None:
+    x, y = batch(step)
+    nn.functional.cross_entropy(process.model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        logits = model(x)
+    for module, flag in flags:
+        module.training = flag
+    return logits
+
+
+@pytest.mark.parametrize("score", ["taylor", "share", "scale"])
+def test_arrives_at_the_budget_without_force(score: str) -> None:
+    model = network()
+    budget = Budget(macs=0.5, multiple_of=2)
+    process = TCP(importance=score).start(model, EXAMPLE, budget)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(STEPS):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    small = process.finish()
+    assert not process.forced
+    assert process.done
+    graph = trace(small, EXAMPLE)
+    assert es.cost(graph) == process.cost
+    assert process.cost.macs <= process.limits["macs"]
+    assert process.cost.macs >= 0.9 * process.limits["macs"]
+    assert all(g.size % 2 == 0 for g in graph.groups)
+
+
+def test_removal_changes_no_logit_and_keeps_training_going() -> None:
+    model = network()
+    process = TCP().start(model, EXAMPLE, Budget(macs=0.4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    removals = 0
+    carry_out = process._carry_out
+
+    def watched(stay: dict[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> object:
+        nonlocal removals
+        before = eval_logits(model, x)
+        result = carry_out(stay, optimizer)
+        after = eval_logits(model, x)
+        assert (before - after).abs().max() <= 1e-5 * before.abs().max()
+        removals += 1
+        return result
+
+    process._carry_out = watched  # type: ignore[method-assign, assignment]
+    for step in range(STEPS):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        ours = {id(p) for p in model.parameters()}
+        assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
+        for parameter, state in optimizer.state.items():
+            assert id(parameter) in ours
+            assert state["momentum_buffer"].shape == parameter.shape
+    assert removals >= 2
+
+
+def test_only_units_outside_the_keep_set_are_pressed() -> None:
+    model = network()
+    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(10):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    before = process._norm().clone()
+    pressed = process.pressed.clone()
+    assert pressed.any()
+    assert not pressed.all()
+    process._press(0.01, optimizer)
+    after = process._norm()
+    assert torch.equal(before[~pressed], after[~pressed])
+    assert (after[pressed] < before[pressed]).all()
+
+
+def test_strength_rises_when_the_mass_lags_and_falls_when_it_leads() -> None:
+    model = network()
+    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    process.pressed[:5] = True
+    process.reference = process._norm().clone()
+    process.since[:5] = 0.1
+    process.strength = 1.0
+    process._adapt(0.1 + process.method.fade)  # everything is due, nothing has faded
+    assert process.strength > 1.0
+    process.strength = 1.0
+    process.reference *= 4.0  # as if three quarters had gone at once
+    process._adapt(0.1)
+    assert process.strength < 1.0
+
+
+def test_resumed_run_is_the_uninterrupted_one() -> None:
+    def run(stop: int | None) -> tuple[list[Tensor], dict[str, int]]:
+        model = network("resnet20")
+        process = TCP().start(model, EXAMPLE, Budget(macs=0.5, params=0.6))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for step in range(STEPS):
+            if step == stop:
+                state = copy.deepcopy(process.state_dict())
+                kept, momentum = model, optimizer.state_dict()
+                limits = process.limits
+                process = TCP().start(copy.deepcopy(kept), EXAMPLE, Budget(**{m: float(v) for m, v in limits.items()}))
+                process.load_state_dict(state)
+                model = process.model
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+                optimizer.load_state_dict(copy.deepcopy(momentum))
+            one_step(process, optimizer, step)
+            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        small = process.finish()
+        return [p.detach().clone() for p in small.parameters()], process.limits
+
+    whole, limits = run(None)
+    for stop in (20, 45, 80):
+        parts, again = run(stop)
+        assert again == limits
+        assert [p.shape for p in parts] == [p.shape for p in whole]
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_training_that_stops_early_is_cut_and_says_so() -> None:
+    model = network()
+    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(10):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    process.finish()
+    assert process.forced
+    assert process.cost.macs <= process.limits["macs"]
+
+
+def test_an_unreachable_budget_fails_before_training() -> None:
+    with pytest.raises(es.BudgetError, match="smallest reachable"):
+        TCP().start(network(), EXAMPLE, Budget(macs=0.0001))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"importance": "luck"}, {"fade": 0.0}, {"reach": 1.0}, {"start_at": 0.5, "reach": 0.5}, {"every": float("nan")}],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="TCP"):
+        TCP(**settings)  # type: ignore[arg-type]
+
+
+def test_sensitivity_is_the_derivative_of_a_gate_on_the_unit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    graph = trace(model, EXAMPLE)
+    units = Units(model, graph)
+    heard = Sensitivity(units)
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    heard.batch_done()
+    group = graph.index["0"]
+    ours = heard.value[units.offsets[group] : units.offsets[group + 1]]
+    gate = torch.ones(1, 6, 1, 1, requires_grad=True)
+    hidden = torch.relu(model[0](x)) * gate
+    nn.functional.cross_entropy(model[4](model[3](model[2](hidden))), y).backward()
+    assert gate.grad is not None
+    expected = gate.grad.reshape(-1).square()
+    assert torch.allclose(ours / ours.sum(), expected / expected.sum(), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_gives_one_finite_value_per_unit_and_leaves_the_model_alone(score: str) -> None:
+    model = network()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+    before = copy.deepcopy(model.state_dict())
+    graph = trace(model, EXAMPLE)
+    values = measure(model, graph, score, [batch(0), batch(1)])
+    assert {n: len(v) for n, v in values.items()} == {g.name: g.size for g in graph.groups}
+    assert all(np.isfinite(v).all() and (v >= 0).all() for v in values.values())
+    assert any(v.std() > 0 for v in values.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_graph_after_a_removal_is_what_a_fresh_trace_finds() -> None:
+    model = network()
+    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    random = np.random.default_rng(0)
+    stay = {g.name: np.sort(random.permutation(g.size)[: max(1, g.size // 2)]) for g in process.graph.groups}
+    process.remove(stay, None)
+    fresh = trace(model, EXAMPLE)
+    assert {g.name: g.size for g in fresh.groups} == {g.name: g.size for g in process.graph.groups}
+    assert CostModel(fresh).cost(fresh.sizes) == process.cost
