@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint bench-quick clean
+.PHONY: demo test test-zoo lint bench-quick clean
 
 demo: $(VENV)/.base
 	$(BIN)/espalier demo --out runs/demo
 
 test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+test-zoo: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m zoo tests/test_zoo.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

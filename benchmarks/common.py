@@ -58,7 +58,7 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
     if origin == "cifar":
         model = importlib.import_module("espalier.run.models").build_model(rest, num_classes=10)
     elif origin == "timm":
-        model = importlib.import_module("timm").create_model(rest)
+        model = importlib.import_module("espalier.run.optional").import_timm().create_model(rest)
     else:
         model = _torchvision(name)
     return _shaken(model, seed).eval()

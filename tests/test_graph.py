@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from networks import FrozenNorm, FunctionalConv, Gate, LayerScale, Shuffle, StandardisedConv2d
 from proving import prove, random_importance, randomise, reasons, sizes
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 from espalier.costs import cost
 from espalier.graph import TraceError, TraceTimeout, trace
 from espalier.plan import Budget
+from espalier.run.optional import import_timm
 from espalier.solver import solve
 from espalier.surgery import shrink, verify
 
@@ -58,7 +62,49 @@ class PixelNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Fixed(nn.Module):
+    """A buffer that does a parameter's work."""
+
+    def __init__(self, kernel: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("kernel", kernel)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.kernel)
+
+
+class InPlace(nn.Module):
+    """Every second operation writes into its operand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.relu_()
+        y = self.conv(x)
+        y += x
+        y.mul_(2).clamp_(min=0)
+        y[:] = y * 0.5
+        return y
+
+
+class Positive(nn.Module):
+    """A parametrisation that makes something of nothing: of a zero weight, one half."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.sigmoid(weight)
+
+
+@dataclass
+class Prediction:
+    features: Tensor
+    scores: Tensor
+
+
 IMAGE = torch.zeros(1, 3, 8, 8)
+WORDS = torch.zeros(1, 5, dtype=torch.long)
 
 
 def residual() -> nn.Module:
@@ -118,6 +164,79 @@ def tied() -> nn.Module:
     return net
 
 
+def normalised_twice() -> nn.Module:
+    """One norm on two streams."""
+    run = lambda m, x: m.c(m.n(m.a(x)) + m.n(m.b(x)))  # noqa: E731
+    return Net(run, a=conv(3, 16), b=conv(3, 16), n=nn.BatchNorm2d(16), c=conv(16, 4))
+
+
+def embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def einsum() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bchw,oc->bohw", x, m.up).relu()
+        return torch.einsum("bchw,oc->bohw", hidden, m.down)
+
+    return Net(run, up=parameter(16, 3), down=parameter(4, 16))
+
+
+def encoder() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), nn.Linear(8, 3)
+    )
+
+
+def dataclass_out() -> nn.Module:
+    return Net(lambda m, x: Prediction(m.b(y := m.a(x)), m.c(y)), a=conv(3, 16), b=conv(16, 6), c=conv(16, 4))
+
+
+def norm_chain(norm: nn.Module) -> nn.Module:
+    """The norm makes its channels rigid; what follows is not."""
+    return around(nn.Sequential(norm, conv(16, 12)), 12)
+
+
+def pixels(norm: nn.Module) -> nn.Module:
+    return Net(lambda m, x: m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm=norm)
+
+
+def transposed_tie() -> nn.Module:
+    """An autoencoder that decodes with the transposed weight of its encoder."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.last(F.linear(m.code(m.first(x).relu()).relu(), m.code.weight.t(), m.bias).relu())
+
+    return Net(run, first=nn.Linear(6, 10), code=nn.Linear(10, 8), bias=parameter(10), last=nn.Linear(10, 4))
+
+
+def parametrised(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(conv(3, 8), change(conv(8, 16)), nn.ReLU(), conv(16, 12), nn.ReLU(), conv(12, 4))
+
+
+def one_channel() -> nn.Module:
+    return nn.Sequential(conv(1, 1), nn.BatchNorm2d(1), nn.ReLU(), conv(1, 16), nn.Flatten(), nn.Linear(16 * 64, 1))
+
+
+def timm_standardised() -> nn.Module:
+    layers = import_timm().layers
+    return nn.Sequential(
+        layers.StdConv2d(3, 8, 3), nn.ReLU(), layers.StdConv2dSame(8, 6, 3), nn.ReLU(),
+        layers.ScaledStdConv2d(6, 6, 3), nn.ReLU(), layers.ScaledStdConv2dSame(6, 4, 3),
+    )  # fmt: skip
+
+
+def resized() -> nn.Module:
+    middle = (nn.ReflectionPad2d(1), nn.Upsample(scale_factor=2, mode="bilinear"), nn.ConstantPad2d(1, 0.5))
+    return around(
+        nn.Sequential(*middle, nn.AdaptiveAvgPool2d(3), nn.Dropout2d(), nn.Softplus(), nn.ReplicationPad2d(1))
+    )
+
+
+def transposed_line() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 16, 3), nn.ConvTranspose1d(16, 12, 2, 2), nn.ReLU(), nn.Conv1d(12, 4, 3))
+
+
 PRUNABLE: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "residual add": (residual, IMAGE, {"stem": 16, "inner": 12}),
     "concat": (concat, IMAGE, {"a": 8, "b": 12}),
@@ -157,7 +276,56 @@ PRUNABLE: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "GLU": (lambda: around(nn.GLU(1), 8), IMAGE, {"first": 8}),
     "PReLU": (lambda: around(nn.PReLU(16)), IMAGE, {"first": 16}),
     "tied parameters": (tied, IMAGE, {"stem": 16}),
+    "tied with its transpose": (transposed_tie, torch.zeros(1, 6), {"first": 10, "code": 8}),
+    "transposed, two groups": (
+        lambda: around(nn.ConvTranspose2d(16, 12, 2, 2, groups=2), 12),
+        IMAGE,
+        {"first": 8, "middle": 6},
+    ),
+    "transposed, one channel a group": (
+        lambda: around(nn.ConvTranspose2d(16, 16, 2, 2, groups=16)),
+        IMAGE,
+        {"first": 16},
+    ),
+    "depthwise with a multiplier": (lambda: around(conv(16, 32, groups=16), 32), IMAGE, {"first": 16}),
+    "1-d, transposed": (transposed_line, torch.zeros(1, 2, 12), {"0": 16, "1": 12}),
+    "group norm without parameters": (lambda: around(nn.GroupNorm(4, 16, affine=False)), IMAGE, {"first": 4}),
+    "group norm of single channels": (lambda: around(nn.GroupNorm(16, 16)), IMAGE, {"first": 16}),
+    "group norm on grouped channels": (
+        lambda: around(nn.Sequential(conv(16, 16, groups=8), nn.GroupNorm(4, 16))),
+        IMAGE,
+        {"first": 4},
+    ),
+    "one norm on two streams": (normalised_twice, IMAGE, {"a": 16}),
+    "instance norm without parameters": (lambda: around(nn.InstanceNorm2d(16)), torch.zeros(2, 3, 8, 8), {"first": 16}),
+    "local response norm": (lambda: norm_chain(nn.LocalResponseNorm(3)), IMAGE, {"middle.1": 12}),
+    "RMS norm": (lambda: norm_chain(pixels(nn.RMSNorm(16))), IMAGE, {"middle.1": 12}),
+    "group norm with one group": (lambda: norm_chain(nn.GroupNorm(1, 16)), IMAGE, {"middle.1": 12}),
+    "softmax over channels": (lambda: norm_chain(nn.Softmax(1)), IMAGE, {"middle.1": 12}),
+    "weight-standardised, timm": (timm_standardised, torch.zeros(1, 3, 16, 16), {"0": 8, "2": 6, "4": 6}),
+    "a buffer as weight": (
+        lambda: around(Fixed(torch.randn(12, 16, 3, 3), F.conv2d), 12),
+        IMAGE,
+        {"first": 16, "middle.kernel": 12},
+    ),
+    "a buffer as mask": (lambda: around(Fixed(torch.rand(16, 1, 1), torch.mul)), IMAGE, {"first": 16}),
+    "in place": (lambda: around(InPlace()), IMAGE, {"first": 16}),
+    "embedding": (embedding, WORDS, {"0": 12, "1": 16}),
+    "einsum": (einsum, IMAGE, {"up": 16}),
+    "attention": (encoder, torch.zeros(1, 5, 8), {"1.linear1": 16}),
+    "dataclass output": (dataclass_out, IMAGE, {"a": 16}),
+    "resizing, padding, dropout": (resized, IMAGE, {"first": 16}),
+    "one channel": (one_channel, torch.zeros(1, 1, 8, 8), {"3": 16}),
+    "no batch dimension": (lambda: around(conv(16, 12), 12), IMAGE[0], {"first": 16, "middle": 12}),
+    "a computed weight": (
+        lambda: parametrised(lambda c: register_parametrization(c, "weight", Positive())),
+        IMAGE,
+        {"1.parametrizations.weight.original": 16, "3": 12},
+    ),
 }
+
+MOSTLY_FROZEN = ("attention",)
+"""Prunable, though not down to the budget of the test."""
 
 
 @pytest.mark.parametrize("family", PRUNABLE)
@@ -166,9 +334,9 @@ def test_what_can_be_pruned_is_proven(family: str) -> None:
     build, example, expected = PRUNABLE[family]
     model = build()
     graph, plan, small = prove(model, example, macs=0.6)
-    assert sizes(graph) == expected, reasons(graph)
+    assert {n: s for n, s in sizes(graph).items() if s > 1} == expected, reasons(graph)
     assert not graph.unknown and not graph.notes
-    assert cost(graph, plan).macs <= 0.6 * cost(graph).macs
+    assert cost(graph, plan).macs <= 0.6 * cost(graph).macs or family in MOSTLY_FROZEN
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
@@ -191,6 +359,50 @@ def view_fixed(m: Any, x: Tensor) -> Tensor:
     return m.c(y.sort(-1).values)
 
 
+def split_equal(m: Any, x: Tensor) -> Tensor:
+    one, two = torch.split(m.a(x), 8, 1)
+    return m.c(one - two)
+
+
+def assign_fixed(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y[:, :8] += m.b(x)
+    return m.c(y)
+
+
+def preallocate(m: Any, x: Tensor) -> Tensor:
+    both = torch.zeros(x.shape[0], 16, *x.shape[2:], dtype=x.dtype, device=x.device)
+    both[:, :8] = m.a(x)
+    both[:, 8:] = m.b(x)
+    return m.c(both)
+
+
+def asserts(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    if y.shape[1] != 16:
+        raise RuntimeError("sixteen channels, please")
+    return m.c(y)
+
+
+def chosen(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.c(y[:, torch.tensor([0, 2, 4, 6], device=y.device)])
+
+
+def depthwise_by_number(m: Any, x: Tensor) -> Tensor:
+    y = F.conv2d(m.a(x), m.kernel, groups=16)
+    return m.c(y)
+
+
+def made_mask(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.c(y * torch.full((1, 16, 1, 1), 0.5, dtype=x.dtype, device=x.device))
+
+
+def pair(width: int) -> nn.Module:
+    return nn.Sequential(conv(width, 12), conv(12, 4))
+
+
 def split_net() -> nn.Module:
     return Net(split_fixed, a=conv(3, 16), c=nn.Sequential(conv(16, 12), conv(12, 4)))
 
@@ -204,7 +416,23 @@ def view_net() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "forward"), [(split_net, split_fixed), (slice_net, slice_fixed), (view_net, view_fixed)]
+    ("build", "forward"),
+    [
+        (split_net, split_fixed),
+        (slice_net, slice_fixed),
+        (view_net, view_fixed),
+        (lambda: Net(split_equal, a=conv(3, 16), c=pair(8)), split_equal),
+        (lambda: Net(assign_fixed, a=conv(3, 16), b=conv(3, 8), c=pair(16)), assign_fixed),
+        (lambda: Net(preallocate, a=conv(3, 8), b=conv(3, 8), c=pair(16)), preallocate),
+        (lambda: Net(asserts, a=conv(3, 16), c=pair(16)), asserts),
+        (lambda: Net(chosen, a=conv(3, 8), c=pair(4)), chosen),
+        (
+            lambda: Net(depthwise_by_number, a=conv(3, 16), kernel=parameter(16, 1, 3, 3), c=pair(16)),
+            depthwise_by_number,
+        ),
+        (lambda: Net(made_mask, a=conv(3, 16), c=pair(16)), made_mask),
+    ],
+    ids=lambda given: given.__name__ if given.__name__ != "<lambda>" else "",
 )
 def test_a_width_written_into_the_forward_freezes_its_line_only(
     build: Callable[[], nn.Module], forward: Callable[..., Tensor]
@@ -217,6 +445,53 @@ def test_a_width_written_into_the_forward_freezes_its_line_only(
     assert any(code.co_firstlineno < int(number) <= code.co_firstlineno + 4 for number in said), reasons(graph)
     stuck = [f for f in graph.frozen if f.tensor == "a.weight" and f.dim == 0]
     assert sum(f.count for f in stuck) == graph.shapes["a.weight"][0]
+
+
+def test_what_fails_in_a_layer_that_is_not_the_users_freezes_the_layer_and_nothing_else() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.d(m.c(m.recurrent(m.a(x))[0]).relu())
+
+    net = Net(run, a=nn.Linear(5, 8), recurrent=nn.LSTM(8, 6, batch_first=True), c=nn.Linear(6, 12), d=nn.Linear(12, 4))
+    graph, _, _ = prove(net, torch.zeros(1, 7, 5), macs=0.9)
+    assert sizes(graph) == {"c": 12}
+    assert any(note.startswith("recurrent does not follow when widths change") for note in graph.notes)
+
+
+def test_one_rigid_block_does_not_freeze_its_neighbours_in_a_sequence() -> None:
+    """All layers of a sequence are called from one line, and one of them has a width that depends on nothing."""
+
+    class Odd(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(1, 16, 8, 8))
+
+    layers = [conv(3, 12), nn.ReLU(), conv(12, 16), Odd(16, 8, 3, padding=1), nn.ReLU(), conv(8, 4)]
+    graph, _, _ = prove(nn.Sequential(*layers), IMAGE, macs=0.8)
+    assert sizes(graph) == {"0": 12, "3": 8}
+
+
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weights_that_are_computed_from_statistics_keep_their_inputs(change: Callable[[nn.Module], nn.Module]) -> None:
+    graph, _, _ = prove(parametrised(change), IMAGE, macs=0.9)
+    assert sizes(graph) == {"3": 12}
+
+
+def test_an_operation_without_a_rule_is_listed_with_its_line_and_freezes_what_it_touches() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.c(torch.fft.rfft2(y).real)
+
+    graph, _, _ = prove(Net(run, a=conv(3, 16), c=pair(16)), IMAGE, macs=0.9)
+    assert sizes(graph) == {"c.0": 12}
+    line = run.__code__.co_firstlineno + 2
+    assert any("aten._fft_r2c" in u and f"test_graph.py:{line}" in u for u in graph.unknown)
+
+
+def test_frozen_layers_are_counted() -> None:
+    """A layer that a rehearsal froze costs what it costs."""
+    net = Net(view_fixed, a=conv(3, 64), c=nn.Conv1d(64, 4, 3))
+    graph = trace(net, IMAGE)
+    assert not graph.groups
+    assert cost(graph).macs == 64 * 3 * 9 * 64 + 64 * 4 * 3 * 62
 
 
 def test_a_layer_norm_over_channels_freezes_them_and_names_itself() -> None:
@@ -253,6 +528,17 @@ def test_an_auxiliary_head_shrinks_although_only_training_runs_it() -> None:
     assert main.shape == aux.shape == (1, 4, 8, 8)
 
 
+def test_a_head_that_training_could_not_run_is_told_and_what_feeds_it_stays() -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.b(m.a(x))
+        return (m.c(y), m.aux(F.avg_pool2d(y, 32))) if m.training else m.c(y)
+
+    net = Net(run, a=conv(3, 16), b=conv(16, 16), c=conv(16, 4), aux=conv(16, 4))
+    graph, _, _ = prove(net, IMAGE, macs=0.6)
+    assert sizes(graph) == {"a": 16}
+    assert any("aux.weight" in note and "train-mode forward failed" in note for note in graph.notes)
+
+
 def test_a_data_dependent_forward_is_traced_on_the_cpu() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -286,6 +572,11 @@ def test_a_forward_that_fails_is_named() -> None:
 def test_a_time_limit_is_kept_and_names_the_operation() -> None:
     with pytest.raises(TraceTimeout, match=r"time limit at aten\.convolution.* in stem \[Conv2d\]"):
         trace(residual(), IMAGE, time_limit=0)
+
+
+def test_a_module_that_cannot_be_copied_is_named() -> None:
+    with pytest.raises(TraceError, match=r"Sequential cannot be copied.*weight_norm"):
+        trace(nn.Sequential(nn.utils.weight_norm(conv(3, 8)), conv(8, 4)), IMAGE)
 
 
 def test_what_is_no_module_is_refused() -> None:

@@ -76,6 +76,14 @@ def select(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.contiguous()
 
 
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Let ``new`` take the place of ``old`` wherever ``model`` holds it: a shared module stays shared."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, key, new)
+
+
 def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         for slots in (module._parameters, module._buffers):
@@ -106,7 +114,7 @@ def _linear(module: nn.Linear, name: str, kept: Kept, width: int | None) -> None
 
 
 def _batch_norm(module: _NormBase, name: str, kept: Kept, width: int | None) -> None:
-    known = [t for t in (module.weight, module.running_mean) if t is not None]
+    known = [t for t in (module.weight, module.running_mean, kept.get(f"{name}#channels", {}).get(0)) if t is not None]
     if known:
         module.num_features = known[0].shape[0]
 

@@ -527,6 +527,10 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     """Per-channel scale, shift and statistics go with channel 1; also the way weights are standardised."""
     tensor, known = args[0], state(args[0])
     vec = watch.vector(tensor, 1)
+    module = watch.module
+    bare = isinstance(module, nn.modules.instancenorm._InstanceNorm) and not any(isinstance(a, Tensor) for a in args[1:5])
+    if bare and bool(vec.any()):  # it remembers its width, though it has nothing of that width
+        watch.tie(vec[: module.num_features], watch.axis_labels(f"{watch.module_name}#channels", 0, module.num_features))
     for affine in args[1:5]:
         if isinstance(affine, Tensor):
             watch.tie(vec, watch.vector(affine, 0))
@@ -738,14 +742,16 @@ def linear(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
     """``a (..., m, k) @ b (..., k, n)``: labels along ``k`` meet and end here, the others go through."""
     ka, kb = a.ndim - 1, max(b.ndim - 2, 0)
-    ends_a = [m for m in state(a).layers if m.shape[ka] > 1 or (not varying(m) and a.shape[ka] == 1)]
     ends_b = [m for m in state(b).layers if m.shape[kb] > 1]
+    # of a single channel that was flattened every position is an input
+    alone = [m for m in state(a).layers if not varying(m) and (a.shape[ka] == 1 or ends_b)]
+    ends_a = [m for m in state(a).layers if m.shape[ka] > 1] + alone
     weight = b if state(b).derived else a if state(a).derived else None
     if weight is None and (ends_a or ends_b):
         watch.freeze([*ends_a, *ends_b], "is contracted with another activation")
         inner = torch.zeros(a.shape[ka], dtype=torch.int64)
     else:
-        inner = watch.vector(a, ka)
+        inner = alone[0].reshape(-1).expand(a.shape[ka]) if alone else watch.vector(a, ka)
         other = watch.vector(b, kb)
         watch.tie(inner, other)
         if weight is not None:

@@ -34,6 +34,7 @@ from espalier.graph.watch import (
     tensors_in,
 )
 
+MANY = 8  # layers found out one by one before all that are called from the same line are fixed
 _TRIED_OUT = ("view", "_unsafe_view", "split", "slice", "chunk")
 
 
@@ -100,6 +101,8 @@ def _learn(lessons: Lessons, notes: dict[Any, str], found: Mismatch) -> None:
     elif found.key is not None and level < FROZEN:
         tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and level < 2
         lessons.lines[found.key] = level + 1 if tried else FROZEN
+        if sum(op == found.key[1] for _, op in lessons.lines) > MANY:  # one rehearsal each would take too long
+            lessons.lines[found.place.line, found.key[1]] = FROZEN
         if lessons.lines[found.key] >= 2 or "split" in found.key[1] or "slice" in found.key[1]:
             notes[found.key] = f"{found.key[1]} {text}"
     else:
@@ -456,6 +459,7 @@ def _rehearse(
             gone = np.ones(axis.size, dtype=bool)
             gone[index] = False
             alive[axis.start + np.flatnonzero(gone)] = False
+    lonely = np.isin(group_of_label, np.flatnonzero(graph.sizes == 2))
     args, kwargs = call_arguments(example, device)
     try:
         carve(smaller, kept, group_width=graph.group_width)
@@ -466,7 +470,7 @@ def _rehearse(
             deadline=deadline,
             kept=kept,
             axes=watch.axes,
-            rehearsal=Rehearsal(watch.records, component, alive, graph.group_width),
+            rehearsal=Rehearsal(watch.records, component, alive, lonely, graph.group_width),
         )
         with mode(smaller, training=False):
             result = second.run(smaller, args, kwargs)

@@ -334,11 +334,17 @@ class Watch(TorchDispatchMode):
         return Place(self.module_name, type(self.module).__name__, user_line())
 
     def key(self) -> tuple[str, str]:
-        """Identity of the source line being executed and of the operation: what a rehearsal learns about."""
-        return (user_line() or type(self.module).__name__, self._op_name())
+        """What a rehearsal learns about: the operation, and the source line it is on or the layer of torch's it is in.
+
+        A block of the user's is known by its line, wherever it is used.  Of torch's own layers the user's line says
+        little: all layers of a ``Sequential`` are called from one.
+        """
+        torchs = type(self.module).__module__.startswith("torch.")
+        return (self.module_name if torchs else user_line() or type(self.module).__name__, self._op_name())
 
     def level(self) -> int:
-        return self.lessons.lines.get(self.key(), 0) if self.lessons.lines else 0
+        known = self.lessons.lines
+        return max(known.get(self.key(), 0), known.get((user_line(), self._op_name()), 0)) if known else 0
 
     def _op_name(self) -> str:
         return str(self._func) if self._func is not None else "forward"
@@ -473,14 +479,15 @@ class Rehearsal:
     records: list[Record]
     component: np.ndarray  # label -> component
     alive: np.ndarray  # label -> survives
+    lonely: np.ndarray  # label -> its group of two has one unit left, so that a layer cannot say where it belongs
     whole_groups: dict[str, int]  # what the first watch decided for grouped convolutions
     position: int = 0
 
     def check(self, watch: Watch, op: str, outputs: list[tuple[tuple[int, ...], tuple[Layer, ...]]]) -> None:
         if self.position >= len(self.records) or self.records[self.position].op != op:
-            line, _ = watch.key()
+            where, _ = watch.key()
             due = self.records[self.position].op if self.position < len(self.records) else op
-            raise Mismatch((line, due), f"is followed by {op}: the forward takes another path", watch.place())
+            raise Mismatch((where, due), f"is followed by {op}: the forward takes another path", watch.place())
         expected = self.records[self.position].outputs
         self.position += 1
         if len(expected) != len(outputs):
@@ -488,7 +495,7 @@ class Rehearsal:
         for (shape, layers), (was, labels) in zip(outputs, expected, strict=True):
             if not layers and not labels and shape == was:
                 continue
-            layers = tuple(m for m in layers if m.numel() > 1)
+            layers = tuple(m for m in map(compact, layers) if m.numel() > 1)
             predicted = list(was)
             survivors = []
             for layer in labels:
@@ -499,6 +506,8 @@ class Rehearsal:
                     survivors.append(kept)
             if tuple(predicted) != shape:
                 raise Mismatch(watch.key(), f"gives shape {list(shape)} where {predicted} was expected", watch.place())
+            if any(self.lonely[m.numpy()].any() for m in (*layers, *survivors)):
+                continue
             if len(layers) != len(survivors):
                 raise Mismatch(watch.key(), "loses track of its channels", watch.place())
             for one, other in zip(layers, survivors, strict=True):

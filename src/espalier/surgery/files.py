@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from espalier.carving import put_in_place
 from espalier.layers import ChannelPad, PaddedConv2d
 
 FORMAT = "espalier/1"
@@ -97,7 +98,10 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
             parent_module = base.get_submodule(parent)
             if not isinstance(parent_module, nn.Sequential) and not hasattr(parent_module, key):
                 raise ValueError(f"structure: the base model has no place for {name!r}")
-            parent_module.add_module(key, made)
+            if module is None:
+                parent_module.add_module(key, made)
+            else:
+                put_in_place(base, module, made)
             own = dict(base.named_modules())
             module = made
         for key, value in entry.get("numbers", {}).items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.carving import Kept, carve
+from espalier.carving import Kept, carve, put_in_place
 from espalier.graph import Graph
 from espalier.layers import PaddedConv2d
 from espalier.plan import Plan
@@ -100,8 +100,7 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
     plain.train(module.training)
     if optimizer is not None:
         _hand_over(optimizer, module, plain)
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, plain)
+    put_in_place(model, module, plain)
 
 
 def _hand_over(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
