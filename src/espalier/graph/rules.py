@@ -528,9 +528,13 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     tensor, known = args[0], state(args[0])
     vec = watch.vector(tensor, 1)
     module = watch.module
-    bare = isinstance(module, nn.modules.instancenorm._InstanceNorm) and not any(isinstance(a, Tensor) for a in args[1:5])
-    if bare and bool(vec.any()):  # it remembers its width, though it has nothing of that width
-        watch.tie(vec[: module.num_features], watch.axis_labels(f"{watch.module_name}#channels", 0, module.num_features))
+    if (
+        isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        and next(tensors_in(args[1:5]), None) is None
+        and bool(vec.any())
+    ):
+        width = module.num_features  # it remembers its width, though it has nothing of that width
+        watch.tie(vec[:width], watch.axis_labels(f"{watch.module_name}#channels", 0, width))
     for affine in args[1:5]:
         if isinstance(affine, Tensor):
             watch.tie(vec, watch.vector(affine, 0))
