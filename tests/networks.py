@@ -453,7 +453,7 @@ def _conv(draft: _Draft) -> None:
     if outputs % groups:
         outputs = groups * max(1, outputs // groups)
     stride = pick([1, 1, 2]) if side % 2 == 0 and side > 2 else 1
-    norm = pick(["batch", "none", "group", "instance", "frozen", "batch"])
+    norm = pick(["batch", "none", "frozen", "batch"] + ["group", "instance"] * (side > stride))
     act = pick(["relu", "none", "silu", "prelu", "sigmoid"])
     arguments = (channels, outputs, pick([3, 1]), stride, groups, norm, act, pick([True, False]))
     draft.add("conv", [at], arguments, (outputs, side // stride))
