@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from networks import StandardisedConv2d, random_network
 from torch import nn
 
 from espalier.costs import METRICS, CostModel, cost
@@ -15,7 +17,7 @@ from espalier.graph import Graph, trace
 from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
 from espalier.solver import BudgetError, solve, unused_blocks
-from espalier.surgery import shrink
+from espalier.surgery import shrink, verify
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
@@ -31,8 +33,8 @@ def graph() -> Graph:
 
 
 def scores(graph: Graph, seed: int) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return {g.name: random.random(g.size) for g in graph.groups}
+    draw = np.random.default_rng(seed)
+    return {g.name: draw.random(g.size) for g in graph.groups}
 
 
 fractions = st.floats(0.15, 1.0)
@@ -106,6 +108,88 @@ def test_close_to_the_best_of_all_keep_sets_on_a_tiny_network(seed: int, fractio
     reached = sum(float(importance[n][u].sum()) for n, u in plan.keep.items())
     assert reached <= best + 1e-9
     assert reached >= 0.75 * best
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(network=st.integers(0, 10_000), seed=st.integers(0, 10_000), fraction=st.floats(0.05, 0.95))
+def test_never_worse_than_two_thirds_of_the_best_on_random_networks(network: int, seed: int, fraction: float) -> None:
+    recipe = random_network(random.Random(network).choice, longest=5)
+    graph = trace(recipe.build(), recipe.example())
+    costs = CostModel(graph)
+    assume(0 < math.prod(g.size for g in graph.groups) <= 4000 and len(graph.groups))
+    dense, least = cost(graph), costs.cost(np.ones(len(graph.groups), dtype=np.int64))
+    assume(dense.macs > least.macs)
+    importance = scores(graph, seed)
+    budget = Budget(macs=max(2, round(least.macs + fraction * (dense.macs - least.macs))))
+    limit = budget.limits(dense)["macs"]
+    worth = {g.name: np.concatenate([[0.0], np.cumsum(np.sort(importance[g.name])[::-1])]) for g in graph.groups}
+    best = max(
+        sum(float(worth[g.name][n]) for g, n in zip(graph.groups, counts, strict=True))
+        for counts in itertools.product(*(range(1, g.size + 1) for g in graph.groups))
+        if costs.cost(np.array(counts)).macs <= limit
+    )
+    plan = solve(graph, importance, budget)
+    assert cost(graph, plan).macs <= limit
+    assert unused_blocks(graph, plan, budget) == []
+    reached = sum(float(importance[n][u].sum()) for n, u in plan.keep.items())
+    assert 2 / 3 * best <= reached <= best + 1e-9
+
+
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_every_width_is_a_multiple_or_whole(multiple: int) -> None:
+    torch.manual_seed(0)
+    wide = build_model("vgg16_bn", num_classes=10, in_channels=3, image_size=32)
+    example = torch.zeros(1, 3, 32, 32)
+    graph = trace(wide, example)
+    plan = solve(graph, scores(graph, 0), Budget(macs=0.4, params=0.5, multiple_of=multiple))
+    small = shrink(wide, graph, plan)
+    kept = {n: m.out_channels for n, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    whole = {n: m.out_channels for n, m in wide.named_modules() if isinstance(m, nn.Conv2d)}
+    assert kept != whole
+    assert all(kept[n] % multiple == 0 or kept[n] == whole[n] for n in whole)
+
+
+def test_activation_memory_can_be_all_that_is_limited(graph: Graph) -> None:
+    whole = cost(graph).activation_memory
+    plan = solve(graph, scores(graph, 0), Budget(activation_memory=0.7))
+    small = shrink(model(), graph, plan)
+    assert 0.6 * whole < cost(trace(small, EXAMPLE)).activation_memory <= 0.7 * whole
+
+
+def test_parameters_that_surgery_makes_superfluous_are_counted_exactly() -> None:
+    """A standardised convolution is baked when anything goes, and its gain goes with it."""
+
+    class Gained(StandardisedConv2d):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__(inputs, outputs, 3)
+            self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            weight = self.gain * weight / (self.weight.std((1, 2, 3), keepdim=True) + 1e-5)
+            return nn.functional.conv2d(x, weight, self.bias)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Gained(3, 8), nn.ReLU(), Gained(8, 8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    example = torch.zeros(1, 3, 8, 8)
+    graph = trace(net, example)
+    whole = cost(graph).params
+    for fraction in (1.0, (whole - 1) / whole, 0.9, 0.5, 0.1):
+        budget = Budget(params=fraction)
+        plan = solve(graph, scores(graph, 0), budget)
+        verify(net, graph, plan, example, budget=budget).require()
+
+
+def test_the_graph_after_a_plan_is_what_a_fresh_trace_finds(graph: Graph) -> None:
+    plan = solve(graph, scores(graph, 0), Budget(macs=0.5))
+    after, fresh = graph.after(plan.keep), trace(shrink(model(), graph, plan), EXAMPLE)
+    assert {g.name: g.size for g in after.groups} == {g.name: g.size for g in fresh.groups}
+    again, other = solve(after, scores(after, 1), Budget(macs=0.5)), solve(fresh, scores(after, 1), Budget(macs=0.5))
+    assert all(np.array_equal(again.keep[n], other.keep[n]) for n in again.keep)
+    for group in after.groups:
+        same = fresh.group(group.name)
+        where = {(s.tensor, s.dim): s.index.tolist() for s in same.slices}
+        assert where == {(s.tensor, s.dim): s.index.tolist() for s in group.slices}
 
 
 def test_the_most_important_units_of_a_group_stay(graph: Graph) -> None:

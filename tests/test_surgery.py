@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import StandardisedConv2d
 from safetensors.torch import save_file
 from torch import nn
 
@@ -109,6 +110,80 @@ def test_tied_parameters_stay_tied() -> None:
     verify(model, graph, plan, EXAMPLE, budget=budget, fresh=Tied).require()
 
 
+def test_gradients_optimiser_state_and_tied_parameters_are_cut_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 8), (8, 8), (8, 8)))
+            self.c.weight, self.head = self.b.weight, nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.c(self.b(self.a(x)).relu()).relu())
+
+    model = Tied()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    graph, plan, _ = planned(model, 0.6)
+    before = {n: (p.grad.clone(), optimizer.state[p]["exp_avg"].clone()) for n, p in model.named_parameters()}
+    kept = shrink_(model, graph, plan, optimizer=optimizer)
+    assert model.b.weight is model.c.weight and model.b.weight.shape[0] < 8
+    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert listed == [id(p) for p in model.parameters()] and set(optimizer.state) == set(model.parameters())
+    for name, parameter in model.named_parameters():
+        gradient, moment = before[name]
+        for dim, stay in kept.get(name, {}).items():
+            gradient, moment = (t.index_select(dim, torch.from_numpy(stay)) for t in (gradient, moment))
+        assert torch.equal(parameter.grad, gradient)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+
+
+def test_a_baked_weight_is_trained_on_and_what_made_it_is_forgotten() -> None:
+    model = nn.Sequential(
+        StandardisedConv2d(3, 8, 3), nn.ReLU(), StandardisedConv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    graph, plan, _ = planned(model)
+    shrink_(model, graph, plan, optimizer=optimizer)
+    assert type(model[0]) is type(model[2]) is nn.Conv2d
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert set(optimizer.state) <= set(model.parameters())
+    before = model[2].weight.detach().clone()
+    optimizer.zero_grad()
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[2].weight, before)
+
+
+def test_a_shared_module_stays_shared_in_memory_and_on_disk() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+            self.one = self.two = StandardisedConv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.two(self.one(self.first(x)).relu()).relu())
+
+    model = Twice().eval()
+    graph, plan, budget = planned(model)
+    small = shrink(model, graph, plan)
+    assert small.one is small.two and small.one.in_channels == small.one.out_channels < 8
+    verify(model, graph, plan, EXAMPLE, budget=budget, fresh=Twice).require()
+
+
+def test_frozen_parameters_stay_frozen_and_the_memory_format_stays() -> None:
+    model = network().to(memory_format=torch.channels_last)
+    model.conv1.weight.requires_grad_(False)
+    graph, plan, _ = planned(model)
+    small = shrink(model, graph, plan)
+    assert not small.conv1.weight.requires_grad and small.linear.weight.requires_grad
+    weight = small.layer2[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
 def test_a_plan_that_removes_nothing_changes_nothing() -> None:
     model = network()
     graph, _, _ = planned(model)
@@ -140,13 +215,19 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"small\.safetensors"):
         load(path, base=network())
+    torch.save(network().state_dict(), path)
+    with pytest.raises(ValueError, match=r"small\.safetensors"):
+        load(path, base=network())
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing.safetensors", base=network())
     plain = tmp_path / "plain.safetensors"
     save_file({"weight": torch.zeros(2)}, plain)
     with pytest.raises(ValueError, match="no Espalier structure"):
         load(plain, base=network())
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["espalier.surgery.files.save_file", "espalier.surgery.files.os.replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "small.safetensors"
     save(small_network(), path)
     before = path.read_bytes()
@@ -154,7 +235,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("espalier.surgery.files.save_file", full)
+    monkeypatch.setattr(step, full)
     with pytest.raises(OSError, match="No space"):
         save(network(), path)
     assert path.read_bytes() == before
@@ -178,6 +259,51 @@ def test_a_changed_weight_is_found() -> None:
     with torch.no_grad():
         small.layer2[0].conv1.weight[0] += 0.5
     assert failing(small, model, graph, plan, budget) == {"small equals masked"}
+
+
+def test_a_file_that_loads_as_something_else_is_found() -> None:
+    def other() -> nn.Module:
+        base = network()
+        base.register_forward_hook(lambda _m, _x, out: out + 1)
+        return base
+
+    model = network()
+    graph, plan, budget = planned(model)
+    proof = verify(model, graph, plan, EXAMPLE, budget=budget, fresh=other)
+    assert [c.name for c in proof.checks if not c.passed] == ["save and load"]
+
+
+def test_a_forward_that_is_never_the_same_is_found() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x).relu()) + torch.rand(1, device=x.device)
+
+    model = Noisy()
+    graph, plan, budget = planned(model)
+    proof = verify(model, graph, plan, EXAMPLE, budget=budget)
+    assert {"identity", "small equals masked"} <= {c.name for c in proof.checks if not c.passed}
+
+
+def test_a_forward_that_breaks_after_surgery_is_reported_with_its_line() -> None:
+    class Rigid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return self.b(x.view(1, 8, 14, 14))
+
+    graph = trace(Rigid(), EXAMPLE, rehearse=False)
+    plan = Plan({"a": np.arange(4)})
+    proof = verify(Rigid(), graph, plan, EXAMPLE)
+    failed = [c for c in proof.checks if not c.passed]
+    assert {c.name for c in failed} >= {"small equals masked", "planned cost equals built cost", "backward"}
+    assert all("test_surgery.py:" in c.detail and "x.view(1, 8, 14, 14)" in c.detail for c in failed[:1])
 
 
 def test_another_width_is_found() -> None:
