@@ -1,12 +1,13 @@
 """What any plan would cost, exactly, without building it: MACs, parameters, peak activation memory.
 
-Every cost is a sum of products of lengths that are linear in how many units each group keeps, so one evaluation is a few
-small matrix products.  One multiply-add is one MAC.
+Every cost is a sum of products of lengths; a length is linear in how many units each group keeps, or looked up in a table for
+that number (``graph.ladders``).  So one evaluation is a few small matrix products.  One multiply-add is one MAC.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class CostModel:
         for number, e in enumerate(graph.extents):
             for group, multiplicity in e.each:
                 self._each[number, group] = multiplicity
+        self._tables = self._pack_tables(extents + 1)
         stays = [t for t in graph.parameters if t.name not in graph.baked_away]
         self._baked_away = sum(int(np.prod(graph.shapes[n])) for n in graph.baked_away)
         self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(stays)}
@@ -63,6 +65,42 @@ class CostModel:
                 row[extent] += size
         self._live_fixed = moments @ self._fixed
         self._live_each = moments @ self._each  # bytes per kept unit at every moment, (moments, groups)
+        self._live_tables = {g: moments @ table for g, table in self._tables.items()}  # (moments, size + 1)
+
+    def _pack_tables(self, extents: int) -> dict[int, np.ndarray]:
+        """Per group that has one: what every extent gains from it, shape ``(extents, size + 1)``."""
+        tables: dict[int, np.ndarray] = {}
+        for number, e in enumerate(self.graph.extents):
+            for group, lengths in e.table:
+                zeros = np.zeros((extents, self.graph.groups[group].size + 1))
+                tables.setdefault(group, zeros)[number] += lengths
+        return tables
+
+    def lengths(self, keep: np.ndarray) -> np.ndarray:
+        """Of every extent, the constant 1 last."""
+        length = self._fixed + self._each @ keep
+        for group, table in self._tables.items():
+            length = length + table[:, keep[group]]
+        return length
+
+    def live(self, keep: np.ndarray) -> np.ndarray:
+        """Bytes alive at every moment that could be the peak."""
+        live = self._live_fixed + self._live_each @ keep
+        for group, table in self._live_tables.items():
+            live = live + table[:, keep[group]]
+        return live
+
+    def more_live(self, keep: np.ndarray, group: int, units: int) -> np.ndarray:
+        """Bytes that every moment gains when ``group`` gains ``units``."""
+        more = units * self._live_each[:, group]
+        table = self._live_tables.get(group)
+        return more if table is None else more + table[:, keep[group] + units] - table[:, keep[group]]
+
+    def longer(self, keep: np.ndarray, group: int, units: int) -> np.ndarray:
+        """What every extent gains when ``group`` gains ``units``."""
+        more = units * self._each[:, group]
+        table = self._tables.get(group)
+        return more if table is None else more + table[:, keep[group] + units] - table[:, keep[group]]
 
     def _pack(self, terms: tuple[Term, ...] | list[Term]) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients ``(terms,)`` and extent numbers ``(3, terms)``, equal products merged."""
@@ -73,19 +111,23 @@ class CostModel:
             merged[key] = merged.get(key, 0.0) + t.coefficient
         return np.array(list(merged.values())), np.array(list(merged), dtype=np.int64).reshape(-1, 3).T
 
-    def _touched(self, packed: tuple[np.ndarray, np.ndarray], group: int) -> tuple[np.ndarray, ...]:
+    def _touched(self, packed: tuple[np.ndarray, np.ndarray], group: int) -> tuple[Any, ...]:
         coefficient, extents = packed
-        hit = np.flatnonzero((self._each[:, group] != 0)[extents].any(0))
-        return coefficient[hit], extents[:, hit], self._each[extents[:, hit], group]
+        moves = self._each[:, group] != 0
+        table = self._tables.get(group)
+        if table is not None:
+            moves |= table.any(1)
+        hit = np.flatnonzero(moves[extents].any(0))
+        each = self._each[extents[:, hit], group]
+        return coefficient[hit], extents[:, hit], each, None if table is None else table[extents[:, hit]]
 
     def cost(self, keep: np.ndarray) -> Cost:
         """Exact cost when group ``g`` keeps ``keep[g]`` units."""
-        length = self._fixed + self._each @ keep
+        length = self.lengths(keep)
         amounts = {m: round(float((c * length[e].prod(0)).sum())) for m, (c, e) in self._terms.items()}
         if (keep == self.graph.sizes).all():  # what surgery would not touch keeps its computed weights
             amounts["params"] += self._baked_away
-        live = self._live_fixed + self._live_each @ keep
-        return Cost(amounts["macs"], amounts["params"], round(float(live.max(initial=0.0))))
+        return Cost(amounts["macs"], amounts["params"], round(float(self.live(keep).max(initial=0.0))))
 
     def at(self, keep: np.ndarray) -> CostState:
         """A state that can be moved unit by unit, cheaply."""
@@ -99,10 +141,10 @@ class CostState:
         self._model = model
         self.keep = keep.astype(np.int64).copy()
         self._missing = int((model.graph.sizes - self.keep).sum())  # units that are gone
-        self._length = model._fixed + model._each @ self.keep
+        self._length = model.lengths(self.keep)
         whole = model.cost(self.keep)
         self.amount = {"macs": float(whole.macs), "params": float(whole.params)}
-        self._live = model._live_fixed + model._live_each @ self.keep
+        self._live = model.live(self.keep)
 
     @property
     def activation_memory(self) -> float:
@@ -113,21 +155,24 @@ class CostState:
 
     def change(self, metric: str, group: int, units: int) -> float:
         """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses)."""
-        coefficient, extents, each = self._model._touching[metric][group]
+        coefficient, extents, each, table = self._model._touching[metric][group]
         before = self._length[extents]
-        growth = float((coefficient * ((before + units * each).prod(0) - before.prod(0))).sum())
+        after = before + units * each
+        if table is not None:
+            after += table[..., self.keep[group] + units] - table[..., self.keep[group]]
+        growth = float((coefficient * (after.prod(0) - before.prod(0))).sum())
         if metric == "params" and self._model._baked_away:  # there only while nothing at all is removed
             growth += self._model._baked_away * ((self._missing == units) - (self._missing == 0))
         return growth
 
     def peak_with(self, group: int, units: int) -> float:
         """Peak activation memory if ``group`` gained ``units``."""
-        return float((self._live + units * self._model._live_each[:, group]).max(initial=0.0))
+        return float((self._live + self._model.more_live(self.keep, group, units)).max(initial=0.0))
 
     def excess_saved(self, group: int, units: int, limit: float) -> float:
         """Bytes above ``limit``, summed over all moments, that removing ``units`` of ``group`` would save."""
         over = np.maximum(self._live - limit, 0.0)
-        return float(np.minimum(over, units * self._model._live_each[:, group]).sum())
+        return float(np.minimum(over, -self._model.more_live(self.keep, group, -units)).sum())
 
     def excess(self, limit: float) -> float:
         return float(np.maximum(self._live - limit, 0.0).sum())
@@ -136,7 +181,7 @@ class CostState:
         """Let ``group`` gain ``units`` (negative: lose)."""
         for metric in self.amount:
             self.amount[metric] += self.change(metric, group, units)
+        self._length += self._model.longer(self.keep, group, units)
+        self._live += self._model.more_live(self.keep, group, units)
         self.keep[group] += units
         self._missing -= units
-        self._length += units * self._model._each[:, group]
-        self._live += units * self._model._live_each[:, group]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from espalier.costs import METRICS, Cost, CostModel, CostState
-from espalier.graph import Graph
+from espalier.graph import Graph, Group
 from espalier.plan import Budget, Plan
 
 
@@ -33,8 +33,10 @@ def solve(
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
     ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
-    kept whole.  ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes
-    first, whatever it saves.
+    kept whole.  Of a ladder (``graph.ladders``) it is what each rung adds to the one below; its rungs go from the top, and
+    several at once where that gives up less per MAC saved than one by one (from dense to well below break-even rank).
+    ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes first,
+    whatever it saves.
 
     Greedy on importance per exact marginal cost with lazy updates (removing units only makes other units cheaper to keep,
     so an old key is a lower bound), then a fill pass that gives back, best first, every block that still fits.
@@ -51,7 +53,7 @@ def solve(
     else:
         limits = dict(budget)
     values, orders = _sorted(graph, importance)
-    steps = np.array([(multiple_of or 1) // math.gcd(multiple_of or 1, g.width) for g in graph.groups], dtype=np.int64)
+    steps = np.array([block_size(g, multiple_of or 1) for g in graph.groups], dtype=np.int64)
     lowest = np.minimum(steps, sizes)
     for number, group in enumerate(graph.groups):
         if group.name not in importance or (protect is not None and protect[number]):
@@ -59,8 +61,8 @@ def solve(
     _check_reachable(model, lowest, limits, dense)
 
     state = model.at(sizes)
-    _remove(state, values, lowest, steps, sizes, limits, per_cost)
-    _fill(state, values, steps, sizes, limits)
+    _remove(state, graph.groups, values, lowest, steps, limits, per_cost)
+    _fill(state, graph.groups, values, steps, limits)
     keep = {g.name: np.sort(orders[i][: state.keep[i]]) for i, g in enumerate(graph.groups)}
     return Plan(keep, {g.name: g.size for g in graph.groups})
 
@@ -74,7 +76,7 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
             raise ValueError(f"importance of {group.name!r} has shape {scores.shape}, expected ({group.size},)")
         if not np.isfinite(scores).all() or (scores < 0).any():
             raise ValueError(f"importance of {group.name!r} must be finite and not negative")
-        order = np.argsort(-scores, kind="stable")
+        order = np.arange(group.size) if group.ladder else np.argsort(-scores, kind="stable")
         orders.append(order)
         sums.append(np.concatenate([[0.0], np.cumsum(scores[order])]))
     for name in importance:
@@ -95,122 +97,139 @@ def _check_reachable(model: CostModel, lowest: np.ndarray, limits: dict[str, int
             )
 
 
-def _down(keep: int, step: int, size: int) -> int:
-    """The next allowed count below ``keep``: multiples of ``step``, and the whole ``size``."""
-    return ((keep - 1) // step) * step
+def block_size(group: Group, multiple_of: int) -> int:
+    """Units that come and go together so that widths stay multiples; a ladder was built of allowed rungs only."""
+    return 1 if group.ladder else multiple_of // math.gcd(multiple_of, group.width)
 
 
-def _up(keep: int, step: int, size: int) -> int:
-    return min((keep // step + 1) * step, size)
+def _lower(group: Group, keep: int, step: int, lowest: int) -> list[int]:
+    """Allowed counts below ``keep`` to choose from: the next one (multiples of ``step``), of a ladder all."""
+    if group.ladder:
+        return list(range(keep - 1, lowest - 1, -1))
+    return [max(((keep - 1) // step) * step, lowest)]
+
+
+def _higher(group: Group, keep: int, step: int) -> list[int]:
+    """Allowed counts above ``keep`` to choose from."""
+    if group.ladder:
+        return list(range(keep + 1, group.size + 1))
+    return [min((keep // step + 1) * step, group.size)]
 
 
 def _remove(
     state: CostState,
+    groups: Sequence[Group],
     sums: list[np.ndarray],
     lowest: np.ndarray,
     steps: np.ndarray,
-    sizes: np.ndarray,
     limits: dict[str, int],
     per_cost: bool,
 ) -> None:
     violated = {m for m in METRICS if m in limits and state.value(m) > limits[m]}
     weights: dict[str, float] = {}
 
-    def key(group: int) -> float:
+    def offer(group: int) -> tuple[float, int]:
+        """What the best step down gives up per cost saved, and the count it leads to."""
         keep = int(state.keep[group])
-        lower = max(_down(keep, int(steps[group]), int(sizes[group])), int(lowest[group]))
-        saved = 0.0
-        for metric, weight in weights.items():
-            if metric == "activation_memory":
-                saved += weight * state.excess_saved(group, keep - lower, limits[metric])
-            else:
-                saved -= weight * state.change(metric, group, lower - keep)
-        worth = float(sums[group][keep] - sums[group][lower])
-        if saved <= 0:
-            return math.inf
-        return worth / saved if per_cost else worth / (keep - lower)
+        best = (math.inf, keep)
+        for lower in _lower(groups[group], keep, int(steps[group]), int(lowest[group])):
+            saved = 0.0
+            for metric, weight in weights.items():
+                if metric == "activation_memory":
+                    saved += weight * state.excess_saved(group, keep - lower, limits[metric])
+                else:
+                    saved -= weight * state.change(metric, group, lower - keep)
+            worth = float(sums[group][keep] - sums[group][lower])
+            key = math.inf if saved <= 0 else worth / saved if per_cost else worth / (keep - lower)
+            if key < best[0] or best[1] == keep:
+                best = (key, lower)
+        return best
 
     while violated:
         weights = {
             m: 1.0 / (state.excess(limits[m]) if m == "activation_memory" else state.value(m) - limits[m])
             for m in violated
         }
-        heap = [(key(g), g) for g in range(len(sizes)) if state.keep[g] > lowest[g]]
+        heap = [(offer(g)[0], g) for g in range(len(groups)) if state.keep[g] > lowest[g]]
         heapq.heapify(heap)
         now = set(violated)
         while heap and now == violated:
             stale, group = heapq.heappop(heap)
-            fresh = key(group)
+            fresh, lower = offer(group)
             if heap and fresh > heap[0][0] and fresh > stale:
                 heapq.heappush(heap, (fresh, group))
                 continue
-            keep = int(state.keep[group])
-            lower = max(_down(keep, int(steps[group]), int(sizes[group])), int(lowest[group]))
-            state.move(group, lower - keep)
+            state.move(group, lower - int(state.keep[group]))
             if lower > lowest[group]:
-                heapq.heappush(heap, (key(group), group))
+                heapq.heappush(heap, (offer(group)[0], group))
             now = {m for m in violated if state.value(m) > limits[m]}
         violated = now
 
 
 def _fill(
-    state: CostState, sums: list[np.ndarray], steps: np.ndarray, sizes: np.ndarray, limits: dict[str, int]
+    state: CostState, groups: Sequence[Group], sums: list[np.ndarray], steps: np.ndarray, limits: dict[str, int]
 ) -> None:
     """Give back blocks, best importance per share of the limits first, until none fits.
 
     What does not fit now never fits later, because everything added makes it dearer.
     """
 
-    def step(group: int) -> tuple[float, int]:
+    def offer(group: int) -> tuple[float, int]:
+        """The best step up that fits: minus its worth per cost, and its units; none is 0 units."""
         keep = int(state.keep[group])
-        upper = _up(keep, int(steps[group]), int(sizes[group]))
-        growth = 0.0
-        for metric, limit in limits.items():
-            if metric == "activation_memory":
-                added = state.peak_with(group, upper - keep) - state.activation_memory
-            else:
-                added = state.change(metric, group, upper - keep)
-            if state.value(metric) + added > limit:
-                return math.inf, 0
-            growth += added / limit
-        return -float(sums[group][upper] - sums[group][keep]) / max(growth, 1e-30), upper - keep
+        best = (math.inf, 0)
+        for upper in _higher(groups[group], keep, int(steps[group])):
+            growth = _growth(state, group, upper - keep, limits)
+            if growth is not None:
+                best = min(best, (-float(sums[group][upper] - sums[group][keep]) / max(growth, 1e-30), upper - keep))
+        return best
 
     heap = []
-    for group in range(len(sizes)):
-        if state.keep[group] < sizes[group]:
-            worth, units = step(group)
+    for number, group in enumerate(groups):
+        if state.keep[number] < group.size:
+            worth, units = offer(number)
             if units:
-                heap.append((worth, group))
+                heap.append((worth, number))
     heapq.heapify(heap)
     while heap:
-        stale, group = heapq.heappop(heap)
-        fresh, units = step(group)
+        stale, number = heapq.heappop(heap)
+        fresh, units = offer(number)
         if not units:
             continue
         if heap and fresh > heap[0][0] and fresh > stale:
-            heapq.heappush(heap, (fresh, group))
+            heapq.heappush(heap, (fresh, number))
             continue
-        state.move(group, units)
-        if state.keep[group] < sizes[group]:
-            heapq.heappush(heap, (fresh, group))
+        state.move(number, units)
+        if state.keep[number] < groups[number].size:
+            heapq.heappush(heap, (fresh, number))
+
+
+def _growth(state: CostState, group: int, units: int, limits: Mapping[str, int]) -> float | None:
+    """Shares of the limits that ``units`` more of ``group`` would take, added up; ``None`` if they do not fit."""
+    growth = 0.0
+    for metric, limit in limits.items():
+        if metric == "activation_memory":
+            added = state.peak_with(group, units) - state.activation_memory
+        else:
+            added = state.change(metric, group, units)
+        if state.value(metric) + added > limit:
+            return None
+        growth += added / limit
+    return growth
 
 
 def unused_blocks(graph: Graph, plan: Plan, budget: Budget) -> list[str]:
     """Groups that could still take one more block without leaving ``budget``: empty for every plan of ``solve``."""
     model = CostModel(graph)
     limits = budget.limits(model.cost(graph.sizes))
-    keep = plan.counts(graph)
-    state = model.at(keep)
-    found = []
-    for number, group in enumerate(graph.groups):
-        step = budget.multiple_of // math.gcd(budget.multiple_of, group.width)
-        upper = _up(int(keep[number]), step, group.size)
-        if upper == keep[number]:
-            continue
-        units = upper - int(keep[number])
-        amounts = {m: state.value(m) + state.change(m, number, units) for m in limits if m != "activation_memory"}
-        if "activation_memory" in limits:
-            amounts["activation_memory"] = state.peak_with(number, units)
-        if all(amounts[m] <= limits[m] for m in limits):
-            found.append(group.name)
-    return found
+    state = model.at(plan.counts(graph))
+    return [
+        group.name
+        for number, group in enumerate(graph.groups)
+        for keep in [int(state.keep[number])]
+        if keep < group.size
+        and any(
+            _growth(state, number, upper - keep, limits) is not None
+            for upper in _higher(group, keep, block_size(group, budget.multiple_of))
+        )
+    ]

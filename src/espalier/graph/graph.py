@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,11 +27,16 @@ class Slice:
 
 @dataclass(frozen=True)
 class Group:
-    """Interchangeable units: each can be removed by itself, and all cost the same."""
+    """Interchangeable units: each can be removed by itself, and all cost the same.
+
+    The units of a ``ladder`` are rungs instead, from the cheapest form of a layer up to the dense one: they go from the last
+    to the first, and what each saves is read from tables (``Extent.table``).
+    """
 
     name: str
     size: int
     slices: tuple[Slice, ...]
+    ladder: tuple[str, ...] = ()  # what each rung is called, for people
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
@@ -44,15 +49,26 @@ class Group:
     @property
     def width(self) -> int:
         """Channels that one unit holds at the layer that makes them."""
-        return int(self.slices[0].index.shape[1])
+        return int(self.slices[0].index.shape[1]) if self.slices else 1
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A length that depends on the plan: ``fixed + sum(each * kept units)`` over groups."""
+    """A length that depends on the plan: ``fixed + sum(each * kept units) + sum(table[kept units])`` over groups."""
 
     fixed: int
     each: tuple[tuple[int, int], ...]  # (group number, positions per unit)
+    table: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (group number, length at 0, 1, ... kept units)
+
+    def length(self, keep: Sequence[int] | np.ndarray) -> int:
+        """The length when group ``g`` keeps ``keep[g]`` units."""
+        looked_up = sum(lengths[keep[g]] for g, lengths in self.table)
+        return int(self.fixed + sum(n * keep[g] for g, n in self.each) + looked_up)
+
+    @property
+    def groups(self) -> set[int]:
+        """Numbers of the groups it depends on."""
+        return {g for g, _ in (*self.each, *self.table)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,28 @@ class Site:
     module: str
     kind: str
     term: Term
+    live: tuple[
+        tuple[float, int], ...
+    ] = ()  # bytes alive when it ran, its output included: (bytes per position, extent)
+    made: tuple[float, int] = (0.0, -1)  # its output: bytes per position, extent
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One way to compute a layer: one or more convolutions in a row.  Plain numbers, so that any form can be planned.
+
+    Stage ``i`` maps ``widths[i - 1]`` channels (at the ends: those of the layer) to ``widths[i]``, for ``macs[i]``
+    multiply-accumulates and ``params[i]`` weights per pair of channels; ``bytes[i]`` are held per channel in between.
+    """
+
+    name: str
+    macs: tuple[int, ...]
+    params: tuple[int, ...]
+    widths: tuple[int, ...] = ()
+    bytes: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} {'-'.join(map(str, self.widths))}".strip()
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def constant_macs(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> 
     count = flop_registry.get(func._overloadpacket)
     if count is not None:
         macs = count(*args, **kwargs, out_val=out) // 2
-        watch.sites.append(RawSite(watch.module_name, str(func._overloadpacket), None, int(macs), ()))
+        watch.sites.append(RawSite(watch.module_name, str(func._overloadpacket), None, int(macs), (), watch.clock))
 
 
 # -- views: executed on the labels -------------------------------------------------------------------------------------
@@ -644,6 +644,7 @@ def convolution(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> No
             known.source,
             int(spatial * math.prod(weight.shape[2:])),
             (rows.numpy(), cols.numpy()),
+            watch.clock,
             baked=bool(bake),
         )
     )
@@ -790,6 +791,7 @@ def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list
             state(weight).source if weight is not None else None,
             macs // count,
             factors,
+            watch.clock,
         )
     )
     return layers

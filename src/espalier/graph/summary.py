@@ -165,8 +165,7 @@ def readable_bytes(count: float) -> str:
 
 def _lengths(graph: Graph) -> list[int]:
     """The dense length of every extent; the last entry, number -1, is the constant 1."""
-    each = [e.fixed + sum(count * graph.groups[g].size for g, count in e.each) for e in graph.extents]
-    return [*each, 1]
+    return [*(e.length(graph.sizes) for e in graph.extents), 1]
 
 
 def _amount(term: Term, length: Sequence[int]) -> int:
@@ -178,7 +177,7 @@ def _group_rows(graph: Graph, macs: Sequence[int]) -> tuple[GroupRow, ...]:
     multiply = {site.module for site in graph.sites}
     touched = [0] * len(graph.groups)
     for site, amount in zip(graph.sites, macs, strict=True):
-        for number in {g for e in site.term.extents for g, _ in graph.extents[e].each}:
+        for number in {g for e in site.term.extents for g in graph.extents[e].groups}:
             touched[number] += amount
     return tuple(
         GroupRow(

@@ -320,8 +320,12 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     def axis_vector(axis: Axis) -> np.ndarray:
         return np.arange(axis.start, axis.start + axis.size)
 
+    activations, ran = _moments(watch, extent)
     sites = tuple(
-        Site(s.module, s.kind, Term(s.module, s.coefficient, tuple(extent(f) for f in s.factors))) for s in watch.sites
+        Site(
+            s.module, s.kind, Term(s.module, s.coefficient, tuple(extent(f) for f in s.factors)), *ran.get(s.clock, ())
+        )
+        for s in watch.sites
     )
     by_tensor: dict[str, list[Axis]] = {}
     for axis in axes:
@@ -355,7 +359,6 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         for text, n in texts.items():
             frozen.append(Frozen(axis.tensor, axis.dim, n, text))
 
-    activations = _moments(watch, extent)
     return (
         Graph(
             groups=tuple(made),
@@ -387,8 +390,14 @@ def _group_name(slices: list[Slice]) -> str:
     return module if key in ("weight", "bias") and module else tensor.split("#")[0]
 
 
-def _moments(watch: Watch, extent: Any) -> tuple[tuple[tuple[float, int], ...], ...]:
-    """Live bytes at every allocation, as linear forms of extents; moments that can never be the peak are dropped."""
+Moment = tuple[tuple[float, int], ...]  # (bytes per position, extent, or -1 for plain bytes)
+
+
+def _moments(watch: Watch, extent: Any) -> tuple[tuple[Moment, ...], dict[int, tuple[Moment, tuple[float, int]]]]:
+    """Live bytes at every allocation, as linear forms of extents; moments that can never be the peak are dropped.
+
+    Also, at the clock of every convolution and matrix product, what was alive and what was made.
+    """
     births, deaths = watch.memory.births, watch.memory.deaths
     events: list[tuple[int, int, int]] = []
     form: list[tuple[int, float]] = []
@@ -400,10 +409,14 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[tuple[float, int], ...], 
     # a tensor released while operation t runs its successor is released after t allocated: births of t come first
     events.sort(key=lambda e: (e[0], e[1]))
     live: dict[int, float] = {}
+    sites = {s.clock for s in watch.sites}
+    ran: dict[int, tuple[Moment, tuple[float, int]]] = {}
     moments: dict[tuple[tuple[int, float], ...], None] = {}
-    for position, (_, kind, number) in enumerate(events):
+    for position, (at, kind, number) in enumerate(events):
         where, size = form[number]
         live[where] = live.get(where, 0.0) + (size if kind == 0 else -size)
+        if kind == 0 and at in sites:
+            ran[at] = tuple((v, k) for k, v in live.items() if v > 0), (size, where)
         peak = position + 1 == len(events) or events[position + 1][1] == 1
         if kind == 0 and peak:
             moments[tuple(sorted((k, v) for k, v in live.items() if v > 0))] = None
@@ -418,7 +431,8 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[tuple[float, int], ...], 
         np.fill_diagonal(covered, False)
         table = table[~covered.any(1)]
     last = table.shape[1] - 1
-    return tuple(tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table)
+    peaks = tuple(tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table)
+    return peaks, ran
 
 
 # -- the rehearsal -----------------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ class RawSite:
     weight: str | None
     coefficient: int
     factors: tuple[np.ndarray, ...]
+    clock: int  # when, to find what was alive then
     baked: bool = False
 
 

@@ -68,11 +68,15 @@ class Process(ABC):
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, int] = budget.limits(self.dense)
         self.stayed: Plan = Plan.dense(self.graph)  # what all removals so far add up to, in units of the first network
+        self.rungs: dict[
+            str, int
+        ] = {}  # ladder of ``self.graph`` -> rung that is executed now; the top without an entry
 
     @property
     def cost(self) -> Cost:
         """Of the network as it is executed now."""
-        return CostModel(self.graph).cost(self.graph.sizes)
+        keep = [self.rungs.get(g.name, g.size) for g in self.graph.groups]
+        return CostModel(self.graph).cost(np.array(keep, dtype=np.int64))
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
@@ -88,6 +92,10 @@ class Process(ABC):
     def penalty(self) -> Tensor | float:
         """What the method adds to the loss; 0.0 for methods that act after the optimiser."""
         return 0.0
+
+    def rate(self, progress: float) -> float | None:
+        """Share of the peak learning rate that the method wants now; ``None``: the loop's own schedule."""
+        return None
 
     @abstractmethod
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:

@@ -163,7 +163,7 @@ class _Job:
         if self.method.trains:
             # Fractions are of the network that the run began with, not of what is left of it by now.
             budget = self._absolute_budget() if self.goes_on else self.budget
-            self.process = self.method.start(small, self.example, budget)
+            self.process = self.method.start(small, self.example, budget, batches=self._few_batches())
         elif not self.goes_on:
             at_once = self.method.start(small, self.example, self.budget, batches=self._few_batches())
             small = at_once.finish()

@@ -259,7 +259,7 @@ class _Run:
             train_accuracy=100.0 * correct / images,
             accuracy=tested["accuracy"],
             test_loss=tested["loss"],
-            lr=learning_rate(self.recipe, self.done - 1, self.steps),
+            lr=self._rate(self.done - 1),
             seconds=seconds,
             removals=removals,
         )
@@ -298,7 +298,11 @@ class _Run:
 
     def _set_rate(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.done, self.steps)
+            group["lr"] = self._rate(self.done)
+
+    def _rate(self, step: int) -> float:
+        wanted = None if self.process is None else self.process.rate(step / (self.recipe.epochs * self.steps))
+        return learning_rate(self.recipe, step, self.steps) if wanted is None else wanted * self.recipe.lr
 
     def _forward_backward(self, x: Tensor, y: Tensor, losses: _Losses) -> Tensor:
         """Returns how many were right, still on the device."""

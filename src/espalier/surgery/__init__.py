@@ -1,7 +1,7 @@
 """Carry a plan out, save and load what it makes, and prove it."""
 
 from espalier.surgery.files import load, rebuild, save, structure, write_beside
-from espalier.surgery.shrink import mask, shrink, shrink_
+from espalier.surgery.shrink import mask, replace, shrink, shrink_
 from espalier.surgery.verify import Check, Proof, verify
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "load",
     "mask",
     "rebuild",
+    "replace",
     "save",
     "shrink",
     "shrink_",

@@ -97,17 +97,39 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
         plain.weight.copy_(weight)
         if bias is not None and plain.bias is not None:
             plain.bias.copy_(bias)
-    plain.train(module.training)
+    replace(model, name, plain, optimizer=optimizer)
+
+
+def replace(model: nn.Module, name: str, new: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Let ``new`` take the place of module ``name``, in the same mode, and let ``optimizer`` train it from now on.
+
+    A parameter of ``new`` joins the group of the one of the same name that it replaces, otherwise that of the old weight.
+    What is gone leaves the optimiser's lists and its state; whoever can translate momentum does so afterwards.
+    """
+    old = model.get_submodule(name)
+    new.train(old.training)
     if optimizer is not None:
-        _hand_over(optimizer, module, plain)
-    put_in_place(model, module, plain)
+        _hand_over(optimizer, old, new)
+    put_in_place(model, old, new)
 
 
 def _hand_over(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
-    """The optimiser trains the baked weight from now on; what is gone leaves its lists and its state."""
+    own = {id(p): n for n, p in old.named_parameters()}
     fresh = dict(new.named_parameters())
-    place: dict[int, Tensor | None] = {id(p): fresh.get(n) for n, p in old.named_parameters()}
+    taken = {n for n in own.values() if n in fresh}
+    rest = [p for n, p in fresh.items() if n not in taken]
     for group in optimizer.param_groups:
-        group["params"] = [q for p in group["params"] if (q := place.get(id(p), p)) is not None]
+        params: list[Tensor] = []
+        for parameter in group["params"]:
+            key = own.get(id(parameter))
+            if key is None:
+                params.append(parameter)
+            elif key in taken:
+                params.append(fresh[key])
+            if key is not None and (parameter.ndim > 1 or parameter.ndim == max(p.ndim for p in old.parameters())):
+                params += rest
+                rest = []
+        group["params"] = params
+    assert not rest, "the optimiser trains nothing of the module that is replaced"
     for parameter in old.parameters():
         optimizer.state.pop(parameter, None)
