@@ -1,0 +1,51 @@
+"""Two-stage forms: the product of the factors, the composed convolution and the two small ones are the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from espalier.forms import find_places, sequential
+from espalier.forms.svd import from_matrix, stage_weights, svd, to_matrix
+
+LAYERS = {
+    "plain": nn.Conv2d(5, 7, 3, padding=1),
+    "strided": nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False),
+    "asymmetric": nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+    "even": nn.Conv2d(4, 6, 2),
+    "pointwise": nn.Conv2d(4, 6, 1, stride=2),
+    "linear": nn.Linear(9, 4),
+}
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_small_convolutions_equal_the_composed_one(name: str, form: str, rank: int | None) -> None:
+    layer = LAYERS[name].double()
+    if isinstance(layer, nn.Linear) and form == "spatial":
+        pytest.skip("a linear layer has one form")
+    example = torch.randn(2, 9, dtype=torch.float64) if isinstance(layer, nn.Linear) else torch.randn(
+        2, layer.in_channels, 12, 11, dtype=torch.float64
+    )  # fmt: skip
+    place = find_places(nn.Sequential(layer), example)[0]["0"]
+    u, s, v = svd(to_matrix(layer.weight.detach(), form), name=name)
+    left, right = (u * s)[:, :rank], v[:, :rank]
+    composed = from_matrix(left @ right.T, layer.weight.shape, form)
+    small = sequential(place, form, stage_weights(left, right, layer.weight.shape, form), layer.bias)
+    with torch.no_grad():
+        found = small(example)
+        tail = s[rank:].square().sum() if rank else torch.zeros(())
+        assert torch.allclose((composed - layer.weight).square().sum(), tail.double(), atol=1e-12)
+        kept, layer.weight.data = layer.weight.data, composed.contiguous()
+        expected = layer(example)
+        layer.weight.data = kept
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_a_matrix_with_nan_is_an_error_that_names_the_layer() -> None:
+    matrix = torch.ones(4, 3)
+    matrix[1, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"layer3\.conv1: .* NaN or infinite numbers \(1 of 12\)"):
+        svd(matrix, name="layer3.conv1")
