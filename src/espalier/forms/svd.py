@@ -62,5 +62,6 @@ def svd(matrix: Tensor, *, name: str) -> tuple[Tensor, Tensor, Tensor]:
             return u.to(matrix.dtype), s.to(matrix.dtype), vh.mH.to(matrix.dtype)
     raise ValueError(
         f"{name}: its weight has no singular value decomposition; it holds NaN or infinite numbers "
-        f"({int((~torch.isfinite(matrix)).sum())} of {matrix.numel()}). Lower the learning rate, or go back to the last checkpoint"
+        f"({int((~torch.isfinite(matrix)).sum())} of {matrix.numel()}). "
+        "Lower the learning rate, or go back to the last checkpoint"
     )
