@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.graph import Graph as Graph
     from espalier.graph import trace as trace
     from espalier.methods.base import attach as attach
+    from espalier.methods.dprp import DPRP as DPRP
     from espalier.methods.magnitude import Magnitude as Magnitude
+    from espalier.methods.svd_oneshot import SVDOneShot as SVDOneShot
     from espalier.methods.tcp import TCP as TCP
     from espalier.plan import Budget as Budget
     from espalier.plan import Plan as Plan
@@ -38,11 +40,13 @@ _HOME = {
     "Budget": "espalier.plan",
     "BudgetError": "espalier.solver",
     "Cost": "espalier.costs",
+    "DPRP": "espalier.methods.dprp",
     "Graph": "espalier.graph",
     "Magnitude": "espalier.methods.magnitude",
     "Plan": "espalier.plan",
     "Recipe": "espalier.run.recipe",
     "Result": "espalier.run.compress",
+    "SVDOneShot": "espalier.methods.svd_oneshot",
     "TCP": "espalier.methods.tcp",
     "attach": "espalier.methods.base",
     "build_model": "espalier.run.models",

@@ -1,5 +1,7 @@
 """Our own ``nn.Module`` classes: the lowest room. It imports nothing of ours, so any room may know it."""
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,3 +51,9 @@ class PaddedConv2d(nn.Conv2d):
             total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(x, pads))
+
+
+class OwnDecay(nn.Module):
+    """A module that says itself which of its parameters weight decay is for; the number of dimensions does not tell there."""
+
+    decayed: ClassVar[tuple[str, ...]]

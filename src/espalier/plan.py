@@ -124,4 +124,6 @@ class Budget:
 
 def _matches(group: Group, pattern: str) -> bool:
     modules = {s.tensor.split("#")[0].rpartition(".")[0] for s in group.producers}
+    if group.ladder:
+        modules.add(group.name.rpartition(":")[0])
     return fnmatch.fnmatch(group.name, pattern) or any(fnmatch.fnmatch(m, pattern) for m in modules)

@@ -29,12 +29,14 @@ def solve(
     multiple_of: int | None = None,
     protect: np.ndarray | None = None,
     per_cost: bool = True,
+    ceiling: Mapping[str, int] | None = None,
 ) -> Plan:
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
     ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
     kept whole.  Of a ladder (``graph.ladders``) it is what each rung adds to the one below; its rungs go from the top, and
     several at once where that gives up less per MAC saved than one by one (from dense to well below break-even rank).
+    ``ceiling`` bounds the count of groups from above: what went in earlier decisions does not come back.
     ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes first,
     whatever it saves.
 
@@ -58,13 +60,19 @@ def solve(
     for number, group in enumerate(graph.groups):
         if group.name not in importance or (protect is not None and protect[number]):
             lowest[number] = sizes[number]
+    highest = _highest(graph, ceiling)
+    lowest = np.minimum(lowest, highest)
     _check_reachable(model, lowest, limits, dense)
 
-    state = model.at(sizes)
+    state = model.at(highest)
     _remove(state, graph.groups, values, lowest, steps, limits, per_cost)
-    _fill(state, graph.groups, values, steps, limits)
+    _fill(state, graph.groups, values, steps, highest, limits)
     keep = {g.name: np.sort(orders[i][: state.keep[i]]) for i, g in enumerate(graph.groups)}
     return Plan(keep, {g.name: g.size for g in graph.groups})
+
+
+def _highest(graph: Graph, ceiling: Mapping[str, int] | None) -> np.ndarray:
+    return np.array([min((ceiling or {}).get(g.name, g.size), g.size) for g in graph.groups], dtype=np.int64)
 
 
 def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -109,11 +117,11 @@ def _lower(group: Group, keep: int, step: int, lowest: int) -> list[int]:
     return [max(((keep - 1) // step) * step, lowest)]
 
 
-def _higher(group: Group, keep: int, step: int) -> list[int]:
+def _higher(group: Group, keep: int, step: int, highest: int) -> list[int]:
     """Allowed counts above ``keep`` to choose from."""
     if group.ladder:
-        return list(range(keep + 1, group.size + 1))
-    return [min((keep // step + 1) * step, group.size)]
+        return list(range(keep + 1, highest + 1))
+    return [min((keep // step + 1) * step, highest)]
 
 
 def _remove(
@@ -167,7 +175,12 @@ def _remove(
 
 
 def _fill(
-    state: CostState, groups: Sequence[Group], sums: list[np.ndarray], steps: np.ndarray, limits: dict[str, int]
+    state: CostState,
+    groups: Sequence[Group],
+    sums: list[np.ndarray],
+    steps: np.ndarray,
+    highest: np.ndarray,
+    limits: dict[str, int],
 ) -> None:
     """Give back blocks, best importance per share of the limits first, until none fits.
 
@@ -178,15 +191,15 @@ def _fill(
         """The best step up that fits: minus its worth per cost, and its units; none is 0 units."""
         keep = int(state.keep[group])
         best = (math.inf, 0)
-        for upper in _higher(groups[group], keep, int(steps[group])):
+        for upper in _higher(groups[group], keep, int(steps[group]), int(highest[group])):
             growth = _growth(state, group, upper - keep, limits)
             if growth is not None:
                 best = min(best, (-float(sums[group][upper] - sums[group][keep]) / max(growth, 1e-30), upper - keep))
         return best
 
     heap = []
-    for number, group in enumerate(groups):
-        if state.keep[number] < group.size:
+    for number in range(len(groups)):
+        if state.keep[number] < highest[number]:
             worth, units = offer(number)
             if units:
                 heap.append((worth, number))
@@ -200,7 +213,7 @@ def _fill(
             heapq.heappush(heap, (fresh, number))
             continue
         state.move(number, units)
-        if state.keep[number] < groups[number].size:
+        if state.keep[number] < highest[number]:
             heapq.heappush(heap, (fresh, number))
 
 
@@ -218,8 +231,9 @@ def _growth(state: CostState, group: int, units: int, limits: Mapping[str, int])
     return growth
 
 
-def unused_blocks(graph: Graph, plan: Plan, budget: Budget) -> list[str]:
+def unused_blocks(graph: Graph, plan: Plan, budget: Budget, *, ceiling: Mapping[str, int] | None = None) -> list[str]:
     """Groups that could still take one more block without leaving ``budget``: empty for every plan of ``solve``."""
+    highest = _highest(graph, ceiling)
     model = CostModel(graph)
     limits = budget.limits(model.cost(graph.sizes))
     state = model.at(plan.counts(graph))
@@ -227,9 +241,9 @@ def unused_blocks(graph: Graph, plan: Plan, budget: Budget) -> list[str]:
         group.name
         for number, group in enumerate(graph.groups)
         for keep in [int(state.keep[number])]
-        if keep < group.size
+        if keep < highest[number]
         and any(
             _growth(state, number, upper - keep, limits) is not None
-            for upper in _higher(group, keep, block_size(group, budget.multiple_of))
+            for upper in _higher(group, keep, block_size(group, budget.multiple_of), int(highest[number]))
         )
     ]

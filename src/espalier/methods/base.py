@@ -16,16 +16,21 @@ from espalier.costs import Cost, CostModel
 from espalier.graph import Graph, trace
 from espalier.plan import Budget, Plan
 from espalier.surgery import shrink_
+from espalier.surgery.shrink import bake
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A process has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights."""
+    """A process has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights.
+
+    Tensors in ``renewed`` hold something else than before, though their shapes may be the same: copies begin anew.
+    """
 
     kept: Kept
     cost: Cost
+    renewed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Method(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool]  # False: one shot, needs no data
 
+    @property
+    def needs_budget(self) -> bool:
+        """Whether the budget decides how much stays; a method that decides this itself may run without one."""
+        return True
+
     @abstractmethod
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Process:
         """Begin on ``model``, which is trained and shrunk in place.
@@ -60,23 +70,33 @@ class Process(ABC):
     ``process.finish()`` returns the small model.
     """
 
-    def __init__(self, model: nn.Module, example: Any, budget: Budget) -> None:
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, *, dense: nn.Module | None = None) -> None:
+        """``dense`` is the network that fractions of the budget are of, if ``model`` is no longer that one."""
         self.model = model
         self.example = example
         self.budget = budget
-        self.graph: Graph = trace(model, example)
+        self.graph: Graph = trace(model if dense is None else dense, example)
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, int] = budget.limits(self.dense)
         self.stayed: Plan = Plan.dense(self.graph)  # what all removals so far add up to, in units of the first network
-        self.rungs: dict[
-            str, int
-        ] = {}  # ladder of ``self.graph`` -> rung that is executed now; the top without an entry
+        # ladder of ``self.graph`` -> rung that is executed now; the top without an entry
+        self.rungs: dict[str, int] = {}
+        self.left: dict[str, str] = {}  # layer that the method leaves as it is -> why
+        # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
+        self.history: dict[str, dict[str, list[list[float]]]] = {}
 
     @property
     def cost(self) -> Cost:
         """Of the network as it is executed now."""
         keep = [self.rungs.get(g.name, g.size) for g in self.graph.groups]
         return CostModel(self.graph).cost(np.array(keep, dtype=np.int64))
+
+    def bake(self) -> None:
+        """Make convolutions with computed weights plain: such a weight can neither fade nor be factorised."""
+        if self.graph.baked:
+            for name in self.graph.baked:
+                bake(self.model, name)
+            self.graph = trace(self.model, self.example)
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
@@ -88,6 +108,14 @@ class Process(ABC):
         )
         self.graph = self.graph.after(units)
         return Removed(kept, self.cost)
+
+    def record(self, kind: str, values: Mapping[str, float], *, progress: float) -> None:
+        """Add a point to ``history`` for every value that has changed."""
+        series = self.history.setdefault(kind, {})
+        for name, value in values.items():
+            points = series.setdefault(name, [])
+            if not points or points[-1][1] != value:
+                points.append([progress, value])
 
     def penalty(self) -> Tensor | float:
         """What the method adds to the loss; 0.0 for methods that act after the optimiser."""
@@ -118,8 +146,23 @@ class Process(ABC):
         """Go on from ``state_dict()``; the model must already have the structure it had then."""
 
 
-def attach(model: nn.Module, example: Any, *, budget: Budget, method: Method) -> Process:
+WHOLE = Budget(macs=1.0, params=1.0)
+"""No budget: the network may cost what the dense one costs."""
+
+
+def budget_for(method: Method, budget: Budget | None) -> Budget:
+    """``budget``, or ``WHOLE`` for a method that can do without one.  Raises: ValueError for the others."""
+    if budget is None and method.needs_budget:
+        raise ValueError(f"{method.name} needs a budget: give Budget(macs=0.5), for example")
+    if budget is not None and not isinstance(budget, Budget):
+        raise ValueError(f"budget: expected a Budget, for example Budget(macs=0.5), got {type(budget).__name__}")
+    return WHOLE if budget is None else budget
+
+
+def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, method: Method) -> Process:
     """Compress ``model`` inside your own training loop; it is trained and shrunk in place.
+
+    Methods that find the size by themselves take no ``budget``.
 
     Make the optimiser from ``run.model.parameters()`` after this call; removals carry its state along.
 
@@ -130,4 +173,4 @@ def attach(model: nn.Module, example: Any, *, budget: Budget, method: Method) ->
     ...     run.step(progress=(step + 1) / total, optimizer=optimizer)
     >>> small = run.finish()                                                           # doctest: +SKIP
     """
-    return method.start(model, example, budget)
+    return method.start(model, example, budget_for(method, budget))

@@ -31,13 +31,11 @@ from torch import Tensor, nn
 
 from espalier.carving import select
 from espalier.costs import CostModel
-from espalier.graph import trace
 from espalier.methods.base import Batches, Method, Process, Removed, Status
 from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity
 from espalier.methods.units import Columns, Units
 from espalier.plan import Budget
 from espalier.solver import solve
-from espalier.surgery.shrink import bake
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,7 @@ class Tailoring(Process):
         super().__init__(model, example, budget)
         self.method = method
         solve(self.graph, {g.name: np.ones(g.size) for g in self.graph.groups}, budget)  # unreachable budgets fail now
-        if self.graph.baked:  # a weight recomputed at every step cannot fade
-            for name in self.graph.baked:
-                bake(model, name)
-            self.graph = trace(model, example)
+        self.bake()
         self.settled = False  # the keep-set is final
         self.done = False
         self.forced = False

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from espalier.methods.base import Method
+from espalier.methods.base import WHOLE, Method
+from espalier.methods.dprp import DPRP
 from espalier.methods.magnitude import Magnitude
+from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget
 from espalier.run.data import Data, FolderData, load_data
@@ -19,7 +21,7 @@ from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, Magnitude)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, Magnitude, SVDOneShot)}
 """What ``--method`` knows, besides ``none``: one row per method."""
 
 SECTIONS = ("model", "data", "budget", "method", "recipe")
@@ -95,10 +97,15 @@ def fit_model_to(config: Config, data: Data | FolderData) -> Config:
     return {**config, "model": {**config["model"], **shape}}
 
 
-def make_budget(config: Config) -> Budget:
-    """Raises: ValueError for a limit that makes no sense, or none at all."""
+def make_budget(config: Config, method: Method) -> Budget | None:
+    """``None`` for a method that finds the size by itself.
+
+    Raises: ValueError for a limit that makes no sense, or none at all.
+    """
     _check_names("budget", config["budget"], [f.name for f in fields(Budget)])
     if not {"macs", "params", "activation_memory"} & config["budget"].keys():
+        if not method.needs_budget:
+            return replace(WHOLE, **config["budget"]) if config["budget"] else None
         raise ValueError("there is no budget: give --macs, --params or --activation-memory, for example --macs 0.5")
     return Budget(**config["budget"])
 

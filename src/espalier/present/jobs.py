@@ -52,14 +52,14 @@ def run_job(
 ) -> None:
     """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too."""
     recipe, method = make_recipe(config), make_method(config)
-    budget = None if method is None else make_budget(config)
+    budget = None if method is None else make_budget(config, method)
     data = make_data(config, device=pick_device(recipe.device), download=download)
     config = fit_model_to(config, data)
     network = starting_network(config, seed=recipe.seed)
     title = f"{config['model']['name']} on {config['data']['name']}"
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
         on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
-        if method is None or budget is None:
+        if method is None:
             earlier = check_folder(out, resume=resume, force=force)
             if earlier is None:
                 begin_dense(out, config, recipe)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from espalier import __version__
 from espalier.costs import Cost, cost
 from espalier.graph import trace
-from espalier.methods.base import Method, Process
+from espalier.methods.base import Method, Process, budget_for
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
@@ -29,12 +29,14 @@ from espalier.run.report import Outcome, write_results
 from espalier.run.rundir import (
     CHECKPOINT,
     CONFIG,
+    HISTORY,
     LOG,
     PLAN,
     begin_folder,
     check_folder,
     write_config,
     write_file,
+    write_json,
     write_log,
 )
 
@@ -58,7 +60,7 @@ def compress(
     model: nn.Module,
     data: Any,
     *,
-    budget: Budget,
+    budget: Budget | None = None,
     method: Method | None = None,
     recipe: Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -70,6 +72,8 @@ def compress(
     on_step: OnStep | None = None,
 ) -> Result:
     """Compress a copy of ``model`` to ``budget``; ``model`` itself is not touched.
+
+    Only methods that find the size by themselves go without a ``budget``, for example ``DPRP(energy=0.01)``.
 
     ``data`` is what ``load_data`` returns, or ``Loaders`` around your own; for a method that needs no
     training it may be an example input, and then nothing is trained.  ``method`` defaults to ``TCP()``.  A
@@ -116,25 +120,26 @@ class _Job:
         model: nn.Module,
         source: Source | None,
         example: Any,
-        budget: Budget,
+        budget: Budget | None,
         method: Method,
         recipe: Recipe,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"compress: expected an nn.Module, got {type(model).__name__}")
-        if not isinstance(budget, Budget):
-            raise ValueError("compress: budget is a Budget, for example Budget(macs=0.5)")
         self.model, self.source, self.example = model, source, example
-        self.budget, self.method, self.recipe = budget, method, recipe
+        self.budget, self.method, self.recipe = budget_for(method, budget), method, recipe
+        self.limited = budget is not None
         first = next(model.parameters(), torch.empty(0))
         self.home = first.device
         self.device = pick_device(recipe.device) if source is not None else self.home
         if source is not None:
             check_fit(model, source, replace(recipe, distill=None))
         self.dense = cost(trace(model, example))
-        self.limits = budget.limits(self.dense)
+        self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
         self.plan: Plan | None = None
+        self.course: dict[str, Any] = {}
+        self.left: dict[str, str] = {}
         self.dense_result: dict[str, float] = {}
 
     def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None) -> None:
@@ -162,12 +167,12 @@ class _Job:
         self.process: Process | None = None
         if self.method.trains:
             # Fractions are of the network that the run began with, not of what is left of it by now.
-            budget = self._absolute_budget() if self.goes_on else self.budget
+            budget = self._absolute_budget() if self.goes_on and self.limited else self.budget
             self.process = self.method.start(small, self.example, budget, batches=self._few_batches())
         elif not self.goes_on:
             at_once = self.method.start(small, self.example, self.budget, batches=self._few_batches())
             small = at_once.finish()
-            self.plan = at_once.stayed
+            self._take_from(at_once)
         self.small = small
 
     def _few_batches(self) -> list[Batch] | None:
@@ -187,7 +192,7 @@ class _Job:
         self.folder = folder
         self.config = {
             **{name: dict(table) for name, table in more.items()},
-            "budget": asdict(self.budget),
+            "budget": asdict(self.budget) if self.limited else {},
             "method": {"name": self.method.name, **asdict(self.method)},
             "recipe": self.recipe.to_dict() if self.source is not None else {},
             "start": {"trained": self.trained, "weights": fingerprint(self.model)},
@@ -231,12 +236,17 @@ class _Job:
             self.history = _with_cost(history, constant)
         if self.process is not None:
             self.small = self.process.finish()
-            self.plan = self.process.stayed
+            self._take_from(self.process)
             self._write_plan()
+
+    def _take_from(self, process: Process) -> None:
+        self.plan, self.course, self.left = process.stayed, process.history, process.left
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
             write_file(self.folder / PLAN, self.plan.to_json().encode())
+            if self.course or self.left:
+                write_json(self.folder / HISTORY, {**self.course, "left": self.left})
 
     def result(self) -> Result:
         """Check what was promised, evaluate, and write the results."""
@@ -262,6 +272,7 @@ class _Job:
                     dense_result=self.dense_result,
                     small_result=small_result,
                     history=self.history,
+                    left=self.left,
                     config=self.config,
                 ),
             )

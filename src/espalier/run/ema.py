@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,10 @@ class AveragedWeights:
         for name, tensor in _averaged(model):
             self.shadow[name].lerp_(tensor.detach(), 1.0 - decay)
 
-    def cut(self, kept: Kept, model: nn.Module) -> None:
-        """Follow a removal; a tensor that came into the model with it starts from its present value."""
+    def cut(self, kept: Kept, model: nn.Module, *, renewed: Collection[str] = ()) -> None:
+        """Follow a removal; a tensor that is ``renewed``, or came into the model with it, starts from its present value."""
+        for name in renewed:
+            self.shadow.pop(name, None)
         for name, by_dim in kept.items():
             if name in self.shadow:
                 old = self.shadow[name]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from espalier.graph.watch import first_line
+from espalier.layers import OwnDecay
 from espalier.methods.base import Process
 from espalier.plan import Plan
 from espalier.run.batches import Source
@@ -200,13 +201,23 @@ _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that train; vectors and normalisation layers without weight decay."""
+    """SGD or AdamW over the parameters that train; vectors and normalisation layers without weight decay.
+
+    ``OwnDecay`` modules say themselves what it is for.
+    """
     spared = {id(p) for m in model.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)}
+    chosen = {
+        id(p): name in module.decayed
+        for module in model.modules()
+        if isinstance(module, OwnDecay)
+        for name, p in module.named_parameters(recurse=False)
+    }
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or id(parameter) in spared else decayed).append(parameter)
+            usual = parameter.ndim > 1 and id(parameter) not in spared
+            (decayed if chosen.get(id(parameter), usual) else plain).append(parameter)
     if not decayed and not plain:
         raise ValueError("train: the model has no parameter that requires a gradient")
     groups = [
@@ -354,7 +365,7 @@ class _Run:
         if removed is None:
             return 0
         if self.average is not None:
-            self.average.cut(removed.kept, self.model)
+            self.average.cut(removed.kept, self.model, renewed=removed.renewed)
         return 1
 
     # -- looking ---------------------------------------------------------------------------------------------
@@ -409,6 +420,7 @@ class _Run:
             "optimizer": optimizer_state(self.model, self.optimizer),
             "process": None if self.process is None else self.process.state_dict(),
             "stayed": None if self.process is None else self.process.stayed.to_json(),
+            "course": None if self.process is None else self.process.history,
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
@@ -444,6 +456,7 @@ class _Run:
         if self.process is not None:
             self.process.load_state_dict(content["process"])
             self.process.stayed = Plan.from_json(content["stayed"])
+            self.process.history = content["course"]
         if self.average is not None:
             self.average.load_state_dict(content["average"])
         self.scaler.load_state_dict(content["scaler"])

@@ -34,6 +34,7 @@ class Outcome:
     dense_result: Mapping[str, float]  # accuracy and loss; empty without data
     small_result: Mapping[str, float]
     history: History
+    left: Mapping[str, str]  # layers that the method left as they are, and why
     config: Mapping[str, Any]
 
 
@@ -71,6 +72,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "limits": dict(outcome.limits),
         "latency": [asdict(timing) for timing in timings],
         "onnx_difference": difference,
+        "left": dict(outcome.left),
         "notes": notes,
         "epochs": len(outcome.history.epochs),
         "seconds": outcome.history.seconds,
@@ -110,6 +112,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         ]
     if metrics["onnx_difference"] is not None:
         lines += [f"`model.onnx` differs from PyTorch by at most {metrics['onnx_difference']:.1e}.", ""]
+    lines += _left(metrics["left"])
     lines += [f"Missing - {name}: {reason}\n" for name, reason in metrics["notes"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     lines += [f"Made with {versions}. `config.toml` reproduces it, `log.csv` has every epoch.", ""]
@@ -122,7 +125,16 @@ _LABELS = {
 }
 
 
+def _left(left: Mapping[str, str]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in left.items():
+        reasons.setdefault(reason, []).append(layer)
+    return [f"Left as they were, {len(names)} ({why}): {', '.join(names)}.\n" for why, names in reasons.items()]
+
+
 def _sentence(metrics: Mapping[str, Any]) -> str:
+    if not metrics["limits"]:
+        return "No budget: the method found the size. One multiply-add is one MAC; costs are those of a single input."
     limits = ", ".join(f"{name} up to {value:,}" for name, value in metrics["limits"].items())
     return f"Budget: {limits}. One multiply-add is one MAC; costs are those of a single input."
 

@@ -7,6 +7,7 @@
 ``model.safetensors``         the small network: weights and structure
 ``model.onnx``                the same for ONNX Runtime, if the extra is installed
 ``plan.json``                 which units stayed
+``history.json``              what the method recorded on its way (ranks of layers, for example), to plot
 ``metrics.json``              dense and small side by side
 ``summary.md``                the same to read
 ============================  ======================================================================
@@ -34,8 +35,8 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
     "metrics.json",
     "summary.md",
 )
-MODEL, ONNX, PLAN = "model.safetensors", "model.onnx", "plan.json"
-FILES = (CONFIG, CHECKPOINT, LOG, MODEL, ONNX, PLAN, METRICS, SUMMARY)
+MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
+FILES = (CONFIG, CHECKPOINT, LOG, MODEL, ONNX, PLAN, HISTORY, METRICS, SUMMARY)
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:

@@ -1,12 +1,14 @@
 """Carry a plan out, save and load what it makes, and prove it."""
 
 from espalier.surgery.files import load, rebuild, save, structure, write_beside
+from espalier.surgery.ranks import cut_ranks, turn_factors
 from espalier.surgery.shrink import mask, replace, shrink, shrink_
 from espalier.surgery.verify import Check, Proof, verify
 
 __all__ = [
     "Check",
     "Proof",
+    "cut_ranks",
     "load",
     "mask",
     "rebuild",
@@ -15,6 +17,7 @@ __all__ = [
     "shrink",
     "shrink_",
     "structure",
+    "turn_factors",
     "verify",
     "write_beside",
 ]

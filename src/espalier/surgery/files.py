@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from espalier.carving import put_in_place
+from espalier.forms import LowRank
 from espalier.layers import ChannelPad, PaddedConv2d
 
 FORMAT = "espalier/1"
@@ -43,6 +44,15 @@ def _conv_arguments(module: Any) -> dict[str, Any]:
     return {k: getattr(module, k) for k in _CONV} | {"bias": module.bias is not None}
 
 
+_LOW_RANK = (
+    "in_channels", "out_channels", "rank", "form", "kernel_size", "stride", "padding", "dilation", "linear",
+)  # fmt: skip
+
+
+def _low_rank_arguments(module: Any) -> dict[str, Any]:
+    return {k: getattr(module, k) for k in _LOW_RANK} | {"bias": module.bias is not None}
+
+
 BUILDERS: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
     "Conv1d": (nn.Conv1d, _conv_arguments),
     "Conv2d": (nn.Conv2d, _conv_arguments),
@@ -53,6 +63,7 @@ BUILDERS: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
         lambda m: {"in_features": m.in_features, "out_features": m.out_features, "bias": m.bias is not None},
     ),
     "Sequential": (nn.Sequential, lambda m: {}),
+    "LowRank": (LowRank, _low_rank_arguments),
 }
 """Module types that surgery puts in place of others, and how to make them again."""
 
@@ -93,7 +104,7 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
                     f"structure: the file has a {entry['type']} at {name!r}, the base model has {found}; "
                     f"give the {table.get('class')} the file was made from"
                 )
-            made = BUILDERS[entry["type"]][0](**_tuples(entry["make"]))
+            made = BUILDERS[entry["type"]][0](**_tuples(entry["make"])).to(_device(base))
             parent, _, key = name.rpartition(".")
             parent_module = base.get_submodule(parent)
             if not isinstance(parent_module, nn.Sequential) and not hasattr(parent_module, key):
@@ -114,6 +125,11 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
         if shape is not None and list(tensor.shape) != shape:
             _replace(base, name, torch.zeros(shape, dtype=tensor.dtype, device=tensor.device))
     return base
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:

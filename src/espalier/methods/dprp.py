@@ -1,0 +1,370 @@
+"""DPRP, dynamic parameter rank pruning: layers are trained as their SVD, and their ranks fall while the network trains.
+
+Sharma, Heard, Saber, Markopoulos: "Dynamic Parameter Rank Pruning", IEEE Access 13, 2025, arXiv 2401.08014.  The paper fixes
+the idea: the factors of every layer's singular value decomposition are trained end to end, regularisers keep them orthonormal
+and their values sparse, ranks are pruned during training, with no rank preset and no adjustment afterwards.  What follows is
+our reading, in the paper's order:
+
+1. every convolution and linear layer becomes ``M = U diag(s) V^T`` at full rank (``forms.LowRank``): the same function;
+2. penalty ``orthogonality * sum_l (|U^T U - I|^2 + |V^T V - I|^2) / r_l^2 + sparsity * sum_l (sum |s|)^2 / sum s^2``,
+   with at least 16 for ``r_l``: of the smallest ranks the pull would be too strong for usual learning rates;
+3. rank events, from ``start_at`` to ``reach`` every ``every``: drop what has faded; re-orthonormalise exactly, with the
+   optimiser's state (``surgery.turn_factors``); decide the next ranks;
+4. which ranks: at most a share of ``energy`` is given up over the whole run, or the most important triplets inside a budget
+   that moves from the full cost to the target (``solver``), or both;
+5. until the next event the values outside the new ranks fade to zero in a straight line, so that dropping them changes nothing;
+6. at the end every layer is the cheaper of dense and factorised, as plain layers.
+
+Fading (5) is ours; the paper's threshold is the limit of no time to fade.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.carving import put_in_place
+from espalier.costs import cost
+from espalier.forms import LowRank
+from espalier.graph import trace
+from espalier.graph.ladders import ladder_name
+from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.ranks import LAYOUTS, RankLadders, energy, rank_ladders, tails
+from espalier.plan import Budget, Plan
+from espalier.solver import solve
+from espalier.surgery import cut_ranks, replace, turn_factors
+
+SCORES = ("energy", "taylor")
+
+
+@dataclass(frozen=True)
+class DPRP(Method):
+    """Hyper-parameters of dynamic rank pruning; every duration is a fraction of the whole run.
+
+    ``energy``: find ranks without a budget, giving up at most this share of every layer's energy; ``None``: the budget decides.
+    ``form``: "channel", "spatial", or "auto" for the faster one of every layer.
+    ``importance``: of a triplet, its share of the layer's "energy", or "taylor", the squared first-order change of the loss.
+    ``start_at``/``reach``: ranks fall in between.  ``every``: from one rank event to the next.
+    ``orthogonality``, ``sparsity``: weights of the two penalties.
+    """
+
+    name: ClassVar[str] = "dprp"
+    trains: ClassVar[bool] = True
+    energy: float | None = None
+    form: str = "auto"
+    importance: str = "taylor"
+    start_at: float = 0.05
+    reach: float = 0.5
+    every: float = 0.02
+    orthogonality: float = 1.0
+    sparsity: float = 1e-4
+    smoothing: float = 0.97
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.form not in LAYOUTS:
+            raise ValueError(f"DPRP(form={self.form!r}): choose one of {', '.join(LAYOUTS)}")
+        if self.importance not in SCORES:
+            raise ValueError(f"DPRP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
+        if self.energy is not None and not (_number(self.energy) and 0 < self.energy < 1):
+            raise ValueError(f"DPRP(energy={self.energy!r}): the share of energy given up, above 0 and below 1")
+        for name in ("start_at", "reach", "every", "smoothing"):
+            if not (_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise ValueError(f"DPRP({name}={getattr(self, name)!r}): must be at least 0 and below 1")
+        for name in ("orthogonality", "sparsity", "power"):
+            if not (_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"DPRP({name}={getattr(self, name)!r}): must be a number, 0 or more")
+        if self.every <= 0 or self.start_at + self.every > self.reach:
+            raise ValueError(
+                f"DPRP(start_at={self.start_at}, every={self.every}, reach={self.reach}): every must be above 0, and "
+                "start_at + every not above reach: ranks need one interval to fall"
+            )
+
+    @property
+    def needs_budget(self) -> bool:
+        return self.energy is None
+
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Falling:
+        return Falling(model, example, budget, self)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Falling(Process):
+    """One run of DPRP."""
+
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, method: DPRP) -> None:
+        goes_on = any(isinstance(m, LowRank) for m in model.modules())
+        dense = _dense_twin(model) if goes_on else model
+        super().__init__(model, example, budget, dense=dense)
+        self.method = method
+        if not goes_on:
+            self.bake()
+        self.ladders: RankLadders = rank_ladders(dense, example, graph=self.graph, budget=budget, form=method.form)
+        self.graph, self.left = self.ladders.graph, dict(self.ladders.left)
+        self.stayed = Plan.dense(self.graph)
+        even = {g.name: np.ones(g.size) for g in self.graph.groups if g.ladder}
+        solve(self.graph, even, self.limits)  # unreachable budgets fail now
+        self.settled = False  # the last decision is taken
+        self.done = False
+        self.forced = False
+        self._next = method.start_at
+        self._last = 0.0
+        self._steps = 0
+        self._batches = 0
+        if not goes_on:
+            self._factorise()
+        self.layers: dict[str, LowRank] = {
+            n: m for n in self.ladders.places if isinstance(m := model.get_submodule(n), LowRank)
+        }
+        self.targets = {n: layer.rank for n, layer in self.layers.items()}  # what fades lies above
+        self.given_up = dict.fromkeys(self.layers, 0.0)  # share of its energy that each layer has lost so far
+        self._sensitivity = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
+        self._heard: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._listen()
+        self._took_stock(0.0)
+
+    # -- 1. every layer as its singular value decomposition ------------------------------------------------------------
+
+    def _factorise(self) -> None:
+        for name, place in self.ladders.places.items():
+            layer: Any = self.model.get_submodule(name)
+            replace(self.model, name, LowRank.of(layer, place, form=self.ladders.forms[name]))
+
+    # -- 2. penalty ----------------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor | float:
+        """At every step that of one in ``PARTS`` layers, ``PARTS`` times: the same on average, for a part of the work."""
+        names = list(self.layers)
+        parts = min(PARTS, len(names))
+        total: Tensor | float = 0.0
+        for name in names[self._steps % max(parts, 1) :: max(parts, 1)]:
+            layer = self.layers[name]
+            if self.method.orthogonality:
+                off = _off_identity(layer.u) + _off_identity(layer.v)
+                total = total + (self.method.orthogonality / max(layer.rank, WEAKER_BELOW) ** 2) * off
+            if self.method.sparsity and not self.done:
+                hoyer = layer.s.abs().sum().square() / layer.s.square().sum().clamp_min(1e-30)
+                total = total + self.method.sparsity * hoyer
+        return parts * total
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        self._steps += 1
+        if self.done:
+            return None
+        self._take_in()
+        self._fade(progress)
+        self._last = progress
+        return self._event(progress, optimizer) if progress >= self._next else None
+
+    # -- 3. rank events ------------------------------------------------------------------------------------------------
+
+    def _event(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
+        kept = self._drop(optimizer)
+        for name, layer in self.layers.items():
+            found = turn_factors(layer, name=name, optimizer=optimizer)
+            self._sensitivity[name] = found.mixed(self._sensitivity[name])
+        self._took_stock(progress)
+        if self.settled:
+            self._finished()
+        else:
+            self._decide(progress)
+        renewed = frozenset(f"{n}.{factor}" for n in self.layers for factor in ("u", "s", "v"))
+        return Removed(kept, self.cost, renewed)
+
+    def _drop(self, optimizer: torch.optim.Optimizer | None) -> Any:
+        kept = cut_ranks(self.model, self.targets, optimizer=optimizer)
+        self._sensitivity = {n: v[: self.targets[n]] for n, v in self._sensitivity.items()}
+        self._listen()
+        return kept
+
+    def _took_stock(self, progress: float) -> None:
+        ranks = {n: layer.rank for n, layer in self.layers.items()}
+        self.rungs = self.ladders.rungs(ranks)
+        self.record("rank", ranks, progress=progress)
+
+    # -- 4. which ranks ------------------------------------------------------------------------------------------------
+
+    def _decide(self, progress: float) -> None:
+        """Set the ranks that the next event is to arrive at."""
+        self._next = progress + self.method.every
+        self.settled = self._next >= self.method.reach
+        wanted = self._by_energy(min((self._next - self.method.start_at) / self._span, 1.0))
+        limits = self.limits if self.settled else self.limits_at(self._next)
+        self._aim(wanted, limits)
+
+    @property
+    def _span(self) -> float:
+        return self.method.reach - self.method.start_at
+
+    def limits_at(self, progress: float) -> dict[str, int]:
+        """The budget now: from the dense cost to the target, fast at first (cubic, Zhu & Gupta 2017)."""
+        left = (1.0 - min(max((progress - self.method.start_at) / self._span, 0.0), 1.0)) ** self.method.power
+        return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
+
+    def _by_energy(self, share: float) -> dict[str, int]:
+        """The smallest ranks that give up at most ``share`` of what may be given up in all; now's without ``energy``."""
+        ranks = {n: layer.rank for n, layer in self.layers.items()}
+        if self.method.energy is None:
+            return ranks
+        for name, layer in self.layers.items():
+            lost = 1.0 - (1.0 - self.given_up[name]) * (1.0 - tails(layer.s))
+            within = torch.nonzero(lost <= self.method.energy * share)
+            ranks[name] = min(ranks[name], max(1, int(within[0]) if len(within) else ranks[name]))
+        return ranks
+
+    def _aim(self, wanted: dict[str, int], limits: dict[str, int]) -> None:
+        """The most important triplets within ``limits``, and never more than ``wanted``."""
+        plan = solve(self.graph, self.ladders.importance(self.scores()), limits, ceiling=self.ladders.rungs(wanted))
+        for name, layer in self.layers.items():
+            rung = len(plan.keep[ladder_name(name)])
+            allowed = self.ladders.ranks[name]
+            rank = wanted[name] if rung > len(allowed) else min(allowed[rung - 1], layer.rank)
+            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(layer.s)[rank]))
+            self.targets[name] = rank
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Importance per triplet of every layer, largest singular value first."""
+        if self.method.importance == "energy" or not self._batches:
+            return {n: energy(layer.s) for n, layer in self.layers.items()}
+        return {n: v.detach().double().cpu().numpy() for n, v in self._sensitivity.items()}
+
+    def _listen(self) -> None:
+        """Tie hooks to the present singular values: their gradients are read every ``LISTEN_EVERY`` steps."""
+        for hook in self._hooks:
+            hook.remove()
+        self._heard, self._hooks = {}, []
+        if self.method.importance == "taylor" and not self.done:
+            self._hooks = [
+                layer.s.register_post_accumulate_grad_hook(self._hear(n)) for n, layer in self.layers.items()
+            ]
+
+    def _hear(self, name: str) -> Any:
+        def hook(s: Tensor) -> None:
+            if self._steps % LISTEN_EVERY == 0 and s.grad is not None:
+                self._heard[name] = (s.detach() * s.grad).square()
+
+        return hook
+
+    def _take_in(self) -> None:
+        """``(s_i dL/ds_i)^2``, averaged over batches; the sum over the network is one per batch, so loss scaling cancels."""
+        if len(self._heard) < len(self.layers):
+            return
+        total = torch.stack([v.sum() for v in self._heard.values()]).sum()
+        if bool(torch.isfinite(total)) and float(total) > 0:
+            self._batches += 1
+            weight = max(1.0 - self.method.smoothing, 1.0 / self._batches)
+            for name, value in self._sensitivity.items():
+                value.lerp_(self._heard[name] / total, weight)
+        self._heard = {}
+
+    # -- 5. fading -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _fade(self, progress: float) -> None:
+        """Values outside the next ranks go to zero in a straight line, and stand at zero when the next event comes."""
+        span = self._next - self._last
+        factor = 0.0 if span <= 0 else min(max((self._next - progress) / span, 0.0), 1.0)
+        for name, layer in self.layers.items():
+            if self.targets[name] < layer.rank:
+                layer.s[self.targets[name] :].mul_(factor)
+
+    # -- 6. the end ----------------------------------------------------------------------------------------------------
+
+    def _finished(self) -> None:
+        self.done = True
+        self._listen()
+
+    def finish(self) -> nn.Module:
+        """The small model.  If training stopped before the last ranks were reached, the rest is cut here: ``forced``."""
+        if not self.done:
+            before = {n: layer.rank for n, layer in self.layers.items()}
+            self._drop_to_the_end()
+            self.forced = any(layer.rank < before[n] for n, layer in self.layers.items())
+            self._finished()
+        keep = {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups}
+        self.stayed = Plan(keep, {g.name: g.size for g in self.graph.groups})
+        for name, layer in self.layers.items():
+            if self.rungs[ladder_name(name)] == self.ladders.top(name):
+                plain: nn.Module = layer.dense()
+            else:
+                with torch.no_grad():
+                    plain = self.ladders.plain(name, (layer.u, layer.s, layer.v), bias=layer.bias)
+            replace(self.model, name, plain)
+        self.layers = {}
+        built = cost(trace(self.model, self.example))
+        assert (built.macs, built.params) == (self.cost.macs, self.cost.params), "planned cost is not the built one"
+        return self.model
+
+    def _drop_to_the_end(self) -> None:
+        self._drop(None)
+        for name, layer in self.layers.items():
+            turned = turn_factors(layer, name=name)
+            self._sensitivity[name] = turned.mixed(self._sensitivity[name])
+        self._aim(self._by_energy(1.0), self.limits)
+        self._drop(None)
+        self._took_stock(self._last)
+
+    @property
+    def status(self) -> Status:
+        left = 0.0 if self.done else min(max((self.method.reach - self._last) / self._span, 0.0), 1.0)
+        return Status(self.cost, 0.0 if self.done else self.method.sparsity, left)
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        self._take_in()
+        return {
+            "numbers": {n: getattr(self, n) for n in _NUMBERS},
+            "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
+            "limits": dict(self.limits),
+            "targets": dict(self.targets),
+            "given_up": dict(self.given_up),
+            "sensitivity": {n: v.clone() for n, v in self._sensitivity.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        other = {n: len(v) for n, v in state["sensitivity"].items()}
+        own = {n: layer.rank for n, layer in self.layers.items()}
+        if own != other:
+            raise ValueError("DPRP: the model does not have the ranks it had when this state was saved")
+        for name, value in state["numbers"].items():
+            setattr(self, name, value)
+        self.dense = type(self.dense)(*state["dense"])
+        self.limits = dict(state["limits"])
+        self.targets, self.given_up = dict(state["targets"]), dict(state["given_up"])
+        self._sensitivity = {n: state["sensitivity"][n].to(layer.s.device) for n, layer in self.layers.items()}
+        self._listen()
+        self._took_stock(self._last)
+
+
+def _dense_twin(model: nn.Module) -> nn.Module:
+    """A copy with plain layers for the factorised ones: what a run that goes on began with."""
+    twin = copy.deepcopy(model)
+    for module in list(twin.modules()):
+        if isinstance(module, LowRank):
+            put_in_place(twin, module, module.dense())
+    return twin
+
+
+def _off_identity(factor: Tensor) -> Tensor:
+    """``|F^T F - I|^2``."""
+    gram = factor.T @ factor
+    return (gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)).square().sum()
+
+
+PARTS = 8  # the penalty of a layer is counted at one step in so many
+WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer grows as ranks fall
+LISTEN_EVERY = 4  # steps between two readings of the gradients
+_NUMBERS = ("settled", "done", "forced", "_next", "_last", "_steps", "_batches")

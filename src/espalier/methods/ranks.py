@@ -1,0 +1,143 @@
+"""Ladders of ranks: which ranks every layer may have, what they cost, and the plain layers that they become.
+
+Shared by all methods that truncate a singular value decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.forms import Place, chain, dense_chain, find_places, sequential
+from espalier.forms.chains import cost_of
+from espalier.forms.lowrank import matrix_size
+from espalier.forms.svd import stage_weights
+from espalier.graph import Chain, Graph, with_ladders
+from espalier.graph.ladders import ladder_name
+from espalier.plan import Budget
+
+LAYOUTS = ("auto", "channel", "spatial")
+COMPOSING = 0.12  # of the MACs of a layer that composing its weight may cost at full rank ...
+USUAL_BATCH = 128  # ... and at this batch
+
+
+@dataclass(frozen=True)
+class RankLadders:
+    """Layers that can be factorised; layer -> rung ``k`` is rank ``ranks[layer][k - 1]``, the rung above is the dense layer."""
+
+    graph: Graph  # with a ladder for every layer
+    places: Mapping[str, Place]
+    forms: Mapping[str, str]
+    ranks: Mapping[str, tuple[int, ...]]
+    left: Mapping[str, str]  # layers that stay dense, and why
+
+    def top(self, layer: str) -> int:
+        """The dense rung."""
+        return len(self.ranks[layer]) + 1
+
+    def rung(self, layer: str, rank: int) -> int:
+        """The lowest rung that holds ``rank`` triplets."""
+        return int(np.searchsorted(self.ranks[layer], rank)) + 1
+
+    def rungs(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """Ladder -> rung, as ``solve`` and ``Process.rungs`` take it."""
+        return {ladder_name(layer): self.rung(layer, rank) for layer, rank in ranks.items()}
+
+    def importance(self, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What every rung adds, from a score per triplet, largest singular value first."""
+        found = {}
+        for layer, values in scores.items():
+            sums = np.concatenate([[0.0], np.cumsum(values)])
+            at = np.minimum([0, *self.ranks[layer], len(values)], len(values))
+            found[ladder_name(layer)] = np.diff(sums[at])
+        return found
+
+    def plain(self, layer: str, factors: tuple[Tensor, Tensor, Tensor], *, bias: Tensor | None) -> nn.Sequential:
+        """Two plain layers in a row; both take a square root of ``s``, so that further training treats them alike."""
+        u, s, v = (f.detach() for f in factors)
+        place, root = self.places[layer], s.abs().sqrt()
+        shape = (place.out_channels, place.in_channels, *(() if place.linear else place.kernel))
+        weights = stage_weights(u * root * s.sign(), v * root, shape, self.forms[layer])
+        return sequential(place, self.forms[layer], weights, bias)
+
+
+def rank_ladders(model: nn.Module, example: Any, *, graph: Graph, budget: Budget, form: str = "auto") -> RankLadders:
+    """Find the layers of ``model``, a dense network with this ``graph``, that can be factorised, and their ranks.
+
+    Ranks are multiples of ``budget.multiple_of`` at which both MACs and parameters are below the dense layer's.
+    """
+    if budget.activation_memory is not None:
+        raise ValueError(
+            "Budget(activation_memory=...): lower ranks do not lower the memory of activations; give macs or params"
+        )
+    places, left = find_places(model, example)
+    forms = {name: layout(place, form) for name, place in places.items()}
+    ranks: dict[str, tuple[int, ...]] = {}
+    ladders: dict[str, list[Chain]] = {}
+    for name, place in places.items():
+        chains = _rungs(place, forms[name], budget.multiple_of)
+        if chains:
+            ladders[name] = [*chains, dense_chain(place)]
+            ranks[name] = tuple(c.widths[0] for c in chains)
+        else:
+            left[name] = f"too small: rank {budget.multiple_of} costs as much as the layer itself"
+    whole = with_ladders(graph, ladders)
+    for group, held in zip(whole.groups, budget.protected(whole), strict=True):
+        if held and group.ladder:
+            name = next(n for n in ladders if ladder_name(n) == group.name)
+            left[name] = "protected by the budget"
+            del ladders[name], ranks[name]
+    return RankLadders(
+        with_ladders(graph, ladders),
+        {n: places[n] for n in ladders},
+        {n: forms[n] for n in ladders},
+        ranks,
+        left,
+    )
+
+
+def layout(place: Place, form: str) -> str:
+    """``form``, or for "auto" the one that runs faster: spatial, unless training at full rank would cost too much.
+
+    A spatial matrix is nearly square, so of a 3 x 3 convolution it has three times the rank of the channel matrix; where the
+    image is small, composing the weight would cost more than convolving with it.
+    """
+    if place.linear or place.kernel == (1, 1):
+        return "channel"
+    if form != "auto":
+        return form
+    shape = (place.out_channels, place.in_channels, *place.kernel)
+    full = min(matrix_size(shape, "spatial"))
+    return "spatial" if full <= COMPOSING * USUAL_BATCH * math.prod(place.output_size) else "channel"
+
+
+def _rungs(place: Place, form: str, multiple_of: int) -> list[Chain]:
+    shape = (place.out_channels, place.in_channels, *(() if place.linear else place.kernel))
+    macs, params = cost_of(place, dense_chain(place))
+    chains = []
+    for rank in range(multiple_of, min(matrix_size(shape, form)) + 1, multiple_of):
+        rung = chain(place, form, [rank])
+        cost = cost_of(place, rung)
+        if cost[0] >= macs or cost[1] >= params:
+            break
+        chains.append(rung)
+    return chains
+
+
+def energy(singular: Tensor) -> np.ndarray:
+    """Share of the layer's energy that each triplet holds."""
+    squares = singular.detach().double().square().cpu().numpy()
+    return squares / max(squares.sum(), 1e-300)
+
+
+def tails(singular: Tensor) -> Tensor:
+    """``tails[r]``: the share of the energy that is lost at rank ``r``, for ``r`` from 0 to the full rank; float64."""
+    squares = singular.detach().double().square()
+    left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    return left / left[0].clamp_min(1e-300)

@@ -1,0 +1,78 @@
+"""One-shot truncated SVD: cut every layer's small singular values off at once, then fine-tune.  The baseline of DPRP.
+
+Of an untrained network it makes a factorised one of fixed ranks, to be trained from scratch at the same cost.
+Sources: Denton et al. 2014, Zhang et al. 2016 (channel), Jaderberg et al. 2014 (spatial).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from espalier.forms.svd import svd, to_matrix
+from espalier.graph.ladders import ladder_name
+from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.ranks import LAYOUTS, energy, rank_ladders
+from espalier.plan import Budget
+from espalier.solver import solve
+from espalier.surgery import replace
+
+
+@dataclass(frozen=True)
+class SVDOneShot(Method):
+    """Ranks by energy: a triplet is worth its share ``s_i^2 / sum s^2`` of its layer, per cost."""
+
+    name: ClassVar[str] = "svd-oneshot"
+    trains: ClassVar[bool] = False
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.form not in LAYOUTS:
+            raise ValueError(f"SVDOneShot(form={self.form!r}): choose one of {', '.join(LAYOUTS)}")
+
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Truncated:
+        return Truncated(model, example, budget, self)
+
+
+class Truncated(Process):
+    """Truncates at the start; what follows is ordinary training of the small network."""
+
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, method: SVDOneShot) -> None:
+        super().__init__(model, example, budget)
+        self.bake()
+        ladders = rank_ladders(model, example, graph=self.graph, budget=budget, form=method.form)
+        self.graph, self.left = ladders.graph, dict(ladders.left)
+        layers: dict[str, Any] = {n: model.get_submodule(n) for n in ladders.places}
+        factors = {n: svd(to_matrix(m.weight.detach(), ladders.forms[n]), name=n) for n, m in layers.items()}
+        scores = ladders.importance({n: energy(s) for n, (_, s, _) in factors.items()})
+        self.stayed = solve(self.graph, scores, self.limits)
+        self.rungs = {n: len(units) for n, units in self.stayed.keep.items() if n in scores}
+        ranks = {}
+        with torch.no_grad():
+            for name, (u, s, v) in factors.items():
+                rung = self.rungs[ladder_name(name)]
+                ranks[name] = len(s) if rung == ladders.top(name) else ladders.ranks[name][rung - 1]
+                if rung < ladders.top(name):
+                    cut = slice(0, ranks[name])
+                    small = ladders.plain(name, (u[:, cut], s[cut], v[:, cut]), bias=layers[name].bias)
+                    replace(model, name, small)
+        self.record("rank", ranks, progress=0.0)
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        return None
+
+    def finish(self) -> nn.Module:
+        return self.model
+
+    @property
+    def status(self) -> Status:
+        return Status(self.cost, 0.0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
