@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.graph import trace as trace
     from espalier.methods.base import attach as attach
     from espalier.methods.magnitude import Magnitude as Magnitude
+    from espalier.methods.mgp import MGP as MGP
     from espalier.methods.tcp import TCP as TCP
     from espalier.plan import Budget as Budget
     from espalier.plan import Plan as Plan
@@ -39,6 +40,7 @@ _HOME = {
     "BudgetError": "espalier.solver",
     "Cost": "espalier.costs",
     "Graph": "espalier.graph",
+    "MGP": "espalier.methods.mgp",
     "Magnitude": "espalier.methods.magnitude",
     "Plan": "espalier.plan",
     "Recipe": "espalier.run.recipe",

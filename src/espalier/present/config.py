@@ -12,6 +12,7 @@ from torch import nn
 
 from espalier.methods.base import Method
 from espalier.methods.magnitude import Magnitude
+from espalier.methods.mgp import MGP
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget
 from espalier.run.data import Data, FolderData, load_data
@@ -19,7 +20,7 @@ from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, Magnitude)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, MGP, Magnitude)}
 """What ``--method`` knows, besides ``none``: one row per method."""
 
 SECTIONS = ("model", "data", "budget", "method", "recipe")
