@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.methods.base import attach as attach
     from espalier.methods.dprp import DPRP as DPRP
     from espalier.methods.magnitude import Magnitude as Magnitude
+    from espalier.methods.mgp import MGP as MGP
     from espalier.methods.svd_oneshot import SVDOneShot as SVDOneShot
     from espalier.methods.tcp import TCP as TCP
     from espalier.plan import Budget as Budget
@@ -42,6 +43,7 @@ _HOME = {
     "Cost": "espalier.costs",
     "DPRP": "espalier.methods.dprp",
     "Graph": "espalier.graph",
+    "MGP": "espalier.methods.mgp",
     "Magnitude": "espalier.methods.magnitude",
     "Plan": "espalier.plan",
     "Recipe": "espalier.run.recipe",

@@ -1,7 +1,10 @@
 """Our own ``nn.Module`` classes: the lowest room. It imports nothing of ours, so any room may know it."""
 
-from typing import ClassVar
+from __future__ import annotations
 
+from typing import Any, ClassVar, Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,3 +60,60 @@ class OwnDecay(nn.Module):
     """A module that says itself which of its parameters weight decay is for; the number of dimensions does not tell there."""
 
     decayed: ClassVar[tuple[str, ...]]
+
+
+class PartConv2d(nn.Conv2d):
+    """A convolution that reads only some channels of its input, and whose kernel may sit off the centre.
+
+    ``index`` names the channels it reads, shape ``(in_channels,)``, or is ``None``: all.  ``shift`` is padded with zeros
+    (negative: cropped) before the convolution pads, as ``(left, right, top, bottom)``.  Part of a padded kernel is a smaller
+    kernel with an uneven padding: this is how it is executed.
+    """
+
+    index: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        padding_mode: Literal["zeros"] = "zeros",
+        bias: bool = True,
+        selects: bool = False,
+        shift: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            bias=bias, padding_mode=padding_mode,
+        )  # fmt: skip
+        self.shift = shift
+        self.register_buffer("index", torch.arange(in_channels) if selects else None)
+
+    @classmethod
+    def of(cls, module: nn.Conv2d) -> PartConv2d:
+        """The same convolution, holding the very same parameters: an optimiser need not be told."""
+        assert not isinstance(module.padding, str)
+        own: Any = module
+        with torch.device("meta"):
+            part = cls(
+                own.in_channels, own.out_channels, own.kernel_size, stride=own.stride, padding=own.padding,
+                dilation=own.dilation, groups=own.groups, bias=own.bias is not None,
+            )  # fmt: skip
+        part.weight, part.bias = module.weight, module.bias
+        return part.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.index is not None:
+            x = x.index_select(1, self.index)
+        if any(self.shift):
+            x = F.pad(x, self.shift)
+        return super().forward(x)
+
+    def extra_repr(self) -> str:
+        selects = "" if self.index is None else ", selects its inputs"
+        return f"{super().extra_repr()}{selects}" + (f", shift={self.shift}" if any(self.shift) else "")

@@ -124,6 +124,7 @@ class Budget:
 
 def _matches(group: Group, pattern: str) -> bool:
     modules = {s.tensor.split("#")[0].rpartition(".")[0] for s in group.producers}
-    if group.ladder:
-        modules.add(group.name.rpartition(":")[0])
-    return fnmatch.fnmatch(group.name, pattern) or any(fnmatch.fnmatch(m, pattern) for m in modules)
+    layer = group.name.partition(":")[0]  # of a ladder or of selected inputs
+    return any(fnmatch.fnmatch(n, pattern) for n in (group.name, layer)) or any(
+        fnmatch.fnmatch(m, pattern) for m in modules
+    )

@@ -3,5 +3,20 @@
 from espalier.forms.chains import FORMS, chain, dense_chain, sequential, stages
 from espalier.forms.lowrank import LowRank
 from espalier.forms.places import Place, find_places
+from espalier.forms.shapes import Rectangle, cut_kernel, rectangles, shape_chain, shapes
 
-__all__ = ["FORMS", "LowRank", "Place", "chain", "dense_chain", "find_places", "sequential", "stages"]
+__all__ = [
+    "FORMS",
+    "LowRank",
+    "Place",
+    "Rectangle",
+    "chain",
+    "cut_kernel",
+    "dense_chain",
+    "find_places",
+    "rectangles",
+    "sequential",
+    "shape_chain",
+    "shapes",
+    "stages",
+]

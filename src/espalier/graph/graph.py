@@ -98,7 +98,8 @@ class Chain:
     """One way to compute a layer: one or more convolutions in a row.  Plain numbers, so that any form can be planned.
 
     Stage ``i`` maps ``widths[i - 1]`` channels (at the ends: those of the layer) to ``widths[i]``, for ``macs[i]``
-    multiply-accumulates and ``params[i]`` weights per pair of channels; ``bytes[i]`` are held per channel in between.
+    multiply-accumulates and ``params[i]`` weights per pair of channels; ``bytes[i]`` are held per channel in between.  A chain
+    that ``copies`` its input is planned as if it read all channels: activation memory may then be less than planned.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Chain:
     params: tuple[int, ...]
     widths: tuple[int, ...] = ()
     bytes: tuple[int, ...] = ()
+    copies: int = 0  # bytes per input channel of a padded copy of the input
 
     def __str__(self) -> str:
         return f"{self.name} {'-'.join(map(str, self.widths))}".strip()
@@ -137,6 +139,7 @@ class Graph:
     baked_away: tuple[str, ...]  # parameters that are gone then
     unknown: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    selects: tuple[str, ...] = ()  # convolutions that may select their inputs (``graph.inputs``)
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -188,13 +191,14 @@ class Graph:
                 index = s.index[stay]
                 move = moved.get((s.tensor, s.dim))
                 slices.append(replace(s, index=index if move is None else move[index]))
-            groups.append(replace(group, size=len(stay), slices=tuple(slices)))
-        if not kept:
+            groups.append(replace(group, size=len(stay), slices=tuple(slices), ladder=group.ladder[: len(stay)]))
+        if not kept and all(g.size == old.size for g, old in zip(groups, self.groups, strict=True)):
             return self
         gone = set(self.baked_away)
         return replace(
             self,
             groups=tuple(groups),
+            extents=tuple(replace(e, table=_shorter(e.table, groups)) for e in self.extents),
             shapes={n: v for n, v in shapes.items() if n not in gone},
             parameters=tuple(t for t in self.parameters if t.name not in gone),
             baked=(),
@@ -206,3 +210,9 @@ class Graph:
         from espalier.graph.summary import summarise
 
         return summarise(self)
+
+
+def _shorter(
+    table: tuple[tuple[int, tuple[int, ...]], ...], groups: Sequence[Group]
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple((g, lengths[: groups[g].size + 1]) for g, lengths in table)

@@ -62,8 +62,8 @@ class _Build:
         group = len(self.groups)
         self.groups.append(Group(ladder_name(layer), len(chains), (), tuple(map(str, chains))))
         del self.sites[number], self.parameters[weight]
-        for kind in dict.fromkeys((c.name, c.macs, c.params, c.bytes) for c in chains):
-            here = [(c.name, c.macs, c.params, c.bytes) == kind for c in chains]
+        for kind in dict.fromkeys((c.name, c.macs, c.params, c.bytes, c.copies) for c in chains):
+            here = [(c.name, c.macs, c.params, c.bytes, c.copies) == kind for c in chains]
             self._form(layer, site, group, kind, [c if h else None for c, h in zip(chains, here, strict=True)])
 
     def _form(
@@ -71,11 +71,11 @@ class _Build:
         layer: str,
         site: Site,
         group: int,
-        kind: tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+        kind: tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
         rungs: list[Chain | None],
     ) -> None:
         """Terms of all rungs of one kind: the same stages, with widths that differ."""
-        name, macs, params, held = kind
+        name, macs, params, held, copies = kind
         outputs, inputs = site.term.extents
         between = [
             self._extent(Extent(0, (), ((group, (0, *(c.widths[i] if c else 0 for c in rungs))),)))
@@ -91,6 +91,10 @@ class _Build:
             self.added.append(Site(label, f"{site.kind}, {name}", Term(label, macs[i], extents)))
             self.more.append(Term(f"{label}.weight", params[i], extents))
         self._memory(site, between, held)
+        if copies and site.live:
+            length = self._length(inputs)
+            padded = self._extent(Extent(0, (), ((group, (0, *(length if c else 0 for c in rungs))),)))
+            self.activations.append((*site.live, (float(copies), padded)))
 
     def _memory(self, site: Site, between: list[int], held: tuple[int, ...]) -> None:
         """Every stage runs beside what was alive before the layer, its own input and its own output."""

@@ -399,6 +399,13 @@ def stack(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     watch.put(out, [layer.unsqueeze(dim) for layer in layers], derived=derived, pending=pending_of(args[0]))
 
 
+@rule("index_select")
+def numbered(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """What is read by number cannot move."""
+    watch.freeze_operands(args, kwargs, "channels are selected by number")
+    watch.put(out, derived=derived_from([args[0]]))
+
+
 @rule("constant_pad_nd")
 def pad(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Spatial padding belongs to its channel; new channels are known only where a ``ChannelPad`` makes them."""

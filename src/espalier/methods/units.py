@@ -6,7 +6,7 @@ consumers' columns to zero removes it exactly: no bias or BatchNorm shift of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,17 +36,44 @@ class Columns:
         return per_unit[self.owner].view(shape)
 
 
-class Units:
-    """All units of a graph in one row, group after group, tied to the parameters of one model."""
+@dataclass(frozen=True)
+class Taps:
+    """The kernel positions of one convolution: a unit owns its position in all filters, ``weight[:, :, i, j]``."""
 
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
+    tensor: str
+    parameter: nn.Parameter  # (out, in, kh, kw)
+    owner: Tensor  # int64, (kh * kw,)
+
+    def per_position(self, values: Tensor) -> Tensor:
+        """Sum a tensor shaped like the parameter over all filters and inputs; shape ``(kh * kw,)``, float32."""
+        return values.sum((0, 1), dtype=torch.float32).reshape(-1)
+
+    def spread(self, per_unit: Tensor) -> Tensor:
+        """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
+        return per_unit[self.owner].view(1, 1, *self.parameter.shape[2:])
+
+
+class Units:
+    """All units of a graph in one row, group after group, tied to the parameters of one model.
+
+    Behind them come the kernel positions of the convolutions named in ``taps``, layer after layer, row by row.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, *, taps: Sequence[str] = ()) -> None:
         self.graph = graph
-        self.offsets = np.concatenate([[0], np.cumsum(graph.sizes)]).astype(np.int64)
+        kernels = [model.get_parameter(f"{name}.weight").shape[2:].numel() for name in taps]
+        self.groups = len(graph.groups) + len(kernels)
+        self.sizes = np.concatenate([graph.sizes, np.array(kernels, dtype=np.int64)])
+        self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.count = int(self.offsets[-1])
+        self.taps = {name: slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i, name in enumerate(taps)}
         parameters = dict(model.named_parameters())
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
-        self.consumers = self._columns(parameters, lambda s: s.consumed)
+        self.consumers: list[Columns | Taps] = [*self._columns(parameters, lambda s: s.consumed)]
+        for name, rows in self.taps.items():
+            owner = torch.arange(rows.start, rows.stop, device=self.device)
+            self.consumers.append(Taps(f"{name}.weight", parameters[f"{name}.weight"], owner))
         self.producers = self._columns(parameters, lambda s: not s.consumed and s.tensor in parameters)
 
     def _columns(self, parameters: dict[str, nn.Parameter], wanted: Callable[[Slice], bool]) -> list[Columns]:
@@ -61,7 +88,7 @@ class Units:
                     owners[key][s.index] = unit[:, None]
         return [Columns(t, d, parameters[t], torch.from_numpy(o).to(self.device)) for (t, d), o in owners.items()]
 
-    def sum(self, parts: Iterator[tuple[Columns, Tensor]]) -> Tensor:
+    def sum(self, parts: Iterator[tuple[Columns | Taps, Tensor]]) -> Tensor:
         """Add per-position values of several columns up per unit; shape ``(count,)``."""
         total = torch.zeros(self.count + 1, device=self.device)
         for columns, values in parts:
@@ -79,8 +106,8 @@ class Units:
         return {g.name: array[self.offsets[i] : self.offsets[i + 1]] for i, g in enumerate(self.graph.groups)}
 
     def group_of(self) -> Tensor:
-        """Group number of every unit; shape ``(count,)``."""
-        return torch.from_numpy(np.repeat(np.arange(len(self.graph.groups)), self.graph.sizes)).to(self.device)
+        """Number of the group, or of the layer of a kernel position, of every unit; shape ``(count,)``."""
+        return torch.from_numpy(np.repeat(np.arange(self.groups), self.sizes)).to(self.device)
 
     def outside(self, keep: dict[str, np.ndarray]) -> Tensor:
         """True for the units that are not in ``keep``; shape ``(count,)``."""

@@ -13,6 +13,7 @@ from torch import nn
 from espalier.methods.base import WHOLE, Method
 from espalier.methods.dprp import DPRP
 from espalier.methods.magnitude import Magnitude
+from espalier.methods.mgp import MGP
 from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget
@@ -21,7 +22,7 @@ from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, Magnitude, SVDOneShot)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, MGP, Magnitude, SVDOneShot)}
 """What ``--method`` knows, besides ``none``: one row per method."""
 
 SECTIONS = ("model", "data", "budget", "method", "recipe")

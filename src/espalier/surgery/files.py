@@ -22,12 +22,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from espalier.carving import put_in_place
 from espalier.forms import LowRank
-from espalier.layers import ChannelPad, PaddedConv2d
+from espalier.layers import ChannelPad, PaddedConv2d, PartConv2d
 
 FORMAT = "espalier/1"
 
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
-    _ConvNd: ("in_channels", "out_channels", "groups"),
+    _ConvNd: ("in_channels", "out_channels", "groups", "kernel_size", "padding"),
     nn.Linear: ("in_features", "out_features"),
     _NormBase: ("num_features",),
     nn.GroupNorm: ("num_channels", "num_groups"),
@@ -58,6 +58,7 @@ BUILDERS: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
     "Conv2d": (nn.Conv2d, _conv_arguments),
     "Conv3d": (nn.Conv3d, _conv_arguments),
     "PaddedConv2d": (PaddedConv2d, _conv_arguments),
+    "PartConv2d": (PartConv2d, lambda m: {**_conv_arguments(m), "selects": m.index is not None, "shift": m.shift}),
     "Linear": (
         nn.Linear,
         lambda m: {"in_features": m.in_features, "out_features": m.out_features, "bias": m.bias is not None},

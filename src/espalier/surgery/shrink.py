@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.carving import Kept, carve, put_in_place
+from espalier.forms.shapes import padding_of
 from espalier.graph import Graph
-from espalier.layers import PaddedConv2d
+from espalier.layers import PaddedConv2d, PartConv2d
 from espalier.plan import Plan
 
 
@@ -35,6 +36,9 @@ def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.opti
         for name in graph.baked:
             bake(model, name, optimizer=optimizer)
         kept = {t: d for t, d in kept.items() if t not in graph.baked_away}
+        for name in graph.selects:
+            if f"{name}.index" in kept:
+                _select_inputs(model, name)
         carve(model, kept, group_width=graph.group_width, optimizer=optimizer)
     return kept
 
@@ -58,6 +62,19 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
                 rows = torch.from_numpy(s.index[units].reshape(-1)).to(tensors[s.tensor].device)
                 tensors[s.tensor].index_fill_(s.dim, rows, 0.0)
     return masked
+
+
+def _select_inputs(model: nn.Module, name: str) -> None:
+    """Make convolution ``name`` one that selects its inputs, all of them to begin with."""
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d), name
+    if not isinstance(conv, PartConv2d):
+        if isinstance(conv.padding, str):
+            conv.padding = padding_of(conv)
+        conv = PartConv2d.of(conv)
+        put_in_place(model, model.get_submodule(name), conv)
+    if conv.index is None:
+        conv.index = torch.arange(conv.in_channels, device=conv.weight.device)
 
 
 class _Capture(TorchDispatchMode):

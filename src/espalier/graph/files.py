@@ -1,0 +1,48 @@
+"""A graph as text and back: what a run goes on with after it was interrupted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
+
+
+def to_json(graph: Graph) -> str:
+    """Everything in ``graph``."""
+    return json.dumps(asdict(graph), default=lambda value: value.tolist())
+
+
+def from_json(text: str) -> Graph:
+    """Inverse of ``to_json``."""
+    plain: dict[str, Any] = json.loads(text)
+    groups = []
+    for g in plain["groups"]:
+        slices = [Slice(**{**s, "index": _index(s["index"])}) for s in g["slices"]]
+        groups.append(Group(g["name"], g["size"], tuple(slices), tuple(g["ladder"])))
+    rest = {n: _tuples(v) for n, v in plain.items()}
+    return Graph(**{
+        **rest,
+        "groups": tuple(groups),
+        "frozen": tuple(Frozen(**f) for f in plain["frozen"]),
+        "extents": tuple(Extent(**_tuples_in(e)) for e in plain["extents"]),
+        "sites": tuple(Site(**{**_tuples_in(s), "term": Term(**_tuples_in(s["term"]))}) for s in plain["sites"]),
+        "parameters": tuple(Term(**_tuples_in(t)) for t in plain["parameters"]),
+        "shapes": {n: tuple(s) for n, s in plain["shapes"].items()},
+        "group_width": plain["group_width"],
+    })  # fmt: skip
+
+
+def _index(rows: list[list[int]]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(len(rows), -1)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _tuples_in(entry: dict[str, Any]) -> dict[str, Any]:
+    return {n: _tuples(v) for n, v in entry.items()}

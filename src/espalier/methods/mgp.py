@@ -1,0 +1,345 @@
+"""MGP, multi-granularity pruning: filters where they are free, input channels and kernel shapes where widths must match.
+
+Liu Qi, Chen Ying: "Multi-granularity pruning with a regularisation mechanism", Acta Electronica Sinica 51(8), 2023.  The paper
+fixes the idea: filter pruning is limited where feature maps must match in width, as at the end of a residual branch; a coarse
+to fine strategy leaves the number of filters there as it is and prunes finer structures instead, under an L1 regularisation
+that adapts to the structure of the moment.  What follows is our reading, in the paper's order:
+
+1. granularities.  Coarse: filters, the coupled channels that one layer makes.  Medium: the input channels of one convolution
+   that reads a stream (``graph.inputs``).  Fine: the positions of a kernel, pushed towards one rectangle per layer
+   (``forms.shapes``), because free stripes run no faster.  Pruning filter in filter (Meng et al. 2020) learns a skeleton
+   ``S: (out, kh, kw)`` that multiplies ``W``; here the skeleton is implicit: ``dL/dS = sum_in(W * dL/dW)`` is read from the
+   gradients, and pressure on ``S`` is pressure on ``W``, so nothing is added to the network and nothing has to be folded;
+2. importance: the squared first-order change of the loss when a gate on the unit closes, whatever its kind, normalised
+   together, so that filters, inputs and positions can be weighed against each other per cost in one exact budget;
+3. coarse to fine: at first only filters may go, a little later inputs, then shapes; until a decision is carried out it may be
+   taken back;
+4. adaptive L1: only what is outside the keep-set is pressed (``methods.pressure``), every group at its own pace
+   ``l_g ~ sqrt(share of the cost that goes with g) * (1 + share of what is left of g that has to go)``;
+5. removal, in the middle of training, of what has reached exactly zero; kernels are cut once the keep-set is final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.carving import select
+from espalier.costs import CostModel
+from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_chain, shapes
+from espalier.graph import Graph, files, hold, selectable, with_inputs, with_ladders
+from espalier.graph.inputs import inputs_name
+from espalier.graph.ladders import ladder_name
+from espalier.methods.base import Batches, Method, Removed
+from espalier.methods.importance import Sensitivity
+from espalier.methods.pressure import Fading, Pace, check_pace
+from espalier.methods.units import Units
+from espalier.plan import Budget, Plan
+from espalier.solver import BudgetError, solve
+
+
+@dataclass(frozen=True)
+class MGP(Method):
+    """Hyper-parameters of multi-granularity pruning; every duration is a fraction of the whole run.
+
+    ``filters``, ``inputs``, ``shapes``: which granularities take part.  ``streams``: let channels that several layers make, a
+    residual stream, go as in TCP; their readers then select nothing.
+    ``stagger``: how much later than the coarser one each finer granularity begins.
+    ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
+    ``fade``: how long a unit takes from leaving the keep-set to zero.  ``every``: time between two decisions.
+    ``chunk``: remove as soon as that share of the current MACs (or parameters) has faded.
+    """
+
+    name: ClassVar[str] = "mgp"
+    trains: ClassVar[bool] = True
+    filters: bool = True
+    inputs: bool = True
+    shapes: bool = True
+    streams: bool = False
+    stagger: float = 0.03
+    start_at: float = 0.02
+    reach: float = 0.5
+    fade: float = 0.06
+    every: float = 0.01
+    chunk: float = 0.05
+    smoothing: float = 0.97
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_pace(self, ("start_at", "reach", "fade", "every", "chunk", "smoothing", "stagger"))
+        if not (self.filters or self.inputs or self.shapes):
+            raise ValueError("MGP(): all granularities are off; switch on filters, inputs or shapes")
+        if self.streams and not self.filters:
+            raise ValueError("MGP(streams=True, filters=False): streams go as filters do; switch filters on")
+
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Granular:
+        return Granular(model, example, budget, self)
+
+
+class Granular(Fading):
+    """One run of MGP."""
+
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
+        pace = Pace(method.start_at, method.reach, method.fade, method.every, method.power)
+        super().__init__(model, example, budget, pace)
+        self.method = method
+        self.bake()
+        self.graph, self.shapes, self.left = granularities(model, self.graph, example, method)
+        self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
+        solve(self.graph, {g.name: np.ones(g.size) for g in self.graph.groups}, self.limits, **self._rules())
+        self._bind()
+        self._begin()
+
+    def _rules(self) -> dict[str, Any]:
+        return {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(self.graph)}
+
+    def _bind(self) -> None:
+        """Tie hooks to the model's present parameters."""
+        self.units = Units(self.model, self.graph, taps=tuple(self.shapes))
+        self.sensitivity = Sensitivity(self.units, smoothing=self.method.smoothing)
+        self._busy = []
+
+    def _listen(self, progress: float) -> None:
+        self._hear_every_fourth()
+
+    # -- 2. importance -------------------------------------------------------------------------------------------------
+
+    def importance(self) -> tuple[dict[str, np.ndarray], dict[str, list[Rectangle]]]:
+        """Per group what its units are worth, of a ladder what each rung adds; and the best rectangle for every rung."""
+        values = self.sensitivity.value
+        scores = self.units.by_group(values)
+        best: dict[str, list[Rectangle]] = {}
+        for layer, rungs in self.shapes.items():
+            kernel = self.model.get_parameter(f"{layer}.weight").shape[2:]
+            taps = values[self.units.taps[layer]].double().cpu().numpy().reshape(kernel)
+            best[layer], worth = [], [0.0]
+            for rung in rungs:
+                kept = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in rung]
+                best[layer].append(rung[int(np.argmax(kept))])
+                worth.append(max(worth[-1], *kept))
+            scores[ladder_name(layer)] = np.diff(worth)
+        return scores, best
+
+    # -- 3. coarse to fine ---------------------------------------------------------------------------------------------
+
+    def _plan(self, limits: Mapping[str, int], progress: float) -> tuple[Plan, dict[str, Rectangle]]:
+        """The keep-set inside ``limits`` with the granularities that take part by now, finer ones only if it needs them."""
+        scores, best = self.importance()
+        kinds = [k for k in (FILTERS, INPUTS, SHAPES) if any(kind_of(n) == k for n in scores)]
+        open_ = min(len(kinds), 1 + int((progress - self.method.start_at) / max(self.method.stagger, 1e-9)))
+        if progress >= self.method.reach - self.method.fade:
+            open_ = len(kinds)
+        for number in range(max(open_, 1), len(kinds) + 1):
+            some = {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}
+            try:
+                plan = solve(self.graph, some, limits, **self._rules())
+                break
+            except BudgetError:
+                if number == len(kinds):
+                    raise
+        else:  # nothing can go at all
+            plan = solve(self.graph, {}, limits, **self._rules())
+        chosen = {}
+        for layer, rungs in self.shapes.items():
+            rung = len(plan.keep[ladder_name(layer)])
+            if rung < len(rungs):
+                chosen[layer] = best[layer][rung - 1]
+        return plan, chosen
+
+    def _choose(self, progress: float) -> Tensor:
+        plan, self.chosen = self._plan(self.limits_at(progress), progress)
+        outside = self._outside(plan)
+        self.pull = self._pace(plan, outside)
+        return outside
+
+    def _outside(self, plan: Plan) -> Tensor:
+        outside = self.units.outside({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
+        for layer, rectangle in self.chosen.items():
+            height, width = self.model.get_parameter(f"{layer}.weight").shape[2:]
+            inside = torch.from_numpy(rectangle.mask((height, width)).reshape(-1)).to(outside.device)
+            outside[self.units.taps[layer]] = ~inside
+        return outside
+
+    # -- 4. adaptive L1 ------------------------------------------------------------------------------------------------
+
+    def _pace(self, plan: Plan, outside: Tensor) -> Tensor:
+        """How fast each group fades: by the cost that goes with it and by how much of what is left has to go."""
+        state = CostModel(self.graph).at(self.graph.sizes)
+        group = self.units.group_of()
+        left = torch.bincount(group, minlength=self.units.groups).clamp_min(1)
+        going = torch.bincount(group, weights=outside.double(), minlength=self.units.groups)
+        share = torch.zeros(self.units.groups, dtype=torch.float64, device=outside.device)
+        place = {name: len(self.graph.groups) + i for i, name in enumerate(self.units.taps)}
+        for number, g in enumerate(self.graph.groups):
+            less = len(plan.keep[g.name]) - g.size
+            if less:
+                saved = sum(-state.change(m, number, less) / max(getattr(self.dense, m), 1) for m in ("macs", "params"))
+                share[place[g.name.rpartition(":")[0]] if g.ladder else number] = max(saved, 0.0)
+        pace = share.sqrt() * (1.0 + going / left)
+        busy = pace > 0
+        if not bool(busy.any()):
+            return torch.ones_like(self.pull)
+        pace = torch.where(busy, pace / pace[busy].mean(), 1.0).clamp(SLOWEST, FASTEST)
+        return pace[group].float()
+
+    # -- 5. removal ----------------------------------------------------------------------------------------------------
+
+    def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
+        if not bool(self.pressed.any()):
+            if self.settled:
+                self._finished()
+            return None
+        ready = self._faded()
+        cut = {n: r for n, r in self.chosen.items() if self.settled and bool(ready[self.units.taps[n]].any())}
+        for layer in self.shapes:
+            if layer not in cut:
+                ready[self.units.taps[layer]] = False
+        if not bool(ready.any()):
+            return None
+        stay = {n: np.flatnonzero(~g.astype(bool)) for n, g in self.units.by_group(ready).items()}
+        self._descend(stay, cut)
+        now = CostModel(self.graph)
+        dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
+        last = self.settled and bool((ready == self.pressed).all())
+        saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
+        if saved < self.method.chunk and not last:
+            return None
+        return self._carry_out(stay, cut, optimizer)
+
+    def _descend(self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle]) -> None:
+        """Write the rungs that kernels are cut to into ``stay``."""
+        for layer, rectangle in cut.items():
+            rung = next(i for i, rung in enumerate(self.shapes[layer]) if rung[0].area == rectangle.area)
+            stay[ladder_name(layer)] = np.arange(rung + 1)
+
+    def _carry_out(
+        self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle], optimizer: torch.optim.Optimizer | None
+    ) -> Removed:
+        rows = [self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)]
+        rows += [np.arange(s.start, s.stop) for n, s in self.units.taps.items() if n not in cut]
+        survivors = torch.from_numpy(np.concatenate(rows)).to(self.units.device)
+        value, batches = self.sensitivity.value, self.sensitivity.batches
+        self._silence()
+        trimmed = {}
+        for layer, rectangle in cut.items():
+            trimmed.update(cut_kernel(self.model, layer, rectangle, optimizer=optimizer))
+        removed = self.remove(stay, optimizer)
+        for tensor, by_dim in trimmed.items():
+            removed.kept.setdefault(tensor, {}).update(by_dim)
+        self.shapes = {n: r for n, r in self.shapes.items() if n not in cut}
+        self.chosen = {n: r for n, r in self.chosen.items() if n not in cut}
+        self._bind()
+        self.sensitivity.value, self.sensitivity.batches = select(value, {0: survivors}), batches
+        self._keep_rows(survivors)
+        if self.settled and not bool(self.pressed.any()):
+            self._finished()
+        return removed
+
+    def _silence(self) -> None:
+        self.sensitivity.close()
+
+    def finish(self) -> nn.Module:
+        """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
+        if not self.done:
+            plan, self.chosen = self._plan(self.limits, 1.0)
+            stay = {n: np.asarray(u) for n, u in plan.keep.items()}
+            self.forced = any(len(k) < self.graph.group(n).size for n, k in stay.items())
+            self._carry_out(stay, dict(self.chosen), None)
+            self._finished()
+        return self.model
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        self.sensitivity.batch_done()
+        return {
+            **self._numbers(),
+            "graph": files.to_json(self.graph),
+            "rows": {n: row.clone() for n, row in self._rows().items()},
+            "shapes": {n: [[_plain(r) for r in rung] for rung in rungs] for n, rungs in self.shapes.items()},
+            "chosen": {n: _plain(r) for n, r in self.chosen.items()},
+            "left": dict(self.left),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        graph = files.from_json(state["graph"])
+        own = {n: tuple(p.shape[:2]) for n, p in self.model.named_parameters()}
+        if any(n in own and own[n] != shape[:2] for n, shape in graph.shapes.items()):
+            raise ValueError("MGP: the model does not have the structure it had when this state was saved")
+        self._silence()
+        self.graph = graph
+        self.shapes = {n: [[Rectangle(*r) for r in rung] for rung in rungs] for n, rungs in state["shapes"].items()}
+        self.chosen = {n: Rectangle(*r) for n, r in state["chosen"].items()}
+        self.left = dict(state["left"])
+        self._bind()
+        self._restore(state, state["rows"])
+        if self.done:
+            self._silence()
+
+
+# -- 1. granularities --------------------------------------------------------------------------------------------------
+
+FILTERS, INPUTS, SHAPES = "filters", "inputs", "shapes"
+SLOWEST, FASTEST = 0.5, 2.0  # pace of a group, relative to the mean
+FEWEST_INPUTS = 8  # an image has too few channels to select among
+
+
+def kind_of(group: str) -> str:
+    """The granularity of a group, by its name."""
+    layer = group.partition(":")[0]
+    return {inputs_name(layer): INPUTS, ladder_name(layer): SHAPES}.get(group, FILTERS)
+
+
+def granularities(
+    model: nn.Module, graph: Graph, example: Any, method: MGP
+) -> tuple[Graph, dict[str, list[list[Rectangle]]], dict[str, str]]:
+    """The graph with everything that ``method`` may prune, the rungs of every kernel, and layer -> why it stays as it is."""
+    places, left = find_places(model, example)
+    left = {n: r for n, r in left.items() if not isinstance(model.get_submodule(n), nn.Linear)}
+    if not method.filters:
+        graph = hold(graph, [g.name for g in graph.groups], "filters are switched off")
+    elif not method.streams:
+        graph = hold(graph, streams(graph), "made by several layers, whose widths must match")
+    convolutions = {n: p for n, p in places.items() if not p.linear}
+    if method.inputs:
+        wide = [n for n, p in convolutions.items() if p.in_channels >= FEWEST_INPUTS]
+        graph = with_inputs(graph, {n: _bytes(places[n]) for n in selectable(graph, wide)})
+    rungs: dict[str, list[list[Rectangle]]] = {}
+    for name, place in convolutions.items() if method.shapes else ():
+        if place.kernel == (1, 1):
+            continue
+        found = shapes(place)
+        try:
+            graph = with_ladders(graph, {name: [shape_chain(place, rung) for rung in found]})
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        rungs[name] = found
+    return graph, rungs, left
+
+
+def streams(graph: Graph) -> list[str]:
+    """Groups whose channels come from several layers; a grouped convolution only passes on what it is given."""
+    found = []
+    for group in graph.groups:
+        makers = {s.tensor.rpartition(".")[0] for s in group.producers if s.dim == 0 and _is_weight(graph, s.tensor)}
+        if len(makers - graph.group_width.keys()) > 1:
+            found.append(group.name)
+    return found
+
+
+def _is_weight(graph: Graph, tensor: str) -> bool:
+    return len(graph.shapes.get(tensor, ())) > 1
+
+
+def _bytes(place: Place) -> int:
+    return place.positions * place.input_size[0] * place.input_size[1] * place.itemsize
+
+
+def _plain(rectangle: Rectangle) -> list[int]:
+    return [rectangle.top, rectangle.bottom, rectangle.left, rectangle.right]

@@ -1,0 +1,242 @@
+"""What fading methods share: units outside a keep-set shrink to exactly zero while the network trains, then they are removed.
+
+A proximal group-lasso step on everything that owns a unit outside the keep-set, after the optimiser's step,
+``w_c <- w_c * max(0, 1 - strength * r_c / |w_c|)`` with ``r_c`` the norm when the unit left the keep-set, so that all fade at
+the same relative pace and reach zero in finite time.  The strength follows, in closed loop, the lag of the remaining mass
+``sum |w_c| / sum r_c`` behind its schedule.  Which units are outside, and how removal is carried out, is the method's business.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.methods.base import Process, Removed, Status
+from espalier.methods.importance import Sensitivity
+from espalier.methods.units import Columns, Taps, Units
+from espalier.plan import Budget
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When what happens, as fractions of the whole run; the fields are those of the methods."""
+
+    start_at: float
+    reach: float
+    fade: float
+    every: float
+    power: float
+
+
+def check_pace(method: Any, shares: tuple[str, ...]) -> None:
+    """``ValueError`` unless the fractions ``shares`` of ``method`` make sense together."""
+    name_ = type(method).__name__
+    for name in shares:
+        value = getattr(method, name)
+        if not 0 <= value < 1 or not math.isfinite(value):
+            raise ValueError(f"{name_}({name}={value!r}): must be at least 0 and below 1")
+    if method.fade <= 0 or method.every <= 0:
+        raise ValueError(f"{name_}(): fade and every must be above 0")
+    if method.start_at + method.fade >= method.reach:
+        raise ValueError(
+            f"{name_}(start_at={method.start_at}, fade={method.fade}, reach={method.reach}): the budget needs time to "
+            "move; start_at + fade must be below reach"
+        )
+
+
+class Fading(Process):
+    """A run in which units fade.  A method says what it listens to, what is outside, and how to carry a removal out."""
+
+    units: Units
+    sensitivity: Sensitivity
+
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, pace: Pace) -> None:
+        super().__init__(model, example, budget)
+        self.pace = pace
+        self.settled = False  # the keep-set is final
+        self.done = False
+        self.forced = False
+        self.strength = 1.0
+        self._last = self._decided = self._pressed_at = 0.0
+        self._steps = 0
+        self._mass = 1.0
+        self._busy: list[Columns | Taps] = []
+
+    def _begin(self) -> None:
+        """Nothing is pressed yet; call once ``units`` are there."""
+        count = self.units.count
+        self.pressed = torch.zeros(count, dtype=torch.bool, device=self.units.device)
+        self.reference = torch.ones(count, device=self.units.device)  # norm of what owns a unit when pressing began
+        self.since = torch.zeros(count, device=self.units.device)  # progress then
+        self.pull = torch.ones(count, device=self.units.device)  # how fast a unit fades, relative to the others
+
+    # -- what a method adds --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _listen(self, progress: float) -> None:
+        """After every step: take in what was heard, and say what to hear next."""
+
+    @abstractmethod
+    def _choose(self, progress: float) -> Tensor:
+        """The units that are outside the keep-set from now on; shape ``(count,)``."""
+
+    @abstractmethod
+    def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
+        """Remove what reads zero, if it is worth a surgery."""
+
+    @abstractmethod
+    def _silence(self) -> None:
+        """Take all hooks away."""
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        if self.done:
+            return None
+        self._steps += 1
+        self._listen(progress)
+        self._last = progress
+        if progress - self._decided >= self.pace.every and progress >= self.pace.start_at and not self.settled:
+            self._decide(progress)
+        removed = None
+        if progress - self._pressed_at >= self.pace.fade / PRESSES:
+            self._press(progress - self._pressed_at, optimizer)
+            self._adapt(progress)
+            self._pressed_at = progress
+            removed = self._remove_faded(optimizer)
+        return removed
+
+    def _hear_every_fourth(self) -> None:
+        self.sensitivity.batch_done()
+        self.sensitivity.listening = self._steps % LISTEN_EVERY == 0
+
+    def _norm(self) -> Tensor:
+        return self.units.consumer_energy().sqrt()
+
+    # -- keep-set ------------------------------------------------------------------------------------------------------
+
+    def limits_at(self, progress: float) -> dict[str, int]:
+        """The budget now: from the dense cost to the target, fast at first (cubic, Zhu & Gupta 2017)."""
+        begin, end = self.pace.start_at, self.pace.reach - self.pace.fade
+        left = (1.0 - min(max((progress - begin) / (end - begin), 0.0), 1.0)) ** self.pace.power
+        return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
+
+    def _decide(self, progress: float) -> None:
+        self._decided = progress
+        self.settled = progress >= self.pace.reach - self.pace.fade
+        outside = self._choose(progress)
+        fresh = outside & ~self.pressed
+        if bool(fresh.any()):
+            self.reference = torch.where(fresh, self._norm().clamp_min(1e-12), self.reference)
+            self.since = torch.where(fresh, torch.full_like(self.since, progress), self.since)
+        self.pressed = outside
+        self._find_busy()
+
+    def _find_busy(self) -> None:
+        padded = torch.cat([self.pressed, self.pressed.new_zeros(1)])
+        self._busy = [c for c in self.units.consumers if bool(padded[c.owner].any())]
+
+    # -- pressure ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _press(self, elapsed: float, optimizer: torch.optim.Optimizer) -> None:
+        if not self._busy:
+            return
+        norm = self._norm()
+        threshold = self.strength * elapsed / self.pace.fade * self.pull * self.reference
+        factor = torch.where(self.pressed, (1.0 - threshold / norm.clamp_min(1e-30)).clamp_min(0.0), 1.0)
+        factor = torch.cat([factor, factor.new_ones(1)])
+        calm = torch.cat([(~self.pressed).float(), factor.new_ones(1)])
+        for columns in self._busy:
+            columns.parameter.mul_(columns.spread(factor))
+            state = optimizer.state.get(columns.parameter, {})
+            for key in MOMENTA:
+                if isinstance(state.get(key), Tensor):
+                    state[key].mul_(columns.spread(calm))
+
+    # -- strength ------------------------------------------------------------------------------------------------------
+
+    def _adapt(self, progress: float) -> None:
+        """Multiplicative control on how far the remaining mass lags behind its schedule."""
+        if not bool(self.pressed.any()):
+            self._mass = 1.0 if not self.settled else 0.0
+            return
+        reference = self.reference[self.pressed]
+        pull = self.pull[self.pressed]
+        due = (1.0 - (progress - self.since[self.pressed]) * pull / self.pace.fade).clamp(0.0, 1.0)
+        total = float(reference.sum())
+        self._mass = float(self._norm()[self.pressed].sum()) / total
+        lag = self._mass - float((due * reference).sum()) / total
+        self.strength = min(max(self.strength * math.exp(GAIN * lag), WEAKEST), STRONGEST)
+
+    # -- removal -------------------------------------------------------------------------------------------------------
+
+    def _faded(self) -> Tensor:
+        """Pressed units that read exactly zero and whose whole group is there: a group goes in one piece, so that widths
+        keep their alignment."""
+        faded = (self._norm() == 0) & self.pressed
+        group = self.units.group_of()
+        waiting = torch.zeros(self.units.groups, device=faded.device).index_add_(
+            0, group, (self.pressed & ~faded).float()
+        )
+        return faded & (waiting[group] == 0)
+
+    def _keep_rows(self, survivors: Tensor) -> None:
+        self.pressed, self.reference = self.pressed[survivors], self.reference[survivors]
+        self.since, self.pull = self.since[survivors], self.pull[survivors]
+        self._find_busy()
+
+    def _finished(self) -> None:
+        self.done = True
+        self._mass, self.strength = 0.0, 0.0
+        self._silence()
+
+    @property
+    def status(self) -> Status:
+        return Status(self.cost, self.strength, self._mass)
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def _numbers(self) -> dict[str, Any]:
+        """Everything but rows, as plain values."""
+        return {
+            "numbers": {n: getattr(self, n) for n in _NUMBERS},
+            "batches": self.sensitivity.batches,
+            "listening": self.sensitivity.listening,
+            "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
+            "limits": dict(self.limits),
+        }
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Everything with one value per unit."""
+        return {
+            "value": self.sensitivity.value,
+            "pressed": self.pressed,
+            "reference": self.reference,
+            "since": self.since,
+            "pull": self.pull,
+        }
+
+    def _restore(self, state: dict[str, Any], rows: dict[str, Tensor]) -> None:
+        for name, value in state["numbers"].items():
+            setattr(self, name, value)
+        self.dense = type(self.dense)(*state["dense"])
+        self.limits = dict(state["limits"])
+        rows = {n: r.to(self.units.device) for n, r in rows.items()}
+        self.sensitivity.value, self.sensitivity.batches = rows["value"], state["batches"]
+        self.sensitivity.listening = state["listening"]
+        self.pressed, self.reference, self.since = rows["pressed"], rows["reference"], rows["since"]
+        self.pull = rows["pull"]
+        self._find_busy()
+
+
+LISTEN_EVERY = 4  # batches between two readings of the gradients
+PRESSES = 32  # proximal steps while one unit fades
+GAIN, WEAKEST, STRONGEST = 0.5, 0.5, 20.0  # of the strength's control loop
+MOMENTA = ("momentum_buffer", "exp_avg")
+_NUMBERS = ("settled", "done", "forced", "strength", "_last", "_decided", "_pressed_at", "_steps", "_mass")
