@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import traceback
 from collections.abc import Iterator
@@ -11,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from espalier.carving import carve
+from espalier.copies import copy_model
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
 from espalier.graph.rules import RULES
 from espalier.graph.watch import (
@@ -165,12 +166,14 @@ def private_copy(model: nn.Module, device: str) -> nn.Module:
     """A copy whose parameters and buffers live on ``device``; on meta nothing is copied but structure."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        moved: Tensor = tensor.detach().to(device)
-        if device != "meta":
-            moved = moved.clone()
+        if device == "meta" and tensor.is_contiguous() and not tensor.is_meta:
+            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        else:
+            moved = tensor.detach().to(device)
+            moved = moved if device == "meta" else moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
     try:
-        return copy.deepcopy(model, memo)
+        return copy_model(model, memo)
     except Exception as error:
         raise TraceError(f"trace: {type(model).__name__} cannot be copied: {first_line(error)}") from error
 

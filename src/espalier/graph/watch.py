@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espalier.graph import shapes
+
 Layer = Tensor  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
 
 
@@ -217,6 +219,7 @@ class Watch(TorchDispatchMode):
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
+        self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._stack: list[nn.Module] = [model]
         self._names = {id(m): n for n, m in model.named_modules()}
         self._func: Any = None
@@ -392,9 +395,10 @@ class Watch(TorchDispatchMode):
                 f"tracing exceeded its time limit at {func} in {self.place()}; "
                 "raise `time_limit`, trace at a smaller input, or exclude this module"
             )
-        shortcut = SHORTCUTS.get(func._overloadpacket)
         try:
-            out = shortcut(*args) if shortcut is not None and args[0].is_meta else func(*args, **kwargs)
+            out = shapes.output(func, args, kwargs)
+            if out is None:
+                out = func(*args, **kwargs)
         except Exception as error:
             self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
             if self.rehearsal is None:
@@ -445,12 +449,12 @@ class Watch(TorchDispatchMode):
             self.memory.births.append((self.clock, key, vector, float(bytes_)))
             entry = self._live[key] = [0, len(self.memory.births) - 1]
         entry[0] += 1
-        weakref.finalize(tensor, self._release, key).atexit = False
+        reference = weakref.ref(tensor, self._release)
+        self._references[id(reference)] = (reference, key)
 
-    def _release(self, key: int) -> None:
-        entry = self._live.get(key)
-        if entry is None:
-            return
+    def _release(self, reference: weakref.ref[Tensor]) -> None:
+        _, key = self._references.pop(id(reference))
+        entry = self._live[key]
         entry[0] -= 1
         if entry[0] == 0:
             self.memory.deaths[entry[1]] = self.clock
@@ -459,18 +463,6 @@ class Watch(TorchDispatchMode):
 
 FROZEN = 99  # a lesson about a line: nothing that its operation touches may change
 PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
-
-
-def _batch_norm_shapes(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
-    for affine in (weight, bias, mean, variance):
-        if affine is not None and affine.shape != x.shape[1:2]:
-            raise RuntimeError(f"batch norm of {x.shape[1]} channels has {affine.shape[0]} parameters")
-    saved = x.new_empty(x.shape[1] if training else 0)
-    return torch.empty_like(x), saved, torch.empty_like(saved)
-
-
-SHORTCUTS: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_batch_norm: _batch_norm_shapes}
-"""Shapes of operations whose meta kernels are slow (a chain of Python decompositions)."""
 
 
 @dataclass

@@ -1,0 +1,73 @@
+"""Copies of models, faster than Python's general ``deepcopy``: a module is a few dictionaries of plain values."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+_ATOMS = frozenset([
+    bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
+    types.BuiltinFunctionType,
+])  # fmt: skip
+
+
+def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """What ``copy.deepcopy`` gives, except that ``tensors[id(t)]`` takes the place of every tensor ``t`` named there.
+
+    Whatever is shared inside the model is shared inside the copy.
+    """
+    return _copied_module(model, dict(tensors))
+
+
+def _copied_module(module: nn.Module, memo: dict[int, Any]) -> Any:
+    known = memo.get(id(module))
+    if known is not None:
+        return known
+    if not _is_plain(type(module)):
+        return copy.deepcopy(module, memo)
+    new = memo[id(module)] = object.__new__(type(module))
+    state = new.__dict__
+    for key, value in module.__dict__.items():
+        state[key] = value if type(value) in _ATOMS else _copied(value, memo)
+    return new
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    kind = type(value)
+    if kind is tuple and all(type(v) in _ATOMS for v in value):
+        return value
+    if (kind is dict or kind is OrderedDict) and all(type(k) in _ATOMS for k in value):
+        new = memo[id(value)] = kind()
+        for key, item in value.items():
+            new[key] = item if type(item) in _ATOMS else _copied(item, memo)
+        return new
+    return _copied_module(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+
+
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    """Does ``deepcopy`` do no more for this module type than to copy its ``__dict__``?"""
+    return (
+        not hasattr(kind, "__deepcopy__")
+        and not hasattr(kind, "__getnewargs__")
+        and not hasattr(kind, "__getnewargs_ex__")
+        and kind not in copyreg.dispatch_table
+        and kind.__new__ is object.__new__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__getstate__ is object.__getstate__  # type: ignore[attr-defined]
+        and kind.__setstate__ in (nn.Module.__setstate__, _ConvNd.__setstate__)  # type: ignore[attr-defined]
+        and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    )
