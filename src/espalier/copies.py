@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-_ATOMS = frozenset([
+_ATOMS: frozenset[Any] = frozenset([
     bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
     types.BuiltinFunctionType,
 ])  # fmt: skip
+_CONTAINERS: frozenset[Any] = frozenset([dict, OrderedDict, set, list])
 
 
 def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -37,6 +38,8 @@ def _copied_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     new = memo[id(module)] = object.__new__(type(module))
     state = new.__dict__
     for key, value in module.__dict__.items():
+        if key == "_compiled_call_impl":  # as in ``nn.Module.__getstate__``
+            continue
         state[key] = value if type(value) in _ATOMS else _copied(value, memo)
     return new
 
@@ -46,9 +49,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if known is not None:
         return known
     kind = type(value)
-    if kind is tuple and all(type(v) in _ATOMS for v in value):
+    if kind is tuple and _ATOMS.issuperset(map(type, value)):
         return value
-    if (kind is dict or kind is OrderedDict) and all(type(k) in _ATOMS for k in value):
+    if kind in _CONTAINERS and not value:
+        new = memo[id(value)] = kind()
+        return new
+    if (kind is dict or kind is OrderedDict) and _ATOMS.issuperset(map(type, value)):
         new = memo[id(value)] = kind()
         for key, item in value.items():
             new[key] = item if type(item) in _ATOMS else _copied(item, memo)
@@ -67,7 +73,7 @@ def _is_plain(kind: type) -> bool:
         and kind.__new__ is object.__new__
         and kind.__reduce__ is object.__reduce__
         and kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__getstate__ is object.__getstate__  # type: ignore[attr-defined]
+        and kind.__getstate__ is nn.Module.__getstate__  # type: ignore[attr-defined]
         and kind.__setstate__ in (nn.Module.__setstate__, _ConvNd.__setstate__)  # type: ignore[attr-defined]
         and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
     )

@@ -535,11 +535,7 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     tensor, known = args[0], state(args[0])
     vec = watch.vector(tensor, 1)
     module = watch.module
-    if (
-        isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        and not tensors_of(args[1:5])
-        and bool(vec.any())
-    ):
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not tensors_of(args[1:5]) and bool(vec.any()):
         width = module.num_features  # it remembers its width, though it has nothing of that width
         watch.tie(vec[:width], watch.axis_labels(f"{watch.module_name}#channels", 0, width))
     for affine in args[1:5]:

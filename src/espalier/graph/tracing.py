@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -272,29 +273,26 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     # sort all labels of free components by (component, axis, position); cut into components; equal signatures make a group
     members = np.flatnonzero(free[root])
     order = members[np.lexsort((position[members], axis_of[members], root[members]))]
-    groups: dict[Any, tuple[list[tuple[int, int, bool]], list[np.ndarray]]] = {}
+    groups: list[tuple[list[tuple[int, int, bool]], np.ndarray]] = []
     if len(order):
         where, whose = axis_of[order], root[order]
-        run = np.flatnonzero(
-            np.concatenate([[True], (np.diff(where) != 0) | (np.diff(whose) != 0)])
-        )  # one axis, one component
-        count = np.diff(np.concatenate([run, [len(order)]]))
-        first = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
-        begin = np.flatnonzero(np.concatenate([[True], np.diff(whose[run]) != 0]))  # first run of every component
-        end = np.concatenate([begin[1:], [len(run)]])
-        starts_at = run[begin]
-        ends_at = np.concatenate([starts_at[1:], [len(order)]])
-        for i, j, at, to in zip(begin.tolist(), end.tolist(), starts_at.tolist(), ends_at.tolist(), strict=True):
-            key = first[i:j].tobytes()
-            if key not in groups:
-                groups[key] = ([(int(a), int(n), bool(u)) for a, n, u in first[i:j]], [])
-            groups[key][1].append(order[at:to])
+        run = np.flatnonzero(_starts(where) | _starts(whose))  # a run: one axis, one component
+        count = np.diff(np.append(run, len(order)))
+        rows = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
+        begin = np.flatnonzero(_starts(whose[run]))  # first run of every component
+        for units in _equal_components(rows, begin):
+            first = begin[units]
+            n = int(np.append(begin, len(run))[units[0] + 1] - first[0])  # runs of one component
+            signature = [(int(a), int(c), bool(u)) for a, c, u in rows[first[0] : first[0] + n]]
+            of_each = rows[first[:, None] + np.arange(n)]
+            assert (of_each == of_each[:1]).all()
+            labels_each = sum(c for _, c, _ in signature)
+            groups.append((signature, order[run[first][:, None] + np.arange(labels_each)]))
 
     made: list[Group] = []
     names: dict[str, int] = {}
     group_of_label = np.full(watch.label_count, -1, dtype=np.int64)
-    for signature, parts in groups.values():
-        stacked = np.stack(parts)  # (units, labels per unit)
+    for signature, stacked in groups:  # stacked: (units, labels per unit)
         group_of_label[stacked.reshape(-1) + 1] = len(made)
         slices, offset = [], 0
         for axis_number, length, used in signature:
@@ -304,24 +302,31 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         slices.sort(key=lambda s: (s.consumed, "#" in s.tensor))
         base = _group_name(slices)
         names[base] = names.get(base, 0) + 1
-        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(parts), tuple(slices)))
+        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(stacked), tuple(slices)))
 
     extents: list[Extent] = []
     known: dict[Any, int] = {}
 
+    unit_sizes = [g.size for g in made]
+    asked: dict[int, tuple[np.ndarray, int]] = {}
+
     def extent(vector: np.ndarray) -> int:
-        owner = group_of_label[vector]
-        inside = owner[owner >= 0]
-        numbers, counts = np.unique(inside, return_counts=True)
-        each = tuple((int(g), int(c) // made[g].size) for g, c in zip(numbers, counts, strict=True))
-        key = (int((owner < 0).sum()), each)
+        found = asked.get(id(vector))
+        if found is None:
+            found = asked[id(vector)] = (vector, extent_of(group_of_label[vector]))
+        return found[1]
+
+    def extent_of(owner: np.ndarray) -> int:
+        counts = np.bincount(owner + 1)  # 0: nobody's
+        numbers = np.flatnonzero(counts[1:])
+        each = tuple((g, int(counts[g + 1]) // unit_sizes[g]) for g in numbers.tolist())
+        key = (int(counts[0]), each)
         if key not in known:
             known[key] = len(extents)
             extents.append(Extent(*key))
         return known[key]
 
-    def axis_vector(axis: Axis) -> np.ndarray:
-        return np.arange(axis.start, axis.start + axis.size)
+    owners = {(a.tensor, a.dim): group_of_label[a.start : a.start + a.size] for a in axes}
 
     activations, ran = _moments(watch, extent)
     sites = tuple(
@@ -340,11 +345,12 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     parameters = []
     for name, parameter in model.named_parameters():
         own = by_tensor.get(name, [])
-        rest = int(np.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}], dtype=np.int64))
+        rest = math.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}])
         moving = []
         for a in own:
-            if (group_of_label[axis_vector(a)] >= 0).any():
-                moving.append(extent(axis_vector(a)))
+            owner = owners[a.tensor, a.dim]
+            if owner.max(initial=-1) >= 0:
+                moving.append(extent_of(owner))
             else:
                 rest *= a.size
         parameters.append(Term(name, rest, tuple(moving)))
@@ -353,8 +359,10 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     for axis in axes:
         if axis.dim > 1 or "#" in axis.tensor or axis.tensor not in shapes:
             continue
-        vector = axis_vector(axis)
-        stuck = vector[group_of_label[vector] < 0]
+        owner = owners[axis.tensor, axis.dim]
+        if owner.min(initial=0) >= 0:
+            continue
+        stuck = axis.start + np.flatnonzero(owner < 0)
         texts: dict[str, int] = {}
         for r, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
             text = reasons.get(int(r), "nothing consumes these channels")
@@ -384,6 +392,40 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         ),
         group_of_label,
     )
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it, and at the first."""
+    new = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    return new
+
+
+def _equal_components(rows: np.ndarray, begin: np.ndarray) -> list[np.ndarray]:
+    """Numbers of the components whose runs ``rows[begin[i]:begin[i + 1]]`` are equal, by first appearance.
+
+    Components are told apart by a random 64-bit sum over their runs, which depends on the order of the runs.
+    """
+    code = np.unique(rows[:, 0] << 33 | rows[:, 1] << 1 | rows[:, 2], return_inverse=True)[1]
+    place = np.arange(len(rows)) - np.repeat(begin, np.diff(np.append(begin, len(rows))))
+    draw = np.random.default_rng(0).integers(1, 1 << 63, size=(2, max(code.max(), place.max()) + 1), dtype=np.uint64)
+    signature = np.add.reduceat((draw[0][code] ^ draw[1][place]) * (draw[0][code] | np.uint64(1)), begin)
+    first, kind = np.unique(signature, return_index=True, return_inverse=True)[1:]
+    by_kind = np.split(np.argsort(kind, kind="stable"), np.cumsum(np.bincount(kind))[:-1])
+    return [by_kind[i] for i in np.argsort(first)]
+
+
+def _largest(table: np.ndarray) -> np.ndarray:
+    """Rows that no other row covers in every column: what only they can be is the peak; shape ``(some, columns)``."""
+    order = np.argsort(-table.sum(1), kind="stable")
+    stays: list[int] = []
+    largest = np.empty_like(table)
+    for number in order.tolist():
+        row = table[number]
+        if not (largest[: len(stays)] >= row).all(1).any():
+            largest[len(stays)] = row
+            stays.append(number)
+    return table[sorted(stays)]
 
 
 def _group_name(slices: list[Slice]) -> str:
@@ -427,12 +469,7 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[Moment, ...], dict[int, t
     for row, moment in zip(table, moments, strict=True):
         for column, size in moment:
             row[column] += size  # -1, plain bytes, is the last column
-    if len(table) <= 1000:
-        covered = np.asarray(
-            (table[None] >= table[:, None]).all(2)
-        )  # [i, j]: moment j needs at least what moment i needs
-        np.fill_diagonal(covered, False)
-        table = table[~covered.any(1)]
+    table = _largest(table)
     last = table.shape[1] - 1
     peaks = tuple(tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table)
     return peaks, ran

@@ -243,6 +243,7 @@ class Watch(TorchDispatchMode):
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
+        self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._stack: list[nn.Module] = [model]
         self._names = {id(m): n for n, m in model.named_modules()}
@@ -487,13 +488,20 @@ class Watch(TorchDispatchMode):
         entry = self._live.get(key)
         if entry is None:
             bytes_ = tensor.untyped_storage().nbytes()
-            labels = known.layers[0] if known.layers else None
-            vector = None if labels is None else labels.reshape(-1).numpy()
-            self.memory.births.append((self.clock, key, vector, float(bytes_)))
+            self.memory.births.append((self.clock, key, self._vector_of(known.layers), float(bytes_)))
             entry = self._live[key] = [0, len(self.memory.births) - 1]
         entry[0] += 1
         reference = weakref.ref(tensor, self._release)
         self._references[id(reference)] = (reference, key)
+
+    def _vector_of(self, layers: tuple[Layer, ...]) -> np.ndarray | None:
+        """The first layer as a vector of labels, the same object for the same layer."""
+        if not layers:
+            return None
+        found = self._vectors.get(id(layers[0]))
+        if found is None:
+            found = self._vectors[id(layers[0])] = (layers[0], layers[0].reshape(-1).numpy())
+        return found[1]
 
     def _release(self, reference: weakref.ref[Tensor]) -> None:
         _, key = self._references.pop(id(reference))
@@ -575,7 +583,9 @@ class Rehearsal:
             survivors = [p.layer for p in predictions if p.layer.numel() > 1]
             predicted = self._shape(was, predictions)
             if predicted != shape:
-                raise Mismatch(watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place())
+                raise Mismatch(
+                    watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
+                )
             if any(self.lonely[m.numpy()].any() for m in (*layers, *survivors)):
                 continue
             if len(layers) != len(survivors):
