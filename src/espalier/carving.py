@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from espalier.copies import copy_model
+from espalier.copies import copy_model, named_tensors
 from espalier.layers import ChannelPad
 
 Kept = dict[str, dict[int, np.ndarray]]
@@ -61,8 +61,8 @@ def carved(model: nn.Module, kept: Kept, *, group_width: dict[str, int] | None =
 
 def _changes(model: nn.Module, kept: Kept) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """Every tensor that loses something, with the indices that stay."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    named.update(model.named_buffers())
+    parameters, buffers = named_tensors(model)
+    named: dict[str, Tensor] = {**parameters, **buffers}
     for name, by_dim in kept.items():
         if "#" in name:
             continue

@@ -26,14 +26,54 @@ def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
     Whatever is shared inside the model is shared inside the copy.
     """
-    return _copied_module(model, dict(tensors))
+    memo: dict[int, Any] = dict(tensors)
+    parameters, buffers = named_tensors(model)
+    for tensor in (*parameters.values(), *buffers.values()):
+        if id(tensor) not in memo and type(tensor) is nn.Parameter:  # what deepcopy does, without its bookkeeping
+            copied = tensor.detach().clone(memory_format=torch.preserve_format)
+            memo[id(tensor)] = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+        elif id(tensor) not in memo and type(tensor) is Tensor and tensor.ndim == 0 and not tensor.requires_grad:
+            memo[id(tensor)] = tensor.clone()
+    return _copied_module(model, memo)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``dict(model.named_modules())`` in one pass."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[name] = module
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{name}.{key}" if name else key)
+
+    visit(model, "")
+    return found
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """``dict(model.named_parameters())`` and ``dict(model.named_buffers())`` in one pass."""
+    parameters: dict[str, nn.Parameter] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in named_modules(model).items():
+        for slots, into in ((module._parameters, parameters), (module._buffers, buffers)):
+            for key, tensor in slots.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    into[f"{name}.{key}" if name else key] = tensor  # type: ignore[assignment]
+    return parameters, buffers
 
 
 def _copied_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     known = memo.get(id(module))
     if known is not None:
         return known
-    if not _is_plain(type(module)):
+    if not _is_plain(type(module)):  # type: ignore[arg-type]
         return copy.deepcopy(module, memo)
     new = memo[id(module)] = object.__new__(type(module))
     state = new.__dict__
@@ -51,8 +91,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind is tuple and _ATOMS.issuperset(map(type, value)):
         return value
-    if kind in _CONTAINERS and not value:
-        new = memo[id(value)] = kind()
+    if kind in _CONTAINERS and (
+        not value or (kind is not dict and kind is not OrderedDict and _ATOMS.issuperset(map(type, value)))
+    ):
+        new = memo[id(value)] = kind(value)
         return new
     if (kind is dict or kind is OrderedDict) and _ATOMS.issuperset(map(type, value)):
         new = memo[id(value)] = kind()

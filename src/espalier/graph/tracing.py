@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import carve
-from espalier.copies import copy_model
+from espalier.copies import copy_model, named_tensors
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
 from espalier.graph.rules import RULES
 from espalier.graph.watch import (
@@ -144,7 +144,7 @@ def _watch(
     args, kwargs = call_arguments(example, device)
     with mode(private, training=False):
         output = watch.run(private, args, kwargs)
-    unused = [n for n, _ in private.named_parameters() if n not in watch.seen]
+    unused = [n for n in named_tensors(private)[0] if n not in watch.seen]
     if unused:
         sites, memory, records = list(watch.sites), watch.memory, list(watch.records)
         try:
@@ -166,7 +166,8 @@ def _watch(
 def private_copy(model: nn.Module, device: str) -> nn.Module:
     """A copy whose parameters and buffers live on ``device``; on meta nothing is copied but structure."""
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    parameters, buffers = named_tensors(model)
+    for tensor in (*parameters.values(), *buffers.values()):
         if device == "meta" and tensor.is_contiguous() and not tensor.is_meta:
             moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         else:
@@ -338,12 +339,13 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     by_tensor: dict[str, list[Axis]] = {}
     for axis in axes:
         by_tensor.setdefault(axis.tensor, []).append(axis)
-    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    own_parameters, own_buffers = named_tensors(model)
+    shapes = {n: tuple(t.shape) for n, t in (*own_parameters.items(), *own_buffers.items())}
     for axis in axes:
         if "#" in axis.tensor:
             shapes[axis.tensor] = (axis.size,)
     parameters = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in own_parameters.items():
         own = by_tensor.get(name, [])
         rest = math.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}])
         moving = []
@@ -383,7 +385,7 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
             baked=tuple(watch.baked),
             baked_away=tuple(
                 n
-                for n, _ in model.named_parameters()
+                for n in own_parameters
                 for b in watch.baked
                 if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
             ),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espalier.copies import named_modules, named_tensors
 from espalier.graph import shapes
 
 Layer = Tensor  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
@@ -246,14 +247,14 @@ class Watch(TorchDispatchMode):
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._stack: list[nn.Module] = [model]
-        self._names = {id(m): n for n, m in model.named_modules()}
+        self._names = {id(m): n for n, m in named_modules(model).items()}
         self._func: Any = None
         self.axes: list[Axis] = [] if axes is None else list(axes)
         self._kept = kept or {}
         self._axis_of = {(a.tensor, a.dim): a for a in self.axes}
         self._next = 1
-        named = list(model.named_parameters()) + list(model.named_buffers())
-        for name, tensor in named:
+        parameters, buffers = named_tensors(model)
+        for name, tensor in (*parameters.items(), *buffers.items()):
             layers = []
             kernel = tensor.ndim > 2 and min(tensor.shape[:2]) > 1  # (O, I, ...): positions are no channels
             for dim, size in enumerate(tensor.shape[:2] if kernel else tensor.shape):
@@ -613,6 +614,12 @@ class Rehearsal:
         return found
 
     def _restrict(self, watch: Watch, layer: Layer) -> Layer:
+        if layer.numel() == max(layer.shape, default=1):  # along one dimension, as nearly always
+            labels = layer.reshape(-1).numpy()
+            stays = labels[self.alive[labels]]
+            if not len(stays) and len(labels) == 1:
+                raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
+            return torch.from_numpy(stays).view([-1 if n > 1 else 1 for n in layer.shape])
         alive = torch.from_numpy(self.alive[layer.numpy()])
         for dim in varying(layer):
             lines = alive.movedim(dim, 0).reshape(layer.shape[dim], -1)
