@@ -273,7 +273,7 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
 
     # sort all labels of free components by (component, axis, position); cut into components; equal signatures make a group
     members = np.flatnonzero(free[root])
-    order = members[np.lexsort((position[members], axis_of[members], root[members]))]
+    order = members[np.argsort(root[members], kind="stable")]  # labels are numbered axis by axis, position by position
     groups: list[tuple[list[tuple[int, int, bool]], np.ndarray]] = []
     if len(order):
         where, whose = axis_of[order], root[order]
@@ -406,12 +406,14 @@ def _starts(values: np.ndarray) -> np.ndarray:
 def _equal_components(rows: np.ndarray, begin: np.ndarray) -> list[np.ndarray]:
     """Numbers of the components whose runs ``rows[begin[i]:begin[i + 1]]`` are equal, by first appearance.
 
-    Components are told apart by a random 64-bit sum over their runs, which depends on the order of the runs.
+    Components are told apart by a 64-bit hash of their runs; whoever uses it checks that they are equal.
     """
-    code = np.unique(rows[:, 0] << 33 | rows[:, 1] << 1 | rows[:, 2], return_inverse=True)[1]
     place = np.arange(len(rows)) - np.repeat(begin, np.diff(np.append(begin, len(rows))))
-    draw = np.random.default_rng(0).integers(1, 1 << 63, size=(2, max(code.max(), place.max()) + 1), dtype=np.uint64)
-    signature = np.add.reduceat((draw[0][code] ^ draw[1][place]) * (draw[0][code] | np.uint64(1)), begin)
+    code = np.zeros(len(rows), dtype=np.uint64)
+    for column in (place, *rows.T):
+        code = (code ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # wraps around
+        code ^= code >> np.uint64(29)
+    signature = np.add.reduceat(code * (code | np.uint64(1)), begin)
     first, kind = np.unique(signature, return_index=True, return_inverse=True)[1:]
     by_kind = np.split(np.argsort(kind, kind="stable"), np.cumsum(np.bincount(kind))[:-1])
     return [by_kind[i] for i in np.argsort(first)]
