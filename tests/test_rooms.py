@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "espalier"
 ORDER = [
     "layers",  # our own nn.Module classes
+    "copies",
     "carving",
     "graph",
     "plan",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from espalier.copies import copy_model, named_tensors
 from espalier.layers import ChannelPad
 
 Kept = dict[str, dict[int, np.ndarray]]
@@ -30,44 +31,74 @@ def carve(
     holds.  Shared parameters stay shared.  Gradients and the state of ``optimizer`` (momentum, second moments) are cut
     with the parameters, and its parameter lists point to the new ones, so that training simply goes on.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    named.update(model.named_buffers())
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for module_name, module, key, tensor in _slots(model):
-        owners.setdefault(id(tensor), []).append((module_name, module, key))
-    replaced: dict[int, nn.Parameter] = {}
-    touched: dict[str, nn.Module] = {}
-    for name, by_dim in kept.items():
-        if "#" in name:
-            touched[name.split("#")[0]] = model.get_submodule(name.split("#")[0])
-            continue
-        tensor = named[name]
-        index = {d: torch.from_numpy(i).to(tensor.device) for d, i in by_dim.items() if len(i) != tensor.shape[d]}
-        if not index:
-            continue
-        small: Tensor = select(tensor.detach(), index)
-        if isinstance(tensor, nn.Parameter):
-            parameter = nn.Parameter(small, requires_grad=tensor.requires_grad)
-            if tensor.grad is not None:
-                parameter.grad = select(tensor.grad, index)
-            if optimizer is not None and tensor in optimizer.state:
-                optimizer.state[parameter] = {
-                    k: select(v, index) if isinstance(v, Tensor) and v.shape == tensor.shape else v
-                    for k, v in optimizer.state.pop(tensor).items()
-                }
-            replaced[id(tensor)] = small = parameter
-        for module_name, module, key in owners[id(tensor)]:
-            (module._parameters if key in module._parameters else module._buffers)[key] = small  # type: ignore[assignment]
-            touched[module_name] = module
+    replaced: dict[int, Tensor] = {}
+    for tensor, index in _changes(model, kept):
+        small = replaced[id(tensor)] = _small(tensor, index)
+        if tensor.grad is not None:
+            small.grad = select(tensor.grad, index)
+        if optimizer is not None and tensor in optimizer.state:
+            optimizer.state[small] = {
+                k: select(v, index) if isinstance(v, Tensor) and v.shape == tensor.shape else v
+                for k, v in optimizer.state.pop(tensor).items()
+            }
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for key, held in slots.items():
+                if id(held) in replaced:
+                    slots[key] = replaced[id(held)]  # type: ignore[assignment]
     if optimizer is not None:
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
-    for module_name, module in touched.items():
-        refresh(module, module_name, kept, (group_width or {}).get(module_name))
+    _refresh_all(model, kept, group_width)
+
+
+def carved(model: nn.Module, kept: Kept, *, group_width: dict[str, int] | None = None) -> nn.Module:
+    """A copy of ``model`` that holds only ``kept`` of every tensor; what goes is never copied."""
+    small = copy_model(model, {id(t): _small(t, index) for t, index in _changes(model, kept)})
+    _refresh_all(small, kept, group_width)
+    return small
+
+
+def _changes(model: nn.Module, kept: Kept) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Every tensor that loses something, with the indices that stay."""
+    parameters, buffers = named_tensors(model)
+    named: dict[str, Tensor] = {**parameters, **buffers}
+    for name, by_dim in kept.items():
+        if "#" in name:
+            continue
+        tensor = named[name]
+        index = {d: torch.from_numpy(i).to(tensor.device) for d, i in by_dim.items() if len(i) != tensor.shape[d]}
+        if index:
+            yield tensor, index
+
+
+def _small(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
+    small = select(tensor.detach(), index)
+    return nn.Parameter(small, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
+
+
+def _refresh_all(model: nn.Module, kept: Kept, group_width: dict[str, int] | None) -> None:
+    names = {n.split("#")[0] if "#" in n else n.rpartition(".")[0] for n in kept}
+    held = {id(t) for n in kept if "#" not in n for t in [_held(model, n)]}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in names or any(id(t) in held for s in (module._parameters, module._buffers) for t in s.values()):
+            refresh(module, name, kept, (group_width or {}).get(name))
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called ``name``; a module may share it with others."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    found = module._parameters[key] if key in module._parameters else module._buffers[key]
+    assert found is not None, name
+    return found
 
 
 def select(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
     """Keep ``index[dim]`` along every dimension given; the memory format stays."""
+    if tensor.is_meta and tensor.is_contiguous():
+        shape = [len(index[d]) if d in index else n for d, n in enumerate(tensor.shape)]
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     channels_last = (
         tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     )
@@ -82,14 +113,6 @@ def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for key, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, key, new)
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for slots in (module._parameters, module._buffers):
-            for key, tensor in slots.items():
-                if tensor is not None:
-                    yield module_name, module, key, tensor
 
 
 # -- one row per module type: which of its numbers repeat a shape -----------------------------------------------------

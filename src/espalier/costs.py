@@ -7,7 +7,6 @@ that number (``graph.ladders``).  So one evaluation is a few small matrix produc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,9 @@ from espalier.graph import Graph, Term
 from espalier.plan import Plan
 
 METRICS = ("macs", "params", "activation_memory")
+
+Touched = tuple[float, int, int, int, float, float, float]
+"""A term seen from one group: coefficient, its three extents, and how many positions each has per unit of the group."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,20 @@ class CostModel:
         stays = [t for t in graph.parameters if t.name not in graph.baked_away]
         self._baked_away = sum(int(np.prod(graph.shapes[n])) for n in graph.baked_away)
         self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(stays)}
-        self._touching = {m: [self._touched(p, g) for g in range(groups)] for m, p in self._terms.items()}
+        self.touching = {m: self._touched(p) for m, p in self._terms.items()}
+        self.moving: list[list[tuple[int, float]]] = [
+            [] for _ in range(groups)
+        ]  # per group (extent, positions per unit)
+        for number, e in enumerate(graph.extents):
+            for group, multiplicity in e.each:
+                self.moving[group].append((number, float(multiplicity)))
         moments = np.zeros((len(graph.activations), extents + 1))
         for row, moment in zip(moments, graph.activations, strict=True):
             for size, extent in moment:
                 row[extent] += size
         self._live_fixed = moments @ self._fixed
         self._live_each = moments @ self._each  # bytes per kept unit at every moment, (moments, groups)
+        self._live_of = np.ascontiguousarray(self._live_each.T)  # the same by group
         self._live_tables = {g: moments @ table for g, table in self._tables.items()}  # (moments, size + 1)
 
     def _pack_tables(self, extents: int) -> dict[int, np.ndarray]:
@@ -92,15 +101,23 @@ class CostModel:
 
     def more_live(self, keep: np.ndarray, group: int, units: int) -> np.ndarray:
         """Bytes that every moment gains when ``group`` gains ``units``."""
-        more = units * self._live_each[:, group]
+        more = units * self._live_of[group]
         table = self._live_tables.get(group)
         return more if table is None else more + table[:, keep[group] + units] - table[:, keep[group]]
 
-    def longer(self, keep: np.ndarray, group: int, units: int) -> np.ndarray:
-        """What every extent gains when ``group`` gains ``units``."""
-        more = units * self._each[:, group]
+    def longer(self, keep: np.ndarray, group: int, units: int) -> dict[int, float]:
+        """What every extent that changes gains when ``group`` gains ``units``."""
+        more = {extent: units * each for extent, each in self.moving[group]}
         table = self._tables.get(group)
-        return more if table is None else more + table[:, keep[group] + units] - table[:, keep[group]]
+        if table is not None:
+            gained = table[:, keep[group] + units] - table[:, keep[group]]
+            for extent in np.flatnonzero(gained).tolist():
+                more[extent] = more.get(extent, 0.0) + float(gained[extent])
+        return more
+
+    def has_table(self, group: int) -> bool:
+        """Is it a ladder, whose lengths are looked up?"""
+        return group in self._tables
 
     def _pack(self, terms: tuple[Term, ...] | list[Term]) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients ``(terms,)`` and extent numbers ``(3, terms)``, equal products merged."""
@@ -111,15 +128,15 @@ class CostModel:
             merged[key] = merged.get(key, 0.0) + t.coefficient
         return np.array(list(merged.values())), np.array(list(merged), dtype=np.int64).reshape(-1, 3).T
 
-    def _touched(self, packed: tuple[np.ndarray, np.ndarray], group: int) -> tuple[Any, ...]:
-        coefficient, extents = packed
-        moves = self._each[:, group] != 0
-        table = self._tables.get(group)
-        if table is not None:
-            moves |= table.any(1)
-        hit = np.flatnonzero(moves[extents].any(0))
-        each = self._each[extents[:, hit], group]
-        return coefficient[hit], extents[:, hit], each, None if table is None else table[extents[:, hit]]
+    def _touched(self, packed: tuple[np.ndarray, np.ndarray]) -> list[list[Touched]]:
+        """Per group the terms that change with it."""
+        touched: list[list[Touched]] = [[] for _ in self.graph.groups]
+        depends = [e.groups for e in self.graph.extents] + [set()]
+        for coefficient, (a, b, c) in zip(packed[0].tolist(), packed[1].T.tolist(), strict=True):
+            for group in depends[a] | depends[b] | depends[c]:
+                x, y, z = self._each[[a, b, c], group].tolist()
+                touched[group].append((coefficient, a, b, c, x, y, z))
+        return touched
 
     def cost(self, keep: np.ndarray) -> Cost:
         """Exact cost when group ``g`` keeps ``keep[g]`` units."""
@@ -141,7 +158,7 @@ class CostState:
         self._model = model
         self.keep = keep.astype(np.int64).copy()
         self._missing = int((model.graph.sizes - self.keep).sum())  # units that are gone
-        self._length = model.lengths(self.keep)
+        self._length: list[float] = model.lengths(self.keep).tolist()
         whole = model.cost(self.keep)
         self.amount = {"macs": float(whole.macs), "params": float(whole.params)}
         self._live = model.live(self.keep)
@@ -155,12 +172,17 @@ class CostState:
 
     def change(self, metric: str, group: int, units: int) -> float:
         """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses)."""
-        coefficient, extents, each, table = self._model._touching[metric][group]
-        before = self._length[extents]
-        after = before + units * each
-        if table is not None:
-            after += table[..., self.keep[group] + units] - table[..., self.keep[group]]
-        growth = float((coefficient * (after.prod(0) - before.prod(0))).sum())
+        length, growth = self._length, 0.0
+        if self._model.has_table(group):
+            more = self._model.longer(self.keep, group, units)
+            for coefficient, a, b, c, *_ in self._model.touching[metric][group]:
+                u, v, w = length[a], length[b], length[c]
+                after = (u + more.get(a, 0.0)) * (v + more.get(b, 0.0)) * (w + more.get(c, 0.0))
+                growth += coefficient * (after - u * v * w)
+        else:  # in plain Python: a group touches a few terms, and this is what a solver does all the time
+            for coefficient, a, b, c, x, y, z in self._model.touching[metric][group]:
+                u, v, w = length[a], length[b], length[c]
+                growth += coefficient * ((u + units * x) * (v + units * y) * (w + units * z) - u * v * w)
         if metric == "params" and self._model._baked_away:  # there only while nothing at all is removed
             growth += self._model._baked_away * ((self._missing == units) - (self._missing == 0))
         return growth
@@ -181,7 +203,8 @@ class CostState:
         """Let ``group`` gain ``units`` (negative: lose)."""
         for metric in self.amount:
             self.amount[metric] += self.change(metric, group, units)
-        self._length += self._model.longer(self.keep, group, units)
+        for extent, more in self._model.longer(self.keep, group, units).items():
+            self._length[extent] += more
         self._live += self._model.more_live(self.keep, group, units)
         self.keep[group] += units
         self._missing -= units

@@ -167,10 +167,15 @@ def _remove(
             if heap and fresh > heap[0][0] and fresh > stale:
                 heapq.heappush(heap, (fresh, group))
                 continue
-            state.move(group, lower - int(state.keep[group]))
-            if lower > lowest[group]:
-                heapq.heappush(heap, (offer(group)[0], group))
-            now = {m for m in violated if state.value(m) > limits[m]}
+            while True:  # as long as this group stays the best, it need not go through the heap
+                state.move(group, lower - int(state.keep[group]))
+                now = {m for m in violated if state.value(m) > limits[m]}
+                if lower <= lowest[group]:
+                    break
+                fresh, lower = offer(group)
+                if now != violated or (heap and (fresh, group) > heap[0]):
+                    heapq.heappush(heap, (fresh, group))
+                    break
         violated = now
 
 

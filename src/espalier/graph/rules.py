@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from espalier.graph.watch import (
     COMPUTED,
+    FLOWING,
     PLAIN,
     Layer,
     RawSite,
@@ -25,7 +26,7 @@ from espalier.graph.watch import (
     Watch,
     compact,
     state,
-    tensors_in,
+    tensors_of,
     varying,
 )
 from espalier.layers import ChannelPad
@@ -49,7 +50,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def align(layer: Layer, ndim: int) -> Layer:
-    return layer.reshape((1,) * (ndim - layer.ndim) + tuple(layer.shape))
+    return layer if layer.ndim == ndim else layer.reshape((1,) * (ndim - layer.ndim) + tuple(layer.shape))
 
 
 def argument(func: Any, args: Any, kwargs: Any, name: str, default: Any) -> Any:
@@ -146,11 +147,11 @@ def computed(func: Any, operands: Sequence[Tensor]) -> bool:
 
 
 def pointwise(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    operands = list(tensors_in((args, kwargs)))
+    operands = tensors_of(args, kwargs)
     derived = derived_from(operands)
     if derived == PLAIN and computed(func, operands):
         derived = COMPUTED
-    outs = list(tensors_in(out))
+    outs = tensors_of(out)
     shape = outs[0].shape if outs else ()
     if len(operands) == 1 and operands[0].shape == shape:
         known = state(operands[0])
@@ -181,7 +182,7 @@ rule(
 def same(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """The result has the channels of the first operand."""
     known = state(args[0])
-    for o in tensors_in(out):
+    for o in tensors_of(out):
         watch.put(o, known.layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
@@ -198,12 +199,12 @@ def restrided(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None
 
 def unknown(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """No rule: freeze every label that gets here, and list the operation."""
-    operands = [t for t in tensors_in((args, kwargs)) if state(t).layers]
+    operands = [t for t in tensors_of(args, kwargs) if state(t).layers]
     if operands:
         watch.freeze_operands(args, kwargs, f"{func._overloadpacket} has no rule")
         watch.unknown[f"{func._overloadpacket} in {watch.place()}"] = None
     constant_macs(watch, func, args, kwargs, out)
-    for o in tensors_in(out):
+    for o in tensors_of(out):
         watch.put(o)
 
 
@@ -214,8 +215,8 @@ def fixed(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A rehearsal has shown that this line, or the module it is in, works for one size only."""
     watch.freeze_operands(args, kwargs, "sizes look hard-coded here")
     constant_macs(watch, func, args, kwargs, out)
-    derived = derived_from(list(tensors_in((args, kwargs))))
-    for o in tensors_in(out):
+    derived = derived_from(tensors_of(args, kwargs))
+    for o in tensors_of(out):
         watch.put(o, derived=derived)
 
 
@@ -242,7 +243,13 @@ def executed(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
-rule("permute", "transpose", "t", "squeeze", "unsqueeze", "flip", "repeat", "movedim", "unfold", "roll")(executed)
+rule("squeeze", "flip", "repeat", "unfold", "roll")(executed)
+
+
+@rule("permute", "transpose", "t", "unsqueeze", "movedim")
+def turned(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Dimensions change places, channels do not."""
+    executed(watch, func, args, kwargs, out)
 
 
 @rule("expand")
@@ -446,14 +453,14 @@ def reduced(watch: Watch, args: Any, out: Any, dims: list[int], keepdim: bool, t
             layer = layer.reshape([s for d, s in enumerate(layer.shape) if d not in dims])
         if not touched or not known.derived:
             layers.append(layer)
-    for o in tensors_in(out):
+    for o in tensors_of(out):
         watch.put(o, layers, derived=known.derived, pending=tuple(pending))
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod", "max", "min",
       "logsumexp", "argmax", "argmin", "any", "all", "median", "nansum")  # fmt: skip
 def reduction(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    if len(list(tensors_in((args, kwargs)))) > 1:  # max(a, b)
+    if len(tensors_of(args, kwargs)) > 1:  # max(a, b)
         pointwise(watch, func, args, kwargs, out)
         return
     dims = dims_of(argument(func, args, kwargs, "dim", None), args[0].ndim)
@@ -478,8 +485,8 @@ def along(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     layers = []
     for layer in known.layers:
         watch.mix(layer, [dim], f"{func._overloadpacket} runs over these channels")
-        layers.append(layer if next(tensors_in(out)).shape == args[0].shape else layer.narrow(dim, 0, 1))
-    for o in tensors_in(out):
+        layers.append(layer if tensors_of(out)[0].shape == args[0].shape else layer.narrow(dim, 0, 1))
+    for o in tensors_of(out):
         watch.put(o, layers)
 
 
@@ -488,14 +495,14 @@ def spatial(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tensor, known = args[0], state(args[0])
     layers = []
     for layer in known.layers:
-        for o in tensors_in(out):
+        for o in tensors_of(out):
             resized = [d for d in varying(layer) if d >= 2 or o.ndim != tensor.ndim]
             if resized or o.shape[1] != tensor.shape[1]:
                 watch.freeze([layer], f"{func._overloadpacket} runs over these channels")
                 break
         else:
             layers.append(layer)
-    for o in tensors_in(out):
+    for o in tensors_of(out):
         watch.put(o, layers)
 
 
@@ -535,11 +542,7 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     tensor, known = args[0], state(args[0])
     vec = watch.vector(tensor, 1)
     module = watch.module
-    if (
-        isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        and next(tensors_in(args[1:5]), None) is None
-        and bool(vec.any())
-    ):
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not tensors_of(args[1:5]) and bool(vec.any()):
         width = module.num_features  # it remembers its width, though it has nothing of that width
         watch.tie(vec[:width], watch.axis_labels(f"{watch.module_name}#channels", 0, width))
     for affine in args[1:5]:
@@ -557,9 +560,9 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
             layers.append(layer)
         else:
             watch.mix(layer, [d for d in varying(layer) if d != 1], "batch norm runs over these channels")
-    first = next(iter(tensors_in(out)))
+    first = tensors_of(out)[0]
     watch.put(first, layers, derived=known.derived, pending=tuple(pending))
-    for o in list(tensors_in(out))[1:]:
+    for o in tensors_of(out)[1:]:
         watch.put(
             o, [vec] if o.ndim == 1 and o.shape[0] == vec.shape[0] and bool(vec.any()) else [], derived=known.derived
         )
@@ -572,15 +575,15 @@ def layer_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     text = f"{func._overloadpacket} takes its statistics over these channels"
     for layer in known.layers:
         watch.mix(layer, dims, text)
-    affine = [t for t in tensors_in((args[2:], kwargs)) if t.ndim == len(shape)]
-    first = next(iter(tensors_in(out)))
+    affine = [t for t in tensors_of(args[2:], kwargs) if t.ndim == len(shape)]
+    first = tensors_of(out)[0]
     for t in affine:  # its own parameters live as long as what they scale
         if known.layers:
             combine(watch, [tensor, t], tensor.shape)
         else:
             watch.freeze(state(t).layers, text)
     watch.put(first, known.layers)
-    for o in list(tensors_in(out))[1:]:
+    for o in tensors_of(out)[1:]:
         watch.put(o)
 
 
@@ -588,7 +591,7 @@ def layer_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
 def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Statistics per group: exact when a whole group of channels goes, so that is the unit."""
     tensor, groups = args[0], args[6] if func._overloadpacket is aten.native_group_norm else args[1]
-    affine = [t for t in tensors_in(args[1:4]) if t.ndim == 1]
+    affine = [t for t in tensors_of(args[1:4]) if t.ndim == 1]
     vec = watch.vector(tensor, 1)
     for t in affine:
         watch.tie(vec, watch.vector(t, 0))
@@ -603,7 +606,7 @@ def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     else:
         watch.tie(block, block[:, :1])
         watch.whole_groups[watch.module_name] = block.shape[1]
-    first, *statistics = tensors_in(out)
+    first, *statistics = tensors_of(out)
     watch.put(first, state(tensor).layers)
     for o in statistics:  # (n, groups)
         watch.put(o, [block[:, 0].view(1, -1)] if bool(vec.any()) else [])
@@ -810,6 +813,12 @@ def embedding(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None
     watch.freeze([m for m in state(table).layers if m.shape[0] > 1], "is looked up by index")
     vec = watch.vector(table, 1)
     watch.put(out, [vec.view([1] * (out.ndim - 1) + [-1])] if bool(vec.any()) else [])
+
+
+FLOWING |= {
+    pointwise, same, unknown, cat, stack, reduction, along, spatial, batch_norm, layer_norm, group_norm, convolution, matmul,
+    addmm, linear, embedding, turned,
+}  # fmt: skip
 
 
 __all__ = ["RULES", "rule"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from espalier.carving import carve
+from espalier.copies import copy_model, named_tensors
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
 from espalier.graph.rules import RULES
 from espalier.graph.watch import (
@@ -142,7 +144,7 @@ def _watch(
     args, kwargs = call_arguments(example, device)
     with mode(private, training=False):
         output = watch.run(private, args, kwargs)
-    unused = [n for n, _ in private.named_parameters() if n not in watch.seen]
+    unused = [n for n in named_tensors(private)[0] if n not in watch.seen]
     if unused:
         sites, memory, records = list(watch.sites), watch.memory, list(watch.records)
         try:
@@ -164,13 +166,16 @@ def _watch(
 def private_copy(model: nn.Module, device: str) -> nn.Module:
     """A copy whose parameters and buffers live on ``device``; on meta nothing is copied but structure."""
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        moved: Tensor = tensor.detach().to(device)
-        if device != "meta":
-            moved = moved.clone()
+    parameters, buffers = named_tensors(model)
+    for tensor in (*parameters.values(), *buffers.values()):
+        if device == "meta" and tensor.is_contiguous() and not tensor.is_meta:
+            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        else:
+            moved = tensor.detach().to(device)
+            moved = moved if device == "meta" else moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
     try:
-        return copy.deepcopy(model, memo)
+        return copy_model(model, memo)
     except Exception as error:
         raise TraceError(f"trace: {type(model).__name__} cannot be copied: {first_line(error)}") from error
 
@@ -268,30 +273,27 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
 
     # sort all labels of free components by (component, axis, position); cut into components; equal signatures make a group
     members = np.flatnonzero(free[root])
-    order = members[np.lexsort((position[members], axis_of[members], root[members]))]
-    groups: dict[Any, tuple[list[tuple[int, int, bool]], list[np.ndarray]]] = {}
+    order = members[np.argsort(root[members], kind="stable")]  # labels are numbered axis by axis, position by position
+    groups: list[tuple[list[tuple[int, int, bool]], np.ndarray]] = []
     if len(order):
         where, whose = axis_of[order], root[order]
-        run = np.flatnonzero(
-            np.concatenate([[True], (np.diff(where) != 0) | (np.diff(whose) != 0)])
-        )  # one axis, one component
-        count = np.diff(np.concatenate([run, [len(order)]]))
-        first = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
-        begin = np.flatnonzero(np.concatenate([[True], np.diff(whose[run]) != 0]))  # first run of every component
-        end = np.concatenate([begin[1:], [len(run)]])
-        starts_at = run[begin]
-        ends_at = np.concatenate([starts_at[1:], [len(order)]])
-        for i, j, at, to in zip(begin.tolist(), end.tolist(), starts_at.tolist(), ends_at.tolist(), strict=True):
-            key = first[i:j].tobytes()
-            if key not in groups:
-                groups[key] = ([(int(a), int(n), bool(u)) for a, n, u in first[i:j]], [])
-            groups[key][1].append(order[at:to])
+        run = np.flatnonzero(_starts(where) | _starts(whose))  # a run: one axis, one component
+        count = np.diff(np.append(run, len(order)))
+        rows = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
+        begin = np.flatnonzero(_starts(whose[run]))  # first run of every component
+        for units in _equal_components(rows, begin):
+            first = begin[units]
+            n = int(np.append(begin, len(run))[units[0] + 1] - first[0])  # runs of one component
+            signature = [(int(a), int(c), bool(u)) for a, c, u in rows[first[0] : first[0] + n]]
+            of_each = rows[first[:, None] + np.arange(n)]
+            assert (of_each == of_each[:1]).all()
+            labels_each = sum(c for _, c, _ in signature)
+            groups.append((signature, order[run[first][:, None] + np.arange(labels_each)]))
 
     made: list[Group] = []
     names: dict[str, int] = {}
     group_of_label = np.full(watch.label_count, -1, dtype=np.int64)
-    for signature, parts in groups.values():
-        stacked = np.stack(parts)  # (units, labels per unit)
+    for signature, stacked in groups:  # stacked: (units, labels per unit)
         group_of_label[stacked.reshape(-1) + 1] = len(made)
         slices, offset = [], 0
         for axis_number, length, used in signature:
@@ -301,24 +303,31 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         slices.sort(key=lambda s: (s.consumed, "#" in s.tensor))
         base = _group_name(slices)
         names[base] = names.get(base, 0) + 1
-        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(parts), tuple(slices)))
+        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(stacked), tuple(slices)))
 
     extents: list[Extent] = []
     known: dict[Any, int] = {}
 
+    unit_sizes = [g.size for g in made]
+    asked: dict[int, tuple[np.ndarray, int]] = {}
+
     def extent(vector: np.ndarray) -> int:
-        owner = group_of_label[vector]
-        inside = owner[owner >= 0]
-        numbers, counts = np.unique(inside, return_counts=True)
-        each = tuple((int(g), int(c) // made[g].size) for g, c in zip(numbers, counts, strict=True))
-        key = (int((owner < 0).sum()), each)
+        found = asked.get(id(vector))
+        if found is None:
+            found = asked[id(vector)] = (vector, extent_of(group_of_label[vector]))
+        return found[1]
+
+    def extent_of(owner: np.ndarray) -> int:
+        counts = np.bincount(owner + 1)  # 0: nobody's
+        numbers = np.flatnonzero(counts[1:])
+        each = tuple((g, int(counts[g + 1]) // unit_sizes[g]) for g in numbers.tolist())
+        key = (int(counts[0]), each)
         if key not in known:
             known[key] = len(extents)
             extents.append(Extent(*key))
         return known[key]
 
-    def axis_vector(axis: Axis) -> np.ndarray:
-        return np.arange(axis.start, axis.start + axis.size)
+    owners = {(a.tensor, a.dim): group_of_label[a.start : a.start + a.size] for a in axes}
 
     activations, ran = _moments(watch, extent)
     sites = tuple(
@@ -330,18 +339,20 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     by_tensor: dict[str, list[Axis]] = {}
     for axis in axes:
         by_tensor.setdefault(axis.tensor, []).append(axis)
-    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    own_parameters, own_buffers = named_tensors(model)
+    shapes = {n: tuple(t.shape) for n, t in (*own_parameters.items(), *own_buffers.items())}
     for axis in axes:
         if "#" in axis.tensor:
             shapes[axis.tensor] = (axis.size,)
     parameters = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in own_parameters.items():
         own = by_tensor.get(name, [])
-        rest = int(np.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}], dtype=np.int64))
+        rest = math.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}])
         moving = []
         for a in own:
-            if (group_of_label[axis_vector(a)] >= 0).any():
-                moving.append(extent(axis_vector(a)))
+            owner = owners[a.tensor, a.dim]
+            if owner.max(initial=-1) >= 0:
+                moving.append(extent_of(owner))
             else:
                 rest *= a.size
         parameters.append(Term(name, rest, tuple(moving)))
@@ -350,8 +361,10 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     for axis in axes:
         if axis.dim > 1 or "#" in axis.tensor or axis.tensor not in shapes:
             continue
-        vector = axis_vector(axis)
-        stuck = vector[group_of_label[vector] < 0]
+        owner = owners[axis.tensor, axis.dim]
+        if owner.min(initial=0) >= 0:
+            continue
+        stuck = axis.start + np.flatnonzero(owner < 0)
         texts: dict[str, int] = {}
         for r, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
             text = reasons.get(int(r), "nothing consumes these channels")
@@ -372,7 +385,7 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
             baked=tuple(watch.baked),
             baked_away=tuple(
                 n
-                for n, _ in model.named_parameters()
+                for n in own_parameters
                 for b in watch.baked
                 if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
             ),
@@ -381,6 +394,42 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         ),
         group_of_label,
     )
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it, and at the first."""
+    new = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    return new
+
+
+def _equal_components(rows: np.ndarray, begin: np.ndarray) -> list[np.ndarray]:
+    """Numbers of the components whose runs ``rows[begin[i]:begin[i + 1]]`` are equal, by first appearance.
+
+    Components are told apart by a 64-bit hash of their runs; whoever uses it checks that they are equal.
+    """
+    place = np.arange(len(rows)) - np.repeat(begin, np.diff(np.append(begin, len(rows))))
+    code = np.zeros(len(rows), dtype=np.uint64)
+    for column in (place, *rows.T):
+        code = (code ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # wraps around
+        code ^= code >> np.uint64(29)
+    signature = np.add.reduceat(code * (code | np.uint64(1)), begin)
+    first, kind = np.unique(signature, return_index=True, return_inverse=True)[1:]
+    by_kind = np.split(np.argsort(kind, kind="stable"), np.cumsum(np.bincount(kind))[:-1])
+    return [by_kind[i] for i in np.argsort(first)]
+
+
+def _largest(table: np.ndarray) -> np.ndarray:
+    """Rows that no other row covers in every column: what only they can be is the peak; shape ``(some, columns)``."""
+    order = np.argsort(-table.sum(1), kind="stable")
+    stays: list[int] = []
+    largest = np.empty_like(table)
+    for number in order.tolist():
+        row = table[number]
+        if not (largest[: len(stays)] >= row).all(1).any():
+            largest[len(stays)] = row
+            stays.append(number)
+    return table[sorted(stays)]
 
 
 def _group_name(slices: list[Slice]) -> str:
@@ -424,12 +473,7 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[Moment, ...], dict[int, t
     for row, moment in zip(table, moments, strict=True):
         for column, size in moment:
             row[column] += size  # -1, plain bytes, is the last column
-    if len(table) <= 1000:
-        covered = np.asarray(
-            (table[None] >= table[:, None]).all(2)
-        )  # [i, j]: moment j needs at least what moment i needs
-        np.fill_diagonal(covered, False)
-        table = table[~covered.any(1)]
+    table = _largest(table)
     last = table.shape[1] - 1
     peaks = tuple(tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table)
     return peaks, ran

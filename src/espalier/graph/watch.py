@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from espalier.copies import named_modules, named_tensors
+from espalier.graph import shapes
+
 Layer = Tensor  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
 
 
@@ -80,10 +83,13 @@ class RawSite:
     baked: bool = False
 
 
+Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the operation, of its output); None: nobody saw
+
+
 class State:
     """What is known of one tensor: its label layers and, for what is made of parameters only, where it comes from."""
 
-    __slots__ = ("__weakref__", "derived", "layers", "pending", "source")
+    __slots__ = ("derived", "layers", "origin", "pending", "source")
 
     def __init__(
         self,
@@ -97,6 +103,7 @@ class State:
         self.source = source  # parameter name while the tensor is a view of exactly one parameter
         self.derived = derived  # 0, or made of parameters and constants only: PLAIN or COMPUTED
         self.pending = pending  # labels mixed by a statistic of a weight: allowed if the weight can be baked
+        self.origin: Origin = None
 
 
 NOTHING = State()
@@ -104,6 +111,24 @@ NOTHING = State()
 
 def state(tensor: Tensor) -> State:
     return getattr(tensor, "_espalier", NOTHING)
+
+
+def tensors_of(args: Any, kwargs: Any = None) -> list[Tensor]:
+    """The tensors among the arguments or results of an ATen operation, which are flat or lists."""
+    found = []
+    values = args if isinstance(args, (tuple, list)) else (args,)
+    for value in (*values, *kwargs.values()) if kwargs else values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [t for t in value if isinstance(t, Tensor)]
+    return found
+
+
+def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Everything else among the arguments of an operation."""
+    rest = [a for a in args if not isinstance(a, (Tensor, list)) or (isinstance(a, list) and not tensors_of(a))]
+    return (*rest, *kwargs.items()) if kwargs else tuple(rest)
 
 
 def compact(layer: Layer) -> Layer:
@@ -168,12 +193,14 @@ class Lessons:
     modules: dict[str, Reason] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
-    """What one operation produced: shape and layers of every output (the prediction a rehearsal is held against)."""
+    """One operation: from what it made what.  Its outputs are the prediction that a rehearsal is held against."""
 
-    op: str
-    outputs: list[tuple[tuple[int, ...], tuple[Layer, ...]]]
+    op: Any
+    origins: tuple[Origin, ...]
+    scalars: tuple[Any, ...]
+    outputs: list[tuple[tuple[int, ...], State]]
 
 
 @dataclass
@@ -217,15 +244,17 @@ class Watch(TorchDispatchMode):
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
+        self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
+        self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._stack: list[nn.Module] = [model]
-        self._names = {id(m): n for n, m in model.named_modules()}
+        self._names = {id(m): n for n, m in named_modules(model).items()}
         self._func: Any = None
         self.axes: list[Axis] = [] if axes is None else list(axes)
         self._kept = kept or {}
         self._axis_of = {(a.tensor, a.dim): a for a in self.axes}
         self._next = 1
-        named = list(model.named_parameters()) + list(model.named_buffers())
-        for name, tensor in named:
+        parameters, buffers = named_tensors(model)
+        for name, tensor in (*parameters.items(), *buffers.items()):
             layers = []
             kernel = tensor.ndim > 2 and min(tensor.shape[:2]) > 1  # (O, I, ...): positions are no channels
             for dim, size in enumerate(tensor.shape[:2] if kernel else tensor.shape):
@@ -233,6 +262,7 @@ class Watch(TorchDispatchMode):
                     labels = self.axis_labels(name, dim, size)
                     layers.append(labels.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
             tensor._espalier = State(tuple(layers), source=name, derived=PLAIN)  # type: ignore[attr-defined]
+            tensor._espalier.origin = (name, 0)  # type: ignore[attr-defined]
         for at, reason in lessons.axes.items():
             if at in self._axis_of:
                 axis = self._axis_of[at]
@@ -259,7 +289,10 @@ class Watch(TorchDispatchMode):
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Labels that must be equal element by element.  A partner that is fixed freezes the other."""
-        a, b = torch.broadcast_tensors(a, b)
+        if a is b:
+            return
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
         left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
         different = left != right
         if not different.any():
@@ -356,7 +389,9 @@ class Watch(TorchDispatchMode):
         """One forward of ``model`` under this watch; returns its output."""
         enter = nn.modules.module.register_module_forward_pre_hook(self._enter)
         leave = nn.modules.module.register_module_forward_hook(lambda _m, _a, _o: _pop(self._stack), always_call=True)
-        for tensor in tensors_in((args, kwargs)):
+        for number, tensor in enumerate(tensors_in((args, kwargs))):
+            tensor._espalier = State()  # type: ignore[attr-defined]
+            tensor._espalier.origin = ("input", number)  # type: ignore[attr-defined]
             self._birth(tensor)
         try:
             with torch.no_grad(), self:
@@ -392,36 +427,50 @@ class Watch(TorchDispatchMode):
                 f"tracing exceeded its time limit at {func} in {self.place()}; "
                 "raise `time_limit`, trace at a smaller input, or exclude this module"
             )
-        shortcut = SHORTCUTS.get(func._overloadpacket)
         try:
-            out = shortcut(*args) if shortcut is not None and args[0].is_meta else func(*args, **kwargs)
+            out = shapes.output(func, args, kwargs)
+            if out is None:
+                out = func(*args, **kwargs)
         except Exception as error:
             self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
             if self.rehearsal is None:
                 raise
             raise Mismatch(self.key(), first_line(error), self.place()) from error
-        for operand in tensors_in((args, kwargs)):
-            known = state(operand)
-            if known.source is not None:
-                self.seen.add(known.source)
+        operands = [state(t) for t in tensors_of(args, kwargs)]
+        outs = tensors_of(out)
+        origins = tuple([known.origin for known in operands])
         rule = self.rules.get(func._overloadpacket)
         if rule is None:
             rule = self.rules["pointwise" if torch.Tag.pointwise in func.tags else "unknown"]
         if self._is_fixed():
             rule = self.rules["fixed"]
+        if self.rehearsal is not None:
+            if not (rule in FLOWING and self.rehearsal.follows(self, func, origins, args, kwargs, outs)):
+                self._apply(rule, func, args, kwargs, out)
+                self.rehearsal.check(self, func, outs)
+            position = self.rehearsal.position - 1
+        else:
+            for known in operands:
+                if known.source is not None:
+                    self.seen.add(known.source)
+            self._apply(rule, func, args, kwargs, out)
+            for tensor in outs:
+                self._birth(tensor)
+            position = len(self.records)
+            states = [(tuple(t.shape), state(t)) for t in outs]
+            self.records.append(Record(func, origins, scalars_of(args, kwargs) if rule in FLOWING else (), states))
+        for number, tensor in enumerate(outs):
+            known = state(tensor)
+            if known is not NOTHING:
+                known.origin = (position, number)
+        return out
+
+    def _apply(self, rule: Callable[..., None], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         try:
             rule(self, func, args, kwargs, out)
         except (IndexError, KeyError, RuntimeError, TypeError) as error:  # a shape that the rule does not expect
             self.unknown[f"{func._overloadpacket} in {self.place()}: its rule failed, {first_line(error)}"] = None
             self.rules["fixed"](self, func, args, kwargs, out)
-        for tensor in tensors_in(out):
-            self._birth(tensor)
-        outputs = [(tuple(t.shape), state(t).layers) for t in tensors_in(out)]
-        if self.rehearsal is None:
-            self.records.append(Record(str(func), outputs))
-        else:
-            self.rehearsal.check(self, str(func), outputs)
-        return out
 
     def freeze_operands(self, args: Any, kwargs: Any, text: str) -> None:
         for tensor in tensors_in((args, kwargs)):
@@ -440,37 +489,44 @@ class Watch(TorchDispatchMode):
         entry = self._live.get(key)
         if entry is None:
             bytes_ = tensor.untyped_storage().nbytes()
-            labels = known.layers[0] if known.layers else None
-            vector = None if labels is None else labels.reshape(-1).numpy()
-            self.memory.births.append((self.clock, key, vector, float(bytes_)))
+            self.memory.births.append((self.clock, key, self._vector_of(known.layers), float(bytes_)))
             entry = self._live[key] = [0, len(self.memory.births) - 1]
         entry[0] += 1
-        weakref.finalize(tensor, self._release, key).atexit = False
+        reference = weakref.ref(tensor, self._release)
+        self._references[id(reference)] = (reference, key)
 
-    def _release(self, key: int) -> None:
-        entry = self._live.get(key)
-        if entry is None:
-            return
+    def _vector_of(self, layers: tuple[Layer, ...]) -> np.ndarray | None:
+        """The first layer as a vector of labels, the same object for the same layer."""
+        if not layers:
+            return None
+        found = self._vectors.get(id(layers[0]))
+        if found is None:
+            found = self._vectors[id(layers[0])] = (layers[0], layers[0].reshape(-1).numpy())
+        return found[1]
+
+    def _release(self, reference: weakref.ref[Tensor]) -> None:
+        _, key = self._references.pop(id(reference))
+        entry = self._live[key]
         entry[0] -= 1
         if entry[0] == 0:
             self.memory.deaths[entry[1]] = self.clock
             del self._live[key]
 
 
+FLOWING: set[Callable[..., None]] = set()
+"""Rules under which the channels of the result follow from the operands alone: see ``Rehearsal.follows``."""
+
 FROZEN = 99  # a lesson about a line: nothing that its operation touches may change
 PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
 
 
-def _batch_norm_shapes(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
-    for affine in (weight, bias, mean, variance):
-        if affine is not None and affine.shape != x.shape[1:2]:
-            raise RuntimeError(f"batch norm of {x.shape[1]} channels has {affine.shape[0]} parameters")
-    saved = x.new_empty(x.shape[1] if training else 0)
-    return torch.empty_like(x), saved, torch.empty_like(saved)
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What remains of a layer: its labels, and how long it is along every dimension in which they change."""
 
-
-SHORTCUTS: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_batch_norm: _batch_norm_shapes}
-"""Shapes of operations whose meta kernels are slow (a chain of Python decompositions)."""
+    whole: Layer
+    layer: Layer
+    sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -483,30 +539,54 @@ class Rehearsal:
     lonely: np.ndarray  # label -> its group of two has one unit left, so that a layer cannot say where it belongs
     whole_groups: dict[str, int]  # what the first watch decided for grouped convolutions
     position: int = 0
+    _predictions: dict[int, Prediction] = field(default_factory=dict)
 
-    def check(self, watch: Watch, op: str, outputs: list[tuple[tuple[int, ...], tuple[Layer, ...]]]) -> None:
-        if self.position >= len(self.records) or self.records[self.position].op != op:
+    def follows(self, watch: Watch, func: Any, origins: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> bool:
+        """Is this the recorded operation on the recorded tensors, and are the shapes those predicted?
+
+        If its operands have the channels that were predicted (by induction: each was checked when it was made) then so has
+        its result, for a rule under which channels only flow.  So it is put, not derived.
+        """
+        if self.position >= len(self.records):
+            return False
+        record = self.records[self.position]
+        if record.op is not func or record.origins != origins or None in origins or not origins:
+            return False
+        if len(record.outputs) != len(outs) or record.scalars != scalars_of(args, kwargs):
+            return False
+        kept = []
+        for tensor, (was, known) in zip(outs, record.outputs, strict=True):
+            predictions = [self._predict(watch, layer) for layer in known.layers]
+            if tensor.shape != (self._shape(was, predictions) if predictions else was):
+                return False
+            kept.append([p.layer for p in predictions])
+        for tensor, layers, (_, known) in zip(outs, kept, record.outputs, strict=True):
+            watch.put(tensor, layers, source=known.source, derived=known.derived, pending=known.pending)
+        self.position += 1
+        return True
+
+    def check(self, watch: Watch, op: Any, outs: list[Tensor]) -> None:
+        """The rule was applied anew: hold its result against the record."""
+        if self.position >= len(self.records) or self.records[self.position].op is not op:
             where, _ = watch.key()
             due = self.records[self.position].op if self.position < len(self.records) else op
-            raise Mismatch((where, due), f"is followed by {op}: the forward takes another path", watch.place())
+            raise Mismatch((where, str(due)), f"is followed by {op}: the forward takes another path", watch.place())
         expected = self.records[self.position].outputs
         self.position += 1
-        if len(expected) != len(outputs):
-            raise Mismatch(watch.key(), f"gives {len(outputs)} tensors instead of {len(expected)}", watch.place())
-        for (shape, layers), (was, labels) in zip(outputs, expected, strict=True):
-            if not layers and not labels and shape == was:
+        if len(expected) != len(outs):
+            raise Mismatch(watch.key(), f"gives {len(outs)} tensors instead of {len(expected)}", watch.place())
+        for tensor, (was, known) in zip(outs, expected, strict=True):
+            shape, layers = tuple(tensor.shape), state(tensor).layers
+            if not layers and not known.layers and shape == was:
                 continue
             layers = tuple(m for m in map(compact, layers) if m.numel() > 1)
-            predicted = list(was)
-            survivors = []
-            for layer in labels:
-                kept = self._restrict(watch, layer)
-                for dim in varying(layer):
-                    predicted[dim] = kept.shape[dim]
-                if (kept := compact(kept)).numel() > 1:
-                    survivors.append(kept)
-            if tuple(predicted) != shape:
-                raise Mismatch(watch.key(), f"gives shape {list(shape)} where {predicted} was expected", watch.place())
+            predictions = [self._predict(watch, layer) for layer in known.layers]
+            survivors = [p.layer for p in predictions if p.layer.numel() > 1]
+            predicted = self._shape(was, predictions)
+            if predicted != shape:
+                raise Mismatch(
+                    watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
+                )
             if any(self.lonely[m.numpy()].any() for m in (*layers, *survivors)):
                 continue
             if len(layers) != len(survivors):
@@ -516,7 +596,30 @@ class Rehearsal:
                 if (self.component[one.numpy()] != self.component[other.numpy()]).any():
                     raise Mismatch(watch.key(), "arranges the remaining channels differently", watch.place())
 
+    @staticmethod
+    def _shape(was: tuple[int, ...], predictions: list[Prediction]) -> tuple[int, ...]:
+        shape = list(was)
+        for prediction in predictions:
+            for dim, size in prediction.sizes:
+                shape[dim] = size
+        return tuple(shape)
+
+    def _predict(self, watch: Watch, layer: Layer) -> Prediction:
+        """What of a layer survives; remembered, since most operations hand on the layer they got."""
+        found = self._predictions.get(id(layer))
+        if found is None:
+            kept = self._restrict(watch, layer)
+            sizes = tuple((dim, kept.shape[dim]) for dim in varying(layer))
+            found = self._predictions[id(layer)] = Prediction(layer, compact(kept), sizes)
+        return found
+
     def _restrict(self, watch: Watch, layer: Layer) -> Layer:
+        if layer.numel() == max(layer.shape, default=1):  # along one dimension, as nearly always
+            labels = layer.reshape(-1).numpy()
+            stays = labels[self.alive[labels]]
+            if not len(stays) and len(labels) == 1:
+                raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
+            return torch.from_numpy(stays).view([-1 if n > 1 else 1 for n in layer.shape])
         alive = torch.from_numpy(self.alive[layer.numpy()])
         for dim in varying(layer):
             lines = alive.movedim(dim, 0).reshape(layer.shape[dim], -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.carving import Kept, carve, put_in_place
+from espalier.carving import Kept, carve, carved, put_in_place
+from espalier.copies import copy_model
 from espalier.forms.shapes import padding_of
 from espalier.graph import Graph
 from espalier.layers import PaddedConv2d, PartConv2d
@@ -19,9 +19,13 @@ from espalier.plan import Plan
 
 def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A copy of ``model``, same class, that holds only what ``plan`` keeps.  ``model`` is not touched."""
-    small = copy.deepcopy(model)
-    shrink_(small, graph, plan)
-    return small
+    plan.check(graph)
+    kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
+    if kept and graph.baked:
+        small = copy_model(model, {})
+        shrink_(small, graph, plan)
+        return small
+    return carved(model, kept, group_width=graph.group_width)
 
 
 def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> Kept:
@@ -50,7 +54,7 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     bias would survive there.
     """
     plan.check(graph)
-    masked = copy.deepcopy(model)
+    masked = copy_model(model, {})
     removed = {n: np.setdiff1d(np.arange(graph.group(n).size), u) for n, u in plan.keep.items()}
     if any(len(r) for r in removed.values()):
         for name in graph.baked:
