@@ -28,6 +28,7 @@ class LowRank(OwnDecay):
     """
 
     decayed = ("s",)
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class LowRank(OwnDecay):
         self.u = nn.Parameter(torch.zeros(rows, rank, **kind))
         self.s = nn.Parameter(torch.zeros(rank, **kind))
         self.v = nn.Parameter(torch.zeros(columns, rank, **kind))
-        self.bias = nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None)
         place = Place(
             "", out_channels, in_channels, kernel_size, stride, padding, dilation, (1, 1), 1, 1, linear=linear
         )
@@ -78,7 +79,7 @@ class LowRank(OwnDecay):
             made.v.copy_(v)
         for factor in (made.u, made.s, made.v):
             factor.requires_grad_(layer.weight.requires_grad)
-        made.register_parameter("bias", layer._parameters["bias"])
+        made._parameters["bias"] = layer._parameters["bias"]  # the very same: whoever trains it goes on
         return made
 
     @property
@@ -220,9 +221,15 @@ def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
     p, t = _qr(v.double())
     core = (r * s.double()) @ t.T
     a, values, b = (x.double() for x in svd(core.to(s.dtype), name=name))
+    a, b = _polished(a), _polished(b)
     solved = [torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b))]
     parts = (q @ a, values, p @ b, *solved, a.T @ r, t.T @ b)
     return Turn(*(x.to(s.dtype) for x in parts))
+
+
+def _polished(matrix: Tensor) -> Tensor:
+    """Orthonormal columns to twice as many digits: one step of Newton and Schulz."""
+    return 1.5 * matrix - 0.5 * matrix @ (matrix.T @ matrix)
 
 
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
