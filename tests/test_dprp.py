@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -265,10 +266,10 @@ def test_a_decomposition_that_fails_in_float32_is_done_in_float64(monkeypatch: p
 )
 def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None:
     process, ranks = run(DPRP(), budget)
-    for before, after in zip(ranks, ranks[1:], strict=False):
+    for before, after in pairwise(ranks):
         assert all(after[n] <= before[n] for n in before)
     assert process.done
-    assert sum(a != b for a, b in zip(ranks, ranks[1:], strict=False)) >= 5  # not in one go
+    assert sum(a != b for a, b in pairwise(ranks)) >= 5  # not in one go
     recorded = {n: int(points[-1][1]) for n, points in process.history["rank"].items()}
     assert recorded == ranks[-1]
     whole, limits, graph, planned = process.dense, process.limits, process.graph, process.cost
@@ -499,6 +500,11 @@ def test_it_learns_from_trained_weights(digits: Data) -> None:
 
 # -- networks nobody here wrote
 
+
+def first_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+
+
 IN_CI = ("cifar:resnet20", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm:vit_tiny_patch16_224")
 NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in ZOO]
 
@@ -531,6 +537,5 @@ def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, 
     y = torch.randn(1, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours, theirs = small(y), loaded(y)
-    first = lambda o: o if isinstance(o, Tensor) else next(iter(o.values() if isinstance(o, dict) else o))
-    assert torch.equal(first(ours), first(theirs))
+    assert torch.equal(first_of(ours), first_of(theirs))
     assert len(gradients(small, inputs)) > 0.5 * len(list(small.parameters()))
