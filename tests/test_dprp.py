@@ -223,6 +223,21 @@ def test_the_optimiser_steps_to_the_same_weight_after_turning(kind: str) -> None
     assert float((expected - found).norm()) < tolerance * float(expected.norm())
 
 
+def test_momentum_of_dead_values_does_not_explode() -> None:
+    """Two values of nothing: as a turn of their directions, a step of either would be of any size."""
+    low = disturbed(torch.float64)
+    with torch.no_grad():
+        low.s[-8:] = 1e-7 * torch.rand(8)
+    optimizer = torch.optim.SGD(low.parameters(), lr=1e-3, momentum=0.9)
+    low(torch.randn(4, 16, 8, 8).double()).square().mean().backward()
+    optimizer.step()
+    for parameter in (low.u, low.s, low.v):
+        optimizer.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
+    before = float(optimizer.state[low.u]["momentum_buffer"].norm())
+    turn_factors(low, name="layer", optimizer=optimizer)
+    assert float(optimizer.state[low.u]["momentum_buffer"].norm()) < 3 * before
+
+
 def test_second_moments_swap_places_with_their_columns() -> None:
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 4).double())[0] for n in (7, 6))

@@ -184,14 +184,16 @@ class Turn:
         """The step ``(du, ds, dv)`` in the new factors: to first order the same step of the matrix.
 
         ``dU s V^T`` and ``U s dV^T`` only change basis.  ``U diag(ds) V^T`` becomes a full core: its diagonal is the new
-        ``ds``, the rest ``D`` turns the factors by the smallest ``X``, ``Y`` with ``X diag(s) + diag(s) Y^T = D``.
+        ``ds``, the rest ``D`` turns the factors by the smallest ``X``, ``Y`` with ``X diag(s) + diag(s) Y^T = D``.  Where two
+        values are both below ``FLOOR`` of the largest, ``D`` is dropped: as turns of next to nothing it would be far too large
+        for a first-order step (trained networks have dead filters, and it did make them explode).
         """
         core = (self.above * ds) @ self.below
         fresh = core.diagonal().clone()
         core = core - torch.diag(fresh)
         squares = self.s.square()
-        floor = (FLOOR * self.s.max()) ** 2  # two values of nothing have no direction to turn to
-        core = core / (squares[:, None] + squares[None, :] + floor).clamp_min(torch.finfo(core.dtype).tiny)
+        pairs = squares[:, None] + squares[None, :]
+        core = core * pairs / (pairs.square() + (FLOOR * self.s.max()) ** 4).clamp_min(torch.finfo(core.dtype).tiny)
         return (
             du @ self.left + self.u @ (core * self.s),
             fresh,
@@ -207,7 +209,7 @@ class Turn:
         return (self.above * self.below.T).square() @ values
 
 
-FLOOR = 1e-5  # of the largest singular value
+FLOOR = 0.03
 
 
 @torch.no_grad()
