@@ -216,17 +216,17 @@ FLOOR = 0.03
 def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
     """The singular value decomposition of ``u diag(s) v^T``, through ``(r, r)`` matrices only.
 
-    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``.  ``ValueError`` naming the
+    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``, whose factors are polished.  ``ValueError`` naming the
     layer ``name`` if there is no finite result.
     """
     q, r = _qr(u.double())
     p, t = _qr(v.double())
     core = (r * s.double()) @ t.T
-    a, values, b = (x.double() for x in svd(core.to(s.dtype), name=name))
-    a, b = _polished(a), _polished(b)
-    solved = [torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b))]
-    parts = (q @ a, values, p @ b, *solved, a.T @ r, t.T @ b)
-    return Turn(*(x.to(s.dtype) for x in parts))
+    a, values, b = svd(core.to(s.dtype), name=name)
+    a, b = _polished(a.double()).to(s.dtype), _polished(b.double()).to(s.dtype)
+    q, r, p, t = (x.to(s.dtype) for x in (q, r, p, t))
+    left, right = (torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b)))
+    return Turn(q @ a, values, p @ b, left, right, a.T @ r, t.T @ b)
 
 
 def _polished(matrix: Tensor) -> Tensor:
