@@ -5,7 +5,9 @@
 One row per (method, seed), written to ``benchmarks/results/accuracy.json`` as soon as it is done; rows that exist are not
 run again.  Accuracy is that of the last epoch on the test set.  Methods: ``dense`` (the same training, nothing removed),
 ``magnitude`` or ``magnitude:SCORE`` (one shot, then fine-tuning), ``tcp`` or ``tcp:SCORE``, ``torch-pruning`` (group norm,
-global, in small steps to the target, then fine-tuning).
+global, in small steps to the target, then fine-tuning), ``dprp`` or ``dprp:SCORE`` or ``dprp-channel``, ``dprp-spatial``,
+``svd-oneshot`` (truncated once, then fine-tuning).  Without ``--weights`` all train from scratch; ``svd-oneshot`` is then a
+factorised network of fixed ranks.  The budget is ``--macs``, ``--params``, or both.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +28,10 @@ from torch import nn
 from benchmarks.common import environment, read_results, rounded, table, torch_pruning, write_results
 from espalier.costs import Cost, cost
 from espalier.graph import trace
+from espalier.methods.base import Method
+from espalier.methods.dprp import DPRP
 from espalier.methods.magnitude import Magnitude
+from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget
 from espalier.run.data import Data, load_data
@@ -35,6 +41,14 @@ from espalier.run.models import build_model, load_weights
 from espalier.run.recipe import Recipe
 
 NAME = "accuracy"
+
+
+TRAINS: dict[str, Callable[..., Method]] = {
+    "tcp": TCP,
+    "dprp": DPRP,
+    "dprp-channel": partial(DPRP, form="channel"),
+    "dprp-spatial": partial(DPRP, form="spatial"),
+}
 
 
 def main() -> None:
@@ -57,6 +71,7 @@ def main() -> None:
                 "model": options.model, "trained": bool(options.weights), "data": options.data, "method": method,
                 "macs": options.macs, "multiple_of": options.multiple_of, "settings": options.set,
                 "recipe": {k: v for k, v in recipe.to_dict().items() if k not in ("threads", "device")},
+                **({} if options.params is None else {"params": options.params}),
             }  # fmt: skip
             key = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:12]
             if key in read_results(NAME).get("rows", {}):
@@ -73,20 +88,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-dir")
-    parser.add_argument("--macs", type=float, default=0.5)
+    parser.add_argument("--macs", type=float)
+    parser.add_argument("--params", type=float)
     parser.add_argument("--multiple-of", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--warmup", type=float, default=0.5)
     parser.add_argument("--methods", default="dense,magnitude:taylor,torch-pruning,tcp")
-    parser.add_argument("--set", default="", help="TCP settings, for example reach=0.4,fade=0.05")
+    parser.add_argument("--set", default="", help="settings of tcp and dprp, for example reach=0.4,fade=0.05")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--holdout", type=int, default=0)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--distill", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.macs is None and chosen.params is None:
+        chosen.macs = 0.5
+    return chosen
 
 
 def one(dense: nn.Module, data: Data, method: str, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +115,7 @@ def one(dense: nn.Module, data: Data, method: str, recipe: Recipe, options: argp
     example = data.example()
     whole = cost(trace(dense, example))
     model = copy.deepcopy(dense)
-    budget = Budget(macs=options.macs, multiple_of=options.multiple_of)
+    budget = Budget(macs=options.macs, params=options.params, multiple_of=options.multiple_of)
     kind, _, score = method.partition(":")
     process = None
     started = time.perf_counter()
@@ -106,9 +125,11 @@ def one(dense: nn.Module, data: Data, method: str, recipe: Recipe, options: argp
         model = cut.finish()
     elif kind == "torch-pruning":
         model = peer(model, example, options.macs)
-    elif kind == "tcp":
+    elif kind == "svd-oneshot":
+        model = SVDOneShot().start(model, example, budget).finish()
+    elif kind in TRAINS:
         settings = {k: float(v) for k, v in (pair.split("=") for pair in options.set.split(",") if pair)}
-        process = TCP(**({"importance": score} if score else {}), **settings).start(model, example, budget)
+        process = TRAINS[kind](**({"importance": score} if score else {}), **settings).start(model, example, budget)
     elif kind != "dense":
         raise SystemExit(f"unknown method {method!r}")
     before = _accuracy(model, data, recipe)
@@ -163,21 +184,25 @@ def peer(model: nn.Module, example: torch.Tensor, target: float) -> nn.Module:
     raise SystemExit("torch-pruning did not reach the target")
 
 
+def _asked(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{m} {row[m]:g}" for m in ("macs", "params") if row.get(m) is not None)
+
+
 def summary(rows: Mapping[str, Any]) -> str:
     """Mean and spread over seeds, as a Markdown table."""
     settings: dict[tuple[Any, ...], list[Any]] = {}
     for row in rows.values():
-        key = (row["model"], row["data"], row["macs"], row["recipe"]["epochs"], row["recipe"]["distill"] > 0)
+        key = (row["model"], row["data"], _asked(row), row["recipe"]["epochs"], row["recipe"]["distill"] > 0)
         settings.setdefault((*key, row["method"] + (f" ({row['settings']})" if row["settings"] else "")), []).append(
             row
         )
     lines = []
-    for (model, data, macs, epochs, distilled, method), found in sorted(settings.items(), key=str):
+    for (model, data, asked, epochs, distilled, method), found in sorted(settings.items(), key=str):
         scores = [r["accuracy"] for r in found]
         spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         lines.append(
             [
-                f"{model}, {data}, {epochs} epochs{', distilled' if distilled else ''}", method, macs,
+                f"{model}, {data}, {epochs} epochs{', distilled' if distilled else ''}", method, asked,
                 f"{statistics.mean(r['macs_left'] for r in found):.4f}",
                 f"{statistics.mean(r['params_left'] for r in found):.3f}",
                 f"{statistics.mean(r['before_training'] for r in found):.2f}",

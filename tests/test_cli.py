@@ -271,6 +271,28 @@ def test_no_budget_at_all_is_refused(tiny, tmp_path):
     refused(espalier("compress", "--model", tiny, "--data", "digits", "--out", tmp_path / "run"), "--macs 0.5")
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_a_method_that_finds_the_size_needs_no_budget_and_takes_its_settings(tiny, tmp_path):
+    run = ("compress", "--model", tiny, "--data", "digits", "--epochs", 1, *SMALL_RUN, "--method", "dprp")
+    refused(espalier(*run, "--out", tmp_path / "none"), "--macs 0.5")
+    settings = ("--set", "energy=0.3", "--set", "form=channel", "--set", "every=0.2")
+    done = espalier(*run, *settings, "--multiple-of", 2, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "run" / "history.json").read_text())["rank"]
+    assert any(len(points) > 1 for points in found.values())
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert "energy = 0.3" in config
+    assert 'form = "channel"' in config
+    again = espalier("compress", "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("text", ["energy", "=0.1", "energy="])
+def test_a_setting_that_is_none_is_refused(tiny, tmp_path, text):
+    done = espalier("compress", "--model", tiny, "--data", "digits", "--set", text, "--out", tmp_path / "run")
+    refused(done, "NAME=VALUE")
+
+
 def test_an_unreachable_budget_is_refused_with_the_smallest(tiny, tmp_path):
     done = espalier("compress", "--model", tiny, "--data", "digits", "--macs", 1e-6, "--out", tmp_path / "run")
     refused(done, "smallest reachable")

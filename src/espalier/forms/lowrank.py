@@ -28,6 +28,7 @@ class LowRank(OwnDecay):
     """
 
     decayed = ("s",)
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class LowRank(OwnDecay):
         self.u = nn.Parameter(torch.zeros(rows, rank, **kind))
         self.s = nn.Parameter(torch.zeros(rank, **kind))
         self.v = nn.Parameter(torch.zeros(columns, rank, **kind))
-        self.bias = nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None)
         place = Place(
             "", out_channels, in_channels, kernel_size, stride, padding, dilation, (1, 1), 1, 1, linear=linear
         )
@@ -78,7 +79,7 @@ class LowRank(OwnDecay):
             made.v.copy_(v)
         for factor in (made.u, made.s, made.v):
             factor.requires_grad_(layer.weight.requires_grad)
-        made.register_parameter("bias", layer._parameters["bias"])
+        made._parameters["bias"] = layer._parameters["bias"]  # the very same: whoever trains it goes on
         return made
 
     @property
@@ -183,14 +184,16 @@ class Turn:
         """The step ``(du, ds, dv)`` in the new factors: to first order the same step of the matrix.
 
         ``dU s V^T`` and ``U s dV^T`` only change basis.  ``U diag(ds) V^T`` becomes a full core: its diagonal is the new
-        ``ds``, the rest ``D`` turns the factors by the smallest ``X``, ``Y`` with ``X diag(s) + diag(s) Y^T = D``.
+        ``ds``, the rest ``D`` turns the factors by the smallest ``X``, ``Y`` with ``X diag(s) + diag(s) Y^T = D``.  Where two
+        values are both below ``FLOOR`` of the largest, ``D`` is dropped: as turns of next to nothing it would be far too large
+        for a first-order step (trained networks have dead filters, and it did make them explode).
         """
         core = (self.above * ds) @ self.below
         fresh = core.diagonal().clone()
         core = core - torch.diag(fresh)
         squares = self.s.square()
-        floor = (FLOOR * self.s.max()) ** 2  # two values of nothing have no direction to turn to
-        core = core / (squares[:, None] + squares[None, :] + floor).clamp_min(torch.finfo(core.dtype).tiny)
+        pairs = squares[:, None] + squares[None, :]
+        core = core * pairs / (pairs.square() + (FLOOR * self.s.max()) ** 4).clamp_min(torch.finfo(core.dtype).tiny)
         return (
             du @ self.left + self.u @ (core * self.s),
             fresh,
@@ -206,23 +209,29 @@ class Turn:
         return (self.above * self.below.T).square() @ values
 
 
-FLOOR = 1e-5  # of the largest singular value
+FLOOR = 0.03
 
 
 @torch.no_grad()
 def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
     """The singular value decomposition of ``u diag(s) v^T``, through ``(r, r)`` matrices only.
 
-    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``.  ``ValueError`` naming the
+    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``, whose factors are polished.  ``ValueError`` naming the
     layer ``name`` if there is no finite result.
     """
     q, r = _qr(u.double())
     p, t = _qr(v.double())
     core = (r * s.double()) @ t.T
-    a, values, b = (x.double() for x in svd(core.to(s.dtype), name=name))
-    solved = [torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b))]
-    parts = (q @ a, values, p @ b, *solved, a.T @ r, t.T @ b)
-    return Turn(*(x.to(s.dtype) for x in parts))
+    a, values, b = svd(core.to(s.dtype), name=name)
+    a, b = _polished(a.double()).to(s.dtype), _polished(b.double()).to(s.dtype)
+    q, r, p, t = (x.to(s.dtype) for x in (q, r, p, t))
+    left, right = (torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b)))
+    return Turn(q @ a, values, p @ b, left, right, a.T @ r, t.T @ b)
+
+
+def _polished(matrix: Tensor) -> Tensor:
+    """Orthonormal columns to twice as many digits: one step of Newton and Schulz."""
+    return 1.5 * matrix - 0.5 * matrix @ (matrix.T @ matrix)
 
 
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

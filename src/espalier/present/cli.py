@@ -15,7 +15,16 @@ from espalier.costs import cost
 from espalier.graph import trace
 from espalier.graph.summary import overview, readable_bytes
 from espalier.present import options as opt
-from espalier.present.config import Config, fit_model_to, given, make_data, make_model, make_recipe, settings
+from espalier.present.config import (
+    Config,
+    fit_model_to,
+    given,
+    hyper_parameters,
+    make_data,
+    make_model,
+    make_recipe,
+    settings,
+)
 from espalier.present.demo import run_demo
 from espalier.present.edge import Edge, stdout, stopped
 from espalier.present.jobs import open_network, run_job
@@ -65,6 +74,7 @@ def compress(
     multiple_of: opt.MultipleOf = None,
     protect: opt.Protect = None,
     method: opt.Method = None,
+    set: opt.Set = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = None,
     lr: opt.Lr = None,
@@ -97,7 +107,7 @@ def compress(
             multiple_of=multiple_of,
             protect=protect,
         ),
-        "method": given(name=method),
+        "method": {**given(name=method), **hyper_parameters(set or [])},
         "recipe": given(
             epochs=epochs,
             batch_size=batch_size,

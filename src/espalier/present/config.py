@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ def given(**options: Any) -> dict[str, Any]:
     """The options that were given, as plain values; paths are made absolute, to be found from anywhere."""
     plain = {n: str(v.expanduser().resolve()) if isinstance(v, Path) else v for n, v in options.items()}
     return {n: v for n, v in plain.items() if v is not None and v != []}
+
+
+def hyper_parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["energy=0.02", "form=channel"]`` as names and values; what is not a TOML value is a string.
+
+    Raises: ValueError for what is not NAME=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name or not text:
+            raise ValueError(f"--set {pair}: give NAME=VALUE, for example energy=0.02")
+        try:
+            found[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = text
+    return found
 
 
 def settings(options: Config, *, config: Path | None, out: Path | None, resume: bool) -> Config:

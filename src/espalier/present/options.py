@@ -89,7 +89,19 @@ Protect = Annotated[
 # -- method and training
 
 Method = Annotated[
-    str | None, _option("--method", "tcp (default), magnitude, or none to train only.", "Training", metavar="NAME")
+    str | None,
+    _option(
+        "--method", "tcp (default), dprp, magnitude, svd-oneshot, or none to train only.", "Training", metavar="NAME"
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    _option(
+        "--set",
+        "A hyper-parameter of the method, for example energy=0.02; repeatable.",
+        "Training",
+        metavar="NAME=VALUE",
+    ),
 ]
 Epochs = Annotated[
     int | None,

@@ -1,0 +1,556 @@
+"""DPRP: at full rank it is the dense network, ranks only fall, the budget is met exactly, and momentum follows every turn."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import espalier as es
+from benchmarks.common import ZOO, build, example
+from espalier.costs import cost
+from espalier.forms import LowRank, find_places
+from espalier.forms.lowrank import orthonormalise
+from espalier.forms.svd import svd, to_matrix
+from espalier.graph import trace
+from espalier.methods.dprp import DPRP, Falling
+from espalier.methods.ranks import tails
+from espalier.plan import Budget
+from espalier.run import report
+from espalier.run.compress import compress
+from espalier.run.data import Data, load_data
+from espalier.run.loop import make_optimizer, train
+from espalier.run.models import build_model
+from espalier.run.recipe import Recipe
+from espalier.solver import unused_blocks
+from espalier.surgery import cut_ranks, load, save, turn_factors
+from espalier.surgery.files import rebuild, structure
+from espalier.surgery.verify import gradients
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+STEPS = 60
+
+
+def network(name: str = "resnet20a") -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, num_classes=10, in_channels=1, image_size=8)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
+
+
+def one_step(process: Falling, optimizer: torch.optim.Optimizer, step: int) -> None:
+    x, y = batch(step)
+    (F.cross_entropy(process.model(x), y) + process.penalty()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[Falling, list[dict[str, int]]]:
+    model = network()
+    process = method.start(model, EXAMPLE, budget)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    ranks = []
+    for step in range(steps):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / steps, optimizer=optimizer)
+        ranks.append({n: layer.rank for n, layer in process.layers.items()})
+    return process, ranks
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Conv2d(5, 7, 3, padding=1),
+    "strided": lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False),
+    "asymmetric": lambda: nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+    "pointwise": lambda: nn.Conv2d(4, 6, 1, stride=2),
+    "linear": lambda: nn.Linear(9, 4),
+}
+
+
+def factorised(kind: str, form: str) -> tuple[Any, LowRank, Tensor]:
+    torch.manual_seed(1)
+    layer: Any = LAYERS[kind]().double()
+    x = torch.randn(2, 9).double() if kind == "linear" else torch.randn(2, layer.in_channels, 12, 11).double()
+    place = find_places(nn.Sequential(layer), x)[0]["0"]
+    return layer, LowRank.of(copy.deepcopy(layer), place, form=form), x
+
+
+# -- the layer
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_full_rank_is_the_dense_layer_forward_and_gradient(kind: str, form: str) -> None:
+    if kind == "linear" and form == "spatial":
+        form = "channel"
+    layer, low, x = factorised(kind, form)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(inputs[0]), low(inputs[1])]
+    assert torch.allclose(*outputs, atol=1e-12)
+    toward = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * toward).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-12)
+    gradient = to_matrix(layer.weight.grad, form)
+    assert torch.allclose(low.u.grad, gradient @ low.v * low.s, atol=1e-11)
+    assert torch.allclose(low.v.grad, gradient.T @ low.u * low.s, atol=1e-11)
+    assert torch.allclose(low.s.grad, (low.u * (gradient @ low.v)).sum(0), atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("kind", ["plain", "asymmetric", "pointwise", "linear"])
+def test_composed_or_in_two_layers_makes_no_difference(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind in ("linear", "pointwise"):
+        form = "channel"
+    _, low, x = factorised(kind, form)
+    found = []
+    for composes in (True, False):
+        monkeypatch.setattr(LowRank, "composes", lambda self, x, answer=composes: answer)
+        low.zero_grad()
+        output = low(x)
+        output.square().sum().backward()
+        found.append([output, low.u.grad.clone(), low.s.grad.clone(), low.v.grad.clone()])
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*found, strict=True))
+
+
+def test_it_composes_near_full_rank_and_not_below_break_even() -> None:
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    x = torch.zeros(64, 32, 16, 16)
+    model = nn.Sequential(LowRank.of(layer, find_places(nn.Sequential(layer), x)[0]["0"], form="spatial"))
+    assert model[0].composes(x)
+    cut_ranks(model, {"0": 40})
+    assert not model[0].composes(x)
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+def test_truncation_error_is_the_tail_energy(form: str) -> None:
+    layer, low, _ = factorised("plain", form)
+    model = nn.Sequential(low)
+    expected = tails(low.s)
+    for rank in range(low.rank, 0, -1):
+        cut_ranks(model, {"0": rank})
+        error = (model[0].weight - layer.weight).square().sum() / layer.weight.square().sum()
+        assert abs(error.item() - float(expected[rank])) < 1e-12
+
+
+def test_decay_of_the_values_alone_is_decay_of_the_layer() -> None:
+    layer, low, _ = factorised("plain", "spatial")
+    model = nn.Sequential(low, nn.BatchNorm2d(7))
+    groups = make_optimizer(model, Recipe(epochs=1)).param_groups
+    decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
+    assert [id(p) for p in decayed] == [id(low.s)]
+    assert torch.allclose(low.s.square().sum(), layer.weight.square().sum())
+
+
+def test_a_rank_that_a_matrix_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="ranks 1 to 4"):
+        LowRank(4, 8, rank=5)
+
+
+# -- turning
+
+
+def disturbed(dtype: torch.dtype = torch.float32) -> LowRank:
+    torch.manual_seed(3)
+    layer = nn.Conv2d(16, 24, 3, padding=1).to(dtype)
+    low = LowRank.of(
+        layer, find_places(nn.Sequential(layer), torch.zeros(1, 16, 8, 8, dtype=dtype))[0]["0"], form="spatial"
+    )
+    with torch.no_grad():
+        for factor in (low.u, low.v):
+            factor.add_(0.05 * torch.randn_like(factor) / factor.shape[0] ** 0.5)
+        low.s.mul_(1 + 0.2 * torch.randn_like(low.s))
+    return low
+
+
+def test_turning_is_exact_and_leaves_orthonormal_factors() -> None:
+    low = disturbed()
+    before = low.weight.double()
+    turn_factors(low, name="layer")
+    assert float((low.weight.double() - before).norm() / before.norm()) < 1e-6
+    for factor in (low.u, low.v):
+        off = factor.T @ factor - torch.eye(low.rank)
+        assert float(off.abs().max()) < 1e-6
+    assert (low.s.diff() <= 0).all()
+    assert (low.s >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "adam", "amsgrad"])
+def test_the_optimiser_steps_to_the_same_weight_after_turning(kind: str) -> None:
+    """To first order: with a step of 1e-6 the two weights differ by a thousandth of the step."""
+    low = disturbed(torch.float64)
+    make: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+        "nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+        "adam": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
+        "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0, amsgrad=True),
+    }
+    optimizer = make[kind](low.parameters())
+    for step in range(4):
+        x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(step)).double()
+        low(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-6
+
+    def next_step(layer: LowRank, optimizer: torch.optim.Optimizer) -> Tensor:
+        """What momentum alone does: the gradient is zero."""
+        before = layer.weight.detach().clone()
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return layer.weight.detach() - before
+
+    twin = copy.deepcopy(low)
+    other = make[kind](twin.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    turn_factors(twin, name="layer", optimizer=other)
+    assert torch.allclose(twin.weight, low.weight, atol=1e-12)
+    expected, found = next_step(low, optimizer), next_step(twin, other)
+    assert float(expected.norm()) > 0
+    tolerance = 1e-3 if kind in ("sgd", "nesterov") else 2e-2  # of Adam, second moments forget in another basis
+    assert float((expected - found).norm()) < tolerance * float(expected.norm())
+
+
+def test_momentum_of_dead_values_does_not_explode() -> None:
+    """Two values of nothing: as a turn of their directions, a step of either would be of any size."""
+    low = disturbed(torch.float64)
+    with torch.no_grad():
+        low.s[-8:] = 1e-7 * torch.rand(8)
+    optimizer = torch.optim.SGD(low.parameters(), lr=1e-3, momentum=0.9)
+    low(torch.randn(4, 16, 8, 8).double()).square().mean().backward()
+    optimizer.step()
+    for parameter in (low.u, low.s, low.v):
+        optimizer.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
+    before = float(optimizer.state[low.u]["momentum_buffer"].norm())
+    turn_factors(low, name="layer", optimizer=optimizer)
+    assert float(optimizer.state[low.u]["momentum_buffer"].norm()) < 3 * before
+
+
+def test_second_moments_swap_places_with_their_columns() -> None:
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 4).double())[0] for n in (7, 6))
+    s = torch.tensor([1.0, 3.0, 2.0, 4.0]).double()
+    turn = orthonormalise(u, s, v, name="layer")
+    moments = [torch.rand(7, 4).double(), torch.rand(4).double(), torch.rand(6, 4).double()]
+    for old, new in zip(moments, turn.spread(*moments), strict=True):
+        assert torch.allclose(new, old[..., [3, 1, 2, 0]], atol=1e-12)
+
+
+def test_a_weight_that_is_not_finite_names_its_layer() -> None:
+    model = network()
+    process = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
+    with torch.no_grad():
+        process.layers["layer2.0.conv1"].s[3] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layer2\.0\.conv1"):
+        process.step(progress=0.2, optimizer=optimizer)
+
+
+def test_a_decomposition_that_fails_in_float32_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = torch.linalg.svd, []
+
+    def failing(matrix: Tensor, **options: Any) -> Any:
+        seen.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    u, s, v = svd(torch.randn(5, 4), name="layer")
+    assert seen == [torch.float32, torch.float64]
+    assert u.dtype == s.dtype == v.dtype == torch.float32
+
+
+# -- a run
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(macs=0.5), Budget(params=0.4), Budget(macs=0.6, params=0.5, multiple_of=4)], ids=str
+)
+def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None:
+    process, ranks = run(DPRP(), budget)
+    for before, after in pairwise(ranks):
+        assert all(after[n] <= before[n] for n in before)
+    assert process.done
+    assert sum(a != b for a, b in pairwise(ranks)) >= 5  # not in one go
+    recorded = {n: int(points[-1][1]) for n, points in process.history["rank"].items()}
+    assert recorded == ranks[-1]
+    whole, limits, graph, planned = process.dense, process.limits, process.graph, process.cost
+    small = process.finish()
+    assert not process.forced
+    assert cost(trace(small, EXAMPLE)) == cost(graph, process.stayed) == planned
+    assert all(getattr(planned, m) <= limit for m, limit in limits.items())
+    assert all(getattr(planned, m) > 0.97 * limit for m, limit in limits.items()) or len(limits) > 1
+    factored = [m for m in small.modules() if isinstance(m, nn.Sequential) and type(m[0]) is nn.Conv2d and len(m) == 2]
+    assert factored
+    assert all(m[0].out_channels % budget.multiple_of == 0 for m in factored)
+    assert not any(isinstance(m, LowRank) for m in small.modules())
+    assert whole.macs == cost(trace(network(), EXAMPLE)).macs
+
+
+def test_nothing_that_fits_is_left_out() -> None:
+    process, _ = run(DPRP(start_at=0.0, every=0.25, reach=0.25), Budget(params=0.5))
+    process.finish()  # one decision: no earlier one has bound it
+    assert unused_blocks(process.graph, process.stayed, Budget(params=0.5)) == []
+
+
+def test_dropping_changes_no_logit() -> None:
+    model = network()
+    process = DPRP().start(model, EXAMPLE, Budget(params=0.4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    x, _ = batch(99)
+    drops, drop = [], process._drop
+
+    def watched(optimizer: torch.optim.Optimizer | None) -> Any:
+        model.eval()
+        with torch.no_grad():
+            before = model(x)
+            kept = drop(optimizer)
+            after = model(x)
+        model.train()
+        if kept:
+            drops.append(float((before - after).abs().max() / before.abs().max()))
+        return kept
+
+    process._drop = watched  # type: ignore[method-assign]
+    for step in range(STEPS):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        ours = {id(p) for p in model.parameters()}
+        assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
+        assert all(s["momentum_buffer"].shape == p.shape for p, s in optimizer.state.items() if s)
+    assert len(drops) >= 5
+    assert max(drops) < 1e-5
+
+
+def test_energy_finds_ranks_without_a_budget_and_gives_up_no_more() -> None:
+    few, _ = run(DPRP(energy=0.3), Budget(macs=1.0))
+    many, _ = run(DPRP(energy=0.05), Budget(macs=1.0))
+    assert all(0 <= lost <= 0.3 + 1e-6 for lost in few.given_up.values())
+    assert sum(layer.rank for layer in few.layers.values()) < sum(layer.rank for layer in many.layers.values())
+    assert few.cost.params < many.cost.params <= many.dense.params
+
+
+def test_energy_and_a_budget_hold_together() -> None:
+    process, _ = run(DPRP(energy=0.05), Budget(params=0.3))
+    process.finish()
+    assert process.cost.params <= process.limits["params"]
+
+
+def test_training_that_stops_early_is_cut_and_says_so() -> None:
+    model = network()
+    process = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for step in range(8):
+        one_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    small = process.finish()
+    assert process.forced
+    assert cost(trace(small, EXAMPLE)) == process.cost
+    assert process.cost.macs <= process.limits["macs"]
+
+
+def test_what_stays_dense_is_listed_with_the_reason() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2)
+    )
+    process = DPRP().start(model, EXAMPLE, Budget(macs=0.95, multiple_of=2, protect=["2"]))
+    assert process.left == {
+        "1": "grouped convolution",
+        "2": "protected by the budget",
+        "4": "too small: rank 2 costs as much as the layer itself",
+    }
+    assert list(process.layers) == ["0"]
+
+
+def test_resume_between_two_rank_events_is_the_uninterrupted_run() -> None:
+    def whole(stop: int | None) -> list[Tensor]:
+        model = network()
+        process = DPRP().start(model, EXAMPLE, Budget(macs=0.6, params=0.5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        for step in range(STEPS):
+            if step == stop:
+                state, table = copy.deepcopy(process.state_dict()), structure(model)
+                limits, momentum = process.limits, copy.deepcopy(optimizer.state_dict())
+                weights = copy.deepcopy(model.state_dict())
+                model = rebuild(network(), json.loads(json.dumps(table)))
+                model.load_state_dict(weights)
+                process = DPRP().start(model, EXAMPLE, Budget(**{m: float(v) for m, v in limits.items()}))
+                process.load_state_dict(state)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+                optimizer.load_state_dict(momentum)
+            one_step(process, optimizer, step)
+            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        return [p.detach().clone() for p in process.finish().parameters()]
+
+    uninterrupted = whole(None)
+    for stop in (1, 13, 22, 50):
+        resumed = whole(stop)
+        assert [p.shape for p in resumed] == [p.shape for p in uninterrupted]
+        assert all(torch.equal(a, b) for a, b in zip(uninterrupted, resumed, strict=True))
+
+
+def test_an_unreachable_budget_fails_before_training() -> None:
+    with pytest.raises(es.BudgetError, match="smallest reachable"):
+        DPRP().start(network(), EXAMPLE, Budget(params=0.001))
+
+
+def test_memory_of_activations_is_not_a_budget_for_ranks() -> None:
+    with pytest.raises(ValueError, match="do not lower the memory"):
+        DPRP().start(network(), EXAMPLE, Budget(activation_memory=0.5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"energy": 0.0}, {"energy": 1.0}, {"energy": float("nan")}, {"energy": True}, {"form": "tucker"},
+        {"importance": "luck"}, {"every": 0.0}, {"reach": 1.0}, {"start_at": 0.5}, {"sparsity": -1.0},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="DPRP"):
+        DPRP(**settings)
+
+
+def test_only_methods_that_find_the_size_go_without_a_budget() -> None:
+    for method in (DPRP(), es.TCP(), es.SVDOneShot()):
+        with pytest.raises(ValueError, match="needs a budget"):
+            es.attach(network(), EXAMPLE, method=method)
+    assert es.attach(network(), EXAMPLE, method=DPRP(energy=0.1)).limits == {
+        "macs": cost(trace(network(), EXAMPLE)).macs, "params": cost(trace(network(), EXAMPLE)).params,
+    }  # fmt: skip
+
+
+# -- the whole job
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    whole = load_data("digits")
+    return dataclasses.replace(whole, train=whole.train[:320], test=whole.test[:100])
+
+
+@pytest.fixture
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "latency", lambda *_, **__: [])
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe(**{"epochs": 3, "batch_size": 32, "lr": 0.02, "device": "cpu", "threads": 1, **changes})
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(epoch: int) -> Callable[[Any], None]:
+    def on_epoch(history: Any) -> None:
+        if len(history.epochs) == epoch:
+            raise Killed
+
+    return on_epoch
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 0.002, "ema": 0.9}], ids=["sgd", "adamw, ema"])
+def test_a_killed_run_goes_on_exactly_and_leaves_everything(
+    digits: Data, no_timing: None, tmp_path: Any, changes: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"budget": Budget(params=0.5), "method": DPRP(), "recipe": recipe(**changes)}
+    whole = compress(network(), digits, out=tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        compress(network(), digits, out=tmp_path / "killed", on_epoch=killed_after(1), **options)
+    resumed = compress(network(), digits, out=tmp_path / "killed", resume=True, **options)
+    ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    texts = [(tmp_path / run / "history.json").read_text() for run in ("whole", "killed")]
+    assert texts[0] == texts[1]
+    ranks = json.loads(texts[0])["rank"]
+    assert any(len(points) > 1 for points in ranks.values())
+    assert "model.onnx` differs" in (tmp_path / "whole" / "summary.md").read_text()
+    loaded = load(tmp_path / "whole" / "model.safetensors", base=network()).eval()
+    x, _ = batch(0)
+    assert torch.equal(loaded(x), whole.model.eval()(x))
+
+
+def test_energy_needs_no_budget_in_compress(digits: Data, no_timing: None, tmp_path: Any) -> None:
+    result = compress(network(), digits, method=DPRP(energy=0.2), recipe=recipe(epochs=2), out=tmp_path / "run")
+    assert result.limits == {}
+    assert result.cost.params < result.dense.params
+    assert "No budget" in (tmp_path / "run" / "summary.md").read_text()
+    with pytest.raises(ValueError, match="needs a budget"):
+        compress(network(), digits, method=DPRP(), recipe=recipe())
+
+
+def test_one_shot_svd_is_at_the_budget_and_goes_on_as_plain_layers(digits: Data, tmp_path: Any) -> None:
+    result = compress(network(), digits, budget=Budget(params=0.5), method=es.SVDOneShot(), recipe=recipe(epochs=1))
+    assert result.cost.params <= result.limits["params"]
+    assert result.cost.params > 0.97 * result.limits["params"]
+    save(result.model, tmp_path / "small.safetensors")
+    loaded = load(tmp_path / "small.safetensors", base=network())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), result.model.parameters(), strict=True))
+
+
+def test_it_learns_from_trained_weights(digits: Data) -> None:
+    model = network()
+    train(model, load_data("digits"), recipe(epochs=3, lr=0.05))
+    result = compress(model, digits, budget=Budget(params=0.5), method=DPRP(), recipe=recipe(epochs=4))
+    assert result.accuracy is not None and result.dense_accuracy is not None
+    assert result.dense_accuracy > 70
+    assert result.accuracy > result.dense_accuracy - 15
+
+
+# -- networks nobody here wrote
+
+
+def first_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
+
+
+IN_CI = ("cifar:resnet20", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm:vit_tiny_patch16_224")
+NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in ZOO]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, tmp_path: Any) -> None:
+    model, inputs = build(name), example(name)
+    if "vgg16_bn" not in name:
+        model.train()
+    before = cost(trace(model, inputs))
+    process = DPRP(importance="energy").start(model, inputs, Budget(params=0.7))
+    x = torch.randn(2, *inputs.shape[1:], generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    for progress in (0.1, 0.6):
+        output = model(x)
+        outputs = (
+            [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, dict) else output)
+        )
+        (sum(o.float().square().mean() for o in outputs) + process.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        process.step(progress=progress, optimizer=optimizer)
+    small = process.finish().eval()
+    reached = cost(trace(small, inputs))
+    assert (reached.macs, reached.params) == (process.cost.macs, process.cost.params)
+    assert sum(p.numel() for p in small.parameters()) == reached.params <= process.limits["params"] < before.params
+    save(small, tmp_path / "small.safetensors")
+    loaded = load(tmp_path / "small.safetensors", base=build(name)).eval()
+    y = torch.randn(1, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = small(y), loaded(y)
+    assert torch.equal(first_of(ours), first_of(theirs))
+    assert len(gradients(small, inputs)) > 0.5 * len(list(small.parameters()))
