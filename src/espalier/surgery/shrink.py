@@ -21,7 +21,8 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A copy of ``model``, same class, that holds only what ``plan`` keeps.  ``model`` is not touched."""
     plan.check(graph)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
-    if kept and graph.baked:
+    selects = any(f"{n}.index" in kept for n in graph.selects)
+    if selects or (kept and graph.baked):  # what changes more than shapes is done on a copy
         small = copy_model(model, {})
         shrink_(small, graph, plan)
         return small
