@@ -1,0 +1,470 @@
+"""MGP: shapes and selections compute what the masked layer did, cost what was planned, and arrive at the budget."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import ZOO, build
+from benchmarks.common import example as zoo_example
+from espalier.costs import CostModel, cost
+from espalier.forms import cut_kernel, find_places, rectangles, shape_chain, shapes
+from espalier.graph import files, hold, selectable, trace, with_inputs
+from espalier.graph.inputs import inputs_name
+from espalier.graph.ladders import ladder_name
+from espalier.layers import PartConv2d
+from espalier.methods.mgp import FILTERS, INPUTS, MGP, SHAPES, Granular, granularities, kind_of
+from espalier.methods.units import Units
+from espalier.plan import Budget, Plan
+from espalier.run.models import build_model
+from espalier.run.onnx import export_onnx
+from espalier.solver import solve, unused_blocks
+from espalier.surgery import load, mask, rebuild, save, shrink, structure, verify
+from tests.proving import randomise
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+STEPS = 120
+
+
+def network(name: str = "resnet20") -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(build_model(name, num_classes=10, in_channels=1, image_size=8))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
+
+
+def train_step(process: Granular, optimizer: torch.optim.Optimizer, step: int) -> None:
+    x, y = batch(step)
+    nn.functional.cross_entropy(process.model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole_run(model: nn.Module, method: MGP, budget: Budget) -> Granular:
+    process = method.start(model, EXAMPLE, budget)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for step in range(STEPS):
+        train_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    process.finish()
+    return process
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        found = model(x)
+    for module, flag in flags:
+        module.training = flag
+    return found
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 5), (4, 2), (2, 2)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (1, 3)])
+def test_a_cut_kernel_is_the_masked_one(
+    kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    x = torch.randn(2, 3, 11, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    for padding in itertools.product(*({0, 1, r // 2, r} for r in reach)):
+        model = nn.Sequential(nn.Conv2d(3, 4, kernel, stride, padding, dilation, dtype=torch.float64))
+        for rectangle in rectangles(kernel):
+            masked, small = copy.deepcopy(model), copy.deepcopy(model)
+            with torch.no_grad():
+                masked[0].weight.mul_(torch.from_numpy(rectangle.mask(kernel)))
+            cut_kernel(small, "0", rectangle)
+            assert tuple(small[0].weight.shape[2:]) == rectangle.size
+            assert torch.allclose(masked(x), small(x), rtol=0, atol=1e-12), (rectangle, padding)
+            again = rebuild(copy.deepcopy(model), structure(small)).double()
+            again.load_state_dict(small.state_dict())
+            assert torch.equal(again(x), small(x))
+
+
+def test_rectangles_that_need_no_uneven_padding_come_first() -> None:
+    places, _ = find_places(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.zeros(1, 4, 8, 8))
+    found = [sorted({str(r) for r in rung}) for rung in shapes(places["0"])]
+    assert found == [["1x1"], ["1x2", "2x1"], ["1x3", "3x1"], ["2x2"], ["2x3", "3x2"], ["3x3"]]
+    assert [len(rung) for rung in shapes(places["0"])] == [1, 12, 2, 4, 4, 1]
+    assert [shape_chain(places["0"], rung).copies > 0 for rung in shapes(places["0"])] == [0, 1, 0, 1, 1, 0]
+
+
+def test_cutting_a_kernel_carries_momentum_along() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    before = optimizer.state[model[0].weight]["momentum_buffer"].clone()
+    rectangle = next(r for r in rectangles((3, 3)) if str(r) == "2x2")
+    cut_kernel(model, "0", rectangle, optimizer=optimizer)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    after = optimizer.state[model[0].weight]["momentum_buffer"]
+    rows, columns = slice(rectangle.top, rectangle.bottom + 1), slice(rectangle.left, rectangle.right + 1)
+    assert torch.equal(after, before[:, :, rows, columns])
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def joint(model: nn.Module, example: Tensor, method: MGP) -> tuple[object, dict]:
+    graph, rungs, _ = granularities(model, trace(model, example), example, method)
+    return graph, rungs
+
+
+def carried_out(model, graph, rungs, plan: Plan, draw: np.random.Generator, *, masked: bool):
+    """The network of a plan: small, or of full size with zeros."""
+    channels = Plan({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
+    made = mask(model, graph, channels) if masked else shrink(model, graph, channels)
+    for layer, found in rungs.items():
+        rung = found[len(plan.keep[ladder_name(layer)]) - 1]
+        rectangle = rung[int(draw.integers(len(rung)))]
+        weight = made.get_submodule(layer).weight
+        if masked:
+            with torch.no_grad():
+                weight.mul_(torch.from_numpy(rectangle.mask(weight.shape[2:])))
+        elif rectangle.area < weight.shape[2:].numel():
+            cut_kernel(made, layer, rectangle)
+    return made
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20a", "vgg16_bn"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_random_plans_over_all_granularities_cost_and_compute_what_was_planned(name: str, streams: bool) -> None:
+    model, example = randomise(build_model(name, num_classes=10)), torch.zeros(2, 3, 32, 32)
+    graph, rungs = joint(model, example, MGP(streams=streams))
+    assert cost(graph) == cost(trace(model, example))
+    draw = np.random.default_rng(0)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for turn in range(2):
+        keep = {}
+        for group in graph.groups:
+            count = int(draw.integers(1, group.size + 1))
+            order = np.arange(group.size) if group.ladder else draw.permutation(group.size)
+            keep[group.name] = np.sort(order[:count])
+        plan = Plan(keep)
+        small = carried_out(model, graph, rungs, plan, np.random.default_rng(turn), masked=False)
+        found, planned = cost(trace(small, example)), cost(graph, plan)
+        assert (found.macs, found.params) == (planned.macs, planned.params)
+        assert found.activation_memory <= planned.activation_memory
+        zeroed = carried_out(model, graph, rungs, plan, np.random.default_rng(turn), masked=True)
+        one, other = logits(zeroed.double(), x), logits(small.double(), x)
+        assert (one - other).abs().max() <= 1e-9 * one.abs().max()
+
+
+def test_selected_inputs_are_planned_to_the_byte_and_pass_every_proof() -> None:
+    model, example = network(), EXAMPLE
+    whole = trace(model, example)
+    graph = hold(whole, [g.name for g in whole.groups], "kept for this test")
+    assert cost(graph) == cost(whole)
+    layers = [
+        n for n in selectable(graph, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]) if n != "conv1"
+    ]
+    places, _ = find_places(model, example)
+    graph = with_inputs(graph, {n: int(np.prod(places[n].input_size)) * 4 for n in layers})
+    assert cost(graph) == cost(whole)
+    draw = np.random.default_rng(0)
+    budget = Budget(macs=0.6, params=0.7)
+    plan = solve(graph, {g.name: draw.random(g.size) for g in graph.groups}, budget)
+    assert unused_blocks(graph, plan, budget) == []
+    verify(model, graph, plan, example, budget=budget).require()
+    assert cost(trace(shrink(model, graph, plan), example)) == cost(graph, plan)
+    few = Plan(
+        {
+            inputs_name(n): np.array([0]) if n == layers[0] else np.arange(graph.group(inputs_name(n)).size)
+            for n in layers
+        }
+    )
+    small = shrink(model, graph, few)
+    assert sum(isinstance(m, PartConv2d) for m in small.modules()) == 1
+    assert cost(trace(small, example)) == cost(graph, few)
+
+
+def test_a_network_that_keeps_reading_everything_copies_nothing() -> None:
+    model = network()
+    graph, _ = joint(model, EXAMPLE, MGP(shapes=False))
+    assert not any(isinstance(m, PartConv2d) for m in shrink(model, graph, Plan.dense(graph)).modules())
+    inputs = [g for g in graph.groups if kind_of(g.name) == INPUTS]
+    assert inputs
+    less = Plan({inputs[0].name: np.arange(inputs[0].size - 1)})
+    assert cost(graph, less).macs < cost(graph).macs
+
+
+def test_inputs_that_can_go_anyway_are_not_selected() -> None:
+    model = network()
+    graph = trace(model, EXAMPLE)
+    inner = next(n for n in graph.shapes if n.endswith("layer1.0.conv2.weight")).rpartition(".")[0]
+    assert selectable(graph, [inner]) == []
+    with pytest.raises(ValueError, match="whose inputs all stay"):
+        with_inputs(graph, {inner: 4})
+
+
+def test_moving_step_by_step_adds_up_to_the_whole() -> None:
+    graph, _ = joint(network(), EXAMPLE, MGP())
+    costs = CostModel(graph)
+    state = costs.at(graph.sizes)
+    draw = np.random.default_rng(2)
+    for _ in range(200):
+        group = int(draw.integers(len(graph.groups)))
+        state.move(group, int(draw.integers(1, graph.groups[group].size + 1)) - int(state.keep[group]))
+    whole = costs.cost(state.keep)
+    assert (state.value("macs"), state.value("params"), state.activation_memory) == (
+        whole.macs, whole.params, whole.activation_memory,
+    )  # fmt: skip
+
+
+def test_a_graph_goes_through_text_and_follows_a_removal() -> None:
+    model = network()
+    graph, _ = joint(model, EXAMPLE, MGP())
+    draw = np.random.default_rng(3)
+    units = {g.name: np.arange(max(1, g.size - int(draw.integers(3)))) for g in graph.groups}
+    after = graph.after(units)
+    assert cost(after) == cost(graph, Plan(units))
+    again = files.from_json(files.to_json(after))
+    assert files.to_json(again) == files.to_json(after)
+    assert cost(again) == cost(after)
+    solved = [
+        solve(g, {h.name: np.ones(h.size) for h in g.groups}, {"macs": cost(after).macs // 2}) for g in (after, again)
+    ]
+    assert all(np.array_equal(solved[0].keep[n], solved[1].keep[n]) for n in solved[0].keep)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        MGP(),
+        MGP(inputs=False, shapes=False),
+        MGP(filters=False, shapes=False),
+        MGP(filters=False, inputs=False),
+        MGP(streams=True),
+    ],
+    ids=["all", "filters", "inputs", "shapes", "streams"],
+)
+def test_arrives_at_the_budget_without_force(method: MGP, tmp_path) -> None:
+    model = network()
+    dense = copy.deepcopy(model)
+    process = whole_run(model, method, Budget(macs=0.5))
+    assert process.done
+    assert not process.forced
+    found = cost(trace(model, EXAMPLE))
+    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
+    slack = 0.1 if method.shapes and not method.inputs else 0.02  # one rung of a kernel is much
+    assert (1 - slack) * process.limits["macs"] <= found.macs <= process.limits["macs"]
+    save(model, tmp_path / "small.safetensors")
+    again = load(tmp_path / "small.safetensors", base=dense)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(logits(again, x), logits(model, x))
+
+
+def test_removal_changes_no_logit_and_keeps_training_going() -> None:
+    model = network()
+    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.25, params=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    kinds: set[str] = set()
+    carry_out = process._carry_out
+
+    def watched(stay, cut, optimizer):
+        kinds.update(kind_of(n) for n, u in stay.items() if len(u) < process.graph.group(n).size)
+        before = logits(model, x)
+        result = carry_out(stay, cut, optimizer)
+        assert (before - logits(model, x)).abs().max() <= 1e-5 * before.abs().max()
+        return result
+
+    process._carry_out = watched  # type: ignore[method-assign]
+    for step in range(STEPS):
+        train_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        ours = {id(p) for p in model.parameters()}
+        assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
+        assert all(s["momentum_buffer"].shape == p.shape for p, s in optimizer.state.items())
+    assert kinds == {FILTERS, INPUTS, SHAPES}
+
+
+def test_resumed_run_is_the_uninterrupted_one() -> None:
+    def run(stop: int | None) -> dict[str, Tensor]:
+        model = network()
+        process = MGP().start(model, EXAMPLE, Budget(macs=0.3, params=0.4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        for step in range(STEPS):
+            if step == stop:
+                state, momentum = copy.deepcopy(process.state_dict()), copy.deepcopy(optimizer.state_dict())
+                absolute = Budget(**{m: float(v) for m, v in process.limits.items()})
+                model = rebuild(network(), structure(model))
+                model.load_state_dict(process.model.state_dict())
+                process = MGP().start(model, EXAMPLE, absolute)
+                process.load_state_dict(state)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+                optimizer.load_state_dict(momentum)
+            train_step(process, optimizer, step)
+            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        return dict(process.finish().state_dict())
+
+    whole = run(None)
+    for stop in (20, 35, 52, 58):
+        parts = run(stop)
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(whole[n], parts[n]) for n in whole)
+
+
+def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
+    process = MGP(stagger=0.1).start(network(), EXAMPLE, Budget(macs=0.3))
+    gentle, tight = {"macs": int(0.9 * process.dense.macs)}, {"macs": int(0.06 * process.dense.macs)}
+
+    def touched(limits: dict[str, int], progress: float) -> set[str]:
+        plan, _ = process._plan(limits, progress)
+        return {kind_of(n) for n, u in plan.keep.items() if len(u) < process.graph.group(n).size}
+
+    process.sensitivity.value = torch.rand(process.units.count, generator=torch.Generator().manual_seed(0))
+    assert touched(gentle, 0.05) == {FILTERS}
+    assert SHAPES not in touched(gentle, 0.15)
+    assert touched(tight, 0.05) > {FILTERS}
+
+
+def test_only_what_is_outside_is_pressed_and_dear_groups_fade_faster() -> None:
+    model = network()
+    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(12):
+        train_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    pressed, pull = process.pressed, process.pull
+    assert pressed.any() and not pressed.all()
+    assert 0.5 <= float(pull.min()) < float(pull.max()) <= 2.0
+    free = [p.detach().clone() for p in model.parameters() if p.ndim == 1]
+    process._press(0.002, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(free, [p for p in model.parameters() if p.ndim == 1], strict=True))
+    untouched = {i for s in process.units.taps.values() for i in range(s.start, s.stop)} - set(
+        pressed.nonzero().ravel().tolist()
+    )
+    assert untouched
+
+
+def test_importance_of_a_kernel_position_is_the_derivative_of_its_skeleton() -> None:
+    from espalier.methods.importance import Sensitivity
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    units = Units(model, trace(model, EXAMPLE), taps=["2"])
+    heard = Sensitivity(units)
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    heard.batch_done()
+    ours = heard.value[units.taps["2"]]
+    skeleton = torch.ones(4, 1, 3, 3, requires_grad=True)
+    hidden = nn.functional.conv2d(torch.relu(model[0](x)), model[2].weight * skeleton, model[2].bias)
+    nn.functional.cross_entropy(model[4](model[3](hidden)), y).backward()
+    assert skeleton.grad is not None
+    expected = skeleton.grad.sum((0, 1)).reshape(-1).square()
+    assert torch.allclose(ours / ours.sum(), expected / expected.sum(), rtol=1e-3, atol=1e-7)
+
+
+def test_onnx_gives_the_same_numbers(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = network()
+    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
+    draw = np.random.default_rng(0)
+    stay = {g.name: np.sort(draw.permutation(g.size)[: max(1, g.size // 2)]) for g in process.graph.groups}
+    cut = {n: r[1][0] for n, r in process.shapes.items()}
+    process._descend(stay, cut)
+    process._carry_out(stay, cut, None)
+    assert any(isinstance(m, PartConv2d) and m.index is not None and any(m.shift) for m in model.modules())
+    export_onnx(model.eval(), tmp_path / "small.onnx", example=torch.randn(2, 1, 8, 8))  # raises where they differ
+
+
+def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 16, 3, padding=1)
+            self.circular = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular")
+            self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+            self.twice = nn.Conv2d(16, 16, 3, padding=1)
+            self.even = nn.Conv2d(16, 16, 4, padding="same")
+            self.wide = nn.Conv2d(16, 16, (3, 5), padding=(2, 0), stride=(1, 2), dilation=(2, 1))
+            self.fc = nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            x = x + self.grouped(self.circular(x))
+            x = torch.relu(self.twice(torch.relu(self.twice(x))))
+            return self.fc(torch.relu(self.wide(self.even(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    process = whole_run(Net(), MGP(), Budget(macs=0.6))
+    assert set(process.left_alone) == {"circular", "grouped", "twice", "even"}
+    assert process.done
+    found = cost(trace(process.model, EXAMPLE))
+    assert found.macs == process.cost.macs <= process.limits["macs"]
+
+
+def test_training_that_stops_early_is_cut_and_says_so() -> None:
+    model = network()
+    process = MGP().start(model, EXAMPLE, Budget(macs=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for step in range(10):
+        train_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    process.finish()
+    assert process.forced
+    assert cost(trace(model, EXAMPLE)).macs == process.cost.macs <= process.limits["macs"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"filters": False, "inputs": False, "shapes": False},
+        {"fade": 0.0},
+        {"stagger": -0.1},
+        {"reach": 1.0},
+        {"filters": False, "streams": True},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="MGP"):
+        MGP(**settings)  # type: ignore[arg-type]
+
+
+def test_a_protected_layer_keeps_its_inputs_and_its_kernel() -> None:
+    process = MGP().start(network(), EXAMPLE, Budget(macs=0.5, protect=["layer1.1.*"]))
+    protected = process.budget.protected(process.graph)
+    names = {g.name for g, p in zip(process.graph.groups, protected, strict=True) if p}
+    assert {"layer1.1.conv1:inputs", "layer1.1.conv1:form", "layer1.1.conv2:form"} <= names
+    assert "layer1.2.conv1:form" not in names
+
+
+IN_CI = ("cifar:resnet20a", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x1_0", "timm:res2net50_26w_4s")
+NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in ZOO]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
+    model, example = build(name), zoo_example(name)
+    process = MGP(reach=0.5).start(model, example, Budget(macs=0.5))
+    process.sensitivity.value = torch.rand(process.units.count, generator=torch.Generator().manual_seed(0))
+    small = process.finish()
+    assert process.forced
+    found = cost(trace(small, example))
+    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
+    assert found.macs <= process.limits["macs"]
+    save_and_load(small, name)
+
+
+def save_and_load(small: nn.Module, name: str) -> None:
+    again = rebuild(build(name), structure(small))
+    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
