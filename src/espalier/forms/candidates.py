@@ -94,7 +94,7 @@ def _stacked(shape: tuple[int, ...], stack: Tensor) -> list[Spectra]:
     energies = stack.flatten(1).double().square().sum(1).cpu().numpy()
     inputs, inner = leading(input_unfolding(stack), stack.shape[2])
     outputs, outer = leading(output_unfolding(stack), stack.shape[1])
-    ins, outs = inputs.double().cpu().numpy(), outputs.double().cpu().numpy()
+    ins, outs = _cleaned(inputs), _cleaned(outputs)
     wide = min(stack.shape[3:]) > 1
     cores = project_outputs(project_inputs(stack, inner), outer) if wide else None
     spatial: np.ndarray | None = None
@@ -115,6 +115,12 @@ def _stacked(shape: tuple[int, ...], stack: Tensor) -> list[Spectra]:
             )
         )  # fmt: skip
     return rows
+
+
+def _cleaned(values: Tensor) -> np.ndarray:
+    """``(layers, n)``, falling; what rounding makes of zero is zero."""
+    noise = values[:, :1] * values.shape[1] * torch.finfo(values.dtype).eps
+    return torch.where(values > noise, values, 0.0).double().cpu().numpy()
 
 
 def ladder(
@@ -140,31 +146,52 @@ def ladder(
         if "spatial" in forms:
             for rank in _sizes(len(spectra.spatial) - 1, multiple_of):
                 offers.append((spectra.spatial[rank], chain(place, "spatial", [rank])))
-        offers += [o for o in _tuckers(place, spectra, ranks, fraction, multiple_of) if o[1].name in forms]
+        _add_tuckers(offers, place, spectra, ranks, fraction, multiple_of, forms)
     return _front(place, offers)
 
 
-def _tuckers(
-    place: Place, spectra: Spectra, ranks: tuple[int, int], fraction: float, multiple_of: int
-) -> list[tuple[float, Chain]]:
+def cheapest(place: Place, *, multiple_of: int = 1, forms: Collection[str] = FORMS) -> list[Chain]:
+    """The least that ``ladder`` can offer, and the dense layer; the latter alone if nothing is cheaper."""
+    least = snap(1, min(place.in_channels, place.out_channels), multiple_of)
+    flat = min(place.kernel) == 1
+    offers = [
+        (0.0, chain(place, form, [least] * (len(stages) - 1)))
+        for form, stages in FORMS.items()
+        if (form == "channel" if flat else form in forms)
+    ]
+    rungs = _front(place, offers)[0]
+    return rungs if len(rungs) == 1 else [rungs[0], rungs[-1]]
+
+
+def _add_tuckers(
+    offers: list[tuple[float, Chain]],
+    place: Place,
+    spectra: Spectra,
+    ranks: tuple[int, int],
+    fraction: float,
+    multiple_of: int,
+    forms: Collection[str],
+) -> None:
     wide, high = place.in_channels, place.out_channels
     kh, kw = place.kernel
-    dense = cost_of(place, dense_chain(place))
     least, most = 1.0 / max(ranks), max(wide / ranks[0], high / ranks[1])
     scales = sorted({1.0, *np.geomspace(least, max(most, least), RUNGS)})
     pairs = dict.fromkeys(
         (snap(s * ranks[0], wide, multiple_of), snap(s * ranks[1], high, multiple_of)) for s in scales
     )
-    offers = []
+    if "tucker" in forms:
+        offers += [(float(spectra.tucker[a, b]), chain(place, "tucker", [a, b])) for a, b in pairs]
+    if "tt" not in forms:
+        return
+    dense = cost_of(place, dense_chain(place))
+    known = [(cost_of(place, form), held) for held, form in offers]
     for a, b in pairs:
-        form = chain(place, "tucker", [a, b])
-        if _below(cost_of(place, form), dense):
-            offers.append((float(spectra.tucker[a, b]), form))
         whole = min(a * kh, kw * b)
         form = chain(place, "tt", [a, snap(fraction * whole, whole, multiple_of), b])
-        if _below(cost_of(place, form), dense):
+        cost, hope = cost_of(place, form), float(spectra.tucker[a, b])
+        # A train holds no more than its Tucker: the spectrum is computed only where that could win.
+        if _below(cost, dense) and not any(held >= hope and _below(other, cost) for other, held in known):
             offers.append((float(spectra.tt(a, b)[form.widths[1]]), form))
-    return offers
 
 
 def snap(rank: float, whole: int, multiple_of: int) -> int:

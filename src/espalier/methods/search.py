@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 Ranges = Mapping[str, tuple[float, float]]
 Point = dict[str, float]
 Trials = list[dict[str, Any]]
@@ -52,7 +54,7 @@ def _propose(ranges: Ranges, trials: Trials, count: int, seed: int) -> Point:
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings():  # the sampler climbs by torch's gradients
             warnings.simplefilter("ignore")  # the sampler calls itself experimental
             sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(2, count // 3))
             study = optuna.create_study(sampler=sampler)

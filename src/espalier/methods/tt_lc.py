@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from espalier.costs import Cost
 from espalier.forms import FORMS, Place, chain, dense_chain, find_places, sequential
-from espalier.forms.candidates import Spectra, ladder, measure
+from espalier.forms.candidates import Spectra, cheapest, ladder, measure
 from espalier.forms.chains import cost_of
 from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, trace, with_ladders
@@ -57,7 +57,7 @@ class TTLC(Method):
     ``mu``, ``growth``: penalty of the first L step that has one, and its factor from one to the next.
     ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
     ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals, or "equal", the same fraction of all layers' ranks;
-    ``floor``: least share of the full rank that a proposal may have; ``beyond``: what a unit of energy beyond the proposal counts.
+    ``floor``: least share of the full rank that a proposal may have; ``beyond``: what energy beyond the proposal counts.
     ``tt_fraction``: TT rank as a fraction of the full one, where the search does not set it.  ``sweeps``: of HOOI in a C step.
     """
 
@@ -169,9 +169,14 @@ class TensorCompression(Process):
 
     def _check_reachable(self) -> None:
         """A budget that cannot be met fails now, not in the middle of the run; a model within it already is fine."""
-        if any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
-            with torch.no_grad():
-                self._choose(measure(self.lc.wanted()), {})
+        if all(getattr(self.cost, m) <= limit for m, limit in self.limits.items()):
+            return
+        multiple_of, forms = self.budget.multiple_of, self.method.forms
+        ladders = {n: cheapest(p, multiple_of=multiple_of, forms=forms) for n, p in self.places.items()}
+        ladders = {n: rungs for n, rungs in ladders.items() if len(rungs) > 1}
+        graph = with_ladders(self.graph, ladders)
+        worth = {ladder_name(n): np.ones(2) for n in ladders}
+        solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
 
     # -- 1. L steps ----------------------------------------------------------------------------------------------------
 
