@@ -38,6 +38,7 @@ class Spectra:
     tucker: np.ndarray  # held by ranks (a, b), (I + 1, O + 1); empty likewise
     core: Tensor | None  # (O, I, kh, kw) in the bases of the HOSVD
     _tt: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _evbmf: list[int] = field(default_factory=list)
 
     def tt(self, a: int, b: int) -> np.ndarray:
         """Held by the train of ranks ``a, t, b``, for every ``t``, shape ``(ranks + 1,)``."""
@@ -50,12 +51,12 @@ class Spectra:
 
     def evbmf(self) -> tuple[int, int]:
         """Ranks of the input and the output unfolding, as EVBMF finds them; 0 where all is noise."""
-        rest = math.prod(self.shape[2:])
-        ranks = []
-        for values, size, other in ((self.inputs, 1, 0), (self.outputs, 0, 1)):
-            shape = (self.shape[size], self.shape[other] * rest)
-            ranks.append(evbmf(np.sqrt(values[: min(shape)]), shape).rank)
-        return ranks[0], ranks[1]
+        if not self._evbmf:
+            rest = math.prod(self.shape[2:])
+            for values, size, other in ((self.inputs, 1, 0), (self.outputs, 0, 1)):
+                shape = (self.shape[size], self.shape[other] * rest)
+                self._evbmf.append(evbmf(np.sqrt(values[: min(shape)]), shape).rank)
+        return self._evbmf[0], self._evbmf[1]
 
 
 def _held(values: np.ndarray, energy: float) -> np.ndarray:
