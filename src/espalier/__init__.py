@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.methods.mgp import MGP as MGP
     from espalier.methods.svd_oneshot import SVDOneShot as SVDOneShot
     from espalier.methods.tcp import TCP as TCP
+    from espalier.methods.tt_lc import TTLC as TTLC
     from espalier.plan import Budget as Budget
     from espalier.plan import Plan as Plan
     from espalier.run.compress import Result as Result
@@ -50,6 +51,7 @@ _HOME = {
     "Result": "espalier.run.compress",
     "SVDOneShot": "espalier.methods.svd_oneshot",
     "TCP": "espalier.methods.tcp",
+    "TTLC": "espalier.methods.tt_lc",
     "attach": "espalier.methods.base",
     "build_model": "espalier.run.models",
     "compress": "espalier.run.compress",

@@ -54,6 +54,11 @@ class Method(ABC):
         """Whether the budget decides how much stays; a method that decides this itself may run without one."""
         return True
 
+    @property
+    def withholds(self) -> int:
+        """Training images to keep out of training, for decisions on images that were not trained on; at most a tenth of all."""
+        return 0
+
     @abstractmethod
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Process:
         """Begin on ``model``, which is trained and shrunk in place.
@@ -84,6 +89,7 @@ class Process(ABC):
         self.left: dict[str, str] = {}  # layer that the method leaves as it is -> why
         # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
         self.history: dict[str, dict[str, list[list[float]]]] = {}
+        self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
 
     @property
     def cost(self) -> Cost:

@@ -17,13 +17,14 @@ from espalier.methods.magnitude import Magnitude
 from espalier.methods.mgp import MGP
 from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
+from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
 from espalier.run.data import Data, FolderData, load_data
 from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, MGP, Magnitude, SVDOneShot)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, TTLC, MGP, Magnitude, SVDOneShot)}
 """What ``--method`` knows, besides ``none``: one row per method."""
 
 SECTIONS = ("model", "data", "budget", "method", "recipe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
 from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
-from espalier.run.data import Data
+from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.recipe import Recipe
@@ -126,6 +126,8 @@ class _Job:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"compress: expected an nn.Module, got {type(model).__name__}")
+        if source is not None:
+            source = set_aside(source, method.withholds)
         self.model, self.source, self.example = model, source, example
         self.budget, self.method, self.recipe = budget_for(method, budget), method, recipe
         self.limited = budget is not None
@@ -169,6 +171,8 @@ class _Job:
             # Fractions are of the network that the run began with, not of what is left of it by now.
             budget = self._absolute_budget() if self.goes_on and self.limited else self.budget
             self.process = self.method.start(small, self.example, budget, batches=self._few_batches())
+            if self.method.withholds and self.source is not None and self.source.has_holdout:
+                self.process.held_out = _HeldOut(self.source, self.device)
         elif not self.goes_on:
             at_once = self.method.start(small, self.example, self.budget, batches=self._few_batches())
             small = at_once.finish()
@@ -296,6 +300,17 @@ class _Job:
         assert self.source is not None
         batches = self.source.test_batches(channels_last=self.recipe.channels_last)
         return evaluate(model, batches, device=self.device, precision=self.recipe.precision)
+
+
+class _HeldOut:
+    """The held-out images on the device, batch by batch, as often as they are gone through."""
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.source, self.device = source, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        for x, y in self.source.holdout_batches():
+            yield x.to(self.device), y.to(self.device)
 
 
 def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any]:

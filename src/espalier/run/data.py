@@ -27,7 +27,7 @@ from espalier.run.batches import (
 from espalier.run.cifar import LAYOUTS, read_cifar
 from espalier.run.folder import FolderData, read_folder
 
-__all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "load_data"]
+__all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "load_data", "set_aside"]
 
 _AT_ONCE = 8192  # images augmented in one go: few kernel launches, little memory
 
@@ -268,6 +268,26 @@ def _start(loader: Iterable[Any], *, seed: int) -> tuple[Iterator[Any], Any]:
         torch.default_generator.manual_seed(seed)
         iterator = iter(loader)
         return iterator, next(iterator, None)
+
+
+def set_aside(source: Source, images: int) -> Source:
+    """``source`` with that many training images held out, a tenth of all at the most, each class in its share.
+
+    What has held-out images already stays as it is, and so do ``Loaders``: what they hold out is their affair.
+    """
+    if images == 0 or source.has_holdout or not isinstance(source, (Data, FolderData)):
+        return source
+    count = min(images, len(source.train) // 10)
+    if isinstance(source, FolderData):
+        labels = np.array([label for _, label in source.train])
+        kept, aside = stratified_order(labels, count, seed=_SPLIT_SEED)
+        return replace(
+            source, train=tuple(source.train[i] for i in kept), holdout=tuple(source.train[i] for i in aside)
+        )
+    kept, aside = stratified_order(source.train.labels.cpu().numpy(), count, seed=_SPLIT_SEED)
+    device = source.train.labels.device
+    parts = [source.train[torch.from_numpy(index).to(device)] for index in (kept, aside)]
+    return replace(source, train=parts[0], holdout=parts[1])
 
 
 # ---------------------------------------------------------------- data sets by name

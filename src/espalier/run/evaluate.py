@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from espalier.methods.scoring import modes_kept, recalibrate_batchnorm
 from espalier.run.batches import Batch
+
+__all__ = [
+    "AUTOCAST",
+    "autocast",
+    "evaluate",
+    "main_logits",
+    "modes_kept",
+    "pick_device",
+    "recalibrate_batchnorm",
+    "thread_count",
+]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,17 +57,6 @@ def thread_count(count: int | None) -> Iterator[None]:
     finally:
         if count is not None:
             torch.set_num_threads(before)
-
-
-@contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its train or eval flag back afterwards, each its own."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def main_logits(output: Any, *, classes: int | None = None) -> Tensor:
@@ -108,32 +107,3 @@ def evaluate(
     if not images:
         raise ValueError("evaluate: there are no images")
     return {"accuracy": 100.0 * int(correct) / images, "loss": float(loss) / images}
-
-
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) -> None:
-    """Estimate the running statistics of every BatchNorm anew, as plain averages over the first ``n``
-    batches.
-
-    Only BatchNorm runs in train mode meanwhile: nothing else is changed, dropout is off.
-
-    Raises: ValueError if there is no batch.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    momenta = [m.momentum for m in norms]
-    chosen = islice(batches, n)
-    first = next(chosen, None)
-    if first is None:
-        raise ValueError("recalibrate_batchnorm: there are no batches")
-    with modes_kept(model), torch.no_grad():
-        model.eval()
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a cumulative average
-                norm.train()
-            for x, _ in chain([first], chosen):
-                model(x.to(device))
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum

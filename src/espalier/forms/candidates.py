@@ -1,0 +1,224 @@
+"""Which forms a layer could take, what each would lose and what it would cost: the ladder of one layer.
+
+What every form at every rank loses is read off a few spectra, without fitting anything: of ``channel`` and ``spatial`` the
+tail of the singular values, of ``tucker`` what the HOSVD's core leaves out (a table over both ranks), of ``tt`` that plus the
+tail of the truncated core.  So a ladder is a matter of look-ups, and of one small spectrum per pair of ranks for ``tt``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espalier.forms.chains import FORMS, chain, cost_of, dense_chain
+from espalier.forms.evbmf import evbmf
+from espalier.forms.places import Place
+from espalier.forms.svd import to_matrix
+from espalier.forms.tucker import input_unfolding, leading, output_unfolding, project_inputs, project_outputs, spectrum
+from espalier.graph import Chain
+
+RUNGS = 14  # sizes of each form that a ladder looks at, in equal ratios from rank 1 to whole
+
+
+@dataclass
+class Spectra:
+    """Of one weight: how much of its energy every form at every rank holds, as shares of ``energy``."""
+
+    shape: tuple[int, ...]
+    energy: float
+    inputs: np.ndarray  # squared singular values of the input unfolding, (I,)
+    outputs: np.ndarray  # and of the output unfolding, (O,)
+    channel: np.ndarray  # held by rank r, (ranks + 1,)
+    spatial: np.ndarray  # likewise; empty where the form makes no sense
+    tucker: np.ndarray  # held by ranks (a, b), (I + 1, O + 1); empty likewise
+    core: Tensor | None  # (O, I, kh, kw) in the bases of the HOSVD
+    _tt: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _evbmf: list[int] = field(default_factory=list)
+
+    def tt(self, a: int, b: int) -> np.ndarray:
+        """Held by the train of ranks ``a, t, b``, for every ``t``, shape ``(ranks + 1,)``."""
+        if (a, b) not in self._tt:
+            assert self.core is not None
+            part = self.core[:b, :a].permute(1, 2, 3, 0)
+            values = spectrum(part.reshape(a * part.shape[1], -1))
+            self._tt[a, b] = _held(values.double().cpu().numpy(), self.energy)
+        return self._tt[a, b]
+
+    def evbmf(self) -> tuple[int, int]:
+        """Ranks of the input and the output unfolding, as EVBMF finds them; 0 where all is noise."""
+        if not self._evbmf:
+            rest = math.prod(self.shape[2:])
+            for values, size, other in ((self.inputs, 1, 0), (self.outputs, 0, 1)):
+                shape = (self.shape[size], self.shape[other] * rest)
+                self._evbmf.append(evbmf(np.sqrt(values[: min(shape)]), shape).rank)
+        return self._evbmf[0], self._evbmf[1]
+
+
+def _held(values: np.ndarray, energy: float) -> np.ndarray:
+    """Shares held by 0, 1, 2, ... components; nothing at all counts as held whole."""
+    if energy == 0:
+        return np.ones(len(values) + 1)
+    return np.minimum(np.concatenate([[0.0], np.cumsum(values)]) / energy, 1.0)
+
+
+@torch.no_grad()
+def measure(weights: Mapping[str, Tensor]) -> dict[str, Spectra]:
+    """Spectra of all layers; weights of one shape go through one batched decomposition.
+
+    ``ValueError`` naming the layer whose weight holds NaN or infinite numbers.
+    """
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"{name}: its weight holds NaN or infinite numbers and has no decomposition. "
+                "Lower the learning rate, or go back to the last checkpoint"
+            )
+        by_shape.setdefault(tuple(weight.shape), []).append(name)
+    found: dict[str, Spectra] = {}
+    for shape, names in by_shape.items():
+        stack = torch.stack([weights[n] for n in names]).detach()
+        if stack.dtype not in (torch.float32, torch.float64):
+            stack = stack.float()
+        four = stack if len(shape) == 4 else stack[..., None, None]
+        found.update(zip(names, _stacked(shape, four), strict=True))
+    return {n: found[n] for n in weights}
+
+
+def _stacked(shape: tuple[int, ...], stack: Tensor) -> list[Spectra]:
+    """``(layers, O, I, kh, kw)``."""
+    energies = stack.flatten(1).double().square().sum(1).cpu().numpy()
+    inputs, inner = leading(input_unfolding(stack), stack.shape[2])
+    outputs, outer = leading(output_unfolding(stack), stack.shape[1])
+    ins, outs = _cleaned(inputs), _cleaned(outputs)
+    wide = min(stack.shape[3:]) > 1
+    cores = project_outputs(project_inputs(stack, inner), outer) if wide else None
+    spatial: np.ndarray | None = None
+    if cores is not None:
+        spatial = torch.stack([spectrum(to_matrix(w, "spatial")) for w in stack]).double().cpu().numpy()
+    most = min(stack.shape[1], math.prod(stack.shape[2:]))
+    rows = []
+    for i, energy in enumerate(energies):
+        table = np.zeros((0, 0))
+        if cores is not None:
+            squares = cores[i].double().square().sum((2, 3)).T.cpu().numpy()  # (I, O)
+            held = np.pad(squares.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            table = np.minimum(held / energy, 1.0) if energy > 0 else np.ones_like(held)
+        rows.append(
+            Spectra(
+                shape, float(energy), ins[i], outs[i], _held(outs[i][:most], energy),
+                np.zeros(0) if spatial is None else _held(spatial[i], energy), table, None if cores is None else cores[i],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _cleaned(values: Tensor) -> np.ndarray:
+    """``(layers, n)``, falling; what rounding makes of zero is zero."""
+    noise = values[:, :1] * values.shape[1] * torch.finfo(values.dtype).eps
+    return torch.where(values > noise, values, 0.0).double().cpu().numpy()
+
+
+def ladder(
+    place: Place,
+    spectra: Spectra,
+    ranks: tuple[int, int],
+    *,
+    fraction: float = 0.5,
+    multiple_of: int = 1,
+    forms: Collection[str] = FORMS,
+) -> tuple[list[Chain], np.ndarray]:
+    """Chains of ``place`` from cheap to dear, the dense layer on top, and the share of energy each loses, falling.
+
+    ``tucker`` and ``tt`` take ``ranks = (a, b)`` scaled up and down together; the core of ``tt`` is split at ``fraction`` of
+    its full rank.  Only what is on the front stays: dearer in MACs and in weights than all below it, and closer.  Ranks are
+    multiples of ``multiple_of``, or whole.  Only ``forms`` are offered; a layer without spatial extent has ``channel`` alone.
+    """
+    offers: list[tuple[float, Chain]] = []
+    if "channel" in forms or spectra.core is None:
+        for rank in _sizes(len(spectra.channel) - 1, multiple_of):
+            offers.append((spectra.channel[rank], chain(place, "channel", [rank])))
+    if spectra.core is not None:
+        if "spatial" in forms:
+            for rank in _sizes(len(spectra.spatial) - 1, multiple_of):
+                offers.append((spectra.spatial[rank], chain(place, "spatial", [rank])))
+        _add_tuckers(offers, place, spectra, ranks, fraction, multiple_of, forms)
+    return _front(place, offers)
+
+
+def cheapest(place: Place, *, multiple_of: int = 1, forms: Collection[str] = FORMS) -> list[Chain]:
+    """The least that ``ladder`` can offer, and the dense layer; the latter alone if nothing is cheaper."""
+    least = snap(1, min(place.in_channels, place.out_channels), multiple_of)
+    flat = min(place.kernel) == 1
+    offers = [
+        (0.0, chain(place, form, [least] * (len(stages) - 1)))
+        for form, stages in FORMS.items()
+        if (form == "channel" if flat else form in forms)
+    ]
+    rungs = _front(place, offers)[0]
+    return rungs if len(rungs) == 1 else [rungs[0], rungs[-1]]
+
+
+def _add_tuckers(
+    offers: list[tuple[float, Chain]],
+    place: Place,
+    spectra: Spectra,
+    ranks: tuple[int, int],
+    fraction: float,
+    multiple_of: int,
+    forms: Collection[str],
+) -> None:
+    wide, high = place.in_channels, place.out_channels
+    kh, kw = place.kernel
+    least, most = 1.0 / max(ranks), max(wide / ranks[0], high / ranks[1])
+    scales = sorted({1.0, *np.geomspace(least, max(most, least), RUNGS)})
+    pairs = dict.fromkeys(
+        (snap(s * ranks[0], wide, multiple_of), snap(s * ranks[1], high, multiple_of)) for s in scales
+    )
+    if "tucker" in forms:
+        offers += [(float(spectra.tucker[a, b]), chain(place, "tucker", [a, b])) for a, b in pairs]
+    if "tt" not in forms:
+        return
+    dense = cost_of(place, dense_chain(place))
+    known = [(cost_of(place, form), held) for held, form in offers]
+    for a, b in pairs:
+        whole = min(a * kh, kw * b)
+        form = chain(place, "tt", [a, snap(fraction * whole, whole, multiple_of), b])
+        cost, hope = cost_of(place, form), float(spectra.tucker[a, b])
+        # A train holds no more than its Tucker: the spectrum is computed only where that could win.
+        if _below(cost, dense) and not any(held >= hope and _below(other, cost) for other, held in known):
+            offers.append((float(spectra.tt(a, b)[form.widths[1]]), form))
+
+
+def snap(rank: float, whole: int, multiple_of: int) -> int:
+    """The nearest allowed rank: a multiple, at least one of them, or everything."""
+    return min(max(round(rank / multiple_of), 1) * multiple_of, whole)
+
+
+def _sizes(whole: int, multiple_of: int) -> list[int]:
+    return sorted({snap(r, whole, multiple_of) for r in np.geomspace(1, whole, RUNGS)})
+
+
+def _below(one: Sequence[int], other: Sequence[int]) -> bool:
+    return all(a < b for a, b in zip(one, other, strict=True))
+
+
+def _front(place: Place, offers: list[tuple[float, Chain]]) -> tuple[list[Chain], np.ndarray]:
+    top = dense_chain(place)
+    dense = cost_of(place, top)
+    priced = [(cost_of(place, form), held, form) for held, form in offers]
+    priced.sort(key=lambda p: (p[0][0] / dense[0] + p[0][1] / dense[1], -p[1]))
+    rungs: list[Chain] = []
+    kept: list[float] = []
+    last, best = (0, 0), -1.0
+    for cost, held, form in priced:
+        if _below(last, cost) and _below(cost, dense) and held > best:
+            rungs.append(form)
+            kept.append(held)
+            last, best = cost, held
+    return [*rungs, top], 1.0 - np.array([*kept, 1.0])

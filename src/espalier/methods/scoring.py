@@ -1,0 +1,87 @@
+"""How good a network would be right now, on images: for methods that choose between candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Batch = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its train or eval flag back afterwards, each its own."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) -> None:
+    """Estimate the running statistics of every BatchNorm anew, as plain averages over the first ``n``
+    batches.
+
+    Only BatchNorm runs in train mode meanwhile: nothing else is changed, dropout is off.
+
+    Raises: ValueError if there is no batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    momenta = [m.momentum for m in norms]
+    chosen = islice(batches, n)
+    first = next(chosen, None)
+    if first is None:
+        raise ValueError("recalibrate_batchnorm: there are no batches")
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.train()
+            for x, _ in chain([first], chosen):
+                model(x.to(device))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its content back afterwards."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in before:
+                buffer.copy_(content)
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy in eval mode; of a network with several outputs, that of the first.
+
+    Raises: ValueError if there are no images, or the loss is not finite.
+    """
+    total, images = 0.0, 0
+    with modes_kept(model):
+        model.eval()
+        for x, y in batches:
+            output = model(x)
+            logits = output[0] if isinstance(output, (tuple, list)) else output
+            total += float(F.cross_entropy(logits.float(), y, reduction="sum"))
+            images += len(y)
+    if not images:
+        raise ValueError("there are no images to score on")
+    if not total < float("inf"):
+        raise ValueError(f"the loss of the candidate is {total / images}")
+    return total / images

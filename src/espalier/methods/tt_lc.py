@@ -1,0 +1,426 @@
+"""TT-LC: TT-Tucker forms inside learning-compression, with ranks chosen twice by Bayes, from random weights on.
+
+Liu Weirong et al., Journal of South China University of Technology 52(7), 2024.  The paper fixes the idea: no pre-training, the
+learning-compression framework with an exponential cyclical learning rate in the L steps, TT-Tucker in the C steps, ranks
+from EVBMF and Bayesian optimisation together.  What follows is our reading, in the paper's order:
+
+1. L steps (``methods/lc``): train on the loss plus ``mu/2 |w - D(theta) - lam/mu|^2``, the rate falling exponentially in each
+   and starting lower in the next;
+2. ranks: EVBMF of the two channel unfoldings proposes ``(R_i, R_o)`` for every layer, floored because it collapses on some;
+3. forms: the proposal, scaled up and down, makes a ladder of chains per layer - channel and spatial SVD, Tucker-2, TT-Tucker,
+   dense - on the front of error against cost; energy beyond the proposal counts less.  The solver takes the rungs that
+   lose least inside the exact budget (the front takes the place of merging stages that do not pay);
+4. Bayesian optimisation of how much the error of each stage of the network weighs, and of the TT rank as a fraction of its full
+   rank.  Every candidate is at the budget by construction and is scored by its loss on held-out training images, with
+   BatchNorm estimated anew; never on test images;
+5. C steps: HOSVD and a few HOOI sweeps from the bases of the last one, multipliers, a larger ``mu``;
+6. after the last one ``D(theta)`` takes the place of ``w``, as plain convolutions, and the rest of the run trains ``theta``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.costs import Cost
+from espalier.forms import FORMS, Place, chain, dense_chain, find_places, sequential
+from espalier.forms.candidates import Spectra, cheapest, ladder, measure
+from espalier.forms.chains import cost_of
+from espalier.forms.tucker import Factors, compose, factorise
+from espalier.graph import Chain, trace, with_ladders
+from espalier.graph.ladders import ladder_name
+from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.lc import LearningCompression
+from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
+from espalier.methods.search import Point, Trials, minimise, need_optuna
+from espalier.plan import Budget
+from espalier.solver import solve
+from espalier.surgery import replace
+
+RANKS = ("evbmf", "equal")
+
+
+@dataclass(frozen=True)
+class TTLC(Method):
+    """Hyper-parameters of TT-LC; durations are shares of the whole run.
+
+    ``iterations`` C steps lie at equal distances in the first ``share`` of the run; the rest trains the small network.
+    ``select``: ranks are chosen anew in that share of the C steps, in the last of them by ``search`` trials (0: EVBMF and the
+    solver alone, without optuna), scored on ``held_out`` training images.
+    ``mu``, ``growth``: penalty of the first L step that has one, and its factor from one to the next.
+    ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
+    ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals, or "equal", the same fraction of all layers' ranks;
+    ``floor``: least share of the full rank that a proposal may have; ``beyond``: what energy beyond the proposal counts.
+    ``tt_fraction``: TT rank as a fraction of the full one, where the search does not set it.  ``sweeps``: of HOOI in a C step.
+    """
+
+    name: ClassVar[str] = "tt-lc"
+    trains: ClassVar[bool] = True
+    iterations: int = 12
+    share: float = 0.65
+    select: float = 0.5
+    search: int = 16
+    held_out: int = 1000
+    mu: float = 0.02
+    growth: float = 1.5
+    cycle: float = 0.3
+    decay: float = 0.93
+    forms: tuple[str, ...] = tuple(FORMS)
+    ranks: str = "evbmf"
+    floor: float = 0.1
+    beyond: float = 0.5
+    tt_fraction: float = 0.5
+    sweeps: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("iterations", 2), ("search", 0), ("held_out", 0), ("sweeps", 0), ("seed", 0)):
+            whole = getattr(self, name)
+            if isinstance(whole, bool) or not isinstance(whole, int) or whole < least:
+                raise ValueError(f"TTLC({name}={whole!r}): must be a whole number, {least} or more")
+        for name in ("share", "select", "cycle", "decay", "floor", "beyond", "tt_fraction"):
+            value = getattr(self, name)
+            if not 0 < value <= 1 or (name == "share" and value == 1):
+                raise ValueError(
+                    f"TTLC({name}={value!r}): must be above 0 and {'below' if name == 'share' else 'at most'} 1"
+                )
+        if not (math.isfinite(self.mu) and self.mu > 0):
+            raise ValueError(f"TTLC(mu={self.mu!r}): must be a number above 0")
+        if not (math.isfinite(self.growth) and self.growth >= 1):
+            raise ValueError(f"TTLC(growth={self.growth!r}): must be a number of 1 or more")
+        forms = (self.forms,) if isinstance(self.forms, str) else tuple(self.forms)
+        if not forms or not set(forms) <= set(FORMS):
+            raise ValueError(f"TTLC(forms={self.forms!r}): give one or more of {', '.join(FORMS)}")
+        object.__setattr__(self, "forms", forms)
+        if self.ranks not in RANKS:
+            raise ValueError(f"TTLC(ranks={self.ranks!r}): choose one of {', '.join(RANKS)}")
+
+    @property
+    def withholds(self) -> int:
+        return self.held_out if self.search else 0
+
+    def start(
+        self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None
+    ) -> TensorCompression:
+        """``batches`` estimate BatchNorm for the search, which scores on ``held_out`` of the process, or else on them too.
+
+        Without either, as in a loop of one's own, nothing is searched.
+        """
+        if self.search:
+            need_optuna("TT-LC")
+        return TensorCompression(model, example, budget, self, batches)
+
+
+class TensorCompression(Process):
+    """One run of TT-LC."""
+
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, method: TTLC, batches: Batches | None) -> None:
+        super().__init__(model, example, budget)
+        if budget.activation_memory is not None:
+            raise ValueError(
+                "TT-LC: activation_memory cannot be its budget, because a factorised layer holds more activations than a "
+                "dense one; give macs, params or both"
+            )
+        self.method = method
+        self.batches = batches
+        self._find_layers()
+        self.lc = LearningCompression(
+            {n: model.get_submodule(n).weight for n in self.places},  # type: ignore[misc]
+            mu=method.mu,
+            growth=method.growth,
+        )
+        self.chains: dict[str, Chain] = {}  # form of every layer that does not stay dense
+        self.factors: dict[str, Factors] = {}  # theta
+        self.collapsed: dict[str, tuple[int, int]] = {}  # layer -> what EVBMF said where the floor took its place
+        self.trials: Trials = []
+        self.point: Point = {}  # what the search has chosen
+        self.replaced = False
+        self.forced = False  # the run was over before the last C step
+        self._at = 0.0  # progress of the last C step
+        self._check_reachable()
+
+    # -- layers --------------------------------------------------------------------------------------------------------
+
+    def _find_layers(self) -> None:
+        places, self.left = find_places(self.model, self.example)
+        self.places: dict[str, Place] = {}
+        for name, place in places.items():
+            layer = self.model.get_submodule(name)
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self.budget.protect):
+                self.left[name] = "protected"
+            elif not layer.weight.requires_grad:
+                self.left[name] = "its weight is frozen"
+            elif place.kernel == (1, 1) and min(place.in_channels, place.out_channels) < 2:
+                self.left[name] = "too small"
+            else:
+                try:
+                    with_ladders(self.graph, {name: [dense_chain(place)]})
+                    self.places[name] = place
+                except ValueError as error:
+                    self.left[name] = str(error)
+        self.stages = {n: "linear" if p.linear else "x".join(map(str, p.output_size)) for n, p in self.places.items()}
+
+    def _check_reachable(self) -> None:
+        """A budget that cannot be met fails now, not in the middle of the run; a model within it already is fine."""
+        if all(getattr(self.cost, m) <= limit for m, limit in self.limits.items()):
+            return
+        multiple_of, forms = self.budget.multiple_of, self.method.forms
+        ladders = {n: cheapest(p, multiple_of=multiple_of, forms=forms) for n, p in self.places.items()}
+        ladders = {n: rungs for n, rungs in ladders.items() if len(rungs) > 1}
+        graph = with_ladders(self.graph, ladders)
+        worth = {ladder_name(n): np.ones(2) for n in ladders}
+        solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
+
+    # -- 1. L steps ----------------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor | float:
+        return 0.0 if self.replaced else self.lc.penalty()
+
+    def rate(self, progress: float) -> float:
+        """Exponential and cyclical in the L steps, then a cosine from where the next one would have started."""
+        method = self.method
+        if self.replaced:
+            left = min((progress - self._at) / max(1.0 - self._at, 1e-9), 1.0)
+            return method.decay**self.lc.iterations * 0.5 * (1.0 + math.cos(math.pi * left))
+        inside = min(max(progress - self._at, 0.0) / max(self._due() - self._at, 1e-9), 1.0)
+        warm = min(1.0, (inside + WARM_UP / 10) / WARM_UP) if self.lc.iterations == 0 else 1.0
+        return warm * method.decay**self.lc.iterations * method.cycle**inside
+
+    def _due(self) -> float:
+        """Progress at which the next C step is due."""
+        return self.method.share * (self.lc.iterations + 1) / self.method.iterations
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        while not self.replaced and progress >= self._due() - 1e-9:
+            self._c_step(progress)
+            if self.lc.iterations == self.method.iterations:
+                return self._replace(progress, optimizer)
+        return None
+
+    # -- 2. and 3. ranks and forms -------------------------------------------------------------------------------------
+
+    def proposal(self, name: str, spectra: Spectra) -> tuple[int, int]:
+        """``(R_i, R_o)`` of one layer."""
+        place = self.places[name]
+        whole = (place.in_channels, place.out_channels)
+        if self.method.ranks == "equal":
+            return whole
+        found = spectra.evbmf()
+        floored = tuple(max(r, math.ceil(self.method.floor * n)) for r, n in zip(found, whole, strict=True))
+        if floored != found:
+            self.collapsed[name] = found
+        return floored[0], floored[1]
+
+    def _choose(self, spectra: Mapping[str, Spectra], point: Mapping[str, float]) -> dict[str, Chain]:
+        """The forms that keep most inside the budget.  ``BudgetError`` if none do."""
+        ladders: dict[str, list[Chain]] = {}
+        worth: dict[str, np.ndarray] = {}
+        self.collapsed = {}
+        for name, place in self.places.items():
+            ranks = self.proposal(name, spectra[name])
+            fraction = point.get("tt", self.method.tt_fraction)
+            rungs, lost = ladder(
+                place,
+                spectra[name],
+                ranks,
+                fraction=fraction,
+                multiple_of=self.budget.multiple_of,
+                forms=self.method.forms,
+            )
+            if len(rungs) == 1:
+                continue
+            held = self._worth(1.0 - lost, spectra[name], ranks)
+            ladders[name] = rungs
+            worth[ladder_name(name)] = 2.0 ** point.get(self.stages[name], 0.0) * np.diff(held, prepend=0.0)
+        graph = with_ladders(self.graph, ladders)
+        plan = solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
+        taken = {n: rungs[len(plan.keep[ladder_name(n)]) - 1] for n, rungs in ladders.items()}
+        return {n: c for n, c in taken.items() if c.widths}
+
+    def _worth(self, held: np.ndarray, spectra: Spectra, ranks: tuple[int, int]) -> np.ndarray:
+        """Shares of a layer's energy; what EVBMF calls noise counts less."""
+        if self.method.ranks == "equal":
+            signal = 1.0
+        elif spectra.core is not None:
+            signal = float(spectra.tucker[ranks])
+        else:
+            signal = float(spectra.channel[min(max(ranks), len(spectra.channel) - 1)])
+        worth: np.ndarray = np.minimum(held, signal) + self.method.beyond * np.maximum(held - signal, 0.0)
+        return np.maximum.accumulate(worth)
+
+    # -- 4. search -----------------------------------------------------------------------------------------------------
+
+    def search(self, wanted: Mapping[str, Tensor], spectra: Mapping[str, Spectra]) -> Point:
+        """The best point of ``method.search`` trials on what the weights are now; nothing of the model changes."""
+        images = self.held_out if self.held_out is not None else self.batches
+        if not self.method.search or images is None or self.batches is None:
+            return {}
+        stages = list(dict.fromkeys(self.stages.values()))
+        ranges = {**dict.fromkeys(stages, (-SPAN, SPAN)), "tt": TT_RANGE}
+        neutral = {**dict.fromkeys(stages, 0.0), "tt": self.method.tt_fraction}
+        neutral["tt"] = min(max(neutral["tt"], TT_RANGE[0]), TT_RANGE[1])
+
+        def score(point: Point) -> float:
+            return self._loss_with(self._fit(wanted, self._choose(spectra, point), sweeps=0))
+
+        count, seed = self.method.search, self.method.seed * 1000
+        best = minimise(score, ranges, first=neutral, count=count, seed=seed, trials=self.trials)
+        for number, trial in enumerate(self.trials):
+            if trial["score"] is not None:
+                self.record("search", {"loss": trial["score"]}, progress=float(number + 1))
+        return best or {}
+
+    def _loss_with(self, factors: Mapping[str, Factors]) -> float:
+        """Loss of the model if its layers were ``factors``, BatchNorm estimated anew."""
+        images = self.held_out if self.held_out is not None else self.batches
+        assert images is not None and self.batches is not None
+        before = {n: self.lc.weights[n].detach().clone() for n in factors}
+        with torch.no_grad(), buffers_kept(self.model):
+            try:
+                for name, layer in factors.items():
+                    self.lc.weights[name].copy_(compose(layer))
+                recalibrate_batchnorm(self.model, self.batches, CALIBRATION)
+                return loss_on(self.model, images)
+            finally:
+                for name, weight in before.items():
+                    self.lc.weights[name].copy_(weight)
+
+    # -- 5. C steps ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _c_step(self, progress: float) -> None:
+        number = self.lc.iterations
+        last_choice = max(1, round(self.method.select * self.method.iterations)) - 1
+        choosing = number <= last_choice
+
+        def scheme(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if choosing:
+                spectra = measure(wanted)
+                if number == last_choice:
+                    self.point = self.search(wanted, spectra)
+                self.chains = self._choose(spectra, self.point)
+            self.factors = self._fit(wanted, self.chains, sweeps=self.method.sweeps)
+            return {n: compose(f) for n, f in self.factors.items()}
+
+        kept = self.chains, self.factors
+        mu = self.lc.mu if number else 0.0
+        try:
+            gap = self.lc.c_step(scheme, fresh=choosing)
+        except Exception:
+            self.chains, self.factors = kept
+            raise
+        self._at = progress
+        self.record("gap", {"all": gap}, progress=progress)
+        self.record("mu", {"all": mu}, progress=progress)
+        self._record_forms(progress)
+
+    def _fit(self, wanted: Mapping[str, Tensor], chains: Mapping[str, Chain], *, sweeps: int) -> dict[str, Factors]:
+        found = {}
+        for name, form in chains.items():
+            old = self.factors.get(name)
+            start = old.bases if old is not None and old.form == form.name else None
+            found[name] = factorise(wanted[name], form.name, form.widths, sweeps=sweeps, start=start)
+        return found
+
+    def _record_forms(self, progress: float) -> None:
+        for name, place in self.places.items():
+            form = self.chains.get(name)
+            whole = min(place.out_channels, place.in_channels)
+            ranks = form.widths if form is not None else (whole,)
+            self.record("rank", {name: float(min(ranks))}, progress=progress)
+            dense = cost_of(place, dense_chain(place))[0]
+            share = 1.0 if form is None else cost_of(place, form)[0] / dense
+            self.record("MACs of the layer", {name: share}, progress=progress)
+
+    # -- 6. replacement ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _replace(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
+        """``D(theta)`` in place of ``w``, fitted once more to the weights themselves."""
+        final = self._fit(
+            self.lc.wanted() if not self.lc.iterations else self._weights(), self.chains, sweeps=FINAL_SWEEPS
+        )
+        for name, layer in final.items():
+            old = self.model.get_submodule(name)
+            row = sequential(self.places[name], layer.form, layer.weights, old.bias)  # type: ignore[arg-type]
+            if old.weight.ndim == 4 and old.weight.is_contiguous(memory_format=torch.channels_last):  # type: ignore[operator]
+                row.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            replace(self.model, name, row, optimizer=optimizer)
+        self.replaced, self._at = True, progress
+        self.factors = {}
+        self.graph = trace(self.model, self.example)
+        return Removed({}, self.cost)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {n: w.detach() for n, w in self.lc.weights.items()}
+
+    def finish(self) -> nn.Module:
+        """The small model.  If training stopped before the last C step, the weights are compressed here; ``forced`` is true."""
+        if not self.replaced:
+            self.forced = True
+            if not self.chains and any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
+                self.chains = self._choose(measure(self._weights()), self.point)
+            self._replace(1.0, None)
+        return self.model
+
+    @property
+    def status(self) -> Status:
+        return Status(self.cost, 0.0 if self.replaced else self.lc.mu, 0.0 if self.replaced else self.lc.gap)
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "replaced": self.replaced,
+            "forced": self.forced,
+            "at": self._at,
+            "iterations": self.lc.iterations,
+            "lc": None if self.replaced else self.lc.state_dict(),
+            "chains": {n: [c.name, list(c.widths)] for n, c in self.chains.items()},
+            "bases": {n: list(f.bases) for n, f in self.factors.items() if f.bases is not None},
+            "weights": {n: list(f.weights) for n, f in self.factors.items()},
+            "collapsed": {n: list(found) for n, found in self.collapsed.items()},
+            "trials": [dict(t) for t in self.trials],
+            "point": dict(self.point),
+            "left": dict(self.left),
+            "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
+            "limits": dict(self.limits),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        rows = {n for n, m in self.model.named_modules() if isinstance(m, nn.Sequential)}
+        odd = [n for n in state["chains"] if (n not in rows if state["replaced"] else n not in self.places)]
+        if odd:
+            raise ValueError(
+                f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
+            )
+        self.replaced, self.forced, self._at = state["replaced"], state["forced"], state["at"]
+        self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])
+        self.trials = [dict(t) for t in state["trials"]]
+        self.point, self.left = dict(state["point"]), dict(state["left"])
+        self.collapsed = {n: (a, b) for n, (a, b) in state["collapsed"].items()}
+        self.lc.iterations = state["iterations"]
+        if self.replaced:
+            return
+        self.lc.load_state_dict(state["lc"])
+        self.chains = {n: chain(self.places[n], form, widths) for n, (form, widths) in state["chains"].items()}
+        device = next(self.model.parameters()).device
+        self.factors = {}
+        for name, weights in state["weights"].items():
+            bases = state["bases"].get(name)
+            pair = None if bases is None else (bases[0].to(device), bases[1].to(device))
+            self.factors[name] = Factors(state["chains"][name][0], tuple(w.to(device) for w in weights), pair)
+
+
+WARM_UP = 0.1  # share of the first L step in which the rate rises
+SPAN = 2.0  # the error of a stage weighs between 2**-SPAN and 2**SPAN times what it does by itself
+TT_RANGE = (0.2, 1.0)
+CALIBRATION = 8  # batches that estimate BatchNorm for one candidate
+FINAL_SWEEPS = 10

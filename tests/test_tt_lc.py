@@ -1,0 +1,395 @@
+"""TT-LC: exact budgets, a penalty gap that closes, a faithful replacement, resuming anywhere, faults that are named."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import espalier as es
+from espalier.costs import cost
+from espalier.forms import dense_chain, find_places
+from espalier.forms.candidates import ladder, measure
+from espalier.forms.chains import cost_of
+from espalier.forms.tucker import Factors, compose, factorise
+from espalier.methods.lc import LearningCompression, PenaltyDiverged
+from espalier.methods.search import MissingOptuna, minimise
+from espalier.run.data import load_data, set_aside
+
+X = torch.zeros(1, 1, 8, 8)
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def recipe(**options) -> es.Recipe:
+    return es.Recipe(**{"epochs": 4, "batch_size": 64, "lr": 0.1, "distill": 0.0, "device": "cpu", **options})
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+# -- the ladder of one layer
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8])
+@pytest.mark.parametrize("ranks", [(3, 7), (16, 32), (1, 1)])
+def test_rungs_rise_in_every_cost_and_lose_what_a_fit_loses(ranks, multiple_of) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1)).double()
+    place = find_places(model, torch.zeros(1, 16, 9, 9, dtype=torch.float64))[0]["0"]
+    weight = model[0].weight.detach()
+    spectra = measure({"0": weight})["0"]
+    for fraction in (0.3, 0.8):
+        rungs, lost = ladder(place, spectra, ranks, fraction=fraction, multiple_of=multiple_of)
+        costs = [cost_of(place, c) for c in rungs]
+        assert rungs[-1] == dense_chain(place) and lost[-1] == 0
+        assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(costs))
+        assert (np.diff(lost) < 0).all()
+        for form, share in zip(rungs[:-1], lost[:-1], strict=True):
+            back = compose(factorise(weight, form.name, form.widths, sweeps=0))
+            assert float((weight - back).square().sum() / weight.square().sum()) == pytest.approx(share, abs=1e-9)
+            assert all(r % multiple_of == 0 or r in (16, 32) for r in form.widths)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+@pytest.mark.parametrize("size", [(3, 3), (2, 4), (1, 1), (1, 3)])
+def test_zero_and_constant_weights_need_the_cheapest_rung_only(value, size) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, size))
+    nn.init.constant_(model[0].weight, value)
+    place = find_places(model, torch.zeros(1, 6, 9, 9))[0]["0"]
+    spectra = measure({"0": model[0].weight})["0"]
+    rungs, lost = ladder(place, spectra, (1, 1))
+    assert len(rungs) > 1
+    assert lost[0] == pytest.approx(0.0, abs=1e-5)
+    assert max(spectra.evbmf()) <= 1
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    with pytest.raises(ValueError, match=r"features\.0: its weight holds NaN"):
+        measure({"features.0": torch.full((4, 4, 3, 3), torch.nan)})
+
+
+# -- the LC loop by itself
+
+
+def test_lc_ends_where_weights_are_their_own_compressed_form() -> None:
+    """Least squares under a rank constraint: the gap closes and the loss comes near that of the best rank-2 answer."""
+    torch.manual_seed(0)
+    goal = torch.randn(8, 6, dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(8, 6, dtype=torch.float64))
+    lc = LearningCompression({"w": weight}, mu=0.1, growth=1.3)
+    gaps = []
+    for _ in range(30):
+        for _ in range(200):
+            loss = 0.5 * (weight - goal).square().sum() + lc.penalty()
+            (gradient,) = torch.autograd.grad(loss, weight)
+            with torch.no_grad():
+                weight -= 0.5 / (1 + lc.mu) * gradient
+        gaps.append(lc.c_step(lambda wanted: {"w": compose(factorise(wanted["w"], "channel", [2]))}))
+    assert gaps[-1] < 1e-3 < gaps[0]
+    best = float(torch.linalg.svdvals(goal)[2:].square().sum())
+    assert float((lc.compressed["w"] - goal).square().sum()) == pytest.approx(best, rel=1e-3)
+
+
+def test_the_penalty_and_its_gradient_are_the_formula() -> None:
+    torch.manual_seed(0)
+    weights = {n: nn.Parameter(torch.randn(4, 3)) for n in "ab"}
+    lc = LearningCompression(weights, mu=0.7, growth=1.0)
+    assert lc.penalty() == 0.0
+    for _ in range(2):
+        lc.c_step(lambda wanted: {"a": 0.5 * wanted["a"]})  # b is free
+    penalty = lc.penalty()
+    written = 0.35 * (weights["a"] - lc.compressed["a"] - lc.multipliers["a"] / 0.7).square().sum()
+    torch.testing.assert_close(penalty, written)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * penalty, weights["a"])[0], 3 * torch.autograd.grad(written, weights["a"])[0]
+    )
+
+
+def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
+    weight = nn.Parameter(torch.ones(4, 4) + 0.1 * torch.eye(4))
+    lc = LearningCompression({"w": weight}, mu=1.0, growth=2.0)
+
+    def scheme(wanted):
+        return {"w": compose(factorise(wanted["w"], "channel", [1]))}
+
+    lc.c_step(scheme)
+    lc.c_step(scheme)
+    kept = lc.compressed["w"].clone()
+    with torch.no_grad():
+        weight.copy_(10 * torch.eye(4))
+    with pytest.raises(PenaltyDiverged, match="LC iteration 3: the weights move away"):
+        lc.c_step(scheme)
+    assert torch.equal(lc.compressed["w"], kept) and lc.iterations == 2
+
+
+# -- the search
+
+
+def test_a_search_that_is_interrupted_ends_where_it_would_have_ended() -> None:
+    ranges, first = {"a": (-2.0, 2.0), "b": (0.0, 1.0)}, {"a": 0.0, "b": 0.5}
+
+    def score(point):
+        return (point["a"] - 1) ** 2 + (point["b"] - 0.2) ** 2
+
+    whole: list = []
+    best = minimise(score, ranges, first=first, count=8, seed=3, trials=whole)
+    parts: list = []
+    minimise(score, ranges, first=first, count=8, seed=3, trials=parts[:0])
+    for _ in range(2):
+        calls = itertools.count()
+
+        def stops(point, calls=calls):
+            if next(calls) == 3:
+                raise KeyboardInterrupt
+            return score(point)
+
+        with pytest.raises(KeyboardInterrupt):
+            minimise(stops, ranges, first=first, count=8, seed=3, trials=parts)
+    assert minimise(score, ranges, first=first, count=8, seed=3, trials=parts) == best
+    assert parts == whole
+    assert score(best) < score(first)
+
+
+def test_failed_trials_are_recorded_and_the_search_goes_on() -> None:
+    def score(point):
+        if point["a"] > 0.5:
+            raise ValueError("too large")
+        return float("nan") if point["a"] < -1.5 else point["a"] ** 2
+
+    trials: list = []
+    best = minimise(score, {"a": (-2.0, 2.0)}, first={"a": 1.0}, count=8, seed=0, trials=trials)
+    assert len(trials) == 8
+    assert trials[0] == {"point": {"a": 1.0}, "score": None, "failed": "ValueError: too large"}
+    assert best is not None and -1.5 <= best["a"] <= 0.5
+    assert minimise(lambda point: float("inf"), {"a": (0.0, 1.0)}, first={"a": 0.5}, count=2, seed=0, trials=[]) is None
+
+
+def test_without_optuna_the_error_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingOptuna, match=r"espalier\[search\].*search=0"):
+        es.TTLC().start(net(), X, es.Budget(macs=0.5))
+    es.TTLC(search=0).start(net(), X, es.Budget(macs=0.5))
+
+
+# -- the method
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [es.Budget(macs=0.33), es.Budget(params=0.3), es.Budget(macs=0.4, params=0.3), es.Budget(macs=0.5, multiple_of=8)],
+    ids=str,
+)
+def test_compress_meets_the_budget_and_learns(digits, budget, tmp_path) -> None:
+    result = es.compress(net(), digits, budget=budget, method=es.TTLC(search=3), recipe=recipe(), out=tmp_path / "run")
+    limits = budget.limits(result.dense)
+    for metric, limit in limits.items():
+        assert getattr(result.cost, metric) <= limit
+    # one rung more of something would not fit: the budget is used up to the step of a ladder
+    assert max(getattr(result.cost, m) / limit for m, limit in limits.items()) > 0.85
+    assert result.accuracy is not None and result.accuracy > 60
+    if budget.multiple_of == 8:
+        inner = [c for m in result.model if isinstance(m, nn.Sequential) for c in list(m)[:-1]]
+        assert inner and all(
+            c.out_channels % 8 == 0 or c.out_channels == 16 * 3 for c in inner if isinstance(c, nn.Conv2d)
+        )
+    again = es.load(tmp_path / "run" / "model.safetensors", base=net())
+    torch.testing.assert_close(again.eval()(X), result.model.eval()(X))
+    assert (tmp_path / "run" / "history.json").exists()
+
+
+def test_the_gap_falls_and_the_replacement_hardly_moves_the_logits(digits) -> None:
+    data = set_aside(digits, 100)
+    process, x, _ = run_until(data, es.TTLC(search=0, iterations=10, share=0.8, mu=0.1, growth=2.0), stop_before=True)
+    gaps = [value for _, value in process.history["gap"]["all"]]
+    assert gaps[-1] < 0.25 * max(gaps)
+    process.model.eval()
+    before = process.model(x)
+    macs = process.cost.macs
+    optimizer = torch.optim.SGD(process.model.parameters(), lr=0.1, momentum=0.9)
+    removed = process.step(progress=0.8, optimizer=optimizer)
+    assert removed is not None and process.replaced
+    assert removed.cost.macs < 0.5 * macs and removed.cost == cost(es.trace(process.model, X))
+    assert float((process.model(x) - before).abs().max() / before.abs().max()) < 0.2
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in process.model.parameters()}
+    assert process.penalty() == 0.0 and process.status.remaining == 0.0
+
+
+def run_until(data, method, *, stop_before, steps: int = 150):
+    """Train by hand until the last C step is due."""
+    model = net()
+    batches = list(data.calibration_batches(batch_size=64, batches=4))
+    process = method.start(model, X, es.Budget(macs=0.4), batches=batches)
+    process.held_out = list(data.holdout_batches()) if data.has_holdout else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.train()
+    step = 0
+    while True:
+        for x, y in data.train_batches(batch_size=64, epoch=step, seed=0):
+            progress = (step + 1) / steps
+            if stop_before and progress >= method.share:
+                return process, x, optimizer
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * process.rate(step / steps)
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) + process.penalty()).backward()
+            optimizer.step()
+            process.step(progress=progress, optimizer=optimizer)
+            step += 1
+            if step == steps:
+                return process, x, optimizer
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_a_killed_run_goes_on_bit_for_bit(digits, stop_at, tmp_path, monkeypatch) -> None:
+    """Inside an L step before and after the search, and after the replacement."""
+    method = es.TTLC(search=3, iterations=7, share=0.6)
+    options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=4, ema=0.9)}
+    whole = es.compress(net(), digits, out=tmp_path / "whole", **options)
+
+    def killed(history):
+        if len(history.epochs) == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        es.compress(net(), digits, out=tmp_path / "parts", on_epoch=killed, **options)
+    rest = es.compress(net(), digits, out=tmp_path / "parts", resume=True, **options)
+    assert rest.cost == whole.cost and rest.limits == whole.limits
+    theirs = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in rest.model.named_parameters())
+    assert (tmp_path / "parts" / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
+
+
+def test_a_search_leaves_the_model_as_it_was_and_never_sees_test_images(digits) -> None:
+    data = set_aside(digits, 100)
+    process, _, _ = run_until(data, es.TTLC(search=2, iterations=6, select=1.0), stop_before=True, steps=40)
+    process.trials.clear()
+    before = {n: t.clone() for n, t in process.model.state_dict().items()}
+    wanted = process.lc.wanted()
+    point = process.search(wanted, measure(wanted))
+    assert set(point) == {"8x8", "4x4", "linear", "tt"}
+    assert all(torch.equal(t, before[n]) for n, t in process.model.state_dict().items())
+    assert len(process.trials) == 2
+
+
+def test_images_to_choose_by_are_not_trained_on(digits) -> None:
+    apart = set_aside(digits, 100)
+    assert len(apart.holdout) == 100 and len(apart.train) == len(digits.train) - 100
+    trained = {bytes(i.numpy().tobytes()) for i in apart.train.images}
+    fresh = [i for i in apart.holdout.images if bytes(i.numpy().tobytes()) not in trained]
+    assert len(fresh) >= 98  # the data set itself may hold an image twice
+    assert len(set_aside(digits, 10**6).holdout) == len(digits.train) // 10
+    assert set_aside(apart, 50) is apart and set_aside(digits, 0) is digits
+    assert es.TTLC(search=0).withholds == 0 and es.TTLC(held_out=77).withholds == 77
+
+
+def test_what_cannot_take_a_form_stays_dense_with_its_reason() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.circular = nn.Conv2d(1, 16, 3, padding=1, padding_mode="circular")
+            self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+            self.dilated = nn.Conv2d(16, 24, 3, padding=2, dilation=2)
+            self.even = nn.Conv2d(24, 24, 2, stride=2)
+            self.frozen = nn.Conv2d(24, 24, 1)
+            self.frozen.weight.requires_grad_(False)
+            self.kept = nn.Conv2d(24, 24, 1)
+            self.fc = nn.Linear(24, 10)
+
+        def forward(self, x):
+            x = self.even(self.dilated(self.grouped(self.circular(x)).relu()).relu())
+            return self.fc(self.kept(self.frozen(x).relu()).mean((2, 3)))
+
+    model = Odd()
+    process = es.TTLC(search=0).start(model, X, es.Budget(macs=0.75, protect=["kept"]))
+    assert process.left == {
+        "circular": "padding mode 'circular'",
+        "grouped": "grouped convolution",
+        "frozen": "its weight is frozen",
+        "kept": "protected",
+    }
+    small = process.finish()
+    assert process.forced
+    assert isinstance(small.dilated, nn.Sequential) and isinstance(small.kept, nn.Conv2d)
+    assert cost(es.trace(small, X)).macs <= 0.75 * process.dense.macs
+
+
+def test_only_the_forms_that_are_asked_for_are_used() -> None:
+    process = es.TTLC(search=0, forms=("tt",)).start(net(), X, es.Budget(macs=0.4))
+    process.finish()
+    assert {c.name for n, c in process.chains.items() if process.places[n].kernel != (1, 1)} == {"tt"}
+
+
+def test_collapsed_proposals_are_floored_and_reported() -> None:
+    process = es.TTLC(search=0, floor=0.25).start(net(), X, es.Budget(macs=0.4))
+    weights = {n: torch.randn_like(w) for n, w in process.lc.weights.items()}  # pure noise: EVBMF finds nothing in it
+    process._choose(measure(weights), {})
+    assert process.proposal("5", measure(weights)["5"]) == (8, 8)
+    assert process.collapsed["5"] == (0, 0)
+
+
+def test_budgets_that_cannot_be_met_fail_at_once() -> None:
+    with pytest.raises(es.BudgetError, match="smallest reachable"):
+        es.TTLC(search=0).start(net(), X, es.Budget(macs=0.001))
+    with pytest.raises(ValueError, match="activation_memory cannot be its budget"):
+        es.TTLC(search=0).start(net(), X, es.Budget(macs=0.5, activation_memory=0.5))
+
+
+WRONG = [
+    {"iterations": 1}, {"share": 1.0}, {"mu": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
+    {"forms": "cp"}, {"search": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_wrong_hyper_parameters_are_named(options) -> None:
+    with pytest.raises(ValueError, match=rf"TTLC\({next(iter(options))}="):
+        es.TTLC(**options)
+
+
+def test_a_state_of_another_structure_is_refused() -> None:
+    method = es.TTLC(search=0)
+    done = method.start(net(), X, es.Budget(macs=0.4))
+    done.finish()
+    with pytest.raises(ValueError, match="does not have the structure"):
+        method.start(net(), X, es.Budget(macs=0.4)).load_state_dict(done.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "resnet20a"])
+def test_one_iteration_on_the_zoo_of_cifar_is_proven(name) -> None:
+    one_iteration(es.build_model(name, num_classes=10), torch.zeros(1, 3, 32, 32))
+
+
+def one_iteration(model: nn.Module, example: torch.Tensor) -> None:
+    """After one LC iteration and the replacement: within the budget, and the same function as ``D(theta)`` in dense layers."""
+    model.eval()
+    process = es.TTLC(search=0, sweeps=1).start(model, example, es.Budget(macs=0.6))
+    process._c_step(0.1)
+    dense = copy.deepcopy(model)
+    process.finish()
+    assert process.chains
+    assert cost(es.trace(process.model, example)).macs <= process.limits["macs"]
+    x = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for layer in process.chains:
+            row = process.model.get_submodule(layer)
+            weight = compose(Factors("row", tuple(stage.weight for stage in row)))
+            dense.get_submodule(layer).weight.copy_(weight)
+        one, two = process.model(x), dense(x)
+    torch.testing.assert_close(one, two, atol=2e-4 * float(two.abs().max()), rtol=1e-3)
