@@ -148,14 +148,14 @@ def line_chart(
     return svg(parts, height=226, title=title)
 
 
-def pair_bars(pairs: Sequence[Pair], *, title: str, unit: str, row: float = 17.0) -> str:
+def pair_bars(pairs: Sequence[Pair], *, title: str, unit: str, head: str, row: float = 17.0) -> str:
     """For every name a wide pale bar, before, and a narrow strong one in it, after."""
     most = max((max(p.before, p.after) for p in pairs), default=0.0) or 1.0
     left = _label_room([p.name for p in pairs])
     right = WIDTH - 10 - LETTER * max((len(p.text) for p in pairs), default=0)
     x = _scale(0, most, left, right)
     top = 22.0
-    parts = [_text(left, 11, unit, "axis"), _text(WIDTH, 11, "after", "axis", "end")]
+    parts = [_text(left, 11, unit, "axis"), _text(WIDTH, 11, head, "axis", "end")]
     for number, pair in enumerate(pairs):
         y = top + number * row
         parts.append(_name(pair.name, y + row / 2, left))
@@ -197,14 +197,14 @@ def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str, y_label: str) ->
         corners += [(point[0], corners[-1][1]), point]
     steps = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in corners)
     parts.append(f'<polyline class="frontier" points="{steps}"/>')
-    heights = spread_out([y(d.y) for d in dots], apart=13, low=top, high=bottom)
-    for dot, height in zip(dots, heights, strict=True):
-        style = "dot hollow" if dot.hollow else f"dot f{dot.tone} t{dot.tone}"
-        parts.append(f'<circle class="{style}" cx="{x(dot.x):.1f}" cy="{y(dot.y):.1f}" r="4.5"/>')
-        at_right = x(dot.x) + 10 + LETTER * len(dot.name) <= WIDTH
-        parts.append(
-            _text(x(dot.x) + (9 if at_right else -9), height + 4, dot.name, "label", "start" if at_right else "end")
-        )
+    for at_right in (True, False):
+        side = [d for d in dots if (x(d.x) + 10 + LETTER * len(d.name) <= WIDTH) is at_right]
+        heights = spread_out([y(d.y) - 6 for d in side], apart=13, low=top - 8, high=bottom)
+        for dot, height in zip(side, heights, strict=True):
+            style = "dot hollow" if dot.hollow else f"dot f{dot.tone} t{dot.tone}"
+            parts.append(f'<circle class="{style}" cx="{x(dot.x):.1f}" cy="{y(dot.y):.1f}" r="4.5"/>')
+            place, anchor = (x(dot.x) + 8, "start") if at_right else (x(dot.x) - 8, "end")
+            parts.append(_text(place, height + 3, dot.name, "label", anchor))
     return svg(parts, height=276, title=title)
 
 

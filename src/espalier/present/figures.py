@@ -59,13 +59,15 @@ def macs_by_layer(run: Run) -> str:
             lr.name,
             lr.dense_macs,
             lr.small_macs,
-            f"{lr.small_macs / lr.dense_macs:.0%}" if lr.dense_macs else "–",
+            f"{100 * lr.small_macs / lr.dense_macs:.0f} %" if lr.dense_macs else "–",
             _tone(lr),
         )
         for lr in _layers(run)
     ]
     total = sum(lr.dense_macs for lr in _layers(run))
-    return pair_bars(pairs, title="MACs of every layer before and after", unit=f"MACs, of {short(total)} in all")
+    return pair_bars(
+        pairs, title="MACs of every layer before and after", unit=f"MACs, of {short(total)} in all", head="left"
+    )
 
 
 def latency_by_layer(run: Run) -> tuple[str, int]:
@@ -80,7 +82,7 @@ def latency_by_layer(run: Run) -> tuple[str, int]:
     ]
     before, after = sum(lr.dense_ms for lr in layers), sum(lr.small_ms for lr in layers)
     unit = f"{before:.3g} ms in all, {after:.3g} ms after"
-    return pair_bars(pairs, title="Time of every layer before and after", unit=unit), batch
+    return pair_bars(pairs, title="Time of every layer before and after", unit=unit, head="speed-up"), batch
 
 
 @lru_cache(maxsize=8)
@@ -135,7 +137,12 @@ def cost_curves(run: Run) -> str:
         if points:
             lines.append(Line(name, ((0.0, 100.0), *points), tone))
             lines.append(
-                Line("limit", ((0.0, 100 * limit / whole), (points[-1][0], 100 * limit / whole)), tone, dashed=True)
+                Line(
+                    f"limit {100 * limit / whole:.3g}",
+                    ((0.0, 100 * limit / whole), (points[-1][0], 100 * limit / whole)),
+                    tone,
+                    dashed=True,
+                )
             )
     if not lines:
         return ""
@@ -179,17 +186,28 @@ def _curve(run: Run, column: str, name: str, tone: int) -> Line:
 # -- several runs
 
 
-def pareto_plot(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Accuracy against MACs; runs of one method have one colour."""
+def pareto_plot(runs: Sequence[Run], names: Sequence[str], *, cost: str) -> str:
+    """Accuracy against what is left of ``cost``, or of the "time" in the last backend measured, at batch 1.
+
+    Runs of one method have one colour.
+    """
     methods = list(dict.fromkeys(run.method for run in runs))
     dots = []
     for run, name in zip(runs, names, strict=True):
-        if "accuracy" in run.metrics["small"]:
-            share = 100 * run.metrics["fraction"]["macs"]
-            dots.append(Dot(name, share, run.metrics["small"]["accuracy"], methods.index(run.method) % 6))
-    for dense in sorted({run.metrics["dense"]["accuracy"] for run in runs if "accuracy" in run.metrics["dense"]}):
-        dots.append(Dot("dense", 100.0, dense, 5, hollow=True))
+        share = _time_left(run) if cost == "time" else run.metrics["fraction"][cost]
+        if "accuracy" in run.metrics["small"] and share is not None:
+            dots.append(Dot(name, 100 * share, run.metrics["small"]["accuracy"], methods.index(run.method) % 6))
     if not dots:
         return ""
-    x_label = "MACs left, per cent of the dense network"
-    return dot_chart(dots, title="Accuracy against MACs left", x_label=x_label, y_label="test accuracy, per cent")
+    for dense in sorted({run.metrics["dense"]["accuracy"] for run in runs if "accuracy" in run.metrics["dense"]}):
+        dots.append(Dot("dense", 100.0, dense, 5, hollow=True))
+    x_label = f"{PARETO_AXES[cost]} left, per cent of the dense network"
+    return dot_chart(dots, title=f"Accuracy against {cost}", x_label=x_label, y_label="test accuracy, per cent")
+
+
+PARETO_AXES = {"macs": "MACs", "params": "parameters", "time": "time"}
+
+
+def _time_left(run: Run) -> float | None:
+    timings = [t for t in run.metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
+    return 1 / timings[-1]["speedup"] if timings else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.present.figures import (
+    PARETO_AXES,
     accuracy_curves,
     budget_bars,
     cost_curves,
@@ -26,8 +27,8 @@ from espalier.run.rundir import REPORT, to_toml, write_file
 COST_NAMES = {
     "macs": "multiply-adds (MACs)",
     "params": "parameters",
-    "activation_memory": "peak activation memory, bytes",
-    "bytes": "bytes on disk",
+    "activation_memory": "peak activations, bytes",
+    "bytes": "size on disk, bytes",
 }
 BACKENDS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
@@ -64,7 +65,7 @@ def page(runs: Sequence[Run], *, timing: bool = True) -> str:
 
 
 def _run(run: Run, name: str, *, timing: bool, only: bool) -> str:
-    parts = [] if only else [f'<h2 id="{escape(name)}">{escape(name)}: {escape(run.title)}</h2>']
+    parts = [] if only else [f'<h2 class="title" id="{escape(name)}">{escape(name)}: {escape(run.title)}</h2>']
     parts += [_lead(run), _tiles(run.metrics), _asked_and_met(run), _network(run, timing=timing)]
     parts += [_training(run), _speed(run.metrics), _origin(run)]
     return f'<section class="run{" only" if only else ""}">' + "\n".join(filter(None, parts)) + "</section>"
@@ -84,8 +85,8 @@ def _tiles(metrics: dict[str, Any]) -> str:
     if "accuracy" in small:
         change = small["accuracy"] - dense["accuracy"]
         tiles.append((f"{small['accuracy']:.2f} %", f"test accuracy, {_signed(change)} points"))
-    tiles.append((f"{fraction['macs']:.1%}", "of the MACs are left"))
-    tiles.append((f"{fraction['params']:.1%}", "of the parameters are left"))
+    tiles.append((_percent(fraction["macs"]), "of the MACs are left"))
+    tiles.append((_percent(fraction["params"]), "of the parameters are left"))
     fastest = [t for t in metrics["latency"] if t["name"] == "small"]
     for timing in fastest[-2:]:
         backend = BACKENDS.get(timing["backend"], timing["backend"])
@@ -104,7 +105,7 @@ def _asked_and_met(run: Run) -> str:
         rows.append(("test loss", _decimals(dense["loss"]), _decimals(small["loss"]), "", ""))
     for cost, label in COST_NAMES.items():
         limit = f"{limits[cost]:,}" if cost in limits else ""
-        rows.append((label, f"{dense[cost]:,}", f"{small[cost]:,}", f"{metrics['fraction'][cost]:.1%}", limit))
+        rows.append((label, f"{dense[cost]:,}", f"{small[cost]:,}", _percent(metrics["fraction"][cost]), limit))
     table = _table(("", "dense", "small", "small / dense", "limit"), rows)
     caption = "The mark is the limit; the pale bar is the dense network."
     kept = all(small[cost] <= limit for cost, limit in limits.items())
@@ -113,7 +114,7 @@ def _asked_and_met(run: Run) -> str:
     aligned = f" Widths are multiples of {others} or whole." if others != 1 else ""
     return (
         f"<h2>What was asked, and what was met</h2><p>{verdict}{escape(aligned)} One multiply-add is one MAC; costs are "
-        'those of a single input.</p><div class="figures">'
+        'those of a single input.</p><div class="figures asked">'
         + _figure(budget_bars(run, COST_NAMES), "Share of the dense network that is left", caption)
         + f"<div>{table}</div></div>"
     )
@@ -133,11 +134,11 @@ def _network(run: Run, *, timing: bool) -> str:
         chart, batch = latency_by_layer(run)
         caption = f"PyTorch, batch {batch}, one thread of the machine that wrote this page; medians of runs in turns."
         figures.append(_figure(chart, "Time of every layer", caption))
-    key = (
-        '<p class="soft"><span class="key" style="background:var(--c0)"></span>the layer as it was, or with fewer channels'
-        '<span class="key" style="background:var(--c1)"></span>factorised into several layers'
-        '<span class="key" style="background:var(--c2)"></span>another kernel</p>'
+    tones = ("the layer as it was, or with fewer channels", "factorised into several layers", "another kernel")
+    key = "".join(
+        f'<span><i style="background:var(--c{tone})"></i>{escape(text)}</span>' for tone, text in enumerate(tones)
     )
+    key = f'<p class="legend soft">{key}</p>'
     return f'<h2>The network</h2>{key}<div class="figures three">{"".join(figures)}</div>'
 
 
@@ -204,13 +205,14 @@ def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
             (
                 name, run.title, run.method, f"{dense['accuracy']:.2f}" if "accuracy" in dense else "–",
                 f"{small['accuracy']:.2f}" if "accuracy" in small else "–",
-                f"{fraction['macs']:.1%}", f"{fraction['params']:.1%}",
+                _percent(fraction['macs']), _percent(fraction['params']),
                 f"{fast[-1]['speedup']:.2f}×" if fast else "–", str(metrics["epochs"]),
             )
         )  # fmt: skip
     head = ("run", "network", "method", "dense, %", "small, %", "MACs left", "params left", "speed-up", "epochs")
-    figures = _figure(
-        pareto_plot(runs, names), "Accuracy against cost", "Hollow: dense. Dashed: the frontier of these runs."
+    figures = "".join(
+        _figure(pareto_plot(runs, names, cost=cost), f"Accuracy against {axis}", "Hollow: dense. Dashed: the frontier.")
+        for cost, axis in PARETO_AXES.items()
     )
     return (
         f"{_table(head, rows)}<p class='soft'>Accuracy is that of the last epoch on the test set; speed-up at batch 1, in ONNX "
@@ -240,6 +242,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _signed(value: float) -> str:
