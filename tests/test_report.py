@@ -260,3 +260,12 @@ def test_figures_show_in_a_browser_without_errors(html, tmp_path, width):
     assert min(min(box) for box in found["boxes"]) > 20
     assert found["texts"] == 0
     assert found["page"] <= found["screen"]
+
+
+def test_the_style_closes_what_it_opens(html):
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
+    depth = 0
+    for part in re.findall(r"[{}]|@media", style):
+        assert part != "@media" or depth == 0, "a rule for one medium stands inside another"
+        depth += {"{": 1, "}": -1}.get(part, 0)
+    assert depth == 0
