@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 import torch
 
+from benchmarks import gpu_throughput, tables
 from benchmarks import run as running
-from benchmarks import tables
 from benchmarks.peers import PEERS
 from benchmarks.recipe import Job, read_recipe, read_recipes
 from espalier.costs import cost
@@ -211,3 +211,15 @@ def test_a_peer_reaches_the_target(name):
     small = PEERS[name](model, example, 0.5)
     assert cost(trace(small, example)).macs <= 0.51 * whole  # torch-pruning counts a little differently
     assert small(example).shape == (1, 10)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_throughput_of_a_gpu_is_not_measured_without_one():
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu_throughput.main([])
+
+
+def test_the_step_that_is_timed_trains():
+    step = gpu_throughput.eager_step("resnet20", seed=0, device="cpu")
+    losses = [float(step()) for _ in range(4)]
+    assert losses[-1] < losses[0]
