@@ -37,14 +37,9 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
     "metrics.json",
     "summary.md",
 )
-<<<<<<< HEAD
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
-FILES = (CONFIG, CHECKPOINT, LOG, MODEL, ONNX, PLAN, HISTORY, METRICS, SUMMARY)
-=======
-MODEL, ONNX, PLAN = "model.safetensors", "model.onnx", "plan.json"
 WIDTHS, REPORT = "widths.csv", "report.html"
-FILES = (CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, METRICS, SUMMARY, REPORT)
->>>>>>> a1aaece (A report on a run as one page that opens offline; kept widths are logged after every epoch)
+FILES = (CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, METRICS, SUMMARY, REPORT)
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
