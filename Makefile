@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test test-zoo lint bench-quick clean
+.PHONY: demo test test-zoo lint bench-quick bench-peers tables clean
 
 demo: $(VENV)/.base
 	$(BIN)/espalier demo --out runs/demo
@@ -26,6 +26,14 @@ lint: $(VENV)/.dev
 bench-quick: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.quick
 
+# Other toolkits beside ours on real digits, three seeds; what has been run is not run again.
+bench-peers: $(VENV)/.dev
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.run only peers-digits
+	$(BIN)/python -m benchmarks.tables
+
+tables: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.tables
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
@@ -34,12 +42,12 @@ $(BIN)/python:
 		{ echo "espalier needs Python 3.11 or newer; say: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# What the demo needs: the package, ONNX export and figures.
+# What the demo needs: the package and ONNX export.
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[onnx,report]'
+	$(INSTALL) --editable '.[onnx]'
 	@touch $@
 
 # What development needs on top: every extra.
 $(VENV)/.dev: $(VENV)/.base
-	$(INSTALL) --editable '.[models,data,onnx,report,dev,bench]'
+	$(INSTALL) --editable '.[models,data,onnx,dev,bench]'
 	@touch $@

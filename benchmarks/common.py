@@ -113,7 +113,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-_PACKAGES = ("torch", "numpy", "torchvision", "timm", "torch-pruning", "scikit-learn")
+_PACKAGES = ("torch", "numpy", "torchvision", "timm", "torch-pruning", "tensorly", "onnxruntime", "scikit-learn")
 
 
 def _version(package: str) -> str | None:
@@ -211,3 +211,12 @@ def torch_pruning() -> Any:
         return importlib.import_module("torch_pruning")
     except ModuleNotFoundError as error:
         raise ValueError("this comparison needs torch-pruning: pip install 'espalier[bench]'") from error
+
+
+def tensorly() -> Any:
+    """The package, an optional one."""
+    try:
+        importlib.import_module("tensorly.decomposition")
+        return importlib.import_module("tensorly")
+    except ModuleNotFoundError as error:
+        raise ValueError("this comparison needs tensorly: pip install 'espalier[bench]'") from error

@@ -104,6 +104,11 @@ class Process(ABC):
                 bake(self.model, name)
             self.graph = trace(self.model, self.example)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Kept units of every group of the network as it is executed now; of a ladder, its rung."""
+        return {g.name: self.rungs.get(g.name, g.size) for g in self.graph.groups}
+
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
         kept = shrink_(self.model, self.graph, Plan(units), optimizer=optimizer)

@@ -27,6 +27,7 @@ from espalier.present.config import (
 )
 from espalier.present.demo import run_demo
 from espalier.present.edge import Edge, stdout, stopped
+from espalier.present.html import write_report
 from espalier.present.jobs import open_network, run_job
 from espalier.present.show import show_markdown, show_summary
 from espalier.run.evaluate import evaluate as evaluate_model
@@ -216,6 +217,18 @@ def export(
     target = to or (path / ONNX if path.is_dir() else path.with_suffix(".onnx"))
     difference = export_onnx(open_network(path, merged), target, inputs)
     stdout.print(f"{target}: differs from PyTorch by at most {difference:.1e}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the page goes; default: into the first run.", metavar="FILE")
+    ] = None,
+    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Time every layer now.")] = True,
+) -> None:
+    """Write one HTML page about a run, or about several side by side: opens offline, can be sent and printed."""
+    stdout.print(f"{write_report(runs, out=out, timing=timing)}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from espalier.present.config import Config
 from espalier.present.edge import stdout
+from espalier.present.html import write_report
 from espalier.present.jobs import run_job
 from espalier.present.show import show_markdown
 from espalier.run.rundir import MODEL, SUMMARY
@@ -41,6 +42,8 @@ def run_demo(out: Path) -> None:
     run_job(small, out=out, force=True)
     _say("\n3. The report.\n")
     show_markdown((out / SUMMARY).read_text(encoding="utf-8"), stdout)
+    page = write_report([out])
+    _say(f"Open {page} in a browser: the same with figures, layer by layer.")
     _say(f"Everything is in {out}: network, plan, metrics, log, and the configuration that repeats it.")
 
 

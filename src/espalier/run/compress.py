@@ -32,6 +32,8 @@ from espalier.run.rundir import (
     HISTORY,
     LOG,
     PLAN,
+    WIDTHS,
+    add_widths,
     begin_folder,
     check_folder,
     write_config,
@@ -223,6 +225,8 @@ class _Job:
                 history = _with_cost(history, constant)
                 if self.folder is not None:
                     write_log(self.folder / LOG, history.epochs, Epoch)
+                    if self.process is not None:
+                        add_widths(self.folder / WIDTHS, history.last.epoch, self.process.widths)
                 if on_epoch is not None:
                     on_epoch(history)
 

@@ -4,12 +4,14 @@
 ``config.toml``               what reproduces the run
 ``checkpoint.pt``             the last whole epoch, to resume from
 ``log.csv``                   one row per epoch
+``widths.csv``                kept units of every group after every epoch, while a method is at work
 ``model.safetensors``         the small network: weights and structure
 ``model.onnx``                the same for ONNX Runtime, if the extra is installed
 ``plan.json``                 which units stayed
 ``history.json``              what the method recorded on its way (ranks of layers, for example), to plot
 ``metrics.json``              dense and small side by side
 ``summary.md``                the same to read
+``report.html``               the same with figures, written by ``espalier report``
 ============================  ======================================================================
 """
 
@@ -36,7 +38,8 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
     "summary.md",
 )
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
-FILES = (CONFIG, CHECKPOINT, LOG, MODEL, ONNX, PLAN, HISTORY, METRICS, SUMMARY)
+WIDTHS, REPORT = "widths.csv", "report.html"
+FILES = (CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, METRICS, SUMMARY, REPORT)
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
@@ -108,8 +111,21 @@ def write_log(path: Path, epochs: Sequence[Any], columns: type) -> None:
     write_file(path, text.getvalue().encode())
 
 
-def _cell(value: Any) -> Any:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+def add_widths(path: Path, epoch: int, widths: Mapping[str, int]) -> None:
+    """Add the row of ``epoch``, which replaces those from it on that a killed run may have left.
+
+    Empty where a group is not there: a method may give layers other forms, and so new groups, on the way.
+    """
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+    rows.append({"epoch": epoch, **widths})
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_file(path, text.getvalue().encode())
 
 
 def write_file(path: Path, content: bytes) -> None:

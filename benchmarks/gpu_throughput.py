@@ -1,0 +1,161 @@
+"""How fast a GPU can train the CIFAR networks: seconds per epoch of 50,000 images, by how the steps are launched.
+
+    python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3]
+
+Ways: ``loop`` (the library's own ``train``, augmentation included), ``eager`` (forward, backward and SGD step alone),
+``compile`` (``torch.compile``), ``graph`` (the whole step captured once as a CUDA graph, replayed), and ``graph xN`` (N seeds
+side by side, each graph on a stream of its own; seconds are for all N).  ``bf16``, channels last, batch 128, random images that
+lie on the device.  The floor is the time that the device needs for the same arithmetic at its measured matrix speed.
+Results: ``benchmarks/results/gpu_throughput.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import environment, rounded, table, write_results
+from espalier.costs import cost
+from espalier.graph import trace
+from espalier.run.data import Data, Split
+from espalier.run.loop import make_optimizer, train
+from espalier.run.models import build_model
+from espalier.run.recipe import Recipe
+
+NETWORKS = ("resnet20", "resnet32", "resnet56", "resnet110", "vgg16_bn")
+IMAGES, BATCH, WARM_UP, STEPS = 50_000, 128, 20, 100
+Step = Callable[[], object]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("error: there is no CUDA device here, and on another one these numbers would mean nothing")
+    speed = matrix_speed()
+    found: dict[str, dict[str, float]] = {}
+    for name in options.networks.split(","):
+        model = build_model(name, num_classes=10)
+        macs = cost(trace(model, torch.zeros(1, 3, 32, 32))).macs
+        times = {"floor": 3 * macs * IMAGES / speed}  # a backward costs two forwards
+        for way, measure in ways(name, options.seeds).items():
+            try:
+                times[way] = measure()
+            except Exception as error:  # a way that this driver or network does not support is a result too
+                print(f"{name}, {way}: {type(error).__name__}: {error}", flush=True)
+            torch.cuda.empty_cache()
+        found[name] = times
+        print(name, {way: round(seconds, 2) for way, seconds in times.items()}, flush=True)
+        write_results("gpu_throughput", rounded({"seconds_per_epoch": found, "batch": BATCH, **environment()}))
+    columns = list(dict.fromkeys(way for times in found.values() for way in times))
+    print(table(["seconds per epoch", *columns], [[n, *[_short(t.get(c)) for c in columns]] for n, t in found.items()]))
+
+
+def ways(name: str, seeds: int) -> dict[str, Callable[[], float]]:
+    """Way -> seconds of an epoch."""
+    return {
+        "loop": lambda: library_loop(name),
+        "eager": lambda: epoch_seconds([eager_step(name, seed=0, device="cuda")]),
+        "compile": lambda: epoch_seconds([eager_step(name, seed=0, device="cuda", compiled=True)]),
+        "graph": lambda: epoch_seconds([graph_step(name, seed=0)]),
+        f"graph x{seeds}": lambda: epoch_seconds([graph_step(name, seed=seed) for seed in range(seeds)]),
+    }
+
+
+def eager_step(name: str, *, seed: int, device: str, compiled: bool = False) -> Step:
+    """One training step on images that never change."""
+    torch.manual_seed(seed)
+    model = build_model(name, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, Recipe(lr=0.01))
+    images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH,), device=device)
+    forward: Any = torch.compile(model) if compiled else model
+
+    def step() -> torch.Tensor:
+        # No cache of casted weights: inside a captured graph it would hold those of the first step.
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def graph_step(name: str, *, seed: int) -> Step:
+    """The same step, captured; it is replayed on a stream of its own."""
+    step = eager_step(name, seed=seed, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP // 2):  # momentum and workspaces have to be there before the capture
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+
+    def replay() -> None:
+        with torch.cuda.stream(stream):
+            graph.replay()
+
+    return replay
+
+
+def epoch_seconds(steps: list[Step]) -> float:
+    """Of an epoch of every one of ``steps``, side by side."""
+    for _ in range(WARM_UP):
+        for step in steps:
+            step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(STEPS):
+        for step in steps:
+            step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / STEPS * IMAGES / BATCH
+
+
+def library_loop(name: str) -> float:
+    """The second epoch of ``train`` on random images of CIFAR-10's size."""
+    torch.manual_seed(0)
+
+    def split(n: int) -> Split:
+        return Split(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (n,)))
+
+    data = Data("random", 10, 3, 32, split(IMAGES), split(500), split(0), (0.5,) * 3, (0.25,) * 3, pad=4, flip=True).to(
+        "cuda"
+    )
+    recipe = Recipe(epochs=2, batch_size=BATCH, lr=0.01, precision="bf16", channels_last=True, device="cuda")
+    return train(build_model(name, num_classes=10), data, recipe).last.seconds
+
+
+def matrix_speed(size: int = 8192) -> float:
+    """Multiply-adds a second of a large bf16 matrix product, measured."""
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    for _ in range(5):
+        a @ a
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+    return 20 * size**3 / (time.perf_counter() - begun)
+
+
+def _short(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Other toolkits at the same work: cut a trained network down to a share of its MACs, in place or anew.
+
+Each takes the network, an example, the share and a few training batches, and returns the network to be fine-tuned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import tensorly, torch_pruning
+from espalier.costs import cost
+from espalier.graph import trace
+
+Cut = Callable[[nn.Module, Tensor, float], nn.Module]
+
+
+def _torch_pruning(pruner_name: str, importance_name: str, **importance: Any) -> Cut:
+    """Global, in small steps, until the MACs are at or below the share: the loop that its manual shows."""
+
+    def cut(model: nn.Module, example: Tensor, share: float) -> nn.Module:
+        tp = torch_pruning()
+        ignored: list[nn.Module] = [m for n, m in model.named_modules() if n in ("linear", "fc", "classifier")]
+        if any(type(m).__name__ == "ChannelPad" for m in model.modules()):
+            # its graph cannot adjust the zero padding of option A shortcuts: inner widths only
+            ignored += [m for n, m in model.named_modules() if n == "conv1" or n.endswith(".conv2")]
+        pruner = getattr(tp.pruner, pruner_name)(
+            model, example, importance=getattr(tp.importance, importance_name)(**importance), global_pruning=True,
+            iterative_steps=200, pruning_ratio=0.98, ignored_layers=ignored,
+        )  # fmt: skip
+        whole = tp.utils.count_ops_and_params(model, example)[0]
+        for _ in range(200):
+            pruner.step()
+            if tp.utils.count_ops_and_params(model, example)[0] <= share * whole:
+                return model
+        raise ValueError("torch-pruning did not reach the target")
+
+    return cut
+
+
+def tucker(model: nn.Module, example: Tensor, share: float) -> nn.Module:
+    """tensorly's partial Tucker of every 3x3 convolution, ranks one share of the channels, the largest that fits."""
+    whole = cost(trace(model, example)).macs
+    low, high = 0.0, 1.0
+    for _ in range(12):  # ranks are whole numbers: finer than that changes nothing
+        middle = (low + high) / 2
+        if cost(trace(_with_tucker(model, middle, decompose=False), example)).macs <= share * whole:
+            low = middle
+        else:
+            high = middle
+    if low == 0.0:
+        raise ValueError("Tucker with rank 1 everywhere does not reach the target")
+    return _with_tucker(model, low, decompose=True)
+
+
+def _with_tucker(model: nn.Module, ratio: float, *, decompose: bool) -> nn.Module:
+    small = copy.deepcopy(model)
+    for name, module in list(small.named_modules()):
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size != (1, 1)
+            and module.groups == 1
+            and module.in_channels > 3
+        ):
+            parent, _, key = name.rpartition(".")
+            setattr(small.get_submodule(parent), key, _tucker_layers(module, ratio, decompose=decompose))
+    return small
+
+
+def _tucker_layers(conv: nn.Conv2d, ratio: float, *, decompose: bool) -> nn.Sequential:
+    out, inside = (max(1, round(ratio * n)) for n in (conv.out_channels, conv.in_channels))
+    first = nn.Conv2d(conv.in_channels, inside, 1, bias=False)
+    core = nn.Conv2d(inside, out, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)  # type: ignore[arg-type]
+    last = nn.Conv2d(out, conv.out_channels, 1, bias=conv.bias is not None)
+    if decompose:
+        with torch.no_grad():
+            weight = conv.weight.detach().double().numpy()
+            (values, (left, right)), _ = tensorly().decomposition.partial_tucker(
+                weight, rank=[out, inside], modes=[0, 1]
+            )
+            first.weight.copy_(torch.from_numpy(right.T.copy())[:, :, None, None])
+            core.weight.copy_(torch.from_numpy(values))
+            last.weight.copy_(torch.from_numpy(left.copy())[:, :, None, None])
+            if conv.bias is not None and last.bias is not None:
+                last.bias.copy_(conv.bias)
+    return nn.Sequential(first, core, last)
+
+
+PEERS: dict[str, Cut] = {
+    "torch-pruning": _torch_pruning("GroupNormPruner", "GroupMagnitudeImportance", p=2),
+    "torch-pruning-bn": _torch_pruning("BNScalePruner", "BNScaleImportance"),
+    "torch-pruning-magnitude": _torch_pruning("MagnitudePruner", "MagnitudeImportance", p=2),
+    "tensorly-tucker": tucker,
+}
+"""Name in a recipe -> how it cuts."""

@@ -1,0 +1,435 @@
+"""Fill the tables: run recipes (``benchmarks/recipes``) into ``benchmarks/results/runs/NAME.LABEL-seedN.json``.
+
+    python -m benchmarks.run queue                     # what is missing, and how long each takes on this device
+    python -m benchmarks.run next --minutes 30         # run the most valuable missing ones that fit
+    python -m benchmarks.run only NAME[.LABEL] [...]   # run these, all seeds that are missing
+    python -m benchmarks.run import accuracy.json      # take over rows of the older format
+
+A run that was stopped goes on at its last epoch.  Existing results are never overwritten.  Accuracy is that of the last
+epoch on the test set, which is looked at for the curve and for nothing else; a recipe with ``data.choose_by = "holdout"``
+trains without the held-out images, is judged by them, and never sees the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import RESULTS, environment, rounded, table, write_results
+from benchmarks.peers import PEERS
+from benchmarks.recipe import Job, jobs, read_recipes
+from espalier.costs import Cost, cost
+from espalier.graph import trace
+from espalier.plan import Budget
+from espalier.present.config import METHODS, make_method
+from espalier.run.checkpoint import seeded
+from espalier.run.compress import compress
+from espalier.run.data import Data, load_data
+from espalier.run.evaluate import evaluate, pick_device
+from espalier.run.loop import Epoch, History, train
+from espalier.run.measure import latency
+from espalier.run.models import build_model, load_weights
+from espalier.run.recipe import Recipe
+from espalier.run.rundir import LOG, METRICS
+from espalier.surgery import load, save
+
+RUNS = RESULTS / "runs"
+WORK = RESULTS / "unfinished"  # checkpoints; git ignores them
+IMAGES = {"digits": 1437, "cifar10": 50000, "cifar100": 50000}
+PROBE_STEPS = 6
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        if options.command == "import":
+            print(f"{import_rows(json.loads(options.file.read_text()), read_recipes())} rows taken over")
+        elif options.command == "queue":
+            print(queue_table(missing(read_recipes()), options.device))
+        elif options.command == "next":
+            run_next(missing(read_recipes()), options)
+        else:
+            wanted = [
+                job for job in missing(read_recipes()) if {job.name, f"{job.name}.{job.label}"} & set(options.names)
+            ]
+            known = {n for r, c in read_recipes().items() for n in (r, *(f"{r}.{label}" for label in c["methods"]))}
+            if unknown := set(options.names) - known:
+                raise ValueError(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(read_recipes())}")
+            for job in wanted:
+                run(job, options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("queue", "next", "only"):
+        command = commands.add_parser(name)
+        command.add_argument("--device", default="auto")
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--data-dir", default=os.environ.get("ESPALIER_DATA_DIR"))
+        command.add_argument("--weights-dir", help="where the published weights lie; default: DATA_DIR/weights")
+        if name == "next":
+            command.add_argument("--minutes", type=float, required=True)
+        if name == "only":
+            command.add_argument("names", nargs="+", metavar="NAME[.LABEL]")
+    commands.add_parser("import").add_argument("file", type=Path)
+    return parser.parse_args(arguments)
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def results(folder: Path = RUNS) -> dict[str, dict[str, Any]]:
+    """All results by key."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def missing(recipes: dict[str, dict[str, Any]], folder: Path = RUNS) -> list[Job]:
+    """Recipes x methods x seeds without a result, the most wanted first."""
+    return [job for job in jobs(recipes) if not (folder / f"{job.key}.json").exists()]
+
+
+def queue_table(waiting: list[Job], device: str) -> str:
+    where, rows, total = pick_device(device), [], 0.0
+    for job in waiting:
+        reason = refusal(job, where)
+        minutes = None if reason else minutes_on(job, where)
+        total += minutes or 0.0
+        rows.append([job.key, job.content.get("value", 0), reason or f"{minutes:.0f}"])
+    return (
+        table(["run", "value", f"minutes on {where}"], rows) + f"\n\n{len(rows)} missing; {total / 60:.1f} hours here."
+    )
+
+
+def refusal(job: Job, device: torch.device) -> str:
+    """Why this job does not run here; empty if it does."""
+    if job.content.get("needs") == "cuda" and device.type != "cuda":
+        return "needs a GPU"
+    name = job.method["name"]
+    if name != "dense" and name not in PEERS and name not in METHODS:
+        return f"no method {name} yet"
+    return ""
+
+
+def run_next(waiting: list[Job], options: argparse.Namespace) -> None:
+    """The most valuable ones that fit into the time that is left, one after another."""
+    end, device = time.monotonic() + 60 * options.minutes, pick_device(options.device)
+    for job in waiting:
+        left = (end - time.monotonic()) / 60
+        if refusal(job, device):
+            continue
+        needed = minutes_on(job, device)
+        if needed <= left:
+            run(job, options)
+        else:
+            print(f"{job.key}: {needed:.0f} minutes, {left:.0f} are left", flush=True)
+
+
+_probed: dict[tuple[str, ...], float] = {}
+
+
+def minutes_on(job: Job, device: torch.device) -> float:
+    """From earlier results on hardware of this name, or from a few steps of dense training now."""
+    epochs = job.content["recipe"]["epochs"] + (
+        job.content.get("start", {}).get("epochs", 0) if job.starts_trained else 0
+    )
+    here = environment()["hardware"]
+    same = [
+        row
+        for row in results().values()
+        if row["epoch_seconds"]
+        and row["setting"]["model"]["name"] == job.content["model"]["name"]
+        and row["setting"]["data"]["name"] == job.content["data"]["name"]
+        and row["setting"]["recipe"].get("precision") == job.content["recipe"].get("precision")
+        and [row["hardware"].get(k) for k in ("cpu", "gpu")] == [here[k] for k in ("cpu", "gpu")]
+    ]
+    of_method = [row for row in same if row["setting"]["method"]["name"] == job.method["name"]] or same
+    seconds = [statistics.median(row["epoch_seconds"]) for row in of_method]
+    return epochs * (statistics.median(seconds) if seconds else _probe(job, device)) / 60
+
+
+def _probe(job: Job, device: torch.device) -> float:
+    """Seconds of an epoch of dense training on random images."""
+    recipe = make_recipe(job, threads=1, device=str(device))
+    data = job.content["data"]["name"]
+    key = (job.content["model"]["name"], data, recipe.precision, str(device))
+    if key not in _probed:
+        size, channels = (8, 1) if data == "digits" else (32, 3)
+        classes = 100 if data == "cifar100" else 10
+        images = torch.rand(recipe.batch_size, channels, size, size)
+        labels = torch.randint(classes, (recipe.batch_size,))
+        fake = _Steps([(images, labels)] * PROBE_STEPS, classes)
+        model = build_model(job.content["model"]["name"], num_classes=classes, in_channels=channels, image_size=size)
+        quick = dataclasses.replace(recipe, epochs=2, warmup_epochs=0.0, distill=0.0)
+        seconds = train(model, fake.loaders(), quick).last.seconds
+        _probed[key] = seconds / PROBE_STEPS * IMAGES[data] / recipe.batch_size
+    return _probed[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    batches: list[Any]
+    classes: int
+
+    def loaders(self) -> Any:
+        from espalier.run.data import Loaders
+
+        return Loaders(self.batches, self.batches[:1], num_classes=self.classes)
+
+
+# ---------------------------------------------------------------- one run
+
+
+def run(job: Job, options: argparse.Namespace) -> None:
+    """Run, and write the result; says what goes on."""
+    target = RUNS / f"{job.key}.json"
+    if target.exists():
+        raise ValueError(f"{target.name} exists; move it away to run it again")
+    print(f"== {job.key}", flush=True)
+    found = result_of(job, options)
+    write_results(job.key, rounded({**found, **environment()}, 7), folder=RUNS)
+    print(f"{job.key}: {found['accuracy']:.2f} % at {found['macs_left']:.4f} of the MACs", flush=True)
+
+
+def make_recipe(job: Job, *, threads: int, device: str) -> Recipe:
+    return Recipe.from_dict({**job.content["recipe"], "seed": job.seed, "threads": threads, "device": device})
+
+
+def result_of(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured, in plain numbers."""
+    recipe = make_recipe(job, threads=options.threads, device=options.device)
+    device = pick_device(options.device)
+    data = make_data(job, options.data_dir).to(device)
+    begun = time.perf_counter()
+    dense = starting_network(job, data, options)
+    prepared = time.perf_counter() - begun
+    trainer = _with_espalier if job.method["name"] in METHODS else _with_loop
+    found = trainer(job, dense, data, recipe)
+    found["seconds"] = {"start": prepared, **found["seconds"], "all": time.perf_counter() - begun}
+    return {"recipe": job.name, "label": job.label, "seed": job.seed, "hash": job.hash, "setting": job.setting, **found}
+
+
+def make_data(job: Job, folder: str | None) -> Data:
+    section = job.content["data"]
+    data = load_data(section["name"], data_dir=folder, holdout=section.get("holdout", 0))
+    assert isinstance(data, Data)
+    if section.get("choose_by") == "holdout":
+        if not data.has_holdout:
+            raise ValueError(f"{job.name}: data.choose_by = 'holdout' needs data.holdout")
+        return dataclasses.replace(data, test=data.holdout, holdout=data.holdout[:0])
+    return data
+
+
+def starting_network(job: Job, data: Data, options: argparse.Namespace) -> nn.Module:
+    """Initial weights by the seed, the published ones, or those of the recipe's ``start``, trained once per seed."""
+    model = job.content["model"]
+    with seeded(job.seed, torch.device("cpu")):
+        network = build_model(
+            model["name"], num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size
+        )
+    if "weights" in model:
+        if options.weights_dir is None and options.data_dir is None:
+            raise ValueError(
+                f"{job.name}: needs the weights {model['weights']}; say where: --weights-dir or --data-dir"
+            )
+        folder = Path(options.weights_dir) if options.weights_dir else Path(options.data_dir) / "weights"
+        load_weights(network, folder / model["weights"])
+    elif "start" in job.content and job.starts_trained:
+        finished = WORK / f"{job.name}-start-seed{job.seed}" / "model.safetensors"
+        if finished.exists():
+            return load(finished, base=network)
+        values = {k: v for k, v in job.content["start"].items() if k != "for"}
+        common = {"seed": job.seed, "threads": options.threads, "device": options.device}
+        _train(network, data, Recipe.from_dict({**values, **common}), folder=finished.parent, label="start")
+        save(network.cpu(), finished)
+    return network.cpu()
+
+
+def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:
+    """One of our methods, by the same call that the command line makes."""
+    folder = WORK / job.key
+    method = make_method({"method": job.method})
+    assert method is not None
+    begun = time.perf_counter()
+    compress(
+        dense,
+        data,
+        budget=Budget(**job.content["budget"]),
+        method=method,
+        recipe=recipe,
+        out=folder,
+        resume=(folder / "config.toml").exists(),
+        trained=job.starts_trained,
+        config={"model": job.content["model"], "data": job.content["data"]},
+        on_epoch=lambda history: say(job.label, history),
+    )
+    metrics = json.loads((folder / METRICS).read_text())
+    with (folder / LOG).open() as file:
+        log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    small = load(folder / "model.safetensors", base=copy.deepcopy(dense))
+    timings = [t for t in metrics["latency"] if t["name"] == "small"]
+    return {
+        "dense_accuracy": metrics["dense"]["accuracy"],
+        **_costs(_cost(metrics["dense"]), _cost(metrics["small"])),
+        "accuracy": metrics["small"]["accuracy"],
+        "loss": metrics["small"]["loss"],
+        "speedup": {f"{t['backend']}, batch {t['batch']}": t["speedup"] for t in timings},
+        "curve": [e["accuracy"] for e in log],
+        "macs_curve": [e["macs"] / metrics["dense"]["macs"] for e in log if "macs" in e],
+        "epoch_seconds": [e["seconds"] for e in log],
+        "seconds": {"cut": 0.0, "train": metrics["seconds"], "this_call": time.perf_counter() - begun},
+        "widths": _widths(small),
+    }
+
+
+def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:
+    """Plain training, after a peer's cut or none."""
+    example = data.example().cpu()
+    whole = cost(trace(dense, example))
+    model = copy.deepcopy(dense)
+    begun = time.perf_counter()
+    if job.method["name"] in PEERS:
+        torch.manual_seed(job.seed)
+        model = PEERS[job.method["name"]](model, example, job.content["budget"]["macs"])
+    cut = time.perf_counter() - begun
+    teacher = copy.deepcopy(dense) if job.starts_trained and recipe.distill != 0 else None
+    history = _train(model, data, recipe, folder=WORK / job.key, label=job.label, teacher=teacher)
+    tested = _tested(model, data, recipe)
+    model = model.cpu()
+    models = {"dense": dense, "small": model}
+    timings = [t for b in ("torch", "onnxruntime") for t in latency(models, example, backend=b) if t.name == "small"]
+    return {
+        "dense_accuracy": _tested(copy.deepcopy(dense), data, recipe)["accuracy"],
+        **_costs(whole, cost(trace(model, example))),
+        "accuracy": tested["accuracy"],
+        "loss": tested["loss"],
+        "speedup": {f"{t.backend}, batch {t.batch}": t.speedup for t in timings},
+        "curve": [e.accuracy for e in history.epochs],
+        "macs_curve": [],
+        "epoch_seconds": [e.seconds for e in history.epochs],
+        "seconds": {"cut": cut, "train": history.seconds},
+        "widths": _widths(model),
+    }
+
+
+def _train(
+    model: nn.Module, data: Data, recipe: Recipe, *, folder: Path, label: str, teacher: nn.Module | None = None
+) -> History:
+    folder.mkdir(parents=True, exist_ok=True)
+    return train(
+        model, data, recipe, teacher=teacher, checkpoint=folder / "checkpoint.pt", resume=True,
+        on_epoch=lambda history: say(label, history),
+    )  # fmt: skip
+
+
+def say(label: str, history: History) -> None:
+    last: Epoch = history.last
+    print(
+        f"{label} epoch {last.epoch} loss {last.loss:.3f} accuracy {last.accuracy:.2f} {last.seconds:.1f}s", flush=True
+    )
+
+
+def _tested(model: nn.Module, data: Data, recipe: Recipe) -> dict[str, float]:
+    device = pick_device(recipe.device)
+    batches = data.test_batches(500, channels_last=recipe.channels_last)
+    return evaluate(model.to(device), batches, device=device, precision=recipe.precision)
+
+
+def _cost(row: Mapping[str, Any]) -> Cost:
+    return Cost(row["macs"], row["params"], row["activation_memory"])
+
+
+def _costs(dense: Cost, small: Cost) -> dict[str, Any]:
+    return {
+        "dense": dataclasses.asdict(dense),
+        "small": dataclasses.asdict(small),
+        "macs_left": small.macs / dense.macs,
+        "params_left": small.params / dense.params,
+    }
+
+
+def _widths(model: nn.Module) -> dict[str, int]:
+    return {n: m.out_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+# ---------------------------------------------------------------- rows of the older format
+
+
+def import_rows(content: Mapping[str, Any], recipes: dict[str, dict[str, Any]], folder: Path = RUNS) -> int:
+    """Write every row of an ``accuracy.json`` that has no result yet; returns how many.
+
+    A row goes to the recipe that asks for exactly that training; one that none asks for keeps its own name.
+    """
+    written = 0
+    for row in content["rows"].values():
+        name, _, score = row["method"].partition(":")
+        method: dict[str, Any] = {"name": name}
+        if score:
+            method["score" if name == "magnitude" else "importance"] = score
+        method |= {k: float(v) for k, v in (pair.split("=") for pair in row["settings"].split(",") if pair)}
+        budget = {"macs": row["macs"], **({"multiple_of": row["multiple_of"]} if row["multiple_of"] > 1 else {})}
+        key = _imported_key(row, method, budget, recipes)
+        if (folder / f"{key}.json").exists():
+            continue
+        recipe = {k: v for k, v in row["recipe"].items() if k != "seed"}
+        setting = {
+            "model": {"name": row["model"]}, "start": {}, "data": {"name": row["data"]}, "budget": budget,
+            "recipe": recipe, "method": method, "trained": row["trained"],
+        }  # fmt: skip
+        kept = ("accuracy", "macs_left", "params_left", "curve", "epoch_seconds", "widths", "before_training", "forced")
+        where = ("date", "revision", "versions", "hardware")
+        label = key.rpartition("-seed")[0].partition(".")[2]
+        write_results(
+            key,
+            {
+                "recipe": key.partition(".")[0], "label": label, "seed": row["recipe"]["seed"], "imported": True,
+                "setting": setting, "seconds": {"all": row["seconds"]}, "speedup": {},
+                **{k: row[k] for k in (*kept, *where)},
+            },
+            folder=folder,
+        )  # fmt: skip
+        written += 1
+    return written
+
+
+def _imported_key(
+    row: Mapping[str, Any], method: Mapping[str, Any], budget: Mapping[str, Any], recipes: dict[str, dict[str, Any]]
+) -> str:
+    for job in jobs(recipes):
+        content = job.content
+        asked = {
+            k: v
+            for k, v in Recipe.from_dict(content["recipe"]).to_dict().items()
+            if k not in ("seed", "device", "threads")
+        }
+        ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", "device", "threads")}
+        if (
+            content["model"]["name"] == row["model"] and ("weights" in content["model"]) == row["trained"]
+            and content["data"] == {"name": row["data"]} and dict(content["budget"]) == dict(budget)
+            and job.method == method and asked == ran and job.seed == row["recipe"]["seed"]
+        ):  # fmt: skip
+            return job.key
+    label = "-".join(
+        [row["method"].replace(":", "-"), *filter(None, [row["settings"].replace(",", "-").replace("=", "")])]
+    )
+    kind = f"{row['model']}-{row['data']}-{100 * row['macs']:.0f}-{row['recipe']['epochs']}-epochs"
+    return f"{kind}.{label}-seed{row['recipe']['seed']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""``docs/results.md`` and the table in the README, from ``benchmarks/results/runs`` and nothing else.
+
+python -m benchmarks.tables            # write both
+python -m benchmarks.tables --check    # exit code 1 if they are out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, table
+from benchmarks.recipe import read_recipes
+from benchmarks.run import results
+
+DOCS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+BEGIN, END = "<!-- results: python -m benchmarks.tables -->", "<!-- end of results -->"
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    for path, content in rendered().items():
+        if check and path.read_text(encoding="utf-8") != content:
+            sys.exit(f"{path.relative_to(ROOT)} is out of date: python -m benchmarks.tables")
+        path.write_text(content, encoding="utf-8")
+
+
+def rendered() -> dict[Path, str]:
+    """What the files should hold, given the results."""
+    recipes, found = read_recipes(), list(results().values())
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"README.md: the marks {BEGIN} and {END} are gone")
+    short = f"{before}{BEGIN}\n{readme_part(recipes, found)}\n{END}{after}"
+    return {DOCS: document(recipes, found), README: short}
+
+
+def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
+    """All tables; recipes without a result are listed at the end."""
+    parts = [
+        "# Results",
+        "Written by `python -m benchmarks.tables` from `benchmarks/results/runs`; do not edit. Every row stands in a recipe of "
+        "`benchmarks/recipes`, and `python -m benchmarks.run only NAME` repeats it.",
+        "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. One "
+        "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
+        "*Training* is "
+        "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Times of runs that "
+        "shared a machine with others are rough.",
+    ]
+    for name, recipe in recipes.items():
+        rows = [row for row in found if row["recipe"] == name]
+        if rows:
+            parts += [f"## {recipe['title']}", *_published(recipe), recipe_table(recipe, rows), _origin(rows)]
+    strays = [row for row in found if row["recipe"] not in recipes]
+    for name in sorted({row["recipe"] for row in strays}):
+        rows = [row for row in strays if row["recipe"] == name]
+        labels = {row["label"]: row["setting"]["method"] for row in rows}
+        recipe = {"methods": labels, "budget": rows[0]["setting"]["budget"], "seeds": sorted({r["seed"] for r in rows})}
+        parts += [f"## {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
+    waiting = [
+        f"- `{n}`{' (needs a GPU)' if r.get('needs') else ''}: {r['title']}"
+        for n, r in recipes.items()
+        if not _any(n, found)
+    ]
+    if waiting:
+        parts += ["## Not run yet", "\n".join(waiting)]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
+    """The tables of the headline recipes that have results, without their details."""
+    lines = []
+    for name, recipe in recipes.items():
+        rows = [row for row in found if row["recipe"] == name]
+        if recipe.get("headline") and rows:
+            lines += [f"**{recipe['title']}**", recipe_table(recipe, rows, short=True)]
+    return "\n\n".join(lines) if lines else "No headline recipe has been run yet."
+
+
+def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False) -> str:
+    """One line per method, in the recipe's order; a method without a result says so."""
+    dense = next((_mine(rows, label) for label, m in recipe["methods"].items() if m["name"] == "dense"), [])
+    lines = []
+    for label in recipe["methods"]:
+        mine = _mine(rows, label)
+        if not mine:
+            lines.append([label, "not run", *[None] * (4 if short else 6)])
+            continue
+        line = [
+            label,
+            _mean([r["accuracy"] for r in mine], 2),
+            _share([r["macs_left"] for r in mine]),
+            _share([r["params_left"] for r in mine]),
+            _mean([s for r in mine if (s := r["speedup"].get("onnxruntime, batch 1"))], 2, unit="x"),
+            f"{len(mine)} of {len(recipe['seeds'])}",
+        ]
+        if not short:
+            line[5:5] = [
+                _training(mine, dense),
+                _mean([c for r in mine if (c := r["seconds"].get("cut"))], 1, unit=" s"),
+            ]
+        lines.append(line)
+    head = ["method", "accuracy", "MACs left, %", "parameters left, %", "speed-up", "seeds"]
+    if not short:
+        head[5:5] = ["training", "cut"]
+    asked = ", ".join(f"{k} {100 * v:.4g} %" for k, v in recipe["budget"].items() if k != "multiple_of" and v <= 1)
+    return f"Budget: {asked}.\n\n" + table(head, lines)
+
+
+def _mine(rows: Rows, label: str) -> Rows:
+    return [row for row in rows if row["label"] == label]
+
+
+def _any(name: str, found: Rows) -> bool:
+    return any(row["recipe"] == name for row in found)
+
+
+def _published(recipe: Mapping[str, Any]) -> list[str]:
+    return [f"Published: {recipe['published']}."] if "published" in recipe else []
+
+
+def _mean(values: list[float], digits: int, *, unit: str = "") -> str | None:
+    if not values:
+        return None
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}{unit}"
+
+
+def _share(values: list[float]) -> str:
+    """Per cent, with two decimals: whether a budget was met shows there."""
+    return f"{100 * statistics.mean(values):.2f}"
+
+
+def _training(mine: Rows, dense: Rows) -> str | None:
+    """Time of the epochs over that of the dense row of the same seeds."""
+    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense}
+    ratios = [sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed]
+    return f"{statistics.mean(ratios):.2f}x" if ratios else None
+
+
+def _origin(rows: Rows) -> str:
+    """Hardware, versions and revisions, once each."""
+    where = sorted(
+        {row["hardware"].get("gpu") or f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread" for row in rows}
+    )
+    torch = sorted({row["versions"]["torch"] for row in rows})
+    revisions = sorted({row["revision"].split()[0] for row in rows})
+    return f"*{'; '.join(where)}; PyTorch {', '.join(torch)}; revision {', '.join(revisions)}.*"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The two networks of a run, layer by layer: what stood there, what stands there now, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from espalier.graph import trace
+from espalier.graph.summary import overview
+from espalier.run.measure import layer_latency
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution or linear layer."""
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...]  # empty for a linear layer
+
+    @property
+    def shape(self) -> str:
+        return "×".join(map(str, self.kernel)) or "linear"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the dense network and what has taken its place; times in milliseconds, 0 where none were measured."""
+
+    name: str
+    dense: Stage
+    small: tuple[Stage, ...]  # several where it was factorised or split
+    dense_macs: int
+    small_macs: int
+    dense_params: int
+    small_params: int
+    dense_ms: float = 0.0
+    small_ms: float = 0.0
+
+    @property
+    def factorised(self) -> bool:
+        return len(self.small) > 1
+
+    @property
+    def reshaped(self) -> bool:
+        """Of another kernel, but still one layer."""
+        return len(self.small) == 1 and self.small[0].kernel != self.dense.kernel
+
+    @property
+    def changed(self) -> bool:
+        return self.small != (self.dense,)
+
+
+def layers_of(dense: nn.Module, small: nn.Module, example: torch.Tensor) -> tuple[Layer, ...]:
+    """Every convolution and linear layer of ``dense``, in the order of its modules, beside what ``small`` has there."""
+    amounts = [{row.name: row for row in overview(trace(model, example)).layers} for model in (dense, small)]
+    found = []
+    for name, module in dense.named_modules():
+        stage = _stage(module)
+        if stage is None:
+            continue
+        here = small.get_submodule(name)
+        macs, params = [], []
+        for rows in amounts:
+            inside = [row for n, row in rows.items() if n == name or n.startswith(f"{name}.")]
+            macs.append(sum(row.macs for row in inside))
+            params.append(sum(row.params for row in inside))
+        stages = tuple(s for m in here.modules() if (s := _stage(m)) is not None)
+        found.append(Layer(name, stage, stages, macs[0], macs[1], params[0], params[1]))
+    return tuple(found)
+
+
+def timed(layers: tuple[Layer, ...], dense: nn.Module, small: nn.Module, *, example: torch.Tensor) -> tuple[Layer, ...]:
+    """The same with times measured now, both networks in turns, on one thread."""
+    names = [layer.name for layer in layers]
+    times = layer_latency({"dense": dense, "small": small}, example, layers=names)
+    return tuple(replace(lr, dense_ms=times["dense"][lr.name], small_ms=times["small"][lr.name]) for lr in layers)
+
+
+def _stage(module: nn.Module) -> Stage | None:
+    if isinstance(module, _ConvNd):
+        return Stage(module.in_channels, module.out_channels, tuple(module.kernel_size))
+    return Stage(module.in_features, module.out_features, ()) if isinstance(module, nn.Linear) else None

@@ -1,0 +1,262 @@
+"""The report: one HTML file with its style and figures inside, that needs nothing from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from espalier.present.figures import (
+    PARETO_AXES,
+    accuracy_curves,
+    budget_bars,
+    cost_curves,
+    latency_by_layer,
+    loss_curves,
+    macs_by_layer,
+    network_drawing,
+    pareto_plot,
+    pressure_curves,
+    width_history,
+)
+from espalier.present.runs import Run, read_run
+from espalier.run.rundir import REPORT, to_toml, write_file
+
+COST_NAMES = {
+    "macs": "multiply-adds (MACs)",
+    "params": "parameters",
+    "activation_memory": "peak activations, bytes",
+    "bytes": "size on disk, bytes",
+}
+BACKENDS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+
+
+def write_report(folders: Sequence[Path], *, out: Path | None = None, timing: bool = True) -> Path:
+    """Write the page of the runs in ``folders`` to ``out``, by default into the first of them; returns where it is.
+
+    Raises: ValueError for a folder without a finished, undamaged run.
+    """
+    content = page([read_run(folder) for folder in folders], timing=timing)
+    target = out or folders[0] / REPORT
+    write_file(target, content.encode())
+    return target
+
+
+def page(runs: Sequence[Run], *, timing: bool = True) -> str:
+    """The whole report; with ``timing`` layers are timed now, on this machine."""
+    names = _names(runs)
+    body = [_comparison(runs, names)] if len(runs) > 1 else []
+    body += [_run(run, name, timing=timing, only=len(runs) == 1) for run, name in zip(runs, names, strict=True)]
+    title = (
+        f"{len(runs)} compressions compared" if len(runs) > 1 else f"{runs[0].title}, compressed by {runs[0].method}"
+    )
+    style = files("espalier.present").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style></head>\n'
+        f"<body><main>\n<h1>{escape(title)}</h1>\n" + "\n".join(body) + "\n</main></body></html>\n"
+    )
+
+
+# -- one run
+
+
+def _run(run: Run, name: str, *, timing: bool, only: bool) -> str:
+    parts = [] if only else [f'<h2 class="title" id="{escape(name)}">{escape(name)}: {escape(run.title)}</h2>']
+    parts += [_lead(run), _tiles(run.metrics), _asked_and_met(run), _network(run, timing=timing)]
+    parts += [_training(run), _speed(run.metrics), _origin(run)]
+    return f'<section class="run{" only" if only else ""}">' + "\n".join(filter(None, parts)) + "</section>"
+
+
+def _lead(run: Run) -> str:
+    metrics = run.metrics
+    trained = f"{metrics['epochs']} epochs in {_duration(metrics['seconds'])}" if metrics["epochs"] else "no training"
+    start = "trained" if run.config.get("start", {}).get("trained") else "untrained"
+    seed = "" if metrics.get("seed") is None else f", seed {metrics['seed']}"
+    return f'<p class="soft">Method {escape(run.method)}, from a {start} network, {trained}{escape(seed)}.</p>'
+
+
+def _tiles(metrics: dict[str, Any]) -> str:
+    small, dense, fraction = metrics["small"], metrics["dense"], metrics["fraction"]
+    tiles = []
+    if "accuracy" in small:
+        change = small["accuracy"] - dense["accuracy"]
+        tiles.append((f"{small['accuracy']:.2f} %", f"test accuracy, {_signed(change)} points"))
+    tiles.append((_percent(fraction["macs"]), "of the MACs are left"))
+    tiles.append((_percent(fraction["params"]), "of the parameters are left"))
+    fastest = [t for t in metrics["latency"] if t["name"] == "small"]
+    for timing in fastest[-2:]:
+        backend = BACKENDS.get(timing["backend"], timing["backend"])
+        tiles.append((f"{timing['speedup']:.2f}×", f"as fast in {backend}, batch {timing['batch']}"))
+    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(text)}</span></div>' for big, text in tiles)
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _asked_and_met(run: Run) -> str:
+    metrics = run.metrics
+    dense, small, limits = metrics["dense"], metrics["small"], metrics["limits"]
+    rows = []
+    if "accuracy" in small:
+        change = f"{_signed(small['accuracy'] - dense['accuracy'])} points"
+        rows.append(("test accuracy, %", f"{dense['accuracy']:.2f}", f"{small['accuracy']:.2f}", change, ""))
+        rows.append(("test loss", _decimals(dense["loss"]), _decimals(small["loss"]), "", ""))
+    for cost, label in COST_NAMES.items():
+        limit = f"{limits[cost]:,}" if cost in limits else ""
+        rows.append((label, f"{dense[cost]:,}", f"{small[cost]:,}", _percent(metrics["fraction"][cost]), limit))
+    table = _table(("", "dense", "small", "small / dense", "limit"), rows)
+    caption = "The mark is the limit; the pale bar is the dense network."
+    kept = all(small[cost] <= limit for cost, limit in limits.items())
+    verdict = "Every limit is kept." if kept else "A LIMIT IS EXCEEDED."
+    others = run.config["budget"].get("multiple_of", 1)
+    aligned = f" Widths are multiples of {others} or whole." if others != 1 else ""
+    return (
+        f"<h2>What was asked, and what was met</h2><p>{verdict}{escape(aligned)} One multiply-add is one MAC; costs are "
+        'those of a single input.</p><div class="figures asked">'
+        + _figure(budget_bars(run, COST_NAMES), "Share of the dense network that is left", caption)
+        + f"<div>{table}</div></div>"
+    )
+
+
+def _network(run: Run, *, timing: bool) -> str:
+    if run.dense is None or run.small is None:
+        return f'<h2>The network</h2><p class="note">Not drawn: {escape(run.note)}.</p>'
+    drawing = network_drawing(run)
+    figures = [
+        _figure(
+            drawing, "Layer by layer, input on top", "Pale: outputs of the dense layer. Strong: outputs that stayed."
+        ),
+        _figure(macs_by_layer(run), "Multiply-adds of every layer", "Pale: dense. Strong: small, and its share."),
+    ]
+    if timing:
+        chart, batch = latency_by_layer(run)
+        caption = f"PyTorch, batch {batch}, one thread of the machine that wrote this page; medians of runs in turns."
+        figures.append(_figure(chart, "Time of every layer", caption))
+    tones = ("the layer as it was, or with fewer channels", "factorised into several layers", "another kernel")
+    key = "".join(
+        f'<span><i style="background:var(--c{tone})"></i>{escape(text)}</span>' for tone, text in enumerate(tones)
+    )
+    key = f'<p class="legend soft">{key}</p>'
+    return f'<h2>The network</h2>{key}<div class="figures three">{"".join(figures)}</div>'
+
+
+def _training(run: Run) -> str:
+    if not run.epochs:
+        return ""
+    figures = [
+        _figure(accuracy_curves(run), "Accuracy", "Training images are augmented, and seen before the step."),
+        _figure(
+            cost_curves(run), "The budget closing in", "Cost of the network as it was executed; dashed: the limits."
+        ),
+        _figure(pressure_curves(run), "Pressure", "What is to go and is still felt, and how hard the method presses."),
+        _figure(loss_curves(run), "Loss", "Training: what was minimised, distillation and penalty included."),
+        _figure(width_history(run), "Width of every group over time", "Kept units (or ranks) as a share of all."),
+    ]
+    return f'<h2>Training</h2><div class="figures">{"".join(figures)}</div>'
+
+
+def _speed(metrics: dict[str, Any]) -> str:
+    if not metrics["latency"]:
+        return ""
+    dense = {(t["backend"], t["batch"]): t["milliseconds"] for t in metrics["latency"] if t["name"] == "dense"}
+    rows = []
+    for timing in metrics["latency"]:
+        if timing["name"] != "dense":
+            where = f"{BACKENDS.get(timing['backend'], timing['backend'])}, batch {timing['batch']}"
+            before = dense[timing["backend"], timing["batch"]]
+            rows.append((where, f"{before:.3g}", f"{timing['milliseconds']:.3g}", f"{timing['speedup']:.2f}×"))
+    table = _table(("whole network", "dense, ms", "small, ms", "speed-up"), rows)
+    return f'<h2>Speed</h2><p class="soft">Measured at the end of the run; one thread, medians of runs in turns.</p>{table}'
+
+
+def _origin(run: Run) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run.metrics["versions"].items())
+    difference = run.metrics.get("onnx_difference")
+    lines = [f"Made with {versions}."]
+    if difference is not None:
+        lines.append(f"model.onnx differs from PyTorch by at most {difference:.1e}.")
+    notes = "".join(
+        f'<p class="note">Missing: {escape(name)} ({escape(str(reason))})</p>'
+        for name, reason in run.metrics["notes"].items()
+    )
+    config = {section: dict(values) for section, values in run.config.items() if values}
+    if "weights" in config.get("model", {}):
+        config["model"]["weights"] = Path(
+            str(config["model"]["weights"])
+        ).name  # a page that is sent around names no folders
+    return (
+        f"<h2>How to repeat it</h2><p>{escape(' '.join(lines))}</p>{notes}"
+        f"<details><summary>Configuration</summary><pre>{escape(to_toml(config))}</pre></details>"
+    )
+
+
+# -- several runs
+
+
+def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        metrics, fraction = run.metrics, run.metrics["fraction"]
+        small, dense = metrics["small"], metrics["dense"]
+        fast = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
+        rows.append(
+            (
+                name, run.title, run.method, f"{dense['accuracy']:.2f}" if "accuracy" in dense else "–",
+                f"{small['accuracy']:.2f}" if "accuracy" in small else "–",
+                _percent(fraction['macs']), _percent(fraction['params']),
+                f"{fast[-1]['speedup']:.2f}×" if fast else "–", str(metrics["epochs"]),
+            )
+        )  # fmt: skip
+    head = ("run", "network", "method", "dense, %", "small, %", "MACs left", "params left", "speed-up", "epochs")
+    figures = "".join(
+        _figure(pareto_plot(runs, names, cost=cost), f"Accuracy against {axis}", "Hollow: dense. Dashed: the frontier.")
+        for cost, axis in PARETO_AXES.items()
+    )
+    return (
+        f"{_table(head, rows)}<p class='soft'>Accuracy is that of the last epoch on the test set; speed-up at batch 1, in ONNX "
+        f"Runtime where it was there.</p><div class='figures'>{figures}</div>"
+    )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Folder names; with the folder above where two are the same."""
+    short = [run.name for run in runs]
+    return [
+        n if short.count(n) == 1 else "/".join(r.folder.resolve().parts[-2:]) for n, r in zip(short, runs, strict=True)
+    ]
+
+
+# -- parts
+
+
+def _figure(chart: str, title: str, caption: str) -> str:
+    """Nothing where there is nothing to draw."""
+    if not chart:
+        return ""
+    return f"<figure><figcaption>{escape(title)}<small>{escape(caption)}</small></figcaption>{chart}</figure>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _decimals(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

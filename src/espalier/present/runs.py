@@ -1,0 +1,134 @@
+"""A run folder read back for the report; what is absent or damaged is said by file and by what to do."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from espalier.present.config import SECTIONS, Config, make_model
+from espalier.present.jobs import open_network
+from espalier.run.models import load_weights
+from espalier.run.rundir import CONFIG, LOG, METRICS, MODEL, WIDTHS, read_config
+
+COSTS = ("macs", "params", "activation_memory", "bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a finished run left."""
+
+    folder: Path
+    config: Config
+    metrics: dict[str, Any]
+    epochs: tuple[dict[str, float], ...]  # per epoch the columns of the log that say something
+    widths: dict[str, tuple[tuple[int, int], ...]]  # group -> (epoch, kept units); empty where none were written
+    dense: nn.Module | None  # untrained unless its weights are still there: for its structure
+    small: nn.Module | None
+    note: str  # why the networks are absent; empty if they are there
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def title(self) -> str:
+        model, data = (self.config[s].get("name", "") for s in ("model", "data"))
+        return " on ".join(filter(None, (model, data))) or "A network"
+
+    @property
+    def method(self) -> str:
+        return str(self.config["method"].get("name", "?"))
+
+
+def read_run(folder: Path) -> Run:
+    """Raises: ValueError for a folder without a run, a run that has not finished, and files that are damaged."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such run folder")
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder}: holds no run (no {CONFIG}); give a folder that espalier compress wrote")
+    config = {**{name: {} for name in SECTIONS}, **read_config(folder / CONFIG)}
+    if config["method"].get("name") == "none":
+        raise ValueError(f"{folder}: this run only trained a dense network; there is nothing to report on")
+    if not (folder / METRICS).exists():
+        raise ValueError(f"{folder}: this run has not finished; go on with: espalier compress --out {folder} --resume")
+    dense, small, note = _networks(folder, config)
+    return Run(
+        folder=folder,
+        config=config,
+        metrics=_metrics(folder / METRICS),
+        epochs=_log(folder / LOG),
+        widths=_widths(folder / WIDTHS),
+        dense=dense,
+        small=small,
+        note=note,
+    )
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for side in ("dense", "small", "fraction"):
+            for cost in COSTS:
+                if not isinstance(found[side][cost], (int, float)):
+                    raise TypeError(f"{side}.{cost} is not a number")
+        for timing in found["latency"]:
+            for key in ("name", "backend", "batch", "milliseconds", "speedup"):
+                timing[key]
+        for key in ("limits", "notes", "versions"):
+            if not isinstance(found[key], dict):
+                raise TypeError(f"{key} is not a table")
+        for key in ("epochs", "seconds"):
+            if not isinstance(found[key], (int, float)):
+                raise TypeError(f"{key} is not a number")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: damaged ({what}); repeat the run, its {CONFIG} says how") from error
+    return found
+
+
+def _log(path: Path) -> tuple[dict[str, float], ...]:
+    """Empty where nothing was trained."""
+    return tuple({k: float(v) for k, v in row.items() if v} for row in _rows(path))
+
+
+def _widths(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
+    rows = _rows(path)
+    names = [n for n in rows[0] if n != "epoch"] if rows else []
+    return {name: tuple((int(row["epoch"]), int(row[name])) for row in rows if row[name]) for name in names}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        for row in rows:
+            for key, value in row.items():
+                if key is None or value is None:
+                    raise ValueError("a row of another length")
+                float(value or 0)
+    except (csv.Error, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    return rows
+
+
+def _networks(folder: Path, config: Config) -> tuple[nn.Module | None, nn.Module | None, str]:
+    """Dense and small, on the CPU in eval mode; without them the reason."""
+    if "name" not in config["model"]:
+        return None, None, f"{CONFIG} does not say which network this was"
+    if not (folder / MODEL).exists():
+        return None, None, f"there is no {MODEL}"
+    try:
+        dense = make_model(config).eval()
+    except (ValueError, ImportError) as error:
+        return None, None, f"the network cannot be built here: {error}"
+    weights = Path(str(config["model"].get("weights", "")))
+    if weights.is_file():
+        load_weights(dense, weights)
+    return dense, open_network(folder, config), ""

@@ -1,0 +1,271 @@
+"""The report: what it says is what the run measured, nothing comes from outside, and figures show in a real browser."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import espalier as es
+from espalier.forms import find_places
+from espalier.forms.chains import sequential
+from espalier.present.anatomy import layers_of, timed
+from espalier.present.charts import Line, Pair, frontier, line_chart, pair_bars, silhouette, spread_out, ticks
+from espalier.present.cli import app
+from espalier.present.html import page
+from espalier.present.runs import read_run
+from espalier.run.rundir import add_widths
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+RESNET = {"name": "resnet20", "num_classes": 10, "in_channels": 1, "image_size": 8}
+
+
+def report(*arguments):
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run of one epoch, with latency and without ONNX to keep it quick."""
+    out = tmp_path_factory.mktemp("report") / "a run <&> more"
+    recipe = es.Recipe(epochs=2, batch_size=256, lr=0.02, device="cpu", threads=1)
+    es.compress(
+        es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8),
+        es.load_data("digits"),
+        budget=es.Budget(macs=0.5, params=0.6),
+        recipe=recipe,
+        out=out,
+        config={"model": RESNET, "data": {"name": "digits"}},
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return page([read_run(folder)], timing=False)
+
+
+def figures(html):
+    return re.findall(r"<svg .*?</svg>", html, re.DOTALL)
+
+
+def test_the_numbers_are_those_of_the_metrics(folder, html):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for side in ("dense", "small"):
+        assert f"<td>{metrics[side]['accuracy']:.2f}</td>" in html
+        for cost in ("macs", "params", "activation_memory", "bytes"):
+            assert f"<td>{metrics[side][cost]:,}</td>" in html
+    for limit in metrics["limits"].values():
+        assert f"<td>{limit:,}</td>" in html
+    assert "Every limit is kept." in html
+
+
+def test_a_limit_that_is_exceeded_is_not_called_kept(folder):
+    run = read_run(folder)
+    tight = {**run.metrics, "limits": {"macs": run.metrics["small"]["macs"] - 1}}
+    assert "A LIMIT IS EXCEEDED." in page([replace(run, metrics=tight)], timing=False)
+
+
+def test_nothing_comes_from_outside(html):
+    addresses = re.findall(r"[a-z]+://[^\"' <]+", html.replace("http://www.w3.org/2000/svg", ""))
+    assert addresses == []
+    assert "<script" not in html
+    assert "@import" not in html
+
+
+def test_every_figure_is_whole_xml(html):
+    found = figures(html)
+    assert len(found) >= 7
+    for figure in found:
+        root = ET.fromstring(figure)
+        assert root.find("{http://www.w3.org/2000/svg}title").text
+
+
+def test_no_folder_of_the_machine_is_named(folder, html):
+    assert str(folder.parent) not in html
+
+
+def test_names_are_escaped(folder, tmp_path):
+    other = tmp_path / "<script>alert(1)"
+    shutil.copytree(folder, other)
+    html = page([read_run(folder), read_run(other)], timing=False)
+    assert "<script>alert" not in html
+    assert "&lt;script&gt;alert(1)" in html
+
+
+def test_the_silhouette_has_a_bar_for_every_layer(folder, html):
+    run = read_run(folder)
+    layers = layers_of(run.dense, run.small, EXAMPLE)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert sum(layer.dense_macs for layer in layers) == metrics["dense"]["macs"]
+    assert sum(layer.small_macs for layer in layers) == metrics["small"]["macs"]
+    drawing = figures(html)[1]
+    assert drawing.count('class="before"') == len(layers)
+    shrunk = [lr for lr in layers if lr.small[0].outputs < lr.dense.outputs]
+    assert shrunk
+    for layer in shrunk:
+        assert f"{layer.small[0].outputs} of {layer.dense.outputs}" in drawing
+
+
+def test_a_factorised_layer_shows_its_ranks():
+    dense = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    small = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    place = find_places(small, EXAMPLE)[0]["layer1.0.conv1"]
+    small.layer1[0].conv1 = sequential(place, "spatial", [torch.zeros(5, 16, 1, 3), torch.zeros(16, 5, 3, 1)], None)
+    changed = [layer for layer in layers_of(dense, small, EXAMPLE) if layer.changed]
+    assert [layer.name for layer in changed] == ["layer1.0.conv1"]
+    assert [(s.inputs, s.outputs, s.shape) for s in changed[0].small] == [(16, 5, "1×3"), (5, 16, "3×1")]
+    assert changed[0].small_macs == 64 * (16 * 5 * 3 + 5 * 16 * 3)
+
+
+def test_every_layer_is_timed(folder):
+    run = read_run(folder)
+    layers = timed(layers_of(run.dense, run.small, EXAMPLE), run.dense, run.small, example=EXAMPLE)
+    assert all(layer.dense_ms > 0 and layer.small_ms > 0 for layer in layers)
+    assert not any(module._forward_hooks for module in run.dense.modules())
+
+
+def test_widths_are_logged_after_every_epoch(folder):
+    run = read_run(folder)
+    assert all([epoch for epoch, _ in points] == [1, 2] for points in run.widths.values())
+    plan = json.loads((folder / "plan.json").read_text())["groups"]
+    assert {g: points[-1][1] for g, points in run.widths.items()} == {g: len(plan[g]["keep"]) for g in run.widths}
+
+
+def test_a_resumed_run_writes_its_widths_over_those_of_the_killed_one(tmp_path):
+    path = tmp_path / "widths.csv"
+    for epoch, width in ((1, 8), (2, 7), (3, 1), (2, 6)):
+        add_widths(path, epoch, {"a": width, **({"b": 2} if epoch == 2 else {})})
+    assert path.read_text() == "epoch,a,b\n1,8,\n2,6,2\n"
+
+
+# -- charts
+
+
+def test_ticks_cover_what_they_are_for():
+    for low, high in ((0, 1), (97.8, 99.7), (-3, 12), (5, 5), (0, 1e-7)):
+        found = ticks(low, high)
+        assert found[0] <= low
+        assert found[-1] >= high
+        assert 2 <= len(found) <= 12
+
+
+def test_labels_do_not_overlap():
+    moved = spread_out([10, 11, 12, 90], apart=13, low=0, high=100)
+    assert all(b - a >= 13 - 1e-9 for a, b in itertools.pairwise(moved))
+    assert moved[3] == 90
+
+
+def test_the_frontier_leaves_out_what_is_dearer_and_no_better():
+    assert frontier([(50, 90.0), (60, 90.0), (40, 89.0), (100, 92.0)]) == [(40, 89.0), (50, 90.0), (100, 92.0)]
+
+
+def test_bars_stand_in_proportion():
+    chart = ET.fromstring(pair_bars([Pair("x", 100, 25, "")], title="t", unit="u", head="h"))
+    before, after = (float(r.get("width")) for r in chart.iter("{http://www.w3.org/2000/svg}rect"))
+    assert after / before == pytest.approx(0.25, abs=0.01)
+
+
+def test_charts_of_almost_nothing_are_drawn():
+    ET.fromstring(line_chart([Line("one", ((1.0, 2.0),))], title="t", x_label="x", y_label="y"))
+    ET.fromstring(silhouette([], title="t"))
+
+
+# -- requests that cannot be met
+
+
+def refused(done, *words):
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_folder_that_is_absent_or_holds_no_run_is_refused(tmp_path):
+    refused(report(tmp_path / "nowhere"), "no such run folder")
+    refused(report(tmp_path), "holds no run")
+
+
+def test_a_run_that_has_not_finished_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    refused(report(tmp_path / "run"), "has not finished", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.json", '{"dense": {}}'),
+        ("metrics.json", '{"dense": '),
+        ("metrics.json", "[]"),
+        ("metrics.json", b"\xff\xfe\x00"),
+        ("log.csv", "epoch,loss\n1,0.5,3,4\n"),
+        ("log.csv", "epoch,loss\n1,much\n"),
+        ("model.safetensors", "nothing"),
+        ("config.toml", "= 3"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, tmp_path, file, content):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(report(tmp_path / "run", "--no-timing"), file)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_network_that_cannot_be_built_leaves_the_rest_of_the_page(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('name = "resnet20"', 'name = "not.there:net"'))
+    done = report(tmp_path / "run", "--no-timing", "--out", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    html = (tmp_path / "page.html").read_text()
+    assert "Not drawn" in html
+    assert "Every limit is kept." in html
+
+
+# -- in a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+MEASURE = """<script>addEventListener("load", () => { const boxes = [...document.querySelectorAll("svg")].map(f => {
+  const b = f.getBoundingClientRect(); return [b.width, b.height] }); const out = document.createElement("pre");
+  out.id = "found"; out.textContent = JSON.stringify({boxes, page: document.documentElement.scrollWidth, screen: innerWidth,
+  texts: [...document.querySelectorAll("svg text")].filter(t => t.textContent && !t.getBoundingClientRect().width).length});
+  document.body.append(out) })</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed: the page is not looked at in a browser")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_figures_show_in_a_browser_without_errors(html, tmp_path, width):
+    file = tmp_path / "page.html"
+    file.write_text(html.replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", file.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1])
+    assert len(found["boxes"]) >= 7
+    assert min(min(box) for box in found["boxes"]) > 20
+    assert found["texts"] == 0
+    assert found["page"] <= found["screen"]
+
+
+def test_the_style_closes_what_it_opens(html):
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
+    depth = 0
+    for part in re.findall(r"[{}]|@media", style):
+        assert part != "@media" or depth == 0, "a rule for one medium stands inside another"
+        depth += {"{": 1, "}": -1}.get(part, 0)
+    assert depth == 0

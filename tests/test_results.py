@@ -1,0 +1,225 @@
+"""Recipes, runs and tables: every number in the documents comes from a committed result."""
+
+import dataclasses
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+from benchmarks import gpu_throughput, tables
+from benchmarks import run as running
+from benchmarks.peers import PEERS
+from benchmarks.recipe import Job, read_recipe, read_recipes
+from espalier.costs import cost
+from espalier.graph import trace
+from espalier.plan import Budget
+from espalier.present.config import METHODS
+from espalier.run.models import build_model
+from espalier.run.recipe import Recipe
+
+RECIPES = read_recipes()
+
+TINY = """
+title = "Tiny"
+seeds = [0, 1]
+value = 1
+[model]
+name = "resnet20"
+[start]
+epochs = 1
+batch_size = 256
+[data]
+name = "digits"
+[budget]
+macs = 0.5
+[recipe]
+epochs = 2
+batch_size = 256
+[methods.dense]
+name = "dense"
+[methods.tcp]
+name = "tcp"
+[methods.tucker]
+name = "tensorly-tucker"
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """One tiny recipe, and folders of its own for results; returns them and how to call the program."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    monkeypatch.setattr(running, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(running, "WORK", tmp_path / "work")
+    monkeypatch.setattr(running, "read_recipes", lambda: read_recipes(tmp_path))
+    monkeypatch.setattr(running, "missing", lambda recipes: missing(recipes, tmp_path / "runs"))
+    monkeypatch.setattr(running, "latency", lambda *a, **k: [])
+    monkeypatch.setattr("espalier.run.report.latency", lambda *a, **k: [])
+    return tmp_path
+
+
+missing = running.missing
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_makes_sense(name):
+    content = RECIPES[name]
+    Recipe.from_dict(content["recipe"])
+    Budget(**content["budget"])
+    if "start" in content:
+        assert set(content["start"].get("for", [])) <= content["methods"].keys()
+        Recipe.from_dict({k: v for k, v in content["start"].items() if k != "for"})
+    assert content["methods"]["dense"] == {"name": "dense"}
+    assert any(m["name"] == "magnitude" for m in content["methods"].values())
+    for method in content["methods"].values():
+        if method["name"] in METHODS:
+            assert method.keys() - {"name"} <= {f.name for f in fields(METHODS[method["name"]])}
+        else:
+            assert method["name"] in {"dense", "dprp", "tt-lc", "mgp", *PEERS}
+
+
+def test_the_documents_say_what_the_results_say():
+    for path, content in tables.rendered().items():
+        assert path.read_text(encoding="utf-8") == content, "python -m benchmarks.tables"
+
+
+def test_every_committed_result_is_whole():
+    for key, row in running.results().items():
+        assert key.endswith(f"-seed{row['seed']}")
+        assert row["macs_left"] <= 1
+        assert len(row["curve"]) == row["setting"]["recipe"]["epochs"]
+        assert row["accuracy"] == pytest.approx(row["curve"][-1], abs=0.02)  # the last epoch's, not the best one's
+        assert row["revision"]
+        assert row["hardware"]["cpu"]
+
+
+def test_a_recipe_with_an_unknown_table_is_refused(tmp_path):
+    (tmp_path / "x.toml").write_text(TINY + "\n[busget]\nmacs = 0.5\n")
+    with pytest.raises(ValueError, match=r"x\.toml.*busget"):
+        read_recipe(tmp_path / "x.toml")
+
+
+def test_runs_fill_the_queue_and_are_not_repeated(bench, capsys):
+    running.main(["queue", "--device", "cpu"])
+    assert "6 missing" in capsys.readouterr().out
+    running.main(["only", "tiny.dense", "tiny.tucker", "--device", "cpu"])
+    written = {p.stem: json.loads(p.read_text()) for p in (bench / "runs").iterdir()}
+    assert sorted(written) == ["tiny.dense-seed0", "tiny.dense-seed1", "tiny.tucker-seed0", "tiny.tucker-seed1"]
+    assert written["tiny.dense-seed0"]["macs_left"] == 1.0
+    assert 0.45 < written["tiny.tucker-seed0"]["macs_left"] <= 0.5
+    assert written["tiny.dense-seed0"]["dense_accuracy"] == written["tiny.tucker-seed0"]["dense_accuracy"]  # same start
+    running.main(["queue", "--device", "cpu"])
+    assert "2 missing" in capsys.readouterr().out
+    job = Job("tiny", "dense", 0, read_recipe(bench / "tiny.toml"))
+    with pytest.raises(ValueError, match="exists"):
+        running.run(job, running.parse(["only", "tiny"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["dense", "tcp"])
+def test_a_stopped_run_goes_on_and_ends_the_same(bench, monkeypatch, label):
+    job = Job("tiny", label, 0, read_recipe(bench / "tiny.toml"))
+    options = running.parse(["only", "tiny", "--device", "cpu"])
+    whole = running.result_of(job, options)
+    monkeypatch.setattr(running, "WORK", bench / "again")
+
+    def stop(label, history):
+        if label != "start":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "say", stop)
+        with pytest.raises(KeyboardInterrupt):
+            running.result_of(job, options)
+    resumed = running.result_of(job, options)
+    assert resumed["curve"] == whole["curve"]
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert resumed["widths"] == whole["widths"]
+
+
+def test_next_runs_only_what_fits(bench, capsys, monkeypatch):
+    monkeypatch.setattr(running, "minutes_on", lambda job, device: 1.0 if job.label == "dense" else 99.0)
+    running.main(["next", "--minutes", "1.5", "--device", "cpu"])
+    assert [p.stem for p in (bench / "runs").iterdir()][:1] == ["tiny.dense-seed0"]
+    assert "tiny.tcp-seed0: 99 minutes" in capsys.readouterr().out
+
+
+def test_a_choice_never_sees_the_test_set(bench):
+    content = read_recipe(bench / "tiny.toml")
+    job = Job("tiny", "dense", 0, {**content, "data": {"name": "digits", "holdout": 200, "choose_by": "holdout"}})
+    data = running.make_data(job, None)
+    whole = running.make_data(dataclasses.replace(job, content=content), None)
+    assert len(data.test) == 200
+    assert len(data.train) == len(whole.train) - 200
+    assert not (data.test.images[:, None] == whole.test.images[None]).flatten(2).all(-1).any()
+
+
+def test_an_unknown_name_is_refused(bench):
+    with pytest.raises(SystemExit, match="no such recipe: what"):
+        running.main(["only", "what"])
+
+
+def test_rows_of_the_older_format_are_taken_over_once(tmp_path):
+    recipe = {**Recipe.from_dict(RECIPES["resnet20-half-20-epochs"]["recipe"]).to_dict(), "seed": 2}
+    del recipe["device"]
+    row = {
+        "model": "resnet20a", "trained": True, "data": "cifar10", "method": "magnitude:taylor", "macs": 0.5,
+        "multiple_of": 1, "settings": "", "recipe": recipe, "before_training": 30.0, "accuracy": 90.5, "macs_left": 0.4999,
+        "params_left": 0.6, "forced": False, "seconds": 9.0, "curve": [90.5], "epoch_seconds": [1.0], "widths": {},
+        "date": "d", "revision": "r", "versions": {"torch": "2"}, "hardware": {"cpu": "c", "threads": 1},
+    }  # fmt: skip
+    stray = {**row, "settings": "reach=0.4", "method": "tcp"}
+    content = {"rows": {"a": row, "b": stray}}
+    assert running.import_rows(content, RECIPES, tmp_path) == 2
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [
+        "resnet20-half-20-epochs.magnitude-seed2.json",
+        "resnet20a-cifar10-50-20-epochs.tcp-reach0.4-seed2.json",
+    ]
+    assert running.import_rows(content, RECIPES, tmp_path) == 0
+    table = tables.document(RECIPES, list(running.results(tmp_path).values()))
+    assert "90.50" in table
+    assert "no recipe any more" in table
+
+
+def test_tables_give_mean_and_spread():
+    recipe = {
+        "methods": {"dense": {"name": "dense"}, "tcp": {"name": "tcp"}},
+        "budget": {"macs": 0.5},
+        "seeds": [0, 1, 2],
+    }
+    base = {"label": "tcp", "macs_left": 0.49996, "params_left": 0.6, "speedup": {}, "seconds": {}, "epoch_seconds": []}
+    rows = [{**base, "seed": s, "accuracy": a} for s, a in enumerate((90.0, 91.0))]
+    text = tables.recipe_table(recipe, rows)
+    assert "90.50 ± 0.71" in text
+    assert "50.00" in text
+    assert "2 of 3" in text
+    assert "not run" in text
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_reaches_the_target(name):
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("tensorly")
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # equal scales would rank nothing
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    example = torch.zeros(1, 1, 8, 8)
+    whole = cost(trace(model, example)).macs
+    small = PEERS[name](model, example, 0.5)
+    assert cost(trace(small, example)).macs <= 0.51 * whole  # torch-pruning counts a little differently
+    assert small(example).shape == (1, 10)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_throughput_of_a_gpu_is_not_measured_without_one():
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu_throughput.main([])
+
+
+def test_the_step_that_is_timed_trains():
+    step = gpu_throughput.eager_step("resnet20", seed=0, device="cpu")
+    losses = [float(step()) for _ in range(4)]
+    assert losses[-1] < losses[0]
