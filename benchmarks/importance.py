@@ -5,7 +5,7 @@
 One row per score x per cost or not x additive or with diminishing returns x cut at once or in steps (measured anew after
 each).  BatchNorm statistics are estimated anew on training images, then accuracy and loss are taken on training images that
 neither the score nor the statistics saw; the test set is not touched.  What training makes of the cut is another question:
-``benchmarks.accuracy --methods magnitude:SCORE,tcp:SCORE`` answers it for the best ones.
+the recipe ``importance-resnet20`` of ``benchmarks.run`` answers it for the best ones.
 """
 
 from __future__ import annotations

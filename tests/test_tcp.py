@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import espalier as es
 from espalier.costs import CostModel
 from espalier.graph import trace
-from espalier.methods.importance import SCORES, Sensitivity, measure
+from espalier.methods.importance import SCORES, Sensitivity, diminishing, measure
+from espalier.methods.magnitude import Magnitude
 from espalier.methods.tcp import TCP, Tailoring
 from espalier.methods.units import Units
 from espalier.plan import Budget
@@ -226,3 +227,20 @@ def test_graph_after_a_removal_is_what_a_fresh_trace_finds() -> None:
     fresh = trace(model, EXAMPLE)
     assert {g.name: g.size for g in fresh.groups} == {g.name: g.size for g in process.graph.groups}
     assert CostModel(fresh).cost(fresh.sizes) == process.cost
+
+
+def test_diminishing_returns_keep_the_order_and_the_total_and_lift_the_last_unit() -> None:
+    scores = np.array([4.0, 1.0, 3.0, 0.0, 2.0])
+    lifted = diminishing(scores, 0.5)
+    assert (np.argsort(-lifted, kind="stable") == np.argsort(-scores, kind="stable")).all()
+    assert lifted.sum() == pytest.approx(scores.sum())
+    assert lifted[0] / scores[0] > 1 > lifted[1] / scores[1]
+    assert (diminishing(scores, 1.0) == scores).all()
+    assert (diminishing(np.zeros(3), 0.5) == 0).all()
+
+
+@pytest.mark.parametrize("method", [TCP, Magnitude])
+@pytest.mark.parametrize("power", [0.0, 1.5, -1.0, float("nan"), True])
+def test_returns_outside_their_range_are_refused(method: type, power: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        method(returns=power)

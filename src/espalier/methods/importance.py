@@ -236,6 +236,12 @@ def measure(
 SCORES = (*BY_WEIGHT, "taylor", "share")
 
 
+def check_returns(power: float, *, where: str) -> None:
+    """``ValueError`` unless ``diminishing`` takes ``power``."""
+    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power <= 1:
+        raise ValueError(f"{where}(returns={power!r}): must be above 0 and at most 1, which is additive")
+
+
 def diminishing(scores: np.ndarray, power: float) -> np.ndarray:
     """Scores of one group with diminishing returns: the best ``k`` units together are worth ``total * share ** power``.
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from espalier.methods.base import Batches, Method, Process, Removed, Status
-from espalier.methods.importance import SCORES, measure
+from espalier.methods.importance import SCORES, check_returns, diminishing, measure
 from espalier.plan import Budget
 from espalier.solver import solve
 
@@ -26,10 +26,12 @@ class Magnitude(Method):
     trains: ClassVar[bool] = False
     score: str = "scale_times_consumer"
     per_cost: bool = True  # importance per MAC saved, or importance alone
+    returns: float = 1.0  # below 1: diminishing returns inside a group (``methods.importance.diminishing``)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"Magnitude(score={self.score!r}): choose one of {', '.join(SCORES)}")
+        check_returns(self.returns, where="Magnitude")
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> OneShot:
         return OneShot(model, example, budget, self, batches)
@@ -43,6 +45,7 @@ class OneShot(Process):
     ) -> None:
         super().__init__(model, example, budget)
         importance = measure(model, self.graph, method.score, batches)
+        importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
         self.plan = solve(self.graph, importance, budget, per_cost=method.per_cost)
         self.remove(self.plan.keep, None)
 

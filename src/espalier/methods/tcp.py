@@ -21,6 +21,7 @@ then go without folding anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from espalier.carving import select
 from espalier.costs import CostModel
 from espalier.methods.base import Batches, Method, Removed
-from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity
+from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity, check_returns, diminishing
 from espalier.methods.pressure import LISTEN_EVERY, Fading, Pace, check_pace
 from espalier.methods.units import Units
 from espalier.plan import Budget
@@ -43,6 +44,8 @@ class TCP(Method):
     """Hyper-parameters of tailored channel pruning; every duration is a fraction of the whole run.
 
     ``importance``: a name in ``espalier.methods.importance.SCORES``; "taylor" is the sensitivity of the loss.
+    ``per_cost``: weigh importance by what a unit costs, or take it as it is.  ``returns``: below 1, the last units of a group
+    are worth more (``methods.importance.diminishing``).
     ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
     ``fade``: how long a unit takes from leaving the keep-set to zero.
     ``every``: time between two decisions about the keep-set.
@@ -52,6 +55,8 @@ class TCP(Method):
     name: ClassVar[str] = "tcp"
     trains: ClassVar[bool] = True
     importance: str = "taylor"
+    per_cost: bool = True
+    returns: float = 1.0
     start_at: float = 0.02
     reach: float = 0.5
     fade: float = 0.06
@@ -63,6 +68,7 @@ class TCP(Method):
     def __post_init__(self) -> None:
         if self.importance not in SCORES:
             raise ValueError(f"TCP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
+        check_returns(self.returns, where="TCP")
         check_pace(self, ("start_at", "reach", "fade", "every", "chunk", "smoothing"))
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Tailoring:
@@ -112,16 +118,22 @@ class Tailoring(Fading):
 
     # -- 2. keep-set -----------------------------------------------------------------------------------------------
 
-    def _choose(self, progress: float) -> Tensor:
+    def _keep_set(self, limits: Mapping[str, int]) -> Mapping[str, np.ndarray]:
+        worth = self.units.by_group(self.importance())
         plan = solve(
             self.graph,
-            self.units.by_group(self.importance()),
-            self.limits_at(progress),
+            {n: diminishing(w, self.method.returns) for n, w in worth.items()},
+            limits,
             multiple_of=self.budget.multiple_of,
             protect=self.budget.protected(self.graph),
+            per_cost=self.method.per_cost,
         )
+        return plan.keep
+
+    def _choose(self, progress: float) -> Tensor:
+        keep = self._keep_set(self.limits_at(progress))
         self.moments.stop()
-        return self.units.outside(dict(plan.keep))
+        return self.units.outside(dict(keep))
 
     # -- 5. removal ------------------------------------------------------------------------------------------------
 
@@ -167,11 +179,7 @@ class Tailoring(Fading):
     def finish(self) -> nn.Module:
         """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
         if not self.done:
-            plan = solve(
-                self.graph, self.units.by_group(self.importance()), self.limits,
-                multiple_of=self.budget.multiple_of, protect=self.budget.protected(self.graph),
-            )  # fmt: skip
-            keep = dict(plan.keep)
+            keep = dict(self._keep_set(self.limits))
             self.forced = any(len(k) < self.graph.group(n).size for n, k in keep.items())
             self._carry_out(keep, None)
             self._finished()
