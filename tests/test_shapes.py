@@ -22,7 +22,9 @@ class Compare(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if closed is not None:
             self.known += 1
-            first = 1 if func is aten.native_batch_norm.default else None  # what is saved for backward, CPU leaves empty
+            first = (
+                1 if func is aten.native_batch_norm.default else None
+            )  # what is saved for backward, CPU leaves empty
             for a, b in list(zip(tensors_of(closed), tensors_of(out), strict=True))[:first]:
                 if (a.shape, a.stride(), a.dtype, a.device) != (b.shape, b.stride(), b.dtype, b.device):
                     self.wrong.append((str(func), a.shape, a.stride(), b.shape, b.stride()))
@@ -49,8 +51,14 @@ def meta(*shape, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("func", "args"),
     [
-        (aten.convolution.default, (meta(1, 3, 8, 8), meta(4, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
-        (aten.convolution.default, (meta(1, 4, 2, 2), meta(4, 4, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
+        (
+            aten.convolution.default,
+            (meta(1, 3, 8, 8), meta(4, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        ),
+        (
+            aten.convolution.default,
+            (meta(1, 4, 2, 2), meta(4, 4, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        ),
         (aten.addmm.default, (meta(5), meta(1, 3), meta(4, 5))),
         (aten.add.Tensor, (meta(1, 3, 4), meta(1, 2, 4))),
         (aten.add_.Tensor, (meta(1, 3), meta(2, 3))),
