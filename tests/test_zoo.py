@@ -3,14 +3,18 @@
 CI runs one network per idea; ``pytest -m zoo`` runs them all (about ten minutes on one core).
 """
 
+import copy
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from benchmarks.common import ZOO, build, example
+from espalier.costs import cost
 from espalier.graph import trace
 from espalier.plan import Budget
 from espalier.solver import solve
-from espalier.surgery import verify
+from espalier.surgery import shrink, verify
 
 IN_CI = (
     "cifar:resnet20a",
@@ -38,3 +42,37 @@ def test_half_the_macs_and_every_proof(name: str) -> None:
     budget = Budget(macs=0.5)
     plan = solve(graph, {g.name: random.random(g.size) for g in graph.groups}, budget)
     verify(model, graph, plan, inputs, budget=budget).require()
+
+
+def pruned(name: str):
+    """The network at half its MACs by a random score, its graph, plan and input."""
+    model, inputs = build(name), example(name)
+    graph = trace(model, inputs)
+    random = np.random.default_rng(0)
+    plan = solve(graph, {g.name: random.random(g.size) for g in graph.groups}, Budget(macs=0.5))
+    return shrink(model, graph, plan), graph, plan, inputs
+
+
+def some(*in_ci: str):
+    return [pytest.param(n, marks=() if n in in_ci else (pytest.mark.zoo,)) for n in ZOO]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", some("cifar:resnet20", "mobilenet_v3_small"))
+def test_fvcore_counts_what_was_planned(name: str) -> None:
+    fvcore = pytest.importorskip("fvcore.nn")
+    small, graph, plan, inputs = pruned(name)
+    analysis = fvcore.FlopCountAnalysis(copy.deepcopy(small).eval(), inputs)
+    counted: Counter[str] = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
+    products = ("conv", "linear", "matmul", "addmm", "bmm", "einsum")  # fvcore also counts normalisation and pooling
+    assert sum(counted[p] for p in products) == cost(graph, plan).macs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", some("cifar:resnet20a", "mobilenet_v3_small"))
+def test_a_pruned_network_computes_the_same_in_onnx_runtime(name: str, tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    from espalier.run.onnx import export_onnx
+
+    small, _, _, inputs = pruned(name)
+    assert export_onnx(small.eval(), tmp_path / "small.onnx", inputs) <= 1e-4

@@ -1,0 +1,94 @@
+"""The closed forms of ``graph.shapes`` are what the meta kernels give, and they leave every odd case to these."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import build, example
+from espalier.graph import shapes
+from espalier.graph.tracing import private_copy
+from espalier.graph.watch import tensors_of
+
+aten = torch.ops.aten
+
+
+class Compare(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.wrong = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        closed = shapes.output(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
+        if closed is not None:
+            self.known += 1
+            first = (
+                1 if func is aten.native_batch_norm.default else None
+            )  # what is saved for backward, CPU leaves empty
+            for a, b in list(zip(tensors_of(closed), tensors_of(out), strict=True))[:first]:
+                if (a.shape, a.stride(), a.dtype, a.device) != (b.shape, b.stride(), b.dtype, b.device):
+                    self.wrong.append((str(func), a.shape, a.stride(), b.shape, b.stride()))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    ["cifar:resnet20a", "mobilenet_v3_small", "shufflenet_v2_x1_0", "densenet121", "convnext_tiny", "timm:dla34"],
+)
+def test_closed_forms_agree_with_the_meta_kernels(name):
+    model, compare = private_copy(build(name), "meta").eval(), Compare()
+    with torch.no_grad(), compare:
+        model(example(name).to("meta"))
+    assert not compare.wrong
+    assert compare.known > 20
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("func", "args"),
+    [
+        (
+            aten.convolution.default,
+            (meta(1, 3, 8, 8), meta(4, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        ),
+        (
+            aten.convolution.default,
+            (meta(1, 4, 2, 2), meta(4, 4, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        ),
+        (aten.addmm.default, (meta(5), meta(1, 3), meta(4, 5))),
+        (aten.add.Tensor, (meta(1, 3, 4), meta(1, 2, 4))),
+        (aten.add_.Tensor, (meta(1, 3), meta(2, 3))),
+        (aten.cat.default, ([meta(1, 3, 4), meta(1, 3, 5)], 1)),
+        (aten.native_layer_norm.default, (meta(2, 5), [4], meta(4), meta(4), 1e-5)),
+    ],
+)
+def test_what_does_not_fit_is_left_to_the_kernel_which_refuses_it(func, args):
+    assert shapes.output(func, args, {}) is None
+    with pytest.raises(RuntimeError):
+        func(*args)
+
+
+@pytest.mark.parametrize(
+    ("func", "args"),
+    [
+        (aten.relu.default, (meta(3, dtype=torch.int64),)),
+        (aten.relu.default, (meta(1, 3).expand(4, 3),)),
+        (aten.add.Tensor, (meta(3), meta(3, dtype=torch.float64))),
+        (aten.mean.dim, (meta(3, 4).t(), [0])),
+    ],
+)
+def test_types_and_strides_that_are_not_plain_are_left_to_the_kernel(func, args):
+    assert shapes.output(func, args, {}) is None
+
+
+def test_a_batch_norm_of_another_width_is_refused():
+    with pytest.raises(RuntimeError, match="batch norm of 3 channels has 4 parameters"):
+        shapes.output(
+            aten.native_batch_norm.default,
+            (meta(1, 3, 2, 2), meta(4), meta(4), meta(4), meta(4), False, 0.1, 1e-5),
+            {},
+        )
