@@ -93,7 +93,10 @@ def _tucker_layers(conv: nn.Conv2d, ratio: float, *, decompose: bool) -> nn.Sequ
 PEERS: dict[str, Cut] = {
     "torch-pruning": _torch_pruning("GroupNormPruner", "GroupMagnitudeImportance", p=2),
     "torch-pruning-bn": _torch_pruning("BNScalePruner", "BNScaleImportance"),
-    "torch-pruning-magnitude": _torch_pruning("MagnitudePruner", "MagnitudeImportance", p=2),
+    # By default it takes the mean over the group, which is what "torch-pruning" does already: plain filter norms instead.
+    "torch-pruning-magnitude": _torch_pruning(
+        "MagnitudePruner", "MagnitudeImportance", p=2, group_reduction="first", normalizer=None
+    ),
     "tensorly-tucker": tucker,
 }
 """Name in a recipe -> how it cuts."""

@@ -145,6 +145,17 @@ def test_a_resumed_run_writes_its_widths_over_those_of_the_killed_one(tmp_path):
     assert path.read_text() == "epoch,a,b\n1,8,\n2,6,2\n"
 
 
+def test_recorded_ranks_are_drawn(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    history = {"rank": {"layer1.0.conv1": [[0.0, 16], [0.5, 9]], "layer2.0.conv1": [[0.0, 32]]}, "left": {}}
+    (tmp_path / "run" / "history.json").write_text(json.dumps(history))
+    html = page([read_run(tmp_path / "run")], timing=False)
+    assert "Rank of every layer over time" in html
+    assert "Ranks by epoch" in figures(html)[-1]
+    (tmp_path / "run" / "history.json").write_text('{"rank": [1]}')
+    refused(report(tmp_path / "run"), "history.json", "damaged")
+
+
 # -- charts
 
 

@@ -121,7 +121,7 @@ def line_chart(
     low: float | None = None,
     high: float | None = None,
 ) -> str:
-    """Curves over a common axis, each with its name at its end."""
+    """Curves over a common axis, each with its name, if it has one, at its end."""
     lines = [line for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
@@ -136,14 +136,18 @@ def line_chart(
     parts += _horizontal_grid(y_ticks, y, left, right)
     parts += [_text(x(t), bottom + 15, _number(t), "axis", "middle") for t in x_ticks]
     parts.append(_text((left + right) / 2, bottom + 31, x_label, "axis", "middle"))
-    ends = [y(line.points[-1][1]) for line in lines]
-    labels = spread_out(ends, apart=13, low=top, high=bottom)
-    for line, place in zip(lines, labels, strict=True):
+    for line in lines:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         style = f"line t{line.tone}" + (" dashed" if line.dashed else "")
         parts.append(f'<polyline class="{style}" points="{path}"/>')
         if len(line.points) == 1:
-            parts.append(f'<circle class="dot t{line.tone}" cx="{x(xs[0]):.1f}" cy="{ends[0]:.1f}" r="3"/>')
+            at = line.points[0]
+            parts.append(
+                f'<circle class="dot t{line.tone} f{line.tone}" cx="{x(at[0]):.1f}" cy="{y(at[1]):.1f}" r="3"/>'
+            )
+    named = [line for line in lines if line.name]
+    places = spread_out([y(line.points[-1][1]) for line in named], apart=13, low=top, high=bottom)
+    for line, place in zip(named, places, strict=True):
         parts.append(_text(right + 6, place + 4, line.name, f"label f{line.tone}"))
     return svg(parts, height=226, title=title)
 

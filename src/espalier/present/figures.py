@@ -15,6 +15,7 @@ from espalier.present.charts import (
     Limit,
     Line,
     Pair,
+    Point,
     dot_chart,
     limit_bars,
     line_chart,
@@ -159,24 +160,35 @@ def pressure_curves(run: Run) -> str:
 
 
 def width_history(run: Run) -> str:
-    """The groups that changed, all in one chart; the names at the ends are those that lost most and least."""
+    """The groups that changed, as shares of their widest."""
     changed = {g: points for g, points in run.widths.items() if len({n for _, n in points}) > 1}
-    if not changed:
+    shares = {
+        g.removesuffix(ladder_name("")): tuple((float(e), 100 * n / max(m for _, m in points)) for e, n in points)
+        for g, points in changed.items()
+    }
+    return _bundle(shares, title="Kept units by epoch", y_label="per cent of the group")
+
+
+def rank_history(run: Run) -> str:
+    """The rank of every layer, where the method recorded it; a rank holds until the next one."""
+    epochs = max(run.metrics["epochs"], 1)
+    stairs = {}
+    for layer, points in run.ranks.items():
+        corners = [(epochs * points[0][0], points[0][1])]
+        for progress, rank in points[1:]:
+            corners += [(epochs * progress, corners[-1][1]), (epochs * progress, rank)]
+        stairs[layer] = (*corners, (float(epochs), points[-1][1]))
+    return _bundle(stairs, title="Ranks by epoch", y_label="rank", high=None)
+
+
+def _bundle(curves: Mapping[str, tuple[Point, ...]], *, title: str, y_label: str, high: float | None = 100) -> str:
+    """Many curves in one chart; lowest, middle and highest at the end have their names there."""
+    ordered = sorted(curves, key=lambda name: curves[name][-1][1])[:DRAWN_GROUPS]
+    if not ordered:
         return ""
-    whole = {g: max(n for _, n in points) for g, points in changed.items()}
-    ordered = sorted(changed, key=lambda g: changed[g][-1][1] / whole[g])[:DRAWN_GROUPS]
     named = {ordered[0], ordered[len(ordered) // 2], ordered[-1]}
-    lines = [
-        Line(
-            g.removesuffix(ladder_name("")) if g in named else "",
-            tuple((float(epoch), 100 * n / whole[g]) for epoch, n in changed[g]),
-            number % 6,
-        )
-        for number, g in enumerate(ordered)
-    ]
-    return line_chart(
-        lines, title="Kept units by epoch", x_label="epoch", y_label="per cent of the group", low=0, high=100
-    )
+    lines = [Line(n if n in named else "", curves[n], number % 6) for number, n in enumerate(ordered)]
+    return line_chart(lines, title=title, x_label="epoch", y_label=y_label, low=0, high=high)
 
 
 def _curve(run: Run, column: str, name: str, tone: int) -> Line:

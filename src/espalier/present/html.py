@@ -19,6 +19,7 @@ from espalier.present.figures import (
     network_drawing,
     pareto_plot,
     pressure_curves,
+    rank_history,
     width_history,
 )
 from espalier.present.runs import Run, read_run
@@ -152,7 +153,8 @@ def _training(run: Run) -> str:
         ),
         _figure(pressure_curves(run), "Pressure", "What is to go and is still felt, and how hard the method presses."),
         _figure(loss_curves(run), "Loss", "Training: what was minimised, distillation and penalty included."),
-        _figure(width_history(run), "Width of every group over time", "Kept units (or ranks) as a share of all."),
+        _figure(width_history(run), "Width of every group over time", "Kept units as a share of what the group had."),
+        _figure(rank_history(run), "Rank of every layer over time", "Lowest, middle and highest have their names."),
     ]
     return f'<h2>Training</h2><div class="figures">{"".join(figures)}</div>'
 

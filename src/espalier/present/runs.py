@@ -13,7 +13,7 @@ from torch import nn
 from espalier.present.config import SECTIONS, Config, make_model
 from espalier.present.jobs import open_network
 from espalier.run.models import load_weights
-from espalier.run.rundir import CONFIG, LOG, METRICS, MODEL, WIDTHS, read_config
+from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_config
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
 
@@ -27,6 +27,9 @@ class Run:
     metrics: dict[str, Any]
     epochs: tuple[dict[str, float], ...]  # per epoch the columns of the log that say something
     widths: dict[str, tuple[tuple[int, int], ...]]  # group -> (epoch, kept units); empty where none were written
+    ranks: dict[
+        str, list[list[float]]
+    ]  # layer -> (progress, rank) whenever it changed; empty without a history of ranks
     dense: nn.Module | None  # untrained unless its weights are still there: for its structure
     small: nn.Module | None
     note: str  # why the networks are absent; empty if they are there
@@ -63,6 +66,7 @@ def read_run(folder: Path) -> Run:
         metrics=_metrics(folder / METRICS),
         epochs=_log(folder / LOG),
         widths=_widths(folder / WIDTHS),
+        ranks=_ranks(folder / HISTORY),
         dense=dense,
         small=small,
         note=note,
@@ -100,6 +104,16 @@ def _widths(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     rows = _rows(path)
     names = [n for n in rows[0] if n != "epoch"] if rows else []
     return {name: tuple((int(row["epoch"]), int(row[name])) for row in rows if row[name]) for name in names}
+
+
+def _ranks(path: Path) -> dict[str, list[list[float]]]:
+    if not path.exists():
+        return {}
+    try:
+        ranks = json.loads(path.read_text(encoding="utf-8")).get("rank", {})
+        return {layer: [[float(p), float(r)] for p, r in points] for layer, points in ranks.items() if points}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
