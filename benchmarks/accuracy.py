@@ -5,7 +5,8 @@
 One row per (method, seed), written to ``benchmarks/results/accuracy.json`` as soon as it is done; rows that exist are not
 run again.  Accuracy is that of the last epoch on the test set.  Methods: ``dense`` (the same training, nothing removed),
 ``magnitude`` or ``magnitude:SCORE`` (one shot, then fine-tuning), ``tcp`` or ``tcp:SCORE``, ``torch-pruning`` (group norm,
-global, in small steps to the target, then fine-tuning).
+global, in small steps to the target, then fine-tuning), ``tt-lc`` and ``tt-once`` (the same forms and ranks, decomposed once,
+then fine-tuning; ``tt-once`` searches nothing).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from espalier.costs import Cost, cost
 from espalier.graph import trace
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.tcp import TCP
+from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
-from espalier.run.data import Data, load_data
+from espalier.run.data import Data, load_data, set_aside
 from espalier.run.evaluate import evaluate
 from espalier.run.loop import History, train
 from espalier.run.models import build_model, load_weights
@@ -109,6 +111,16 @@ def one(dense: nn.Module, data: Data, method: str, recipe: Recipe, options: argp
     elif kind == "tcp":
         settings = {k: float(v) for k, v in (pair.split("=") for pair in options.set.split(",") if pair)}
         process = TCP(**({"importance": score} if score else {}), **settings).start(model, example, budget)
+    elif kind == "tt-once":
+        model = TTLC(search=0).start(model, example, budget).finish()
+    elif kind == "tt-lc":
+        method_of = TTLC()
+        kept = set_aside(data, method_of.withholds)
+        assert isinstance(kept, Data)
+        data = kept  # what is held out is not trained on; the test images are the same
+        batches = list(data.calibration_batches(batch_size=128, batches=8, seed=recipe.seed))
+        process = method_of.start(model, example, budget, batches=batches)
+        process.held_out = list(data.holdout_batches())
     elif kind != "dense":
         raise SystemExit(f"unknown method {method!r}")
     before = _accuracy(model, data, recipe)
