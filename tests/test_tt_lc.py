@@ -122,6 +122,19 @@ def test_the_penalty_and_its_gradient_are_the_formula() -> None:
     )
 
 
+def test_multipliers_begin_anew_with_other_ranks() -> None:
+    torch.manual_seed(0)
+    lc = LearningCompression({"w": nn.Parameter(torch.randn(4, 4))}, mu=0.5, growth=1.0)
+
+    def half(wanted):
+        return {"w": 0.5 * wanted["w"]}
+
+    for fresh, gathered in ((True, False), (False, True), (False, True), (True, False)):
+        lc.c_step(half, fresh=fresh)
+        assert bool(lc.multipliers["w"].any()) == gathered
+        torch.testing.assert_close(lc.compressed["w"] + lc.multipliers["w"] / lc.mu, lc._targets[0])
+
+
 def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
     weight = nn.Parameter(torch.ones(4, 4) + 0.1 * torch.eye(4))
     lc = LearningCompression({"w": weight}, mu=1.0, growth=2.0)
