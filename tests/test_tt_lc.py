@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espalier as es
+from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
 from espalier.forms import dense_chain, find_places
 from espalier.forms.candidates import ladder, measure
@@ -121,6 +122,19 @@ def test_the_penalty_and_its_gradient_are_the_formula() -> None:
     )
 
 
+def test_multipliers_begin_anew_with_other_ranks() -> None:
+    torch.manual_seed(0)
+    lc = LearningCompression({"w": nn.Parameter(torch.randn(4, 4))}, mu=0.5, growth=1.0)
+
+    def half(wanted):
+        return {"w": 0.5 * wanted["w"]}
+
+    for fresh, gathered in ((True, False), (False, True), (False, True), (True, False)):
+        lc.c_step(half, fresh=fresh)
+        assert bool(lc.multipliers["w"].any()) == gathered
+        torch.testing.assert_close(lc.compressed["w"] + lc.multipliers["w"] / lc.mu, lc._targets[0])
+
+
 def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
     weight = nn.Parameter(torch.ones(4, 4) + 0.1 * torch.eye(4))
     lc = LearningCompression({"w": weight}, mu=1.0, growth=2.0)
@@ -226,7 +240,8 @@ def test_the_gap_falls_and_the_replacement_hardly_moves_the_logits(digits) -> No
     removed = process.step(progress=0.8, optimizer=optimizer)
     assert removed is not None and process.replaced
     assert removed.cost.macs < 0.5 * macs and removed.cost == cost(es.trace(process.model, X))
-    assert float((process.model(x) - before).abs().max() / before.abs().max()) < 0.2
+    with torch.no_grad():
+        assert float((process.model(x) - before).abs().max() / before.abs().max()) < 0.2
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in process.model.parameters()}
     assert process.penalty() == 0.0 and process.status.remaining == 0.0
 
@@ -371,25 +386,40 @@ def test_a_state_of_another_structure_is_refused() -> None:
         method.start(net(), X, es.Budget(macs=0.4)).load_state_dict(done.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "resnet20a"])
-def test_one_iteration_on_the_zoo_of_cifar_is_proven(name) -> None:
+@pytest.mark.parametrize("name", ["resnet20", "resnet20a"])
+def test_one_iteration_is_proven(name) -> None:
     one_iteration(es.build_model(name, num_classes=10), torch.zeros(1, 3, 32, 32))
 
 
-def one_iteration(model: nn.Module, example: torch.Tensor) -> None:
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ZOO)
+def test_one_iteration_on_the_zoo_is_proven(name) -> None:
+    one_iteration(build(name), example(name))
+
+
+def one_iteration(model: nn.Module, images: torch.Tensor) -> None:
     """After one LC iteration and the replacement: within the budget, and the same function as ``D(theta)`` in dense layers."""
     model.eval()
-    process = es.TTLC(search=0, sweeps=1).start(model, example, es.Budget(macs=0.6))
+    process = es.TTLC(search=0, sweeps=1).start(model, images, es.Budget(macs=0.6))
     process._c_step(0.1)
     dense = copy.deepcopy(model)
     process.finish()
     assert process.chains
-    assert cost(es.trace(process.model, example)).macs <= process.limits["macs"]
-    x = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    assert cost(es.trace(process.model, images)).macs <= process.limits["macs"]
+    x = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for layer in process.chains:
             row = process.model.get_submodule(layer)
             weight = compose(Factors("row", tuple(stage.weight for stage in row)))
             dense.get_submodule(layer).weight.copy_(weight)
-        one, two = process.model(x), dense(x)
-    torch.testing.assert_close(one, two, atol=2e-4 * float(two.abs().max()), rtol=1e-3)
+        one, two = outputs(process.model(x)), outputs(dense(x))
+    for ours, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3 * float(theirs.abs().max()), rtol=1e-3)
+
+
+def outputs(value) -> list[torch.Tensor]:
+    """Every tensor in what a network returns."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value
+    return [t for part in inside if part is not None for t in outputs(part)]

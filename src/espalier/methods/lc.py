@@ -51,7 +51,8 @@ class LearningCompression:
     def c_step(self, scheme: Scheme, *, fresh: bool = False) -> float:
         """Compress, update the multipliers, raise the penalty; returns the gap.
 
-        ``fresh``: the scheme represents other weights than before, so that the gap may jump.  The first C step has no
+        ``fresh``: the scheme represents other weights than before.  The gap may jump, and multipliers begin anew: they belong
+        to one constraint, and what they gather while the gap is wide pushes the weights far beyond it.  The first C step has no
         multipliers to follow; the penalty begins after it.  ``PenaltyDiverged`` leaves everything as it was.
         """
         first = self.iterations == 0
@@ -61,7 +62,9 @@ class LearningCompression:
         multipliers = {}
         for name, target in compressed.items():
             weight, old = self.weights[name], self.multipliers.get(name)
-            multipliers[name] = torch.zeros_like(weight) if old is None else old - self.mu * (weight - target)
+            if fresh or old is None:
+                old = torch.zeros_like(weight)
+            multipliers[name] = old if fresh or first else old - self.mu * (weight - target)
         self.multipliers = multipliers
         self.compressed = {n: torch.empty_like(self.weights[n]).copy_(c) for n, c in compressed.items()}
         if not first:

@@ -125,7 +125,8 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
 def replace(model: nn.Module, name: str, new: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Let ``new`` take the place of module ``name``, in the same mode, and let ``optimizer`` train it from now on.
 
-    A parameter of ``new`` joins the group of the one of the same name that it replaces, otherwise that of the old weight.
+    A parameter of ``new`` joins the group of the one of the same name that it replaces (the bias of a row that of the old
+    bias), otherwise that of the old weight.
     What is gone leaves the optimiser's lists and its state; whoever can translate momentum does so afterwards.
     """
     old = model.get_submodule(name)
@@ -135,11 +136,19 @@ def replace(model: nn.Module, name: str, new: nn.Module, *, optimizer: torch.opt
     put_in_place(model, old, new)
 
 
+def _heir(name: str, old: Tensor, fresh: dict[str, nn.Parameter]) -> str | None:
+    """The new parameter that stands for ``name``: of the same name, or the only one inside that ends in it and fits its shape."""
+    if name in fresh:
+        return name
+    alike = [n for n, p in fresh.items() if n.rpartition(".")[2] == name and p.shape == old.shape]
+    return alike[0] if len(alike) == 1 else None
+
+
 def _hand_over(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
     own = {id(p): n for n, p in old.named_parameters()}
     fresh = dict(new.named_parameters())
-    taken = {n for n in own.values() if n in fresh}
-    rest = [p for n, p in fresh.items() if n not in taken]
+    taken = {n: heir for n, p in old.named_parameters() if (heir := _heir(n, p, fresh)) is not None}
+    rest = [p for n, p in fresh.items() if n not in taken.values()]
     for group in optimizer.param_groups:
         params: list[Tensor] = []
         for parameter in group["params"]:
@@ -147,7 +156,7 @@ def _hand_over(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module)
             if key is None:
                 params.append(parameter)
             elif key in taken:
-                params.append(fresh[key])
+                params.append(fresh[taken[key]])
             if key is not None and (parameter.ndim > 1 or parameter.ndim == max(p.ndim for p in old.parameters())):
                 params += rest
                 rest = []
