@@ -216,8 +216,8 @@ FLOOR = 0.03
 def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
     """The singular value decomposition of ``u diag(s) v^T``, through ``(r, r)`` matrices only.
 
-    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``, whose factors are polished.  ``ValueError`` naming the
-    layer ``name`` if there is no finite result.
+    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``, whose factors are polished.
+    ``ValueError`` naming the layer ``name`` if there is no finite result.
     """
     q, r = _qr(u.double())
     p, t = _qr(v.double())

@@ -137,7 +137,7 @@ def replace(model: nn.Module, name: str, new: nn.Module, *, optimizer: torch.opt
 
 
 def _heir(name: str, old: Tensor, fresh: dict[str, nn.Parameter]) -> str | None:
-    """The new parameter that stands for ``name``: of the same name, or the only one inside that ends in it and fits its shape."""
+    """The new parameter that stands for ``name``: of that name, or the only one inside that ends in it and fits its shape."""
     if name in fresh:
         return name
     alike = [n for n, p in fresh.items() if n.rpartition(".")[2] == name and p.shape == old.shape]
