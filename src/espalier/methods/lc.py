@@ -111,8 +111,8 @@ class LearningCompression:
         self._aim()
 
 
-# A gap above twice the least one so far, and half the weights beside, is no longer the multipliers at work: in short runs they
-# were seen to carry it from 0.09 to 0.29 and back.
+# A gap above twice the least one so far, and half the weights beside, is no longer the multipliers at work: in a run of 112
+# steps from random weights they were seen to carry it from 0.09 to 0.29.
 DIVERGED, SLACK = 2.0, 0.5
 
 
