@@ -77,7 +77,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 def test_a_cut_kernel_is_the_masked_one(
     kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> None:
-    x = torch.randn(2, 3, 11, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 11, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     for padding in itertools.product(*({0, 1, r // 2, r} for r in reach)):
         model = nn.Sequential(nn.Conv2d(3, 4, kernel, stride, padding, dilation, dtype=torch.float64))
@@ -323,7 +323,7 @@ def test_resumed_run_is_the_uninterrupted_one() -> None:
 
 def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
     process = MGP(stagger=0.1).start(network(), EXAMPLE, Budget(macs=0.3))
-    gentle, tight = {"macs": int(0.9 * process.dense.macs)}, {"macs": int(0.06 * process.dense.macs)}
+    gentle, tight = {"macs": int(0.9 * process.dense.macs)}, {"macs": int(0.03 * process.dense.macs)}
 
     def touched(limits: dict[str, int], progress: float) -> set[str]:
         plan, _ = process._plan(limits, progress)
@@ -405,8 +405,8 @@ def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
             return self.fc(torch.relu(self.wide(self.even(x))).mean((2, 3)))
 
     torch.manual_seed(0)
-    process = whole_run(Net(), MGP(), Budget(macs=0.6))
-    assert set(process.left_alone) == {"circular", "grouped", "twice", "even"}
+    process = whole_run(Net(), MGP(), Budget(macs=0.8))
+    assert set(process.left) == {"circular", "grouped", "twice", "even"}
     assert process.done
     found = cost(trace(process.model, EXAMPLE))
     assert found.macs == process.cost.macs <= process.limits["macs"]

@@ -55,7 +55,7 @@ def with_inputs(graph: Graph, layers: Mapping[str, int]) -> Graph:
     that does not run exactly once, is grouped, or reads channels that can be removed anyway (``selectable`` tells).
     """
     groups, extents = list(graph.groups), list(graph.extents)
-    sites, parameters = list(graph.sites), {t.name: t for t in graph.parameters}
+    sites, parameters = list(graph.sites), list(graph.parameters)
     shapes, activations = dict(graph.shapes), list(graph.activations)
     for layer, held in layers.items():
         number = _site(graph, layer)
@@ -75,8 +75,9 @@ def with_inputs(graph: Graph, layers: Mapping[str, int]) -> Graph:
             Extent(0, ((group, 1),)),
             Extent(0, (), ((group, (*range(size), 0)),)),  # the selected copy; who reads all copies nothing
         ]
-        own = parameters[weight]
-        parameters[weight] = Term(weight, own.coefficient / size, (*own.extents, kept))
+        place = next(i for i, t in enumerate(parameters) if t.name == weight)
+        own = parameters[place]
+        parameters[place] = Term(weight, own.coefficient / size, (*own.extents, kept))
         copy = (float(held), copied)
         live = site.live
         if live:
@@ -86,7 +87,7 @@ def with_inputs(graph: Graph, layers: Mapping[str, int]) -> Graph:
             live = (*live, copy)
         sites[number] = replace(site, term=replace(site.term, extents=(outputs, kept)), live=live)
     return replace(
-        graph, groups=tuple(groups), extents=tuple(extents), sites=tuple(sites), parameters=tuple(parameters.values()),
+        graph, groups=tuple(groups), extents=tuple(extents), sites=tuple(sites), parameters=tuple(parameters),
         shapes=shapes, activations=tuple(activations), selects=(*graph.selects, *layers),
     )  # fmt: skip
 

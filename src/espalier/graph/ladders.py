@@ -39,8 +39,7 @@ class _Build:
         self.extents = list(graph.extents)
         self.sites = dict(enumerate(graph.sites))
         self.added: list[Site] = []
-        self.parameters = {t.name: t for t in graph.parameters}
-        self.more: list[Term] = []
+        self.parameters = list(graph.parameters)  # of one name there may be several: rungs of an earlier ladder
         self.activations = list(graph.activations)
 
     def add(self, layer: str, chains: tuple[Chain, ...]) -> None:
@@ -54,14 +53,16 @@ class _Build:
         if whole != shape[0] * shape[1]:
             raise ValueError(f"ladder of {layer!r}: grouped or tied channels; it has to stay dense")
         top = chains[-1] if chains else None
-        taps = self.parameters[weight].coefficient
-        for extent in self.parameters[weight].extents:
+        own = next(t for t in self.parameters if t.name == weight)
+        taps = own.coefficient
+        for extent in own.extents:
             taps *= self._length(extent)
         if top is None or top.widths or top.macs != (site.term.coefficient,) or top.params != (taps / whole,):
             raise ValueError(f"ladder of {layer!r}: its last chain must be the dense layer, found {top}")
         group = len(self.groups)
         self.groups.append(Group(ladder_name(layer), len(chains), (), tuple(map(str, chains))))
-        del self.sites[number], self.parameters[weight]
+        del self.sites[number]
+        self.parameters.remove(own)
         for kind in dict.fromkeys((c.name, c.macs, c.params, c.bytes, c.copies) for c in chains):
             here = [(c.name, c.macs, c.params, c.bytes, c.copies) == kind for c in chains]
             self._form(layer, site, group, kind, [c if h else None for c, h in zip(chains, here, strict=True)])
@@ -89,7 +90,7 @@ class _Build:
         for i, extents in enumerate(ends):
             label = layer if len(ends) == 1 else f"{layer}.{i}"
             self.added.append(Site(label, f"{site.kind}, {name}", Term(label, macs[i], extents)))
-            self.more.append(Term(f"{label}.weight", params[i], extents))
+            self.parameters.append(Term(f"{label}.weight", params[i], extents))
         self._memory(site, between, held)
         if copies and site.live:
             length = self._length(inputs)
@@ -130,6 +131,6 @@ class _Build:
             groups=tuple(self.groups),
             extents=tuple(self.extents),
             sites=(*self.sites.values(), *self.added),
-            parameters=(*self.parameters.values(), *self.more),
+            parameters=tuple(self.parameters),
             activations=tuple(self.activations),
         )
