@@ -272,7 +272,7 @@ def test_arrives_at_the_budget_without_force(method: MGP, tmp_path) -> None:
 
 def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     model = network()
-    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.25, params=0.3))
+    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.08, params=0.08))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     kinds: set[str] = set()
