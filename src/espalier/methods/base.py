@@ -157,6 +157,26 @@ class Process(ABC):
         """Go on from ``state_dict()``; the model must already have the structure it had then."""
 
 
+class AtOnce(Process):
+    """A run of a method that does everything when it starts; what follows is ordinary training of the small network."""
+
+    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        return None
+
+    def finish(self) -> nn.Module:
+        return self.model
+
+    @property
+    def status(self) -> Status:
+        return Status(self.cost, 0.0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
 WHOLE = Budget(macs=1.0, params=1.0)
 """No budget: the network may cost what the dense one costs."""
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.importance import SCORES, check_returns, diminishing, measure
 from espalier.plan import Budget
 from espalier.solver import solve
@@ -37,8 +36,8 @@ class Magnitude(Method):
         return OneShot(model, example, budget, self, batches)
 
 
-class OneShot(Process):
-    """Cuts at the start; what follows is ordinary training of the small network."""
+class OneShot(AtOnce):
+    """One cut."""
 
     def __init__(
         self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Batches | None
@@ -48,19 +47,3 @@ class OneShot(Process):
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
         self.plan = solve(self.graph, importance, budget, per_cost=method.per_cost)
         self.remove(self.plan.keep, None)
-
-    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        return None
-
-    def finish(self) -> nn.Module:
-        return self.model
-
-    @property
-    def status(self) -> Status:
-        return Status(self.cost, 0.0, 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state

@@ -14,7 +14,7 @@ from torch import nn
 
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.ranks import LAYOUTS, energy, rank_ladders
 from espalier.plan import Budget
 from espalier.solver import solve
@@ -37,8 +37,8 @@ class SVDOneShot(Method):
         return Truncated(model, example, budget, self)
 
 
-class Truncated(Process):
-    """Truncates at the start; what follows is ordinary training of the small network."""
+class Truncated(AtOnce):
+    """One truncation."""
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: SVDOneShot) -> None:
         super().__init__(model, example, budget)
@@ -60,19 +60,3 @@ class Truncated(Process):
                     small = ladders.plain(name, (u[:, cut], s[cut], v[:, cut]), bias=layers[name].bias)
                     replace(model, name, small)
         self.record("rank", ranks, progress=0.0)
-
-    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        return None
-
-    def finish(self) -> nn.Module:
-        return self.model
-
-    @property
-    def status(self) -> Status:
-        return Status(self.cost, 0.0, 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
