@@ -2,7 +2,7 @@
 
     python -m benchmarks.run queue                     # what is missing, and how long each takes on this device
     python -m benchmarks.run next --minutes 30         # run the most valuable missing ones that fit
-    python -m benchmarks.run only NAME[.LABEL] [...]   # run these, all seeds that are missing
+    python -m benchmarks.run only NAME[.LABEL] [...]   # run these, all seeds that are missing (or --seeds 0)
     python -m benchmarks.run import accuracy.json      # take over rows of the older format
 
 A run that was stopped goes on at its last epoch.  Existing results are never overwritten.  Accuracy is that of the last
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
             if unknown := set(options.names) - known:
                 raise ValueError(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(read_recipes())}")
             for job in wanted:
-                run(job, options)
+                if options.seeds is None or job.seed in options.seeds:
+                    run(job, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -87,6 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--minutes", type=float, required=True)
         if name == "only":
             command.add_argument("names", nargs="+", metavar="NAME[.LABEL]")
+            command.add_argument("--seeds", type=int, nargs="+", help="only these of the recipe's seeds")
     commands.add_parser("import").add_argument("file", type=Path)
     return parser.parse_args(arguments)
 

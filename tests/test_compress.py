@@ -316,7 +316,7 @@ def test_data_and_method_have_to_fit(digits):
         compress(net(), 3, budget=BUDGET)
     with pytest.raises(ValueError, match="epochs=1"):
         compress(net(), digits, budget=BUDGET, recipe=recipe(epochs=0))
-    with pytest.raises(ValueError, match="budget is a Budget"):
+    with pytest.raises(ValueError, match="expected a Budget"):
         compress(net(), EXAMPLE, budget=0.5, method=Magnitude())
     with pytest.raises(ValueError, match=r"expected an nn.Module"):
         compress("resnet20", EXAMPLE, budget=BUDGET, method=Magnitude())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import tensorly
@@ -23,7 +24,11 @@ from espalier.forms.tucker import (
     tucker2,
 )
 
-tensorly.set_backend("pytorch")
+
+@pytest.fixture(autouse=True)
+def _on_torch() -> Iterator[None]:
+    with tensorly.backend_context("pytorch"):
+        yield
 
 
 def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
