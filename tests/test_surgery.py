@@ -207,6 +207,17 @@ def test_saved_and_loaded_it_gives_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(small.eval()(x), again.eval()(x))
 
 
+def test_a_layer_that_stands_for_another_of_its_type_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    small = copy.deepcopy(model)
+    small[2] = nn.Conv2d(8, 4, (1, 3), stride=(2, 1), padding=(0, 1), bias=False)
+    save(small, tmp_path / "small.safetensors")
+    again = load(tmp_path / "small.safetensors", base=copy.deepcopy(model))
+    x = torch.randn(1, 3, 8, 8)
+    assert again[2].stride == (2, 1)
+    assert torch.equal(again(x), small(x))
+
+
 def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     save(small_network(), path)

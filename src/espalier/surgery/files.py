@@ -98,7 +98,7 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
     own = dict(base.named_modules())
     for name, entry in table["modules"].items():
         module = own.get(name)
-        if module is None or type(module).__name__ != entry["type"]:
+        if module is None or type(module).__name__ != entry["type"] or _is_another(module, entry):
             if "make" not in entry:
                 found = "nothing" if module is None else type(module).__name__
                 raise ValueError(
@@ -126,6 +126,15 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
         if shape is not None and list(tensor.shape) != shape:
             _replace(base, name, torch.zeros(shape, dtype=tensor.dtype, device=tensor.device))
     return base
+
+
+def _is_another(module: nn.Module, entry: dict[str, Any]) -> bool:
+    """Was it made with other arguments than those that follow the widths: another stride, no bias?"""
+    kind, arguments = BUILDERS.get(entry["type"], (None, None))
+    if "make" not in entry or arguments is None or type(module) is not kind:
+        return False
+    own, numbers = arguments(module), entry.get("numbers", {})
+    return any(k not in numbers and own[k] != v for k, v in _tuples(entry["make"]).items())
 
 
 def _device(model: nn.Module) -> torch.device:
