@@ -18,7 +18,7 @@ import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
 from espalier.forms import LowRank, find_places
-from espalier.forms.lowrank import orthonormalise
+from espalier.forms.lowrank import DAMPING, orthonormalise
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph import trace
 from espalier.methods.dprp import DPRP, Falling
@@ -102,9 +102,32 @@ def test_full_rank_is_the_dense_layer_forward_and_gradient(kind: str, form: str)
         (output * toward).sum().backward()
     assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-12)
     gradient = to_matrix(layer.weight.grad, form)
-    assert torch.allclose(low.u.grad, gradient @ low.v * low.s, atol=1e-11)
-    assert torch.allclose(low.v.grad, gradient.T @ low.u * low.s, atol=1e-11)
+    squares = low.s.square()
+    factor = 0.5 / (squares + DAMPING * squares.max())  # the plain gradient of the factors, scaled
+    assert torch.allclose(low.u.grad, gradient @ low.v * low.s * factor, atol=1e-11)
+    assert torch.allclose(low.v.grad, gradient.T @ low.u * low.s * factor, atol=1e-11)
     assert torch.allclose(low.s.grad, (low.u * (gradient @ low.v)).sum(0), atol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+def test_a_step_moves_the_weight_about_as_far_as_dense_training_however_large_it_is(form: str, scale: float) -> None:
+    torch.manual_seed(1)
+    layer = nn.Conv2d(8, 8, 3, padding=1, bias=False).double()
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    x = torch.randn(4, 8, 9, 9).double()
+    low = LowRank.of(copy.deepcopy(layer), find_places(nn.Sequential(layer), x)[0]["0"], form=form)
+    toward = torch.randn(4, 8, 9, 9).double()
+    moved = []
+    for module in (layer, low):
+        before = module.weight.detach().clone()
+        (module(x) * toward).sum().backward()
+        torch.optim.SGD(module.parameters(), lr=1e-6 * scale).step()
+        moved.append(module.weight.detach() - before)
+    dense, ours = moved
+    assert 0.5 < ours.norm() / dense.norm() < 1.5
+    assert (ours * dense).sum() > 0.8 * ours.norm() * dense.norm()
 
 
 @pytest.mark.parametrize("form", ["channel", "spatial"])

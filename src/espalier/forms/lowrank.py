@@ -25,6 +25,11 @@ class LowRank(OwnDecay):
     at the batch that comes decides: composing costs ``r m n`` however many images there are.  Both compute the same.
 
     While ``u`` and ``v`` are orthonormal, ``|M|^2 = |s|^2``: weight decay of ``s`` alone is weight decay of the layer.
+
+    The gradients of ``u`` and ``v`` are those of the product times ``1 / (2 s^2)``, damped where ``s`` is small.  A step of
+    plain gradients would move ``M`` by ``s^2`` times the step that dense training takes, which diverges for large weights; this
+    way a step at full rank is that of dense training and a little more along ``s`` (Tong, Ma, Chi: Accelerating
+    Ill-Conditioned Low-Rank Matrix Estimation via Scaled Gradient Descent, JMLR 22, 2021).
     """
 
     decayed = ("s",)
@@ -95,11 +100,22 @@ class LowRank(OwnDecay):
     @property
     def weight(self) -> Tensor:
         """The composed weight, ``(O, I, kh, kw)`` or ``(O, I)``."""
-        return from_matrix((self.u * self.s) @ self.v.T, self.shape, self.form)
+        u, v = self._scaled()
+        return from_matrix((u * self.s) @ v.T, self.shape, self.form)
 
     def stage_weights(self) -> list[Tensor]:
         """Weights of the two small layers, first to last."""
-        return stage_weights(self.u * self.s, self.v, self.shape, self.form)
+        u, v = self._scaled()
+        return stage_weights(u * self.s, v, self.shape, self.form)
+
+    def _scaled(self) -> tuple[Tensor, Tensor]:
+        """``u`` and ``v``, with gradients that step like those of the dense weight."""
+        if not (torch.is_grad_enabled() and self.u.requires_grad):
+            return self.u, self.v
+        squares = self.s.detach().square()
+        factor = 0.5 / (squares + DAMPING * squares.max()).clamp_min(torch.finfo(squares.dtype).tiny)
+        u, v = _ScaleGradient.apply(self.u, factor), _ScaleGradient.apply(self.v, factor)
+        return u, v
 
     def composes(self, x: Tensor) -> bool:
         """Is one convolution, its weight composed first, cheaper for ``x`` than two small ones?"""
@@ -152,6 +168,23 @@ class LowRank(OwnDecay):
             f"{self.in_channels}, {self.out_channels}, rank={self.rank}, form={self.form}, "
             f"kernel_size={self.kernel_size}, stride={self.stride}, bias={self.bias is not None}"
         )
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor per column."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, factor: Tensor) -> Tensor:
+        context.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (factor,) = context.saved_tensors
+        return gradients[0] * factor, None
+
+
+DAMPING = 0.01  # of the largest squared singular value
 
 
 def matrix_size(shape: tuple[int, ...], form: str) -> tuple[int, int]:
