@@ -378,7 +378,7 @@ def say(label: str, history: History) -> None:
 def _tested(model: nn.Module, data: Data, recipe: Recipe) -> dict[str, float]:
     device = pick_device(recipe.device)
     batches = data.test_batches(500, channels_last=recipe.channels_last)
-    return evaluate(model.to(device), batches, device=device, precision=recipe.precision)
+    return evaluate(model.to(device), batches, device=device)
 
 
 def _cost(row: Mapping[str, Any]) -> Cost:

@@ -27,6 +27,7 @@ from espalier.plan import Budget
 from espalier.run import report
 from espalier.run.compress import compress
 from espalier.run.data import Data, load_data
+from espalier.run.evaluate import evaluate
 from espalier.run.loop import make_optimizer, train
 from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
@@ -525,6 +526,15 @@ def test_one_shot_svd_is_at_the_budget_and_goes_on_as_plain_layers(digits: Data,
     save(result.model, tmp_path / "small.safetensors")
     loaded = load(tmp_path / "small.safetensors", base=network())
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), result.model.parameters(), strict=True))
+
+
+def test_what_is_delivered_is_what_was_trained_whatever_the_precision(digits: Data) -> None:
+    half = recipe(epochs=3, precision="bf16")
+    result = compress(network(), digits, budget=Budget(macs=0.5), method=DPRP(), recipe=half)
+    assert result.history is not None
+    delivered = evaluate(result.model, digits.test_batches())
+    assert delivered["accuracy"] == result.history.last.accuracy == result.accuracy
+    assert delivered["loss"] == pytest.approx(result.history.last.test_loss, rel=1e-5)
 
 
 def test_it_learns_from_trained_weights(digits: Data) -> None:

@@ -132,6 +132,8 @@ def test_reduced_precision_trains_without_losing_the_float_weights(digits, chang
     history = train(model, digits, recipe(epochs=3, clip_norm=1.0, **changes))
     assert model.conv1.weight.dtype == torch.float32
     assert history.last.loss < history.epochs[0].loss
+    tested = evaluate(model.to(memory_format=torch.contiguous_format), digits.test_batches())
+    assert history.last.test_loss == pytest.approx(tested["loss"], rel=1e-5)  # in float32, as the network is shipped
 
 
 def test_auxiliary_heads_are_trained_too(digits):

@@ -190,7 +190,7 @@ def evaluate(
     recipe = make_recipe(merged)
     source = make_data(merged, device=pick_device(recipe.device))
     network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
-    found = evaluate_model(network, source.test_batches(), precision=recipe.precision)
+    found = evaluate_model(network, source.test_batches(), precision=recipe.precision if precision else "fp32")
     used = cost(trace(network, source.example()))
     stdout.print(f"accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}")
     memory = readable_bytes(used.activation_memory)

@@ -303,7 +303,7 @@ class _Job:
     def _tested(self, model: nn.Module) -> dict[str, float]:
         assert self.source is not None
         batches = self.source.test_batches(channels_last=self.recipe.channels_last)
-        return evaluate(model, batches, device=self.device, precision=self.recipe.precision)
+        return evaluate(model, batches, device=self.device)
 
 
 class _HeldOut:

@@ -395,7 +395,7 @@ class _Run:
         if self.average is not None:
             self.average.swap(self.model)
         try:
-            return evaluate(self.model, batches, device=self.device, precision=self.recipe.precision)
+            return evaluate(self.model, batches, device=self.device)
         finally:
             if self.average is not None:
                 self.average.swap(self.model)

@@ -21,7 +21,8 @@ class Recipe:
     biases and the parameters of normalisation layers.  ``distill`` weighs the teacher's softened predictions
     against the labels: ``None`` means 0.5 where there is a trained network to learn from, 0 means never.
     ``ema`` is the decay of averaged weights, which are then evaluated and returned.  ``clip_norm`` bounds the
-    norm of the whole gradient.  ``device`` "auto" takes a GPU if there is one.
+    norm of the whole gradient.  ``device`` "auto" takes a GPU if there is one.  ``precision`` is that of training;
+    accuracy is always evaluated in float32, as the network is shipped.
 
     Raises: ValueError that names the field and what it allows.
     """
