@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import espalier as es
@@ -29,32 +28,14 @@ from espalier.run.compress import compress
 from espalier.run.data import Data, load_data
 from espalier.run.evaluate import evaluate
 from espalier.run.loop import make_optimizer, train
-from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
 from espalier.solver import unused_blocks
 from espalier.surgery import cut_ranks, load, save, turn_factors
 from espalier.surgery.files import rebuild, structure
 from espalier.surgery.verify import gradients
+from tests.steps import EXAMPLE, batch, network, train_step
 
-EXAMPLE = torch.zeros(1, 1, 8, 8)
 STEPS = 60
-
-
-def network(name: str = "resnet20a") -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(name, num_classes=10, in_channels=1, image_size=8)
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(step)
-    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
-
-
-def one_step(process: Falling, optimizer: torch.optim.Optimizer, step: int) -> None:
-    x, y = batch(step)
-    (F.cross_entropy(process.model(x), y) + process.penalty()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def run(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[Falling, list[dict[str, int]]]:
@@ -63,7 +44,7 @@ def run(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[Falling, l
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     ranks = []
     for step in range(steps):
-        one_step(process, optimizer, step)
+        train_step(process, optimizer, step)
         process.step(progress=(step + 1) / steps, optimizer=optimizer)
         ranks.append({n: layer.rank for n, layer in process.layers.items()})
     return process, ranks
@@ -350,7 +331,7 @@ def test_dropping_changes_no_logit() -> None:
 
     process._drop = watched  # type: ignore[method-assign]
     for step in range(STEPS):
-        one_step(process, optimizer, step)
+        train_step(process, optimizer, step)
         process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         ours = {id(p) for p in model.parameters()}
         assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
@@ -378,7 +359,7 @@ def test_training_that_stops_early_is_cut_and_says_so() -> None:
     process = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for step in range(8):
-        one_step(process, optimizer, step)
+        train_step(process, optimizer, step)
         process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
     small = process.finish()
     assert process.forced
@@ -416,7 +397,7 @@ def test_resume_between_two_rank_events_is_the_uninterrupted_run() -> None:
                 process.load_state_dict(state)
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
                 optimizer.load_state_dict(momentum)
-            one_step(process, optimizer, step)
+            train_step(process, optimizer, step)
             process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         return [p.detach().clone() for p in process.finish().parameters()]
 

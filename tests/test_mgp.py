@@ -25,47 +25,23 @@ from espalier.run.models import build_model
 from espalier.run.onnx import export_onnx
 from espalier.solver import solve, unused_blocks
 from espalier.surgery import load, mask, rebuild, save, shrink, structure, verify
+from tests import steps
 from tests.proving import randomise
+from tests.steps import EXAMPLE, batch, logits, train_step, train_through
 
-EXAMPLE = torch.zeros(1, 1, 8, 8)
 STEPS = 120
 
 
 def network(name: str = "resnet20") -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(build_model(name, num_classes=10, in_channels=1, image_size=8))
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(step)
-    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
-
-
-def train_step(process: Granular, optimizer: torch.optim.Optimizer, step: int) -> None:
-    x, y = batch(step)
-    nn.functional.cross_entropy(process.model(x), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    return randomise(steps.network(name))
 
 
 def whole_run(model: nn.Module, method: MGP, budget: Budget) -> Granular:
     process = method.start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for step in range(STEPS):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    train_through(process, optimizer, steps=STEPS)
     process.finish()
     return process
-
-
-def logits(model: nn.Module, x: Tensor) -> Tensor:
-    flags = [(m, m.training) for m in model.modules()]
-    model.eval()
-    with torch.no_grad():
-        found = model(x)
-    for module, flag in flags:
-        module.training = flag
-    return found
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------

@@ -12,40 +12,12 @@ from espalier.costs import CostModel
 from espalier.graph import trace
 from espalier.methods.importance import SCORES, Sensitivity, diminishing, measure
 from espalier.methods.magnitude import Magnitude
-from espalier.methods.tcp import TCP, Tailoring
+from espalier.methods.tcp import TCP
 from espalier.methods.units import Units
 from espalier.plan import Budget
-from espalier.run.models import build_model
+from tests.steps import EXAMPLE, batch, logits, network, train_step, train_through
 
-EXAMPLE = torch.zeros(1, 1, 8, 8)
 STEPS = 120
-
-
-def network(name: str = "resnet20a") -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(name, num_classes=10, in_channels=1, image_size=8)
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(step)
-    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
-
-
-def one_step(process: Tailoring, optimizer: torch.optim.Optimizer, step: int) -> None:
-    x, y = batch(step)
-    nn.functional.cross_entropy(process.model(x), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def eval_logits(model: nn.Module, x: Tensor) -> Tensor:
-    flags = [(m, m.training) for m in model.modules()]
-    model.eval()
-    with torch.no_grad():
-        logits = model(x)
-    for module, flag in flags:
-        module.training = flag
-    return logits
 
 
 @pytest.mark.parametrize("score", ["taylor", "share", "scale"])
@@ -54,9 +26,7 @@ def test_arrives_at_the_budget_without_force(score: str) -> None:
     budget = Budget(macs=0.5, multiple_of=2)
     process = TCP(importance=score).start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for step in range(STEPS):
-        one_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    train_through(process, optimizer, steps=STEPS)
     small = process.finish()
     assert not process.forced
     assert process.done
@@ -77,16 +47,16 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
 
     def watched(stay: dict[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> object:
         nonlocal removals
-        before = eval_logits(model, x)
+        before = logits(model, x)
         result = carry_out(stay, optimizer)
-        after = eval_logits(model, x)
+        after = logits(model, x)
         assert (before - after).abs().max() <= 1e-5 * before.abs().max()
         removals += 1
         return result
 
     process._carry_out = watched  # type: ignore[method-assign, assignment]
     for step in range(STEPS):
-        one_step(process, optimizer, step)
+        train_step(process, optimizer, step)
         process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         ours = {id(p) for p in model.parameters()}
         assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
@@ -101,7 +71,7 @@ def test_only_units_outside_the_keep_set_are_pressed() -> None:
     process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for step in range(10):
-        one_step(process, optimizer, step)
+        train_step(process, optimizer, step)
         process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
     before = process._norm().clone()
     pressed = process.pressed.clone()
@@ -143,7 +113,7 @@ def test_resumed_run_is_the_uninterrupted_one() -> None:
                 model = process.model
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
                 optimizer.load_state_dict(copy.deepcopy(momentum))
-            one_step(process, optimizer, step)
+            train_step(process, optimizer, step)
             process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         small = process.finish()
         return [p.detach().clone() for p in small.parameters()], process.limits
@@ -161,7 +131,7 @@ def test_training_that_stops_early_is_cut_and_says_so() -> None:
     process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(10):
-        one_step(process, optimizer, step)
+        train_step(process, optimizer, step)
         process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
     process.finish()
     assert process.forced

@@ -35,24 +35,21 @@ from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_chai
 from espalier.graph import Graph, files, hold, selectable, with_inputs, with_ladders
 from espalier.graph.inputs import inputs_name
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import Batches, Method, Removed
+from espalier.methods.base import Batches, Removed
 from espalier.methods.importance import Sensitivity
-from espalier.methods.pressure import Fading, Pace, check_pace
+from espalier.methods.pressure import Fading, FadingMethod
 from espalier.methods.units import Units
 from espalier.plan import Budget, Plan
 from espalier.solver import BudgetError, solve
 
 
 @dataclass(frozen=True)
-class MGP(Method):
-    """Hyper-parameters of multi-granularity pruning; every duration is a fraction of the whole run.
+class MGP(FadingMethod):
+    """Hyper-parameters of multi-granularity pruning; the pace is that of ``FadingMethod``.
 
     ``filters``, ``inputs``, ``shapes``: which granularities take part.  ``streams``: let channels that several layers make, a
     residual stream, go as in TCP; their readers then select nothing.
     ``stagger``: how much later than the coarser one each finer granularity begins.
-    ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
-    ``fade``: how long a unit takes from leaving the keep-set to zero.  ``every``: time between two decisions.
-    ``chunk``: remove as soon as that share of the current MACs (or parameters) has faded.
     """
 
     name: ClassVar[str] = "mgp"
@@ -62,16 +59,9 @@ class MGP(Method):
     shapes: bool = True
     streams: bool = False
     stagger: float = 0.03
-    start_at: float = 0.02
-    reach: float = 0.5
-    fade: float = 0.06
-    every: float = 0.01
-    chunk: float = 0.05
-    smoothing: float = 0.97
-    power: float = 3.0
 
     def __post_init__(self) -> None:
-        check_pace(self, ("start_at", "reach", "fade", "every", "chunk", "smoothing", "stagger"))
+        self.check_pace("stagger")
         if not (self.filters or self.inputs or self.shapes):
             raise ValueError("MGP(): all granularities are off; switch on filters, inputs or shapes")
         if self.streams and not self.filters:
@@ -84,10 +74,10 @@ class MGP(Method):
 class Granular(Fading):
     """One run of MGP."""
 
+    method: MGP
+
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
-        pace = Pace(method.start_at, method.reach, method.fade, method.every, method.power)
-        super().__init__(model, example, budget, pace)
-        self.method = method
+        super().__init__(model, example, budget, method)
         self.bake()
         self.graph, self.shapes, self.left = granularities(model, self.graph, example, method)
         self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all

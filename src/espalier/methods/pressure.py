@@ -16,48 +16,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.methods.base import Process, Removed, Status
+from espalier.methods.base import Method, Process, Removed, Status
 from espalier.methods.importance import Sensitivity
 from espalier.methods.units import Columns, Taps, Units
 from espalier.plan import Budget
 
 
-@dataclass(frozen=True)
-class Pace:
-    """When what happens, as fractions of the whole run; the fields are those of the methods."""
+@dataclass(frozen=True, kw_only=True)
+class FadingMethod(Method):
+    """The hyper-parameters that fading methods share; every duration is a fraction of the whole run.
 
-    start_at: float
-    reach: float
-    fade: float
-    every: float
-    power: float
+    ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
+    ``fade``: how long a unit takes from leaving the keep-set to zero.  ``every``: time between two decisions about it.
+    ``chunk``: remove as soon as that share of the current MACs (or parameters) has faded; small values remove often.
+    ``smoothing``: of the importance, over batches.  ``power``: how fast the budget falls at first; 1 is a straight line.
+    """
 
+    start_at: float = 0.02
+    reach: float = 0.5
+    fade: float = 0.06
+    every: float = 0.01
+    chunk: float = 0.05
+    smoothing: float = 0.97
+    power: float = 3.0
 
-def check_pace(method: Any, shares: tuple[str, ...]) -> None:
-    """``ValueError`` unless the fractions ``shares`` of ``method`` make sense together."""
-    name_ = type(method).__name__
-    for name in shares:
-        value = getattr(method, name)
-        if not 0 <= value < 1 or not math.isfinite(value):
-            raise ValueError(f"{name_}({name}={value!r}): must be at least 0 and below 1")
-    if method.fade <= 0 or method.every <= 0:
-        raise ValueError(f"{name_}(): fade and every must be above 0")
-    if method.start_at + method.fade >= method.reach:
-        raise ValueError(
-            f"{name_}(start_at={method.start_at}, fade={method.fade}, reach={method.reach}): the budget needs time to "
-            "move; start_at + fade must be below reach"
-        )
+    def check_pace(self, *more: str) -> None:
+        """``ValueError`` unless the fractions, those named in ``more`` as well, make sense together."""
+        where = type(self).__name__
+        for name in ("start_at", "reach", "fade", "every", "chunk", "smoothing", *more):
+            value = getattr(self, name)
+            if not 0 <= value < 1 or not math.isfinite(value):
+                raise ValueError(f"{where}({name}={value!r}): must be at least 0 and below 1")
+        if self.fade <= 0 or self.every <= 0:
+            raise ValueError(f"{where}(): fade and every must be above 0")
+        if self.start_at + self.fade >= self.reach:
+            raise ValueError(
+                f"{where}(start_at={self.start_at}, fade={self.fade}, reach={self.reach}): the budget needs time to "
+                "move; start_at + fade must be below reach"
+            )
 
 
 class Fading(Process):
     """A run in which units fade.  A method says what it listens to, what is outside, and how to carry a removal out."""
 
+    method: FadingMethod
     units: Units
     sensitivity: Sensitivity
 
-    def __init__(self, model: nn.Module, example: Any, budget: Budget, pace: Pace) -> None:
+    def __init__(self, model: nn.Module, example: Any, budget: Budget, method: FadingMethod) -> None:
         super().__init__(model, example, budget)
-        self.pace = pace
+        self.method = method
         self.settled = False  # the keep-set is final
         self.done = False
         self.forced = False
@@ -101,10 +109,10 @@ class Fading(Process):
         self._steps += 1
         self._listen(progress)
         self._last = progress
-        if progress - self._decided >= self.pace.every and progress >= self.pace.start_at and not self.settled:
+        if progress - self._decided >= self.method.every and progress >= self.method.start_at and not self.settled:
             self._decide(progress)
         removed = None
-        if progress - self._pressed_at >= self.pace.fade / PRESSES:
+        if progress - self._pressed_at >= self.method.fade / PRESSES:
             self._press(progress - self._pressed_at, optimizer)
             self._adapt(progress)
             self._pressed_at = progress
@@ -122,13 +130,13 @@ class Fading(Process):
 
     def limits_at(self, progress: float) -> dict[str, int]:
         """The budget now: from the dense cost to the target, fast at first (cubic, Zhu & Gupta 2017)."""
-        begin, end = self.pace.start_at, self.pace.reach - self.pace.fade
-        left = (1.0 - min(max((progress - begin) / (end - begin), 0.0), 1.0)) ** self.pace.power
+        begin, end = self.method.start_at, self.method.reach - self.method.fade
+        left = (1.0 - min(max((progress - begin) / (end - begin), 0.0), 1.0)) ** self.method.power
         return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
 
     def _decide(self, progress: float) -> None:
         self._decided = progress
-        self.settled = progress >= self.pace.reach - self.pace.fade
+        self.settled = progress >= self.method.reach - self.method.fade
         outside = self._choose(progress)
         fresh = outside & ~self.pressed
         if bool(fresh.any()):
@@ -148,7 +156,7 @@ class Fading(Process):
         if not self._busy:
             return
         norm = self._norm()
-        threshold = self.strength * elapsed / self.pace.fade * self.pull * self.reference
+        threshold = self.strength * elapsed / self.method.fade * self.pull * self.reference
         factor = torch.where(self.pressed, (1.0 - threshold / norm.clamp_min(1e-30)).clamp_min(0.0), 1.0)
         factor = torch.cat([factor, factor.new_ones(1)])
         calm = torch.cat([(~self.pressed).float(), factor.new_ones(1)])
@@ -168,7 +176,7 @@ class Fading(Process):
             return
         reference = self.reference[self.pressed]
         pull = self.pull[self.pressed]
-        due = (1.0 - (progress - self.since[self.pressed]) * pull / self.pace.fade).clamp(0.0, 1.0)
+        due = (1.0 - (progress - self.since[self.pressed]) * pull / self.method.fade).clamp(0.0, 1.0)
         total = float(reference.sum())
         self._mass = float(self._norm()[self.pressed].sum()) / total
         lag = self._mass - float((due * reference).sum()) / total

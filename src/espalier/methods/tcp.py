@@ -31,25 +31,21 @@ from torch import Tensor, nn
 
 from espalier.carving import select
 from espalier.costs import CostModel
-from espalier.methods.base import Batches, Method, Removed
+from espalier.methods.base import Batches, Removed
 from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity, check_returns, diminishing
-from espalier.methods.pressure import LISTEN_EVERY, Fading, Pace, check_pace
+from espalier.methods.pressure import LISTEN_EVERY, Fading, FadingMethod
 from espalier.methods.units import Units
 from espalier.plan import Budget
 from espalier.solver import solve
 
 
 @dataclass(frozen=True)
-class TCP(Method):
-    """Hyper-parameters of tailored channel pruning; every duration is a fraction of the whole run.
+class TCP(FadingMethod):
+    """Hyper-parameters of tailored channel pruning; the pace is that of ``FadingMethod``.
 
     ``importance``: a name in ``espalier.methods.importance.SCORES``; "taylor" is the sensitivity of the loss.
     ``per_cost``: weigh importance by what a unit costs, or take it as it is.  ``returns``: below 1, the last units of a group
     are worth more (``methods.importance.diminishing``).
-    ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
-    ``fade``: how long a unit takes from leaving the keep-set to zero.
-    ``every``: time between two decisions about the keep-set.
-    ``chunk``: remove as soon as that share of the current MACs (or parameters) has faded; small values remove often.
     """
 
     name: ClassVar[str] = "tcp"
@@ -57,19 +53,12 @@ class TCP(Method):
     importance: str = "taylor"
     per_cost: bool = True
     returns: float = 1.0
-    start_at: float = 0.02
-    reach: float = 0.5
-    fade: float = 0.06
-    every: float = 0.01
-    chunk: float = 0.05
-    smoothing: float = 0.97
-    power: float = 3.0
 
     def __post_init__(self) -> None:
         if self.importance not in SCORES:
             raise ValueError(f"TCP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
         check_returns(self.returns, where="TCP")
-        check_pace(self, ("start_at", "reach", "fade", "every", "chunk", "smoothing"))
+        self.check_pace()
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Tailoring:
         return Tailoring(model, example, budget, self)
@@ -78,10 +67,10 @@ class TCP(Method):
 class Tailoring(Fading):
     """One run of TCP.  Steps 3 and 4, pressure and strength, are in ``methods.pressure``."""
 
+    method: TCP
+
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: TCP) -> None:
-        pace = Pace(method.start_at, method.reach, method.fade, method.every, method.power)
-        super().__init__(model, example, budget, pace)
-        self.method = method
+        super().__init__(model, example, budget, method)
         solve(self.graph, {g.name: np.ones(g.size) for g in self.graph.groups}, budget)  # unreachable budgets fail now
         self.bake()
         self._bind(Units(model, self.graph))

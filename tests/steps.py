@@ -1,0 +1,50 @@
+"""Shared by the tests of methods that train: a small network, batches that a number gives, and one step of training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espalier.methods.base import Process
+from espalier.run.models import build_model
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+def network(name: str = "resnet20a") -> nn.Module:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    return build_model(name, num_classes=10, in_channels=1, image_size=8)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Random images and labels, the same for the same ``step``."""
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
+
+
+def train_step(process: Process, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One step of the optimiser on ``batch(step)``; the process has not acted yet."""
+    x, y = batch(step)
+    (F.cross_entropy(process.model(x), y) + process.penalty()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_through(process: Process, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
+    """A whole run, ``finish`` excepted."""
+    for step in range(steps):
+        train_step(process, optimizer, step)
+        process.step(progress=(step + 1) / steps, optimizer=optimizer)
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """In eval mode; the model's mode is restored."""
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        found = model(x)
+    for module, flag in flags:
+        module.training = flag
+    return found
