@@ -15,6 +15,7 @@ from torch import nn
 from espalier.costs import cost
 from espalier.graph import trace
 from espalier.methods.magnitude import Magnitude
+from espalier.methods.mgp import MGP
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run import compress as compress_room
@@ -226,6 +227,39 @@ def test_what_cannot_be_exported_is_said_and_the_run_is_kept(tmp_path, monkeypat
     assert "no translation for this operation" in (tmp_path / "summary.md").read_text()
 
 
+def test_counted_stripes_are_told_apart_from_what_is_executed(digits, trained, tmp_path, no_timing):
+    budget = Budget(macs=0.4, params=0.5)
+    job = {"method": MGP(stripes=True), "recipe": recipe(epochs=8, ema=0.9)}  # averaged weights hold exact zeros too
+    result = compress(trained, digits, budget=budget, **job, out=tmp_path)
+    living = {n: int((p != 0).any(1).sum()) for n, p in result.model.named_parameters() if p.ndim == 4}
+    width = result.model.conv2.in_channels
+    assert result.model.conv1.weight.shape[0] == width
+    plain = sum(p.numel() for p in result.model.parameters() if p.ndim < 4)
+    macs = 64 * living["conv1.weight"] + 16 * width * living["conv2.weight"] + result.model.head.weight.numel()
+    params = living["conv1.weight"] + width * living["conv2.weight"] + plain
+    assert (result.counted.macs, result.counted.params) == (macs, params)
+    assert result.cost == cost(trace(result.model, EXAMPLE))
+    assert result.counted.macs <= result.limits["macs"] and result.counted.params <= result.limits["params"]
+    assert result.cost.macs > result.counted.macs and result.cost.params > result.counted.params
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["small"]["macs"], metrics["small"]["params"]) == (result.cost.macs, result.cost.params)
+    assert (metrics["counted"]["macs"], metrics["counted"]["params"]) == (macs, params)
+    assert metrics["counted"]["note"].startswith("counted, not executed")
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| MACs, counted, not executed |"))
+    assert f"{macs:,} (limit {result.limits['macs']:,})" in row
+    executed = next(line for line in lines if line.startswith("| MACs |"))
+    assert f"{result.cost.macs:,}" in executed and "limit" not in executed
+    assert "counted, not executed" in next(line for line in lines if line.startswith("Budget:"))
+
+
+def test_a_run_without_counted_stripes_says_nothing_of_them(tmp_path, no_timing):
+    result = compress(net(), EXAMPLE, budget=BUDGET, method=Magnitude(), out=tmp_path)
+    assert result.counted is None
+    assert json.loads((tmp_path / "metrics.json").read_text())["counted"] is None
+    assert "counted" not in (tmp_path / "summary.md").read_text()
+
+
 def test_an_older_run_is_refused_and_with_force_moved_aside(tmp_path, no_timing):
     (tmp_path / "notes.txt").write_text("mine")
     one_shot = {"budget": BUDGET, "method": Magnitude()}
@@ -251,7 +285,7 @@ def test_an_unreachable_budget_leaves_an_older_run_where_it_is(tmp_path, no_timi
 
 
 @pytest.mark.parametrize("killed", [1, 2, 3])
-@pytest.mark.parametrize("method", [TCP(), Halving(0.4), Magnitude()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [TCP(), Halving(0.4), Magnitude(), MGP(stripes=True)], ids=lambda m: m.name)
 def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, no_timing, method, killed):
     job = {"budget": Budget(macs=0.4, params=0.6), "method": method, "recipe": recipe(epochs=4, ema=0.9)}
     whole = compress(trained, digits, **job, out=tmp_path / "whole")
@@ -260,7 +294,9 @@ def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, no_timing, m
     torch.manual_seed(1234)
     result = compress(trained, digits, **job, out=tmp_path / "part", resume=True)
     assert_same(whole.model, result.model)
-    assert (result.cost, result.dense, result.limits) == (whole.cost, whole.dense, whole.limits)
+    assert (result.cost, result.counted, result.dense, result.limits) == (
+        whole.cost, whole.counted, whole.dense, whole.limits,
+    )  # fmt: skip
     same = [dataclasses.replace(e, seconds=0.0) for e in result.history.epochs]
     assert same == [dataclasses.replace(e, seconds=0.0) for e in whole.history.epochs]
     assert len((tmp_path / "part" / "log.csv").read_text().splitlines()) == 5

@@ -20,6 +20,7 @@ from espalier.present.charts import Line, Pair, frontier, line_chart, pair_bars,
 from espalier.present.cli import app
 from espalier.present.html import page
 from espalier.present.runs import read_run
+from espalier.run.report import COUNTED_NOTE
 from espalier.run.rundir import add_widths
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -70,6 +71,41 @@ def test_a_limit_that_is_exceeded_is_not_called_kept(folder):
     run = read_run(folder)
     tight = {**run.metrics, "limits": {"macs": run.metrics["small"]["macs"] - 1}}
     assert "A LIMIT IS EXCEEDED." in page([replace(run, metrics=tight)], timing=False)
+
+
+def test_what_is_counted_and_not_executed_is_called_that_and_carries_the_limit(folder):
+    run = read_run(folder)
+    dense, small = run.metrics["dense"], run.metrics["small"]
+    counted = {
+        "macs": small["macs"] // 2, "params": small["params"] // 2,
+        "fraction": {n: small[n] // 2 / dense[n] for n in ("macs", "params")}, "note": COUNTED_NOTE,
+    }  # fmt: skip
+    limits = {"macs": small["macs"] // 2 + 1, "params": small["params"] // 2}
+    html = page([replace(run, metrics={**run.metrics, "counted": counted, "limits": limits})], timing=False)
+    assert "Every limit is kept. Limits are met as counted, not executed" in html
+    row = re.search(r"<tr><td>multiply-adds \(MACs\), counted, not executed</td>.*?</tr>", html)[0]
+    assert f"<td>{counted['macs']:,}</td>" in row and f"<td>{limits['macs']:,}</td>" in row
+    executed = re.search(r"<tr><td>multiply-adds \(MACs\)</td>.*?</tr>", html)[0]
+    assert f"<td>{small['macs']:,}</td>" in executed and f"{limits['macs']:,}" not in executed
+    assert "of the MACs: counted, not executed" in html
+    assert sum("counted, not executed" in figure for figure in figures(html)) == 1
+    assert "limit of the count" in html
+    above = {**counted, "macs": limits["macs"] + 1}
+    assert "A LIMIT IS EXCEEDED." in page(
+        [replace(run, metrics={**run.metrics, "counted": above, "limits": limits})], timing=False
+    )
+    assert "counted, not executed" not in page([run], timing=False)
+
+
+def test_kernels_over_time_are_drawn_where_they_changed(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    history = {"kernel": {"layer1.0.conv1": [[0.0, 9], [0.5, 3]], "layer2.0.conv1": [[0.0, 9]]}, "left": {}}
+    (tmp_path / "run" / "history.json").write_text(json.dumps(history))
+    html = page([read_run(tmp_path / "run")], timing=False)
+    assert "Kernel of every layer over time" in html
+    drawing = next(f for f in figures(html) if "Kernel positions by epoch" in f)
+    assert "layer1.0.conv1" in drawing and "layer2.0.conv1" not in drawing
+    assert "Kernel of every layer" not in page([read_run(folder)], timing=False)
 
 
 def test_nothing_comes_from_outside(html):

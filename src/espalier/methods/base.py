@@ -97,6 +97,11 @@ class Process(ABC):
         keep = [self.rungs.get(g.name, g.size) for g in self.graph.groups]
         return CostModel(self.graph).cost(np.array(keep, dtype=np.int64))
 
+    @property
+    def counted(self) -> Cost | None:
+        """What a method that meets its budget by *counting* zeros counts now, beside ``cost``, which is what is executed."""
+        return None
+
     def bake(self) -> None:
         """Make convolutions with computed weights plain: such a weight can neither fade nor be factorised."""
         if self.graph.baked:

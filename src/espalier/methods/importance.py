@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.graph import Graph
-from espalier.methods.units import Columns, Taps, Units
+from espalier.methods.units import Consumer, Units
 
 Score = Callable[[nn.Module, Units], Tensor]
 
@@ -92,7 +92,7 @@ class Sensitivity:
         self._heard = False
         self._hooks = [c.parameter.register_post_accumulate_grad_hook(self._hear(c)) for c in units.consumers]
 
-    def _hear(self, columns: Columns | Taps) -> Callable[[Tensor], None]:
+    def _hear(self, columns: Consumer) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if self.listening and parameter.grad is not None:
                 values = columns.per_position(parameter.detach() * parameter.grad)

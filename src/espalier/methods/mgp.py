@@ -30,14 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import select
-from espalier.costs import CostModel
+from espalier.costs import Cost, CostModel
 from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_chain, shapes
 from espalier.graph import Graph, files, hold, selectable, with_inputs, with_ladders
 from espalier.graph.inputs import inputs_name
 from espalier.graph.ladders import ladder_name
+from espalier.graph.stripes import striped, stripes_name
+from espalier.layers import PartConv2d
 from espalier.methods.base import Batches, Removed
 from espalier.methods.importance import Sensitivity
-from espalier.methods.pressure import Fading, FadingMethod
+from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
+from espalier.methods.stripes import Masks, StripeMasks
 from espalier.methods.units import Units
 from espalier.plan import Budget, Plan
 from espalier.solver import BudgetError, solve
@@ -50,6 +53,10 @@ class MGP(FadingMethod):
     ``filters``, ``inputs``, ``shapes``: which granularities take part.  ``streams``: let channels that several layers make, a
     residual stream, go as in TCP; their readers then select nothing.
     ``stagger``: how much later than the coarser one each finer granularity begins.
+    ``stripes``: instead of kernel shapes, free masks of stripes, one kernel position of one filter at a time.  The budget is
+    then met as the paper counts it, by MACs and parameters of kept stripes: *counted, not executed*.  The convolutions that
+    are delivered are as dense as before, masked stripes are zeros in them: ``Process.cost`` is what they cost,
+    ``Process.counted`` what is counted.
     """
 
     name: ClassVar[str] = "mgp"
@@ -59,11 +66,12 @@ class MGP(FadingMethod):
     shapes: bool = True
     streams: bool = False
     stagger: float = 0.03
+    stripes: bool = False
 
     def __post_init__(self) -> None:
         self.check_pace("stagger")
-        if not (self.filters or self.inputs or self.shapes):
-            raise ValueError("MGP(): all granularities are off; switch on filters, inputs or shapes")
+        if not (self.filters or self.inputs or self.shapes or self.stripes):
+            raise ValueError("MGP(): all granularities are off; switch on filters, inputs, shapes or stripes")
         if self.streams and not self.filters:
             raise ValueError("MGP(streams=True, filters=False): streams go as filters do; switch filters on")
 
@@ -81,16 +89,34 @@ class Granular(Fading):
         self.bake()
         self.graph, self.shapes, self.left = granularities(model, self.graph, example, method)
         self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
-        solve(self.graph, {g.name: np.ones(g.size) for g in self.graph.groups}, self.limits, **self._rules())
+        self.stripes = StripeMasks(model, self._striped() if method.stripes else ())
+        counted = self.stripes.graph(self.graph)
+        solve(counted, {g.name: np.ones(g.size) for g in counted.groups}, self.limits, **self._rules(counted))
         self._bind()
         self._begin()
 
-    def _rules(self) -> dict[str, Any]:
-        return {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(self.graph)}
+    def _striped(self) -> list[str]:
+        """Convolutions whose stripes can be masked and counted; a 1x1 filter has only one.  The others are said to be left."""
+        places, _ = find_places(self.model, self.example)
+        parts = {n for n, m in self.model.named_modules() if isinstance(m, PartConv2d)}  # where a run goes on
+        whole = {n for n, p in places.items() if not p.linear}
+        kernels = {n: self.model.get_submodule(n).kernel_size for n in (*whole, *parts)}
+        spatial = [n for n, _ in self.model.named_modules() if kernels.get(n, (1, 1)) != (1, 1)]
+        found = [n for n in spatial if striped(self.graph, n)]
+        self.left.update({n: "grouped or tied channels" for n in spatial if n not in found})
+        return found
+
+    def _rules(self, graph: Graph) -> dict[str, Any]:
+        return {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
+
+    @property
+    def counted(self) -> Cost | None:
+        """The cost of kept stripes, in the ``stripes`` mode; zeros are not executed faster than other numbers."""
+        return self.stripes.count(self.graph) if self.method.stripes else None
 
     def _bind(self) -> None:
         """Tie hooks to the model's present parameters."""
-        self.units = Units(self.model, self.graph, taps=tuple(self.shapes))
+        self.units = Units(self.model, self.graph, taps=tuple(self.shapes), stripes=self.stripes.layers)
         self.sensitivity = Sensitivity(self.units, smoothing=self.method.smoothing)
         self._busy = []
 
@@ -113,60 +139,98 @@ class Granular(Fading):
                 best[layer].append(rung[int(np.argmax(kept))])
                 worth.append(max(worth[-1], *kept))
             scores[ladder_name(layer)] = np.diff(worth)
+        scores.update(self.stripes.scores(self._worth_of_stripes()))
         return scores, best
+
+    def _worth_of_stripes(self) -> dict[str, np.ndarray]:
+        """Importance of every stripe, shape ``(out, kh * kw)`` per layer."""
+        values = self.sensitivity.value
+        rows = self.units.stripes.items()
+        return {n: values[r].double().cpu().numpy().reshape(self.stripes.gone[n].shape) for n, r in rows}
 
     # -- 3. coarse to fine ---------------------------------------------------------------------------------------------
 
     def _plan(self, limits: Mapping[str, int], progress: float) -> tuple[Plan, dict[str, Rectangle]]:
         """The keep-set inside ``limits`` with the granularities that take part by now, finer ones only if it needs them."""
         scores, best = self.importance()
-        kinds = [k for k in (FILTERS, INPUTS, SHAPES) if any(kind_of(n) == k for n in scores)]
+        graph = self.stripes.graph(self.graph)
+        kinds = [k for k in (FILTERS, INPUTS, SHAPES, STRIPES) if any(kind_of(n) == k for n in scores)]
         open_ = min(len(kinds), 1 + int((progress - self.method.start_at) / max(self.method.stagger, 1e-9)))
         if progress >= self.method.reach - self.method.fade:
             open_ = len(kinds)
         for number in range(max(open_, 1), len(kinds) + 1):
             some = {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}
             try:
-                plan = solve(self.graph, some, limits, **self._rules())
+                plan = solve(graph, some, limits, **self._rules(graph))
                 break
             except BudgetError:
                 if number == len(kinds):
                     raise
         else:  # nothing can go at all
-            plan = solve(self.graph, {}, limits, **self._rules())
+            plan = solve(graph, {}, limits, **self._rules(graph))
         chosen = {}
         for layer, rungs in self.shapes.items():
             rung = len(plan.keep[ladder_name(layer)])
             if rung < len(rungs):
                 chosen[layer] = best[layer][rung - 1]
-        return plan, chosen
+        return Plan({n: u for n, u in plan.keep.items() if kind_of(n) != STRIPES}, plan.sizes), chosen
+
+    def _masks(self, plan: Plan, limits: Mapping[str, int]) -> Masks:
+        """The stripes that stay beside ``plan``: ``_plan`` has only averaged over filters that go."""
+        if not self.stripes.layers:
+            return {}
+        return self.stripes.choose(self.graph, self._worth_of_stripes(), plan.keep, limits, self.budget)
 
     def _choose(self, progress: float) -> Tensor:
-        plan, self.chosen = self._plan(self.limits_at(progress), progress)
-        outside = self._outside(plan)
+        limits = self.limits_at(progress)
+        plan, self.chosen = self._plan(limits, progress)
+        masks = self._masks(plan, limits)
+        self.record("kernel", self._kernels(masks), progress=progress)
+        outside = self._outside(plan, masks)
         self.pull = self._pace(plan, outside)
+        self._raise_small_stripes(outside)
         return outside
 
-    def _outside(self, plan: Plan) -> Tensor:
+    def _raise_small_stripes(self, outside: Tensor) -> None:
+        """Press a stripe as if it were no smaller than a part of those that stay.
+
+        One that left when it was next to nothing would be pressed by next to nothing, and the optimiser kept it alive.
+        """
+        norm = self._norm()
+        for rows in self.units.stripes.values():
+            stays = norm[rows][~outside[rows]]
+            self.least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
+
+    def _kernels(self, masks: Masks) -> dict[str, float]:
+        """Kernel positions that the keep-set leaves of every layer, of free stripes the mean over filters."""
+        areas = {
+            n: float(self.chosen[n].area if n in self.chosen else rungs[-1][0].area) for n, rungs in self.shapes.items()
+        }
+        return {**areas, **{n: round(float(mask.sum(1).mean()), 3) for n, mask in masks.items()}}
+
+    def _outside(self, plan: Plan, masks: Masks) -> Tensor:
         outside = self.units.outside({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
         for layer, rectangle in self.chosen.items():
             height, width = self.model.get_parameter(f"{layer}.weight").shape[2:]
             inside = torch.from_numpy(rectangle.mask((height, width)).reshape(-1)).to(outside.device)
             outside[self.units.taps[layer]] = ~inside
+        for layer, mask in masks.items():
+            outside[self.units.stripes[layer]] = torch.from_numpy(~mask.reshape(-1)).to(outside.device)
         return outside
 
     # -- 4. adaptive L1 ------------------------------------------------------------------------------------------------
 
     def _pace(self, plan: Plan, outside: Tensor) -> Tensor:
         """How fast each group fades: by the cost that goes with it and by how much of what is left has to go."""
-        state = CostModel(self.graph).at(self.graph.sizes)
+        graph = self.stripes.graph(self.graph)
+        state = CostModel(graph).at(graph.sizes)
         group = self.units.group_of()
         left = torch.bincount(group, minlength=self.units.groups).clamp_min(1)
         going = torch.bincount(group, weights=outside.double(), minlength=self.units.groups)
         share = torch.zeros(self.units.groups, dtype=torch.float64, device=outside.device)
         place = {name: len(self.graph.groups) + i for i, name in enumerate(self.units.taps)}
-        for number, g in enumerate(self.graph.groups):
-            less = len(plan.keep[g.name]) - g.size
+        for number, g in enumerate(graph.groups):  # behind those of the network the stripes, as in ``units``
+            less = len(plan.keep[g.name]) - g.size if g.name in plan.keep else -int(going[number])
             if less:
                 saved = sum(-state.change(m, number, less) / max(getattr(self.dense, m), 1) for m in ("macs", "params"))
                 share[place[g.name.rpartition(":")[0]] if g.ladder else number] = max(saved, 0.0)
@@ -184,7 +248,11 @@ class Granular(Fading):
             if self.settled:
                 self._finished()
             return None
-        ready = self._faded()
+        if bool(self.stripes.layers) and self.settled:
+            self._hold_faded()
+            if not bool(self._channels(self.pressed).any()) and bool((self._norm()[self.pressed] == 0).all()):
+                return self._masked()
+        ready = self._channels(self._faded())
         cut = {n: r for n, r in self.chosen.items() if self.settled and bool(ready[self.units.taps[n]].any())}
         for layer in self.shapes:
             if layer not in cut:
@@ -195,11 +263,34 @@ class Granular(Fading):
         self._descend(stay, cut)
         now = CostModel(self.graph)
         dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
-        last = self.settled and bool((ready == self.pressed).all())
+        last = self.settled and bool((ready == self._channels(self.pressed)).all())
         saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
         if saved < self.method.chunk and not last:
             return None
         return self._carry_out(stay, cut, optimizer)
+
+    def _channels(self, units: Tensor) -> Tensor:
+        """``units`` without stripes, which are never removed."""
+        units = units.clone()
+        for rows in self.units.stripes.values():
+            units[rows] = False
+        return units
+
+    def _hold_faded(self) -> None:
+        """Stripes that the final keep-set leaves out stay zero from the moment they have come to zero."""
+        zero = self.pressed & (self._norm() == 0)
+        for layer, rows in self.units.stripes.items():
+            self.stripes.gone[layer] |= zero[rows].view_as(self.stripes.gone[layer])
+
+    def _masked(self) -> Removed:
+        """All masks are final; averages of the weights begin anew, so that they hold exact zeros too."""
+        self.pressed[:] = False
+        self._finished()
+        return Removed({}, self.cost, frozenset(f"{n}.weight" for n in self.stripes.layers))
+
+    def _hold(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.settled and self.stripes.layers:
+            self.stripes.hold(optimizer.state, MOMENTA)
 
     def _descend(self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle]) -> None:
         """Write the rungs that kernels are cut to into ``stay``."""
@@ -212,6 +303,10 @@ class Granular(Fading):
     ) -> Removed:
         rows = [self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)]
         rows += [np.arange(s.start, s.stop) for n, s in self.units.taps.items() if n not in cut]
+        kept = self.graph.kept({n: np.asarray(u) for n, u in stay.items()})
+        for layer, own in self.units.stripes.items():
+            by_filter = np.arange(own.start, own.stop).reshape(self.stripes.gone[layer].shape)
+            rows.append(by_filter[kept.get(f"{layer}.weight", {}).get(0, slice(None))].reshape(-1))
         survivors = torch.from_numpy(np.concatenate(rows)).to(self.units.device)
         value, batches = self.sensitivity.value, self.sensitivity.batches
         self._silence()
@@ -221,6 +316,7 @@ class Granular(Fading):
         removed = self.remove(stay, optimizer)
         for tensor, by_dim in trimmed.items():
             removed.kept.setdefault(tensor, {}).update(by_dim)
+        self.stripes.cut(kept)
         self.shapes = {n: r for n, r in self.shapes.items() if n not in cut}
         self.chosen = {n: r for n, r in self.chosen.items() if n not in cut}
         self._bind()
@@ -237,10 +333,16 @@ class Granular(Fading):
         """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
         if not self.done:
             plan, self.chosen = self._plan(self.limits, 1.0)
+            masks = self._masks(plan, self.limits)
+            self.record("kernel", self._kernels(masks), progress=1.0)
             stay = {n: np.asarray(u) for n, u in plan.keep.items()}
-            self.forced = any(len(k) < self.graph.group(n).size for n, k in stay.items())
+            less = any(len(k) < self.graph.group(n).size for n, k in stay.items())
+            self.forced = less or not all(mask.all() for mask in masks.values())
+            self.stripes.load({n: torch.from_numpy(~m) for n, m in masks.items()})
             self._carry_out(stay, dict(self.chosen), None)
             self._finished()
+        self.stripes.hold({}, ())
+        self.stripes.read()
         return self.model
 
     # -- resume --------------------------------------------------------------------------------------------------------
@@ -254,6 +356,7 @@ class Granular(Fading):
             "shapes": {n: [[_plain(r) for r in rung] for rung in rungs] for n, rungs in self.shapes.items()},
             "chosen": {n: _plain(r) for n, r in self.chosen.items()},
             "left": dict(self.left),
+            "gone": {n: gone.clone() for n, gone in self.stripes.gone.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,6 +369,7 @@ class Granular(Fading):
         self.shapes = {n: [[Rectangle(*r) for r in rung] for rung in rungs] for n, rungs in state["shapes"].items()}
         self.chosen = {n: Rectangle(*r) for n, r in state["chosen"].items()}
         self.left = dict(state["left"])
+        self.stripes.load(state.get("gone", {}))
         self._bind()
         self._restore(state, state["rows"])
         if self.done:
@@ -274,15 +378,17 @@ class Granular(Fading):
 
 # -- 1. granularities --------------------------------------------------------------------------------------------------
 
-FILTERS, INPUTS, SHAPES = "filters", "inputs", "shapes"
+FILTERS, INPUTS, SHAPES, STRIPES = "filters", "inputs", "shapes", "stripes"
 SLOWEST, FASTEST = 0.5, 2.0  # pace of a group, relative to the mean
+SMALLEST = 0.1  # reference of a stripe, relative to the mean of those that stay
 FEWEST_INPUTS = 8  # an image has too few channels to select among
 
 
 def kind_of(group: str) -> str:
     """The granularity of a group, by its name."""
     layer = group.partition(":")[0]
-    return {inputs_name(layer): INPUTS, ladder_name(layer): SHAPES}.get(group, FILTERS)
+    finer = {inputs_name(layer): INPUTS, ladder_name(layer): SHAPES, stripes_name(layer): STRIPES}
+    return finer.get(group, FILTERS)
 
 
 def granularities(
@@ -300,7 +406,7 @@ def granularities(
         wide = [n for n, p in convolutions.items() if p.in_channels >= FEWEST_INPUTS]
         graph = with_inputs(graph, {n: _bytes(places[n]) for n in selectable(graph, wide)})
     rungs: dict[str, list[list[Rectangle]]] = {}
-    for name, place in convolutions.items() if method.shapes else ():
+    for name, place in convolutions.items() if method.shapes and not method.stripes else ():
         if place.kernel == (1, 1):
             continue
         found = shapes(place)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from espalier.methods.base import Method, Process, Removed, Status
 from espalier.methods.importance import Sensitivity
-from espalier.methods.units import Columns, Taps, Units
+from espalier.methods.units import Consumer, Units
 from espalier.plan import Budget
 
 
@@ -73,7 +73,7 @@ class Fading(Process):
         self._last = self._decided = self._pressed_at = 0.0
         self._steps = 0
         self._mass = 1.0
-        self._busy: list[Columns | Taps] = []
+        self._busy: list[Consumer] = []
 
     def _begin(self) -> None:
         """Nothing is pressed yet; call once ``units`` are there."""
@@ -82,6 +82,7 @@ class Fading(Process):
         self.reference = torch.ones(count, device=self.units.device)  # norm of what owns a unit when pressing began
         self.since = torch.zeros(count, device=self.units.device)  # progress then
         self.pull = torch.ones(count, device=self.units.device)  # how fast a unit fades, relative to the others
+        self.least = torch.full((count,), TINY, device=self.units.device)  # what a reference is at least
 
     # -- what a method adds --------------------------------------------------------------------------------------------
 
@@ -101,9 +102,14 @@ class Fading(Process):
     def _silence(self) -> None:
         """Take all hooks away."""
 
+    def _hold(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put back to zero what stays zero without being removed; most methods have nothing of the kind."""
+        return
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        self._hold(optimizer)
         if self.done:
             return None
         self._steps += 1
@@ -140,7 +146,7 @@ class Fading(Process):
         outside = self._choose(progress)
         fresh = outside & ~self.pressed
         if bool(fresh.any()):
-            self.reference = torch.where(fresh, self._norm().clamp_min(1e-12), self.reference)
+            self.reference = torch.where(fresh, torch.maximum(self._norm(), self.least), self.reference)
             self.since = torch.where(fresh, torch.full_like(self.since, progress), self.since)
         self.pressed = outside
         self._find_busy()
@@ -196,7 +202,7 @@ class Fading(Process):
 
     def _keep_rows(self, survivors: Tensor) -> None:
         self.pressed, self.reference = self.pressed[survivors], self.reference[survivors]
-        self.since, self.pull = self.since[survivors], self.pull[survivors]
+        self.since, self.pull, self.least = self.since[survivors], self.pull[survivors], self.least[survivors]
         self._find_busy()
 
     def _finished(self) -> None:
@@ -240,10 +246,12 @@ class Fading(Process):
         self.sensitivity.listening = state["listening"]
         self.pressed, self.reference, self.since = rows["pressed"], rows["reference"], rows["since"]
         self.pull = rows["pull"]
+        self.least = torch.full_like(self.reference, TINY)
         self._find_busy()
 
 
 LISTEN_EVERY = 4  # batches between two readings of the gradients
+TINY = 1e-12  # norm of a unit that has none
 PRESSES = 32  # proximal steps while one unit fades
 GAIN, WEAKEST, STRONGEST = 0.5, 0.5, 20.0  # of the strength's control loop
 MOMENTA = ("momentum_buffer", "exp_avg")

@@ -53,27 +53,54 @@ class Taps:
         return per_unit[self.owner].view(1, 1, *self.parameter.shape[2:])
 
 
+@dataclass(frozen=True)
+class Stripes:
+    """The kernel positions of every filter of one convolution: a unit owns ``weight[o, :, i, j]``."""
+
+    tensor: str
+    parameter: nn.Parameter  # (out, in, kh, kw)
+    owner: Tensor  # int64, (out * kh * kw,)
+
+    def per_position(self, values: Tensor) -> Tensor:
+        """Sum a tensor shaped like the parameter over all inputs; shape ``(out * kh * kw,)``, float32."""
+        return values.sum(1, dtype=torch.float32).reshape(-1)
+
+    def spread(self, per_unit: Tensor) -> Tensor:
+        """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
+        return per_unit[self.owner].view(self.parameter.shape[0], 1, *self.parameter.shape[2:])
+
+
+Consumer = Columns | Taps | Stripes
+
+
 class Units:
     """All units of a graph in one row, group after group, tied to the parameters of one model.
 
-    Behind them come the kernel positions of the convolutions named in ``taps``, layer after layer, row by row.
+    Behind them come the kernel positions of the convolutions named in ``taps``, layer after layer, row by row, and behind
+    those the stripes of the convolutions named in ``stripes``, filter by filter.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, *, taps: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, graph: Graph, *, taps: Sequence[str] = (), stripes: Sequence[str] = ()
+    ) -> None:
         self.graph = graph
-        kernels = [model.get_parameter(f"{name}.weight").shape[2:].numel() for name in taps]
-        self.groups = len(graph.groups) + len(kernels)
-        self.sizes = np.concatenate([graph.sizes, np.array(kernels, dtype=np.int64)])
+        parameters = dict(model.named_parameters())
+        weights = [parameters[f"{name}.weight"] for name in (*taps, *stripes)]
+        owned = [w.shape[2:].numel() * (w.shape[0] if i >= len(taps) else 1) for i, w in enumerate(weights)]
+        self.groups = len(graph.groups) + len(owned)
+        self.sizes = np.concatenate([graph.sizes, np.array(owned, dtype=np.int64)])
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.count = int(self.offsets[-1])
-        self.taps = {name: slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i, name in enumerate(taps)}
-        parameters = dict(model.named_parameters())
+        rows = [slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i in range(len(owned))]
+        self.taps = dict(zip(taps, rows[: len(taps)], strict=True))
+        self.stripes = dict(zip(stripes, rows[len(taps) :], strict=True))
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
-        self.consumers: list[Columns | Taps] = [*self._columns(parameters, lambda s: s.consumed)]
-        for name, rows in self.taps.items():
-            owner = torch.arange(rows.start, rows.stop, device=self.device)
-            self.consumers.append(Taps(f"{name}.weight", parameters[f"{name}.weight"], owner))
+        self.consumers: list[Consumer] = [*self._columns(parameters, lambda s: s.consumed)]
+        for name, weight, own in zip((*taps, *stripes), weights, rows, strict=True):
+            owner = torch.arange(own.start, own.stop, device=self.device)
+            kind = Taps if name in self.taps else Stripes
+            self.consumers.append(kind(f"{name}.weight", weight, owner))
         self.producers = self._columns(parameters, lambda s: not s.consumed and s.tensor in parameters)
 
     def _columns(self, parameters: dict[str, nn.Parameter], wanted: Callable[[Slice], bool]) -> list[Columns]:
@@ -88,7 +115,7 @@ class Units:
                     owners[key][s.index] = unit[:, None]
         return [Columns(t, d, parameters[t], torch.from_numpy(o).to(self.device)) for (t, d), o in owners.items()]
 
-    def sum(self, parts: Iterator[tuple[Columns | Taps, Tensor]]) -> Tensor:
+    def sum(self, parts: Iterator[tuple[Consumer, Tensor]]) -> Tensor:
         """Add per-position values of several columns up per unit; shape ``(count,)``."""
         total = torch.zeros(self.count + 1, device=self.device)
         for columns, values in parts:
@@ -106,7 +133,7 @@ class Units:
         return {g.name: array[self.offsets[i] : self.offsets[i + 1]] for i, g in enumerate(self.graph.groups)}
 
     def group_of(self) -> Tensor:
-        """Number of the group, or of the layer of a kernel position, of every unit; shape ``(count,)``."""
+        """Number of the group, or of the layer of a kernel position or stripe, of every unit; shape ``(count,)``."""
         return torch.from_numpy(np.repeat(np.arange(self.groups), self.sizes)).to(self.device)
 
     def outside(self, keep: dict[str, np.ndarray]) -> Tensor:

@@ -24,6 +24,7 @@ from espalier.present.charts import (
 )
 from espalier.present.progress import short
 from espalier.present.runs import Run
+from espalier.run.report import COUNTED_WORDS
 
 COST_TONES = {"macs": ("MACs", 0), "params": ("params", 1), "activation_memory": ("memory", 2)}
 PLAIN, FACTORISED, RESHAPED = 0, 1, 2  # tones of layers
@@ -31,13 +32,17 @@ DRAWN_GROUPS = 60  # more curves than that are one grey smear
 
 
 def budget_bars(run: Run, names: Mapping[str, str]) -> str:
-    """Share of every cost that is left, and its limit."""
+    """Share of every cost that is left, and its limit, which stands beside what was counted where that differs."""
     dense, fraction, limits = run.metrics["dense"], run.metrics["fraction"], run.metrics["limits"]
+    counted = (run.metrics["counted"] or {}).get("fraction", {})
     bars = []
-    for cost, name in names.items():
-        limit = limits[cost] / dense[cost] if cost in limits else None
+    for name, cost, share, meant in [
+        *((name.partition(",")[0], cost, fraction[cost], cost not in counted) for cost, name in names.items()),
+        *((f"{COST_TONES[cost][0]} {COUNTED_WORDS}", cost, share, True) for cost, share in counted.items()),
+    ]:
+        limit = limits[cost] / dense[cost] if cost in limits and meant else None
         asked = "" if limit is None else f" of at most {100 * limit:.4g} %"
-        bars.append(Limit(name.partition(",")[0], fraction[cost], limit, f"{100 * fraction[cost]:.4g} %{asked}"))
+        bars.append(Limit(name, share, limit, f"{100 * share:.4g} %{asked}"))
     return limit_bars(bars, title="Share of the dense network that is left, by cost")
 
 
@@ -131,6 +136,7 @@ def loss_curves(run: Run) -> str:
 def cost_curves(run: Run) -> str:
     """Every cost that has a limit, as a share of the dense network, from the dense network on."""
     lines = []
+    counted = run.metrics["counted"] or {}
     for cost, limit in run.metrics["limits"].items():
         name, tone = COST_TONES[cost]
         whole = run.metrics["dense"][cost]
@@ -139,7 +145,7 @@ def cost_curves(run: Run) -> str:
             lines.append(Line(name, ((0.0, 100.0), *points), tone))
             lines.append(
                 Line(
-                    f"limit {100 * limit / whole:.3g}",
+                    f"{'limit of the count' if cost in counted else 'limit'} {100 * limit / whole:.3g}",
                     ((0.0, 100 * limit / whole), (points[-1][0], 100 * limit / whole)),
                     tone,
                     dashed=True,
@@ -170,15 +176,26 @@ def width_history(run: Run) -> str:
 
 
 def rank_history(run: Run) -> str:
-    """The rank of every layer, where the method recorded it; a rank holds until the next one."""
+    """The rank of every layer, where the method recorded it."""
+    return _bundle(_stairs(run, "rank"), title="Ranks by epoch", y_label="rank", high=None)
+
+
+def kernel_history(run: Run) -> str:
+    """Kernel positions of the keep-set, of the layers that did not keep all, where the method recorded them."""
+    changed = {n: points for n, points in _stairs(run, "kernel").items() if len({v for _, v in points}) > 1}
+    return _bundle(changed, title="Kernel positions by epoch", y_label="positions", high=None)
+
+
+def _stairs(run: Run, kind: str) -> dict[str, tuple[Point, ...]]:
+    """What was recorded of every layer; a value holds until the next one."""
     epochs = max(run.metrics["epochs"], 1)
     stairs = {}
-    for layer, points in run.ranks.items():
+    for layer, points in run.history.get(kind, {}).items():
         corners = [(epochs * points[0][0], points[0][1])]
         for progress, rank in points[1:]:
             corners += [(epochs * progress, corners[-1][1]), (epochs * progress, rank)]
         stairs[layer] = (*corners, (float(epochs), points[-1][1]))
-    return _bundle(stairs, title="Ranks by epoch", y_label="rank", high=None)
+    return stairs
 
 
 def _bundle(curves: Mapping[str, tuple[Point, ...]], *, title: str, y_label: str, high: float | None = 100) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from espalier.present.figures import (
+    COST_TONES,
     PARETO_AXES,
     accuracy_curves,
     budget_bars,
     cost_curves,
+    kernel_history,
     latency_by_layer,
     loss_curves,
     macs_by_layer,
@@ -23,6 +25,7 @@ from espalier.present.figures import (
     width_history,
 )
 from espalier.present.runs import Run, read_run
+from espalier.run.report import COUNTED_WORDS
 from espalier.run.rundir import REPORT, to_toml, write_file
 
 COST_NAMES = {
@@ -88,6 +91,8 @@ def _tiles(metrics: dict[str, Any]) -> str:
         tiles.append((f"{small['accuracy']:.2f} %", f"test accuracy, {_signed(change)} points"))
     tiles.append((_percent(fraction["macs"]), "of the MACs are left"))
     tiles.append((_percent(fraction["params"]), "of the parameters are left"))
+    for cost, share in (metrics["counted"] or {}).get("fraction", {}).items():
+        tiles.append((_percent(share), f"of the {COST_TONES[cost][0]}: {COUNTED_WORDS}"))
     fastest = [t for t in metrics["latency"] if t["name"] == "small"]
     for timing in fastest[-2:]:
         backend = BACKENDS.get(timing["backend"], timing["backend"])
@@ -104,17 +109,24 @@ def _asked_and_met(run: Run) -> str:
         change = f"{_signed(small['accuracy'] - dense['accuracy'])} points"
         rows.append(("test accuracy, %", f"{dense['accuracy']:.2f}", f"{small['accuracy']:.2f}", change, ""))
         rows.append(("test loss", _decimals(dense["loss"]), _decimals(small["loss"]), "", ""))
+    counted = metrics["counted"] or {"fraction": {}}
+    asked = {cost: f"{limit:,}" for cost, limit in limits.items()}
     for cost, label in COST_NAMES.items():
-        limit = f"{limits[cost]:,}" if cost in limits else ""
+        limit = "" if cost in counted else asked.get(cost, "")
         rows.append((label, f"{dense[cost]:,}", f"{small[cost]:,}", _percent(metrics["fraction"][cost]), limit))
+    for cost, share in counted["fraction"].items():
+        label = f"{COST_NAMES[cost]}, {COUNTED_WORDS}"
+        rows.append((label, f"{dense[cost]:,}", f"{counted[cost]:,}", _percent(share), asked.get(cost, "")))
     table = _table(("", "dense", "small", "small / dense", "limit"), rows)
     caption = "The mark is the limit; the pale bar is the dense network."
-    kept = all(small[cost] <= limit for cost, limit in limits.items())
+    kept = all({**small, **counted}[cost] <= limit for cost, limit in limits.items())
     verdict = "Every limit is kept." if kept else "A LIMIT IS EXCEEDED."
+    if metrics["counted"]:
+        verdict += f" Limits are met as {metrics['counted']['note']}; the other rows are what is executed."
     others = run.config["budget"].get("multiple_of", 1)
     aligned = f" Widths are multiples of {others} or whole." if others != 1 else ""
     return (
-        f"<h2>What was asked, and what was met</h2><p>{verdict}{escape(aligned)} One multiply-add is one MAC; costs are "
+        f"<h2>What was asked, and what was met</h2><p>{escape(verdict + aligned)} One multiply-add is one MAC; costs are "
         'those of a single input.</p><div class="figures asked">'
         + _figure(budget_bars(run, COST_NAMES), "Share of the dense network that is left", caption)
         + f"<div>{table}</div></div>"
@@ -155,8 +167,15 @@ def _training(run: Run) -> str:
         _figure(loss_curves(run), "Loss", "Training: what was minimised, distillation and penalty included."),
         _figure(width_history(run), "Width of every group over time", "Kept units as a share of what the group had."),
         _figure(rank_history(run), "Rank of every layer over time", "Lowest, middle and highest have their names."),
+        _figure(kernel_history(run), "Kernel of every layer over time", _KERNELS),
     ]
     return f'<h2>Training</h2><div class="figures">{"".join(figures)}</div>'
+
+
+_KERNELS = (
+    "Positions that the keep-set leaves of a kernel, of free stripes the mean over filters; the kernel is cut, or the stripes "
+    "stay zero, once it is final.  Layers that keep all are not drawn."
+)
 
 
 def _speed(metrics: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from espalier.present.config import SECTIONS, Config, make_model
 from espalier.present.jobs import open_network
 from espalier.run.models import load_weights
+from espalier.run.report import COUNTED
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_config
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
@@ -27,9 +28,7 @@ class Run:
     metrics: dict[str, Any]
     epochs: tuple[dict[str, float], ...]  # per epoch the columns of the log that say something
     widths: dict[str, tuple[tuple[int, int], ...]]  # group -> (epoch, kept units); empty where none were written
-    ranks: dict[
-        str, list[list[float]]
-    ]  # layer -> (progress, rank) whenever it changed; empty without a history of ranks
+    history: dict[str, dict[str, list[list[float]]]]  # kind -> layer -> (progress, value) whenever it changed
     dense: nn.Module | None  # untrained unless its weights are still there: for its structure
     small: nn.Module | None
     note: str  # why the networks are absent; empty if they are there
@@ -66,7 +65,7 @@ def read_run(folder: Path) -> Run:
         metrics=_metrics(folder / METRICS),
         epochs=_log(folder / LOG),
         widths=_widths(folder / WIDTHS),
-        ranks=_ranks(folder / HISTORY),
+        history=_history(folder / HISTORY),
         dense=dense,
         small=small,
         note=note,
@@ -83,6 +82,12 @@ def _metrics(path: Path) -> dict[str, Any]:
         for timing in found["latency"]:
             for key in ("name", "backend", "batch", "milliseconds", "speedup"):
                 timing[key]
+        if found.setdefault("counted", None) is not None:  # runs from before it existed have none
+            for cost in COUNTED:
+                if not all(
+                    isinstance(n, (int, float)) for n in (found["counted"][cost], found["counted"]["fraction"][cost])
+                ):
+                    raise TypeError(f"counted.{cost} is not a number")
         for key in ("limits", "notes", "versions"):
             if not isinstance(found[key], dict):
                 raise TypeError(f"{key} is not a table")
@@ -106,12 +111,16 @@ def _widths(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     return {name: tuple((int(row["epoch"]), int(row[name])) for row in rows if row[name]) for name in names}
 
 
-def _ranks(path: Path) -> dict[str, list[list[float]]]:
+def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
+    """What the method recorded on its way, empty where it recorded nothing."""
     if not path.exists():
         return {}
     try:
-        ranks = json.loads(path.read_text(encoding="utf-8")).get("rank", {})
-        return {layer: [[float(p), float(r)] for p, r in points] for layer, points in ranks.items() if points}
+        kinds = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "left"}
+        return {
+            kind: {layer: [[float(p), float(r)] for p, r in points] for layer, points in series.items() if points}
+            for kind, series in kinds.items()
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 

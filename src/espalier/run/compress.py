@@ -45,8 +45,11 @@ from espalier.run.rundir import (
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed network and what became of it.  Accuracies are in percent, ``None`` where there was no
-    data."""
+    """A compressed network and what became of it.  Accuracies are in percent, ``None`` where there was no data.
+
+    ``cost`` is what ``model`` executes.  ``counted`` is ``None``, unless the method met ``limits`` by counting zeros as nothing
+    (``MGP(stripes=True)``): then it is that count, which is not executed.
+    """
 
     model: nn.Module
     dense: Cost
@@ -56,6 +59,7 @@ class Result:
     dense_accuracy: float | None = None
     accuracy: float | None = None
     folder: Path | None = None
+    counted: Cost | None = None
 
 
 def compress(
@@ -144,6 +148,7 @@ class _Job:
         self.plan: Plan | None = None
         self.course: dict[str, Any] = {}
         self.left: dict[str, str] = {}
+        self.counted: Cost | None = None
         self.dense_result: dict[str, float] = {}
 
     def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None) -> None:
@@ -249,6 +254,7 @@ class _Job:
 
     def _take_from(self, process: Process) -> None:
         self.plan, self.course, self.left = process.stayed, process.history, process.left
+        self.counted = process.counted
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
@@ -259,10 +265,11 @@ class _Job:
     def result(self) -> Result:
         """Check what was promised, evaluate, and write the results."""
         found = cost(trace(self.small, self.example))
+        meant = self.counted or found  # what the budget is about
         for metric, limit in self.limits.items():
-            if getattr(found, metric) > limit:
+            if getattr(meant, metric) > limit:
                 raise ValueError(
-                    f"{self.method.name} returned a network with {metric}={getattr(found, metric):,}, "
+                    f"{self.method.name} returned a network with {metric}={getattr(meant, metric):,}, "
                     f"above the budget of {limit:,}; this is a fault of the method"
                 )
         small_result = self._tested(self.small) if self.source is not None else {}
@@ -276,6 +283,7 @@ class _Job:
                     example=self.example,
                     dense=self.dense,
                     small=found,
+                    counted=self.counted,
                     limits=self.limits,
                     dense_result=self.dense_result,
                     small_result=small_result,
@@ -293,6 +301,7 @@ class _Job:
             dense_accuracy=self.dense_result.get("accuracy"),
             accuracy=small_result.get("accuracy"),
             folder=self.folder,
+            counted=self.counted,
         )
 
     def _absolute_budget(self) -> Budget:

@@ -19,6 +19,9 @@ from espalier.run.rundir import METRICS, MODEL, ONNX, SUMMARY, write_file, write
 from espalier.surgery import save
 
 BATCH_SIZES = (1, 64)
+COUNTED = ("macs", "params")
+COUNTED_WORDS = "counted, not executed"
+COUNTED_NOTE = f"{COUNTED_WORDS}: what zeros in dense layers would save if a runtime left them out"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Outcome:
     example: Any
     dense: Cost
     small: Cost
+    counted: Cost | None  # what the limits are about, where that is not what is executed
     limits: Mapping[str, int]
     dense_result: Mapping[str, float]  # accuracy and loss; empty without data
     small_result: Mapping[str, float]
@@ -70,6 +74,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "small": {**outcome.small_result, **asdict(outcome.small), "bytes": small_bytes},
         "fraction": {**outcome.small.fraction_of(outcome.dense), "bytes": small_bytes / dense_bytes},
         "limits": dict(outcome.limits),
+        "counted": None if outcome.counted is None else _counted(outcome.counted, outcome.dense),
         "latency": [asdict(timing) for timing in timings],
         "onnx_difference": difference,
         "left": dict(outcome.left),
@@ -79,6 +84,12 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "seed": outcome.config["recipe"].get("seed"),
         "versions": outcome.config["versions"],
     }
+
+
+def _counted(counted: Cost, dense: Cost) -> dict[str, Any]:
+    """MACs and parameters without zeros; what is alive at the peak is executed either way."""
+    amounts = {name: getattr(counted, name) for name in COUNTED}
+    return {**amounts, "fraction": {n: counted.fraction_of(dense)[n] for n in amounts}, "note": COUNTED_NOTE}
 
 
 def _timings(outcome: Outcome, backend: str) -> list[Timing]:
@@ -101,9 +112,14 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         change = small["accuracy"] - dense["accuracy"]
         lines.append(f"| test accuracy, % | {dense['accuracy']:.2f} | {small['accuracy']:.2f} | {change:+.2f} points |")
         lines.append(f"| test loss | {dense['loss']:.4f} | {small['loss']:.4f} | |")
+    counted = metrics["counted"] or {}
+    limits = {name: f" (limit {limit:,})" for name, limit in metrics["limits"].items()}
     for name, label in _LABELS.items():
-        limit = f" (limit {metrics['limits'][name]:,})" if name in metrics["limits"] else ""
+        limit = "" if name in counted else limits.get(name, "")
         lines.append(f"| {label} | {dense[name]:,} | {small[name]:,}{limit} | {fraction[name]:.1%} |")
+    for name in COUNTED if counted else ():
+        share, limit = counted["fraction"][name], limits.get(name, "")
+        lines.append(f"| {_LABELS[name]}, {COUNTED_WORDS} | {dense[name]:,} | {counted[name]:,}{limit} | {share:.1%} |")
     lines += ["", *_latency_table(metrics["latency"])]
     if metrics["epochs"]:
         lines += [
@@ -136,7 +152,8 @@ def _sentence(metrics: Mapping[str, Any]) -> str:
     if not metrics["limits"]:
         return "No budget: the method found the size. One multiply-add is one MAC; costs are those of a single input."
     limits = ", ".join(f"{name} up to {value:,}" for name, value in metrics["limits"].items())
-    return f"Budget: {limits}. One multiply-add is one MAC; costs are those of a single input."
+    how = f", {metrics['counted']['note']}" if metrics["counted"] else ""
+    return f"Budget: {limits}{how}. One multiply-add is one MAC; costs are those of a single input."
 
 
 def _latency_table(timings: list[dict[str, Any]]) -> list[str]:

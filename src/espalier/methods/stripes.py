@@ -1,0 +1,134 @@
+"""Free stripe masks: kernel positions of single filters that are zero in a dense convolution, as the paper counts them.
+
+Pruning filter in filter (Meng et al. 2020) removes stripes, one kernel position of one filter, wherever they are.  No runtime
+executes that faster, so these masks are for comparison: their cost is *counted, not executed*.  The last stripe of a filter is
+the filter: it stays unless the filter goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from espalier.costs import Cost, CostModel
+from espalier.graph import Graph
+from espalier.graph.stripes import stripes_name, with_stripes
+from espalier.plan import Budget
+from espalier.solver import solve
+
+Masks = dict[str, np.ndarray]
+"""Layer -> which stripes, shape ``(out, kh * kw)``."""
+
+
+class StripeMasks:
+    """Which stripes of ``layers`` are zero for good.  The weights themselves stay whole and dense."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self.model = model
+        self.gone: dict[str, Tensor] = {}  # bool, (out, kh * kw)
+        for layer in layers:
+            weight = model.get_parameter(f"{layer}.weight")
+            rows, positions = weight.shape[0], weight.shape[2:].numel()
+            self.gone[layer] = torch.zeros(rows, positions, dtype=torch.bool, device=weight.device)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(self.gone)
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    def graph(self, graph: Graph) -> Graph:
+        """``graph`` that costs stripes, all of them to begin with; an average where filters go."""
+        return with_stripes(graph, {n: gone.numel() - len(gone) for n, gone in self.gone.items()})
+
+    def count(self, graph: Graph) -> Cost:
+        """What is left by the paper's counting; ``graph`` is that of the network as it is executed now."""
+        left = with_stripes(graph, {n: int((~gone).sum()) - len(gone) for n, gone in self.gone.items()})
+        return CostModel(left).cost(left.sizes)
+
+    # -- which ---------------------------------------------------------------------------------------------------------
+
+    def scores(self, worth: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Importance of the units of ``graph``; ``worth`` is that of all stripes, shape ``(out, kh * kw)`` per layer."""
+        return {stripes_name(n): _scores(_best_first(w)[1]) for n, w in worth.items()}
+
+    def choose(
+        self,
+        graph: Graph,
+        worth: Mapping[str, np.ndarray],
+        keep: Mapping[str, np.ndarray],
+        limits: Mapping[str, int],
+        budget: Budget,
+    ) -> Masks:
+        """The stripes that stay, exactly inside ``limits``, when the groups of ``graph`` keep ``keep``.
+
+        Everything of filters that go is said to stay: it goes with them.
+        """
+        stay = graph.kept(dict(keep))
+        rows = {n: stay.get(f"{n}.weight", {}).get(0, np.arange(len(w))) for n, w in worth.items()}
+        ranked = {n: _best_first(w[rows[n]]) for n, w in worth.items()}
+        left = with_stripes(graph.after(keep), {n: order[:, 1:].size for n, (order, _) in ranked.items()})
+        scores = {stripes_name(n): _scores(values) for n, (_, values) in ranked.items()}
+        plan = solve(left, scores, limits, multiple_of=1, protect=budget.protected(left))
+        masks = {}
+        for layer, (order, _) in ranked.items():
+            spare = np.zeros(order[:, 1:].size + 1, dtype=bool)
+            spare[plan.keep[stripes_name(layer)]] = True
+            mine = np.zeros(order.shape, dtype=bool)
+            np.put_along_axis(mine, order[:, :1], True, axis=1)
+            np.put_along_axis(mine, order[:, 1:], spare[1:].reshape(len(order), -1), axis=1)
+            masks[layer] = np.ones(worth[layer].shape, dtype=bool)
+            masks[layer][rows[layer]] = mine
+        return masks
+
+    # -- zero for good -------------------------------------------------------------------------------------------------
+
+    def cut(self, kept: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+        """Follow a removal of filters."""
+        for layer, gone in self.gone.items():
+            rows = kept.get(f"{layer}.weight", {}).get(0)
+            if rows is not None:
+                self.gone[layer] = gone[torch.from_numpy(rows).to(gone.device)]
+
+    @torch.no_grad()
+    def hold(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:
+        """Zero what is gone, and the moments ``keys`` of an optimiser's ``state`` there, whatever the optimiser has done."""
+        for layer, gone in self.gone.items():
+            weight = self.model.get_parameter(f"{layer}.weight")
+            mask = gone.view(gone.shape[0], 1, *weight.shape[2:])
+            weight.masked_fill_(mask, 0.0)
+            for key in keys:
+                moment = state.get(weight, {}).get(key)
+                if isinstance(moment, Tensor):
+                    moment.masked_fill_(mask, 0.0)
+
+    def read(self) -> None:
+        """From now on gone is what is zero in the weights; of a filter without any other, its first stripe stays."""
+        for layer in self.layers:
+            gone = ~living(self.model.get_parameter(f"{layer}.weight"))
+            gone[gone.all(1), 0] = False
+            self.gone[layer] = gone
+
+    def load(self, gone: Mapping[str, Tensor]) -> None:
+        """Go on with masks that were saved."""
+        self.gone = {n: g.to(self.model.get_parameter(f"{n}.weight").device) for n, g in gone.items()}
+
+
+def living(weight: Tensor) -> Tensor:
+    """Stripes of ``weight``, ``(out, in, kh, kw)``, that are not zero; shape ``(out, kh * kw)``."""
+    return (weight.detach() != 0).any(1).flatten(1)
+
+
+def _best_first(worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per filter the positions from the best on, and what all but the best are worth."""
+    order = np.argsort(-worth, axis=1, kind="stable")
+    return order, np.take_along_axis(worth, order[:, 1:], axis=1).reshape(-1)
+
+
+def _scores(spare: np.ndarray) -> np.ndarray:
+    """Scores of spare stripes behind the unit that stands for none, which is the last to go."""
+    return np.concatenate([[spare.max(initial=0.0)], spare])
