@@ -23,7 +23,7 @@ from espalier.methods.stripes import StripeMasks, living
 from espalier.methods.units import Units
 from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
-from espalier.run.onnx import export_onnx
+from espalier.run.onnx import export_onnx, exported
 from espalier.solver import BudgetError, solve, unused_blocks
 from espalier.surgery import load, mask, rebuild, save, shrink, structure, verify
 from tests import steps
@@ -363,6 +363,25 @@ def test_onnx_gives_the_same_numbers(tmp_path) -> None:
     export_onnx(model.eval(), tmp_path / "small.onnx", example=torch.randn(2, 1, 8, 8))  # raises where they differ
 
 
+@pytest.mark.parametrize(("other", "selections"), [(0, 1), (1, 2)], ids=["same", "different"])
+def test_neighbours_that_select_the_same_share_one_selection_in_onnx(other: int, selections: int) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = network()
+    graph, _ = joint(model, EXAMPLE, MGP(shapes=False))
+    readers = ("layer2.0.conv1", "layer2.0.shortcut.0")
+    size = graph.group(inputs_name(readers[0])).size
+    rows = [np.arange(0, size, 2), np.arange(other, size, 2)]
+    plan = Plan({inputs_name(n): r for n, r in zip(readers, rows, strict=True)})
+    verify(model, graph, plan, EXAMPLE).require()
+    small = shrink(model, graph, plan)
+    assert all(isinstance(small.get_submodule(n), PartConv2d) for n in readers)
+    content, difference = exported(small, torch.randn(2, 1, 8, 8))
+    assert difference <= 1e-4
+    nodes = [n.op_type for n in onnx.load_model_from_string(content).graph.node]
+    assert nodes.count("Gather") == selections
+
+
 def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -628,6 +647,22 @@ def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
     found = cost(trace(small, example))
     assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
     assert found.macs <= process.limits["macs"]
+    save_and_load(small, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_zoo_half_the_macs_by_counting_free_stripes(name: str) -> None:
+    model, example = build(name), zoo_example(name)
+    process = MGP(stripes=True).start(model, example, Budget(macs=0.5))
+    whole = process.counted
+    assert (whole.macs, whole.params) == (process.dense.macs, process.dense.params)
+    process.sensitivity.value = torch.rand(process.units.count, generator=torch.Generator().manual_seed(0))
+    small = process.finish()
+    assert process.stripes.layers
+    assert 0.999 * process.limits["macs"] <= process.counted.macs <= process.limits["macs"]
+    found = cost(trace(small, example))
+    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
     save_and_load(small, name)
 
 

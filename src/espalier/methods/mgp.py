@@ -17,6 +17,8 @@ that adapts to the structure of the moment.  What follows is our reading, in the
 4. adaptive L1: only what is outside the keep-set is pressed (``methods.pressure``), every group at its own pace
    ``l_g ~ sqrt(share of the cost that goes with g) * (1 + share of what is left of g that has to go)``;
 5. removal, in the middle of training, of what has reached exactly zero; kernels are cut once the keep-set is final.
+
+``stripes=True`` leaves stripes free, as papers count them, instead of looking for rectangles (``methods.stripes``).
 """
 
 from __future__ import annotations

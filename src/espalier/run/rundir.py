@@ -8,7 +8,7 @@
 ``model.safetensors``         the small network: weights and structure
 ``model.onnx``                the same for ONNX Runtime, if the extra is installed
 ``plan.json``                 which units stayed
-``history.json``              what the method recorded on its way (ranks of layers, for example), to plot
+``history.json``              what the method recorded on its way (ranks, kernels), to plot
 ``metrics.json``              dense and small side by side
 ``summary.md``                the same to read
 ``report.html``               the same with figures, written by ``espalier report``
