@@ -142,7 +142,13 @@ Seed = Annotated[
 # -- machine
 
 Precision = Annotated[
-    str | None, _option("--precision", f"fp32, bf16 or fp16; default {Recipe.precision}. Of training; evaluation is fp32.", "Machine", metavar="NAME")
+    str | None,
+    _option(
+        "--precision",
+        f"fp32, bf16 or fp16; default {Recipe.precision}. Of training; evaluation is fp32.",
+        "Machine",
+        metavar="NAME",
+    ),
 ]
 ChannelsLast = Annotated[
     bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout; often faster.",
