@@ -118,7 +118,11 @@ def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
     try:
         kinds = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "left"}
         return {
-            kind: {layer: [[float(p), float(r)] for p, r in points] for layer, points in series.items() if points}
+            kind: {
+                name: [[float(p), float(v)] for p, v in points if v is not None]
+                for name, points in series.items()
+                if points
+            }
             for kind, series in kinds.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
