@@ -38,7 +38,7 @@ class Spectra:
     tucker: np.ndarray  # held by ranks (a, b), (I + 1, O + 1); empty likewise
     core: Tensor | None  # (O, I, kh, kw) in the bases of the HOSVD
     _tt: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    _evbmf: list[int] = field(default_factory=list)
+    _evbmf: tuple[int, int] | None = None
 
     def tt(self, a: int, b: int) -> np.ndarray:
         """Held by the train of ranks ``a, t, b``, for every ``t``, shape ``(ranks + 1,)``."""
@@ -51,12 +51,21 @@ class Spectra:
 
     def evbmf(self) -> tuple[int, int]:
         """Ranks of the input and the output unfolding, as EVBMF finds them; 0 where all is noise."""
-        if not self._evbmf:
+        if self._evbmf is None:
             rest = math.prod(self.shape[2:])
+            found = []
             for values, size, other in ((self.inputs, 1, 0), (self.outputs, 0, 1)):
                 shape = (self.shape[size], self.shape[other] * rest)
-                self._evbmf.append(evbmf(np.sqrt(values[: min(shape)]), shape).rank)
-        return self._evbmf[0], self._evbmf[1]
+                found.append(evbmf(np.sqrt(values[: min(shape)]), shape).rank)
+            self._evbmf = found[0], found[1]  # at once: threads read it
+        return self._evbmf
+
+    def held(self, form: Chain) -> float:
+        """Share of the energy that a chain holds."""
+        if form.name in ("channel", "spatial"):
+            return float(getattr(self, form.name)[form.widths[0]])
+        a, b = form.widths[0], form.widths[-1]
+        return float(self.tt(a, b)[form.widths[1]] if form.name == "tt" else self.tucker[a, b])
 
 
 def _held(values: np.ndarray, energy: float) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -89,6 +90,7 @@ class Process(ABC):
         self.left: dict[str, str] = {}  # layer that the method leaves as it is -> why
         # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
         self.history: dict[str, dict[str, list[list[float]]]] = {}
+        self.folder: Path | None = None  # of the run, for a process that stores something of its own on the way
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
 
     @property

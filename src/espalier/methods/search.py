@@ -1,19 +1,29 @@
-"""Bayesian optimisation of a few numbers, on Optuna's Gaussian process sampler; what was tried is plain data."""
+"""Bayesian optimisation of a few numbers, on Optuna's Gaussian process sampler and in Optuna's storage.
+
+Every trial is stored as it begins and as it ends, in a journal if there is one, so that a search that was killed goes on at the
+trial it was killed in; several workers share one study, and the sampler spares the points that others are trying.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+JOURNAL = "search.journal"  # in the folder of a run
+
 Ranges = Mapping[str, tuple[float, float]]
 Point = dict[str, float]
 Trials = list[dict[str, Any]]
-"""``{"point": {name: value}, "score": number or None, "failed": why}`` in the order they were tried."""
+"""``{"point": {name: value}, "score": number or None, "failed": why}`` in the order they were begun."""
 
 
 class MissingOptuna(ImportError, ValueError):
@@ -29,43 +39,157 @@ def need_optuna(who: str) -> None:
 
 
 def minimise(
-    score: Callable[[Point], float], ranges: Ranges, *, first: Point, count: int, seed: int, trials: Trials
+    score: Callable[[Point], float],
+    ranges: Ranges,
+    *,
+    first: Point,
+    count: int,
+    seed: int,
+    trials: Trials,
+    workers: int = 1,
+    journal: Path | None = None,
+    name: str = "search",
 ) -> Point | None:
     """Extend ``trials`` to ``count``, beginning with ``first``, and return the best point; ``None`` if all failed.
 
     A trial that raises ValueError, RuntimeError or ArithmeticError is recorded with its reason and the search goes on.  Every
     trial is proposed from those before it and its number alone, so that an interrupted search ends where it would have ended.
+
+    With a ``journal`` the trials that count are those of the study ``name`` in that file: name everything that the score
+    depends on.  A trial that was under way when the program was killed is begun again.
+
+    More than one of ``workers`` are threads that call ``score`` at the same time.  What a worker is given to try then depends
+    on what the others have finished, so that such a search does not repeat bit for bit.
+
+    Raises: ValueError if the journal cannot be read.
     """
-    while len(trials) < count:
-        point = dict(first) if not trials else _propose(ranges, trials, count, seed + len(trials))
+    study = _study(journal, name)
+    if journal is None:
+        for trial in trials:
+            _store(study, trial, ranges)
+    lock = threading.Lock()
+
+    def one(number: int) -> None:
+        with lock, _quiet():
+            study.sampler = _sampler(seed + number, count, first if number == 0 else {})
+            trial = study.ask(fixed_distributions=_shape(ranges))
         try:
-            value = float(score(point))
+            value = float(score(dict(trial.params)))
             reason = "" if math.isfinite(value) else f"the score is {value}"
         except (ValueError, RuntimeError, ArithmeticError) as error:
             value, reason = math.nan, f"{type(error).__name__}: {error}"
-        trials.append({"point": point, "score": None if reason else value, "failed": reason})
+        with lock, _quiet():
+            if reason:
+                trial.set_user_attr(FAILED, reason)
+                study.tell(trial, state=_state("FAIL"))
+            else:
+                study.tell(trial, value)
+
+    missing = range(len(_finished(study)), count)
+    try:
+        if workers == 1:
+            for number in missing:
+                one(number)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(one, missing))
+    finally:
+        trials[:] = _finished(study)
     good = [t for t in trials[:count] if t["score"] is not None]
     return dict(min(good, key=lambda t: float(t["score"]))["point"]) if good else None
 
 
-def _propose(ranges: Ranges, trials: Trials, count: int, seed: int) -> Point:
+FAILED = "failed"  # attribute of a trial: why; one that failed without it was interrupted, and does not count
+
+
+def _study(journal: Path | None, name: str) -> Any:
+    """The study, without trials that are under way."""
+    import optuna
+
+    with _quiet():
+        if journal is None:
+            return optuna.create_study()
+        journals = optuna.storages.journal
+        try:
+            _cut_torn_line(journal)
+            # An open file as a lock works on every system, a symbolic link does not.
+            backend = journals.JournalFileBackend(str(journal), lock_obj=journals.JournalFileOpenLock(str(journal)))
+            storage = optuna.storages.JournalStorage(backend)
+            study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{journal}: the trials in it cannot be read ({type(error).__name__}: {error}); move the file away, "
+                "and the search begins anew"
+            ) from error
+        for trial in study.get_trials(states=(_state("RUNNING"),)):
+            study.tell(trial.number, state=_state("FAIL"))
+        return study
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """A program killed while it wrote leaves half a line, and the next line would be added to it."""
+    if journal.exists():
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with journal.open("r+b") as file:
+                file.truncate(whole)
+
+
+def _finished(study: Any) -> Trials:
+    rows: Trials = []
+    for trial in study.get_trials(deepcopy=False):
+        reason = trial.user_attrs.get(FAILED, "")
+        if trial.state == _state("COMPLETE") or (trial.state == _state("FAIL") and reason):
+            rows.append({"point": dict(trial.params), "score": None if reason else trial.value, "failed": reason})
+    return rows
+
+
+def _store(study: Any, trial: Mapping[str, Any], ranges: Ranges) -> None:
+    import optuna
+
+    failed = trial["score"] is None
+    study.add_trial(
+        optuna.trial.create_trial(
+            params=trial["point"],
+            distributions=_shape(ranges),
+            value=trial["score"],
+            state=_state("FAIL" if failed else "COMPLETE"),
+            user_attrs={FAILED: trial["failed"]} if failed else {},
+        )
+    )
+
+
+def _sampler(seed: int, count: int, fixed: Point) -> Any:
+    import optuna
+
+    sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(2, count // 3))
+    return optuna.samplers.PartialFixedSampler(fixed, sampler) if fixed else sampler
+
+
+def _shape(ranges: Ranges) -> dict[str, Any]:
+    import optuna
+
+    return {n: optuna.distributions.FloatDistribution(low, high) for n, (low, high) in ranges.items()}
+
+
+def _state(name: str) -> Any:
+    import optuna
+
+    return optuna.trial.TrialState[name]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna logs every trial and calls its sampler experimental; whatever it draws, the caller's streams stay as they are."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():  # the sampler climbs by torch's gradients
-            warnings.simplefilter("ignore")  # the sampler calls itself experimental
-            sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(2, count // 3))
-            study = optuna.create_study(sampler=sampler)
-            shape = {n: optuna.distributions.FloatDistribution(low, high) for n, (low, high) in ranges.items()}
-            for trial in trials:
-                state = optuna.trial.TrialState.COMPLETE if trial["score"] is not None else optuna.trial.TrialState.FAIL
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params=trial["point"], distributions=shape, value=trial["score"], state=state
-                    )
-                )
-            return dict(study.ask(fixed_distributions=shape).params)
+        # The sampler climbs by torch's gradients.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -20,15 +20,18 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.copies import copy_model
 from espalier.costs import Cost
 from espalier.forms import FORMS, Place, chain, dense_chain, find_places, sequential
 from espalier.forms.candidates import Spectra, cheapest, ladder, measure
@@ -37,14 +40,15 @@ from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, trace, with_ladders
 from espalier.graph.ladders import ladder_name
 from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.equal import equal_chains
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
-from espalier.methods.search import Point, Trials, minimise, need_optuna
+from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
 from espalier.plan import Budget
 from espalier.solver import solve
 from espalier.surgery import replace
 
-RANKS = ("evbmf", "equal")
+RANKS = ("evbmf", "energy", "equal")
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,13 @@ class TTLC(Method):
 
     ``iterations`` C steps lie at equal distances in the first ``share`` of the run; the rest trains the small network.
     ``select``: ranks are chosen anew in that share of the C steps, in the last of them by ``search`` trials (0: EVBMF and the
-    solver alone, without optuna), scored on ``held_out`` training images.
+    solver alone, without optuna), scored on ``held_out`` training images, ``workers`` at a time; more than one do not repeat
+    bit for bit.
+    ``lc=False``: without learning-compression, the baseline: plain training, one decomposition at ``share``, fine-tuning.
     ``mu``, ``growth``: penalty of the first L step that has one, and its factor from one to the next.
     ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
-    ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals, or "equal", the same fraction of all layers' ranks;
+    ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals; "energy", no proposals, all energy counts the same; or
+    "equal", one form and the same fraction of the full rank in all layers, where there is nothing to search.
     ``floor``: least share of the full rank that a proposal may have; ``beyond``: what energy beyond the proposal counts.
     ``tt_fraction``: TT rank as a fraction of the full one, where the search does not set it.  ``sweeps``: of HOOI in a C step.
     """
@@ -67,7 +74,9 @@ class TTLC(Method):
     share: float = 0.65
     select: float = 0.5
     search: int = 16
+    workers: int = 1
     held_out: int = 1000
+    lc: bool = True
     mu: float = 0.02
     growth: float = 1.5
     cycle: float = 0.3
@@ -81,7 +90,8 @@ class TTLC(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 2), ("search", 0), ("held_out", 0), ("sweeps", 0), ("seed", 0)):
+        wholes = {"iterations": 2, "search": 0, "workers": 1, "held_out": 0, "sweeps": 0, "seed": 0}
+        for name, least in wholes.items():
             whole = getattr(self, name)
             if isinstance(whole, bool) or not isinstance(whole, int) or whole < least:
                 raise ValueError(f"TTLC({name}={whole!r}): must be a whole number, {least} or more")
@@ -101,10 +111,21 @@ class TTLC(Method):
         object.__setattr__(self, "forms", forms)
         if self.ranks not in RANKS:
             raise ValueError(f"TTLC(ranks={self.ranks!r}): choose one of {', '.join(RANKS)}")
+        if not isinstance(self.lc, bool):
+            raise ValueError(f"TTLC(lc={self.lc!r}): must be true or false")
 
     @property
     def withholds(self) -> int:
-        return self.held_out if self.search else 0
+        return self.held_out if self.trials else 0
+
+    @property
+    def trials(self) -> int:
+        """Of the search."""
+        return 0 if self.ranks == "equal" else self.search
+
+    @property
+    def c_steps(self) -> int:
+        return self.iterations if self.lc else 1
 
     def start(
         self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None
@@ -113,7 +134,7 @@ class TTLC(Method):
 
         Without either, as in a loop of one's own, nothing is searched.
         """
-        if self.search:
+        if self.trials:
             need_optuna("TT-LC")
         return TensorCompression(model, example, budget, self, batches)
 
@@ -195,12 +216,12 @@ class TensorCompression(Process):
 
     def _due(self) -> float:
         """Progress at which the next C step is due."""
-        return self.method.share * (self.lc.iterations + 1) / self.method.iterations
+        return self.method.share * (self.lc.iterations + 1) / self.method.c_steps
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
         while not self.replaced and progress >= self._due() - 1e-9:
             self._c_step(progress)
-            if self.lc.iterations == self.method.iterations:
+            if self.lc.iterations == self.method.c_steps:
                 return self._replace(progress, optimizer)
         return None
 
@@ -210,7 +231,7 @@ class TensorCompression(Process):
         """``(R_i, R_o)`` of one layer."""
         place = self.places[name]
         whole = (place.in_channels, place.out_channels)
-        if self.method.ranks == "equal":
+        if self.method.ranks == "energy":
             return whole
         found = spectra.evbmf()
         floored = tuple(max(r, math.ceil(self.method.floor * n)) for r, n in zip(found, whole, strict=True))
@@ -220,9 +241,13 @@ class TensorCompression(Process):
 
     def _choose(self, spectra: Mapping[str, Spectra], point: Mapping[str, float]) -> dict[str, Chain]:
         """The forms that keep most inside the budget.  ``BudgetError`` if none do."""
+        if self.method.ranks == "equal":
+            return equal_chains(
+                self.graph, self.places, spectra, self.limits, forms=self.method.forms,
+                tt_fraction=self.method.tt_fraction, multiple_of=self.budget.multiple_of,
+            )  # fmt: skip
         ladders: dict[str, list[Chain]] = {}
         worth: dict[str, np.ndarray] = {}
-        self.collapsed = {}
         for name, place in self.places.items():
             ranks = self.proposal(name, spectra[name])
             fraction = point.get("tt", self.method.tt_fraction)
@@ -246,7 +271,7 @@ class TensorCompression(Process):
 
     def _worth(self, held: np.ndarray, spectra: Spectra, ranks: tuple[int, int]) -> np.ndarray:
         """Shares of a layer's energy; what EVBMF calls noise counts less."""
-        if self.method.ranks == "equal":
+        if self.method.ranks == "energy":
             signal = 1.0
         elif spectra.core is not None:
             signal = float(spectra.tucker[ranks])
@@ -259,50 +284,81 @@ class TensorCompression(Process):
 
     def search(self, wanted: Mapping[str, Tensor], spectra: Mapping[str, Spectra]) -> Point:
         """The best point of ``method.search`` trials on what the weights are now; nothing of the model changes."""
-        images = self.held_out if self.held_out is not None else self.batches
-        if not self.method.search or images is None or self.batches is None:
+        if not self.method.trials or self.batches is None:
             return {}
         stages = list(dict.fromkeys(self.stages.values()))
         ranges = {**dict.fromkeys(stages, (-SPAN, SPAN)), "tt": TT_RANGE}
         neutral = {**dict.fromkeys(stages, 0.0), "tt": self.method.tt_fraction}
         neutral["tt"] = min(max(neutral["tt"], TT_RANGE[0]), TT_RANGE[1])
 
-        def score(point: Point) -> float:
-            return self._loss_with(self._fit(wanted, self._choose(spectra, point), sweeps=0))
+        method = self.method
+        models: SimpleQueue[nn.Module] = SimpleQueue()  # one for every worker
+        for _ in range(method.workers):
+            models.put(self.model if method.workers == 1 else copy_model(self.model, {}))
 
-        count, seed = self.method.search, self.method.seed * 1000
-        best = minimise(score, ranges, first=neutral, count=count, seed=seed, trials=self.trials)
-        for number, trial in enumerate(self.trials):
-            if trial["score"] is not None:
-                self.record("search", {"loss": trial["score"]}, progress=float(number + 1))
+        def score(point: Point) -> float:
+            model = models.get()
+            try:
+                return self._loss_with(model, self._fit(wanted, self._choose(spectra, point), sweeps=0))
+            finally:
+                models.put(model)
+
+        best = minimise(
+            score, ranges, first=neutral, count=method.trials, seed=method.seed * 1000, trials=self.trials,
+            workers=method.workers, journal=None if self.folder is None else self.folder / JOURNAL,
+            name=self._name_of_search(wanted, ranges),
+        )  # fmt: skip
+        self._record_search()
         return best or {}
 
-    def _loss_with(self, factors: Mapping[str, Factors]) -> float:
-        """Loss of the model if its layers were ``factors``, BatchNorm estimated anew."""
+    def _name_of_search(self, wanted: Mapping[str, Tensor], ranges: Ranges) -> str:
+        """The C step, and a hash of all that scores depend on: trials on other weights are not those of this search."""
+        digest = hashlib.sha256(repr((self.method, self.budget, ranges)).encode())
+        for tensor in (*wanted.values(), *self.model.state_dict().values()):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return f"C step {self.lc.iterations + 1}, {digest.hexdigest()[:16]}"
+
+    def _record_search(self) -> None:
+        """By trial, from 1 on: its loss and point, the least loss so far, and whether it is feasible."""
+        curve: dict[str, list[list[float]]] = {"loss": [], "best": [], "feasible": []}
+        points: dict[str, list[list[float]]] = {}
+        for number, trial in enumerate(self.trials, 1):
+            curve["feasible"].append([number, float(trial["score"] is not None)])
+            if trial["score"] is not None:
+                curve["loss"].append([number, trial["score"]])
+                curve["best"].append([number, min(loss for _, loss in curve["loss"])])
+            for name, value in trial["point"].items():
+                points.setdefault(name, []).append([number, value])
+        self.history |= {"search": curve, "search point": points}
+
+    def _loss_with(self, model: nn.Module, factors: Mapping[str, Factors]) -> float:
+        """Loss of ``model``, ours or a copy, if its layers were ``factors``, BatchNorm estimated anew."""
         images = self.held_out if self.held_out is not None else self.batches
         assert images is not None and self.batches is not None
-        before = {n: self.lc.weights[n].detach().clone() for n in factors}
-        with torch.no_grad(), buffers_kept(self.model):
+        weights = {n: model.get_submodule(n).weight for n in factors}
+        before = {n: w.detach().clone() for n, w in weights.items()}  # type: ignore[operator]
+        with torch.no_grad(), buffers_kept(model):
             try:
                 for name, layer in factors.items():
-                    self.lc.weights[name].copy_(compose(layer))
-                recalibrate_batchnorm(self.model, self.batches, CALIBRATION)
-                return loss_on(self.model, images)
+                    weights[name].copy_(compose(layer))  # type: ignore[operator]
+                recalibrate_batchnorm(model, self.batches, CALIBRATION)
+                return loss_on(model, images)
             finally:
                 for name, weight in before.items():
-                    self.lc.weights[name].copy_(weight)
+                    weights[name].copy_(weight)  # type: ignore[operator]
 
     # -- 5. C steps ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _c_step(self, progress: float) -> None:
         number = self.lc.iterations
-        last_choice = max(1, round(self.method.select * self.method.iterations)) - 1
+        last_choice = max(1, round(self.method.select * self.method.c_steps)) - 1
         choosing = number <= last_choice
 
         def scheme(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if choosing:
                 spectra = measure(wanted)
+                self.collapsed = {}
                 if number == last_choice:
                     self.point = self.search(wanted, spectra)
                 self.chains = self._choose(spectra, self.point)

@@ -173,6 +173,7 @@ class _Job:
             # Fractions are of the network that the run began with, not of what is left of it by now.
             budget = self._absolute_budget() if self.goes_on and self.limited else self.budget
             self.process = self.method.start(small, self.example, budget, batches=self._few_batches())
+            self.process.folder = folder
             if self.method.withholds and self.source is not None and self.source.has_holdout:
                 self.process.held_out = _HeldOut(self.source, self.device)
         elif not self.goes_on:

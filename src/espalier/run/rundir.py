@@ -4,6 +4,7 @@
 ``config.toml``               what reproduces the run
 ``checkpoint.pt``             the last whole epoch, to resume from
 ``log.csv``                   one row per epoch
+``search.journal``            trials of a method that searches, stored by Optuna as they are finished
 ``widths.csv``                kept units of every group after every epoch, while a method is at work
 ``model.safetensors``         the small network: weights and structure
 ``model.onnx``                the same for ONNX Runtime, if the extra is installed
@@ -28,6 +29,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from espalier.methods.search import JOURNAL
 from espalier.surgery.files import write_beside
 
 CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
@@ -39,7 +41,7 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
 )
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
 WIDTHS, REPORT = "widths.csv", "report.html"
-FILES = (CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, METRICS, SUMMARY, REPORT)
+FILES = (CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, JOURNAL, METRICS, SUMMARY, REPORT)
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:
