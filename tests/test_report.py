@@ -16,10 +16,10 @@ import espalier as es
 from espalier.forms import find_places
 from espalier.forms.chains import sequential
 from espalier.present.anatomy import layers_of, timed
-from espalier.present.charts import Line, Pair, frontier, line_chart, pair_bars, silhouette, spread_out, ticks
 from espalier.present.cli import app
 from espalier.present.html import page
 from espalier.present.runs import read_run
+from espalier.run.charts import Line, Pair, decades, frontier, line_chart, pair_bars, silhouette, spread_out, ticks
 from espalier.run.rundir import add_widths
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -152,6 +152,13 @@ def test_recorded_ranks_are_drawn(folder, tmp_path):
     html = page([read_run(tmp_path / "run")], timing=False)
     assert "Rank of every layer over time" in html
     assert "Ranks by epoch" in figures(html)[-1]
+    history |= {"full rank": {"layer1.0.conv1": [[0.0, 16]]}, "gap": {"all": [[0.1, 0.5], [0.2, 0.1]]}}
+    history["search"] = {"loss": [[1, 0.7]], "best": [[1, 0.7]], "feasible": [[1, 1.0], [2, 0.0]]}
+    (tmp_path / "run" / "history.json").write_text(json.dumps(history))
+    html = page([read_run(tmp_path / "run")], timing=False)
+    for figure in ("Penalty gap by LC iteration", "Search for ranks by trial", "Rank of every layer", "Ranks by epoch"):
+        assert sum(f"<title>{figure}</title>" in found for found in figures(html)) == 1
+    assert "9 of 16" in html
     (tmp_path / "run" / "history.json").write_text('{"rank": [1]}')
     refused(report(tmp_path / "run"), "history.json", "damaged")
 
@@ -165,6 +172,23 @@ def test_ticks_cover_what_they_are_for():
         assert found[0] <= low
         assert found[-1] >= high
         assert 2 <= len(found) <= 12
+
+
+def test_decades_cover_what_they_are_for():
+    for low, high in ((0.03, 0.4), (0.05, 0.9), (1.0, 1.0), (1e-7, 2.0), (0.1, 100.0)):
+        found = decades(low, high)
+        assert found[0] <= low
+        assert found[-1] >= high
+        assert 2 <= len(found) <= 12
+
+
+def test_a_logarithmic_axis_puts_equal_ratios_at_equal_distances():
+    points = ((1.0, 1.0), (2.0, 0.1), (3.0, 0.01))
+    chart = ET.fromstring(line_chart([Line("", points)], title="t", x_label="x", y_label="y", logarithmic=True))
+    drawn = chart.find("{http://www.w3.org/2000/svg}polyline").get("points").split()
+    a, b, c = (float(p.partition(",")[2]) for p in drawn)
+    assert b - a == pytest.approx(c - b, abs=0.2)
+    assert b > a
 
 
 def test_labels_do_not_overlap():

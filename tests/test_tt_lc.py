@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import subprocess
 import sys
+import threading
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -16,11 +20,14 @@ import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
 from espalier.forms import dense_chain, find_places
-from espalier.forms.candidates import ladder, measure
+from espalier.forms.candidates import full_rank, ladder, measure
 from espalier.forms.chains import cost_of
 from espalier.forms.tucker import Factors, compose, factorise
+from espalier.methods import tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
 from espalier.methods.search import MissingOptuna, minimise
+from espalier.run.charts import as_file
+from espalier.run.course import search_curve
 from espalier.run.data import load_data, set_aside
 
 X = torch.zeros(1, 1, 8, 8)
@@ -194,6 +201,84 @@ def test_failed_trials_are_recorded_and_the_search_goes_on() -> None:
     assert minimise(lambda point: float("inf"), {"a": (0.0, 1.0)}, first={"a": 0.5}, count=2, seed=0, trials=[]) is None
 
 
+RANGES, FIRST = {"a": (-2.0, 2.0), "b": (0.0, 1.0)}, {"a": 0.0, "b": 0.5}
+SEARCH = """
+import os, sys
+from pathlib import Path
+from espalier.methods.search import minimise
+calls = []
+def score(point):
+    calls.append(point)
+    if len(calls) == 6:
+        os._exit(9)
+    if len(calls) == 3:
+        raise ValueError("no such layer")
+    return (point["a"] - 1) ** 2 + (point["b"] - 0.2) ** 2
+minimise(score, {"a": (-2.0, 2.0), "b": (0.0, 1.0)}, first={"a": 0.0, "b": 0.5}, count=9, seed=3, trials=[],
+         journal=Path(sys.argv[1]), name="one")
+"""
+
+
+def test_a_search_that_is_killed_goes_on_at_its_trial(tmp_path) -> None:
+    """The program is gone in the middle of trial 6, and half a line of what it wrote last is in the journal."""
+    whole: list = []
+    seen: list = []
+
+    def score(point):
+        seen.append(point)
+        if len(seen) == 3:
+            raise ValueError("no such layer")
+        return (point["a"] - 1) ** 2 + (point["b"] - 0.2) ** 2
+
+    best = minimise(score, RANGES, first=FIRST, count=9, seed=3, trials=whole)
+    journal = tmp_path / "search.journal"
+    assert subprocess.run([sys.executable, "-c", SEARCH, journal], check=False).returncode == 9
+    with journal.open("a") as file:
+        file.write('{"op_code":4,"worker_id":"x')
+    parts: list = []
+    asked = len(seen)
+    options = {"first": FIRST, "count": 9, "seed": 3, "journal": journal}
+    assert minimise(score, RANGES, trials=parts, name="one", **options) == best
+    assert parts == whole and parts[2]["failed"] == "ValueError: no such layer"
+    assert len(seen) - asked == 4  # trials 6 to 9
+    minimise(score, RANGES, trials=parts, name="one", **options)
+    assert len(seen) - asked == 4  # finished: nothing is tried again
+    minimise(score, RANGES, trials=parts, name="other weights", **options)
+    assert len(seen) - asked == 13
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path) -> None:
+    journal = tmp_path / "search.journal"
+    journal.write_text("nothing\nof the kind\n")
+    with pytest.raises(ValueError, match=r"search\.journal: the trials in it cannot be read .* move the file away"):
+        minimise(lambda point: 0.0, RANGES, first=FIRST, count=2, seed=0, trials=[], journal=journal)
+
+
+def test_workers_try_at_the_same_time_and_share_what_they_find(tmp_path) -> None:
+    together = threading.Barrier(2)
+    threads = set()
+
+    def score(point):
+        threads.add(threading.get_ident())
+        together.wait(timeout=60)  # breaks, and fails the trial, unless two of them are under way
+        if point["a"] > 1.5:
+            raise RuntimeError("too large")
+        return (point["a"] - 1) ** 2 + (point["b"] - 0.2) ** 2
+
+    trials: list = []
+    journal = tmp_path / "search.journal"
+    options = {"first": FIRST, "seed": 1, "workers": 2, "journal": journal}
+    best = minimise(score, RANGES, count=8, trials=trials, **options)
+    assert len(trials) == 8 and len(threads) == 2 and threading.get_ident() not in threads
+    assert all(t["failed"] == ("RuntimeError: too large" if t["point"]["a"] > 1.5 else "") for t in trials)
+    assert len({tuple(t["point"].values()) for t in trials}) == 8  # nobody repeats what another is trying
+    assert FIRST in [t["point"] for t in trials]
+    assert best == min((t for t in trials if t["score"] is not None), key=lambda t: t["score"])["point"]
+    more: list = []
+    minimise(score, RANGES, count=10, trials=more, **options)
+    assert more[:8] == trials and len(more) == 10
+
+
 def test_without_optuna_the_error_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -291,6 +376,145 @@ def test_a_killed_run_goes_on_bit_for_bit(digits, stop_at, tmp_path, monkeypatch
     assert (tmp_path / "parts" / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
 
 
+def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, tmp_path, monkeypatch) -> None:
+    calls: list = []
+    real = tt_lc.loss_on
+
+    def loss_on(model, images):
+        calls.append(model)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return real(model, images)
+
+    monkeypatch.setattr(tt_lc, "loss_on", loss_on)
+    method = es.TTLC(search=5, iterations=6, share=0.6)
+    options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=3)}
+    stop = 0
+    whole = es.compress(net(), digits, out=tmp_path / "whole", **options)
+    assert len(calls) == 5
+    stop = 5 + 3
+    with pytest.raises(KeyboardInterrupt):
+        es.compress(net(), digits, out=tmp_path / "parts", **options)
+    rest = es.compress(net(), digits, out=tmp_path / "parts", resume=True, **options)
+    assert len(calls) == 5 + 3 + 3  # trials 3 to 5, and not the first two
+    theirs = dict(whole.model.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in rest.model.named_parameters())
+    assert (tmp_path / "parts" / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
+
+
+def test_parallel_trials_do_not_touch_the_model(digits) -> None:
+    data = set_aside(digits, 100)
+    method = es.TTLC(search=4, workers=2, iterations=6, select=1.0)
+    process, _, _ = run_until(data, method, stop_before=True, steps=40)
+    process.trials.clear()
+    before = {n: t.clone() for n, t in process.model.state_dict().items()}
+    wanted = process.lc.wanted()
+    spectra = measure(wanted)
+    process.search(wanted, spectra)
+    assert all(torch.equal(t, before[n]) for n, t in process.model.state_dict().items())
+    assert [t["failed"] for t in process.trials] == [""] * 4
+    for trial in process.trials:  # what a worker finds on its copy is what the model itself gives
+        alone = process._loss_with(
+            process.model, process._fit(wanted, process._choose(spectra, trial["point"]), sweeps=0)
+        )
+        assert trial["score"] == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_course_of_the_search_is_recorded() -> None:
+    process = es.TTLC().start(net(), X, es.Budget(macs=0.4))
+    scores = [0.7, None, 0.9, 0.4]
+    process.trials = [{"point": {"tt": 0.5}, "score": s, "failed": "" if s else "ValueError: x"} for s in scores]
+    process._record_search()
+    assert process.history["search"] == {
+        "loss": [[1, 0.7], [3, 0.9], [4, 0.4]],
+        "best": [[1, 0.7], [3, 0.7], [4, 0.4]],
+        "feasible": [[1, 1.0], [2, 0.0], [3, 1.0], [4, 1.0]],
+    }
+    assert process.history["search point"]["tt"] == [[n, 0.5] for n in (1, 2, 3, 4)]
+    drawing = ET.fromstring(as_file(search_curve(process.history["search"])))
+    marks = [c.get("class") for c in drawing.iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(marks) == 4 and len(set(marks)) == 2
+
+
+def test_a_run_leaves_its_figures(digits, tmp_path) -> None:
+    method = es.TTLC(search=2, iterations=5)
+    es.compress(net(), digits, budget=es.Budget(macs=0.4), method=method, recipe=recipe(epochs=2), out=tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    found = {n: ET.parse(tmp_path / "run" / f"{n}.svg").getroot() for n in ("ranks", "gap", "search")}
+    svg = "{http://www.w3.org/2000/svg}"
+    assert len(history["gap"]["all"]) == 5
+    assert len(found["gap"].find(f"{svg}polyline").get("points").split()) == 5
+    strong = [
+        float(r.get("width")) for r in found["ranks"].iter(f"{svg}rect") if r.get("class", "").startswith("after")
+    ]
+    pale = [float(r.get("width")) for r in found["ranks"].iter(f"{svg}rect") if r.get("class") == "before"]
+    shares = [history["rank"][n][-1][1] / history["full rank"][n][-1][1] for n in history["rank"]]
+    assert len(shares) == 4 and min(shares) < 1
+    assert [a / b for a, b in zip(strong, pale, strict=True)] == pytest.approx(shares, abs=0.01)
+    assert len(list(found["search"].iter(f"{svg}circle"))) == 2
+    for name in found:  # programs other than browsers know no variables of a style sheet
+        assert "var(" not in (tmp_path / "run" / f"{name}.svg").read_text()
+    es.compress(net(), X, budget=es.Budget(macs=0.4), method=es.Magnitude(), out=tmp_path / "run", force=True)
+    assert not list((tmp_path / "run").glob("*.svg")) and len(list((tmp_path / "run" / "old-1").glob("*.svg"))) == 3
+
+
+# -- the ablation: ranks otherwise, and without learning-compression
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial", "tucker", "tt"])
+@pytest.mark.parametrize("budget", [es.Budget(macs=0.2), es.Budget(macs=0.4, params=0.3)], ids=str)
+def test_equal_ranks_are_one_fraction_and_use_the_budget_up(form, budget) -> None:
+    model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    process = es.TTLC(ranks="equal", forms=(form,)).start(model, X, budget)
+    spectra = measure(process.lc.wanted())
+    chains = process._choose(spectra, {})
+    assert {c.name for n, c in chains.items() if process.places[n].kernel == (3, 3)} == {form}
+    low, high = (
+        0.0,
+        1.0,
+    )  # bounds on the fraction that every layer's rank puts: a rank is rounded, or one more than that
+    for name, taken in chains.items():
+        wholes = [full_rank(process.places[name], taken.name)]
+        if taken.name in ("tucker", "tt"):
+            wholes = [process.places[name].in_channels, process.places[name].out_channels]
+        for rank, whole in zip((taken.widths[0], taken.widths[-1]), wholes, strict=False):
+            low, high = max(low, (rank - 1.5) / whole if rank > 1 else 0), min(high, (rank + 0.5) / whole)
+    assert low <= high
+    process.chains = chains
+    dense = process.dense
+    for name, place in process.places.items():
+        if name not in chains and place.kernel == (3, 3) and place.in_channels > 1:
+            raise AssertionError(f"{name} stays dense at a fraction of {high}")
+    process.finish()
+    used = max(getattr(process.cost, m) / limit for m, limit in process.limits.items())
+    assert 0.99 < used <= 1 and process.cost.macs < dense.macs
+
+
+def test_equal_ranks_search_for_nothing_and_withhold_nothing() -> None:
+    assert es.TTLC(ranks="equal").withholds == 0 and es.TTLC(ranks="energy").withholds == 1000
+    process = es.TTLC(ranks="equal").start(
+        net(), X, es.Budget(macs=0.4), batches=[(X, torch.zeros(1, dtype=torch.long))]
+    )
+    wanted = process.lc.wanted()
+    assert process.search(wanted, measure(wanted)) == {} and process.trials == []
+    with pytest.raises(es.BudgetError, match="smallest reachable"):
+        es.TTLC(ranks="equal").start(net(), X, es.Budget(macs=0.001))
+
+
+@pytest.mark.parametrize("ranks", ["evbmf", "energy", "equal"])
+@pytest.mark.parametrize("lc", [True, False])
+def test_every_choice_of_ranks_runs_with_and_without_lc(digits, ranks, lc) -> None:
+    data = set_aside(digits, 100)
+    method = es.TTLC(ranks=ranks, search=2, lc=lc, iterations=4)
+    process, _, optimizer = run_until(data, method, stop_before=True, steps=60)
+    pulled = process.penalty()
+    assert (float(pulled) > 0) if lc else (pulled == 0.0)
+    removed = process.step(progress=method.share, optimizer=optimizer)
+    assert removed is not None and process.replaced and process.cost.macs <= process.limits["macs"]
+    assert len(process.history["gap"]["all"]) == (4 if lc else 1)
+    assert len(process.trials) == (0 if ranks == "equal" else 2)
+
+
 def test_a_search_leaves_the_model_as_it_was_and_never_sees_test_images(digits) -> None:
     data = set_aside(digits, 100)
     process, _, _ = run_until(data, es.TTLC(search=2, iterations=6, select=1.0), stop_before=True, steps=40)
@@ -368,7 +592,7 @@ def test_budgets_that_cannot_be_met_fail_at_once() -> None:
 
 WRONG = [
     {"iterations": 1}, {"share": 1.0}, {"mu": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
-    {"forms": "cp"}, {"search": -1},
+    {"forms": "cp"}, {"search": -1}, {"workers": 0}, {"lc": 1},
 ]  # fmt: skip
 
 

@@ -204,6 +204,16 @@ def _add_tuckers(
             offers.append((float(spectra.tt(a, b)[form.widths[1]]), form))
 
 
+def full_rank(place: Place, form: str) -> int:
+    """Of ``channel`` and ``spatial`` the rank of an exact chain; of the others the lesser one of the two channel unfoldings."""
+    kh, kw = place.kernel
+    if form == "channel":
+        return min(place.out_channels, place.in_channels * kh * kw)
+    if form == "spatial":
+        return min(place.out_channels * kh, place.in_channels * kw)
+    return min(place.in_channels, place.out_channels)
+
+
 def snap(rank: float, whole: int, multiple_of: int) -> int:
     """The nearest allowed rank: a multiple, at least one of them, or everything."""
     return min(max(round(rank / multiple_of), 1) * multiple_of, whole)

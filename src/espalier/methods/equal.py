@@ -12,7 +12,7 @@ import numpy as np
 
 from espalier.costs import CostModel
 from espalier.forms import FORMS, Place, chain, dense_chain
-from espalier.forms.candidates import Spectra, snap
+from espalier.forms.candidates import Spectra, full_rank, snap
 from espalier.forms.chains import cost_of
 from espalier.graph import Chain, Graph, with_ladders
 from espalier.graph.ladders import ladder_name
@@ -82,10 +82,8 @@ def _chain(place: Place, form: str, fraction: float, steps: int, tt_fraction: fl
 
     if min(kh, kw) == 1:
         form = "channel"
-    if form == "channel":
-        made = chain(place, form, [rank(min(outputs, inputs * kh * kw))])
-    elif form == "spatial":
-        made = chain(place, form, [rank(min(outputs * kh, inputs * kw))])
+    if form in ("channel", "spatial"):
+        made = chain(place, form, [rank(full_rank(place, form))])
     else:
         a, b = rank(inputs), rank(outputs)
         whole = min(a * kh, kw * b)

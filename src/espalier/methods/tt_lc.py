@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from espalier.copies import copy_model
 from espalier.costs import Cost
 from espalier.forms import FORMS, Place, chain, dense_chain, find_places, sequential
-from espalier.forms.candidates import Spectra, cheapest, ladder, measure
+from espalier.forms.candidates import Spectra, cheapest, full_rank, ladder, measure
 from espalier.forms.chains import cost_of
 from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, trace, with_ladders
@@ -388,9 +388,10 @@ class TensorCompression(Process):
     def _record_forms(self, progress: float) -> None:
         for name, place in self.places.items():
             form = self.chains.get(name)
-            whole = min(place.out_channels, place.in_channels)
+            whole = full_rank(place, "tucker" if form is None else form.name)
             ranks = form.widths if form is not None else (whole,)
             self.record("rank", {name: float(min(ranks))}, progress=progress)
+            self.record("full rank", {name: float(whole)}, progress=progress)
             dense = cost_of(place, dense_chain(place))[0]
             share = 1.0 if form is None else cost_of(place, form)[0] / dense
             self.record("MACs of the layer", {name: share}, progress=progress)

@@ -9,25 +9,24 @@ import torch
 
 from espalier.graph.ladders import ladder_name
 from espalier.present.anatomy import Layer, layers_of, timed
-from espalier.present.charts import (
+from espalier.present.progress import short
+from espalier.present.runs import Run
+from espalier.run.charts import (
     Dot,
     Level,
     Limit,
     Line,
     Pair,
-    Point,
+    bundle,
     dot_chart,
     limit_bars,
     line_chart,
     pair_bars,
     silhouette,
 )
-from espalier.present.progress import short
-from espalier.present.runs import Run
 
 COST_TONES = {"macs": ("MACs", 0), "params": ("params", 1), "activation_memory": ("memory", 2)}
 PLAIN, FACTORISED, RESHAPED = 0, 1, 2  # tones of layers
-DRAWN_GROUPS = 60  # more curves than that are one grey smear
 
 
 def budget_bars(run: Run, names: Mapping[str, str]) -> str:
@@ -166,29 +165,7 @@ def width_history(run: Run) -> str:
         g.removesuffix(ladder_name("")): tuple((float(e), 100 * n / max(m for _, m in points)) for e, n in points)
         for g, points in changed.items()
     }
-    return _bundle(shares, title="Kept units by epoch", y_label="per cent of the group")
-
-
-def rank_history(run: Run) -> str:
-    """The rank of every layer, where the method recorded it; a rank holds until the next one."""
-    epochs = max(run.metrics["epochs"], 1)
-    stairs = {}
-    for layer, points in run.ranks.items():
-        corners = [(epochs * points[0][0], points[0][1])]
-        for progress, rank in points[1:]:
-            corners += [(epochs * progress, corners[-1][1]), (epochs * progress, rank)]
-        stairs[layer] = (*corners, (float(epochs), points[-1][1]))
-    return _bundle(stairs, title="Ranks by epoch", y_label="rank", high=None)
-
-
-def _bundle(curves: Mapping[str, tuple[Point, ...]], *, title: str, y_label: str, high: float | None = 100) -> str:
-    """Many curves in one chart; lowest, middle and highest at the end have their names there."""
-    ordered = sorted(curves, key=lambda name: curves[name][-1][1])[:DRAWN_GROUPS]
-    if not ordered:
-        return ""
-    named = {ordered[0], ordered[len(ordered) // 2], ordered[-1]}
-    lines = [Line(n if n in named else "", curves[n], number % 6) for number, n in enumerate(ordered)]
-    return line_chart(lines, title=title, x_label="epoch", y_label=y_label, low=0, high=high)
+    return bundle(shares, title="Kept units by epoch", y_label="per cent of the group")
 
 
 def _curve(run: Run, column: str, name: str, tone: int) -> Line:

@@ -19,10 +19,11 @@ from espalier.present.figures import (
     network_drawing,
     pareto_plot,
     pressure_curves,
-    rank_history,
     width_history,
 )
 from espalier.present.runs import Run, read_run
+from espalier.run.charts import figure_style
+from espalier.run.course import gap_curve, rank_bars, rank_history, search_curve
 from espalier.run.rundir import REPORT, to_toml, write_file
 
 COST_NAMES = {
@@ -53,7 +54,7 @@ def page(runs: Sequence[Run], *, timing: bool = True) -> str:
     title = (
         f"{len(runs)} compressions compared" if len(runs) > 1 else f"{runs[0].title}, compressed by {runs[0].method}"
     )
-    style = files("espalier.present").joinpath("report.css").read_text(encoding="utf-8")
+    style = figure_style() + files("espalier.present").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -154,9 +155,30 @@ def _training(run: Run) -> str:
         _figure(pressure_curves(run), "Pressure", "What is to go and is still felt, and how hard the method presses."),
         _figure(loss_curves(run), "Loss", "Training: what was minimised, distillation and penalty included."),
         _figure(width_history(run), "Width of every group over time", "Kept units as a share of what the group had."),
-        _figure(rank_history(run), "Rank of every layer over time", "Lowest, middle and highest have their names."),
+        *_course(run),
     ]
     return f'<h2>Training</h2><div class="figures">{"".join(figures)}</div>'
+
+
+def _course(run: Run) -> list[str]:
+    """What the method recorded on its way."""
+    history, epochs = run.history, max(run.metrics["epochs"], 1)
+    ranks = history.get("rank", {})
+    bars = rank_bars(ranks, history.get("full rank", {}))
+    return [
+        _figure(
+            gap_curve(history.get("gap", {})), "Penalty gap", "How far the weights are from their compressed form."
+        ),
+        _figure(
+            search_curve(history.get("search", {})), "Search for ranks", "Every trial is within the budget, or failed."
+        ),
+        _figure(bars, "Rank of every layer", "Pale: full. Strong: kept; of several ranks of a form the least."),
+        _figure(
+            rank_history(ranks, epochs=epochs),
+            "Rank of every layer over time",
+            "Lowest, middle and highest have their names.",
+        ),
+    ]
 
 
 def _speed(metrics: dict[str, Any]) -> str:

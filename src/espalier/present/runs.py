@@ -27,9 +27,7 @@ class Run:
     metrics: dict[str, Any]
     epochs: tuple[dict[str, float], ...]  # per epoch the columns of the log that say something
     widths: dict[str, tuple[tuple[int, int], ...]]  # group -> (epoch, kept units); empty where none were written
-    ranks: dict[
-        str, list[list[float]]
-    ]  # layer -> (progress, rank) whenever it changed; empty without a history of ranks
+    history: dict[str, dict[str, list[list[float]]]]  # what the method recorded; empty where it recorded nothing
     dense: nn.Module | None  # untrained unless its weights are still there: for its structure
     small: nn.Module | None
     note: str  # why the networks are absent; empty if they are there
@@ -66,7 +64,7 @@ def read_run(folder: Path) -> Run:
         metrics=_metrics(folder / METRICS),
         epochs=_log(folder / LOG),
         widths=_widths(folder / WIDTHS),
-        ranks=_ranks(folder / HISTORY),
+        history=_history(folder / HISTORY),
         dense=dense,
         small=small,
         note=note,
@@ -106,12 +104,20 @@ def _widths(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
     return {name: tuple((int(row["epoch"]), int(row[name])) for row in rows if row[name]) for name in names}
 
 
-def _ranks(path: Path) -> dict[str, list[list[float]]]:
+def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
     if not path.exists():
         return {}
     try:
-        ranks = json.loads(path.read_text(encoding="utf-8")).get("rank", {})
-        return {layer: [[float(p), float(r)] for p, r in points] for layer, points in ranks.items() if points}
+        kinds = json.loads(path.read_text(encoding="utf-8"))
+        kinds.pop("left", None)
+        return {
+            kind: {
+                name: [[float(p), float(v)] for p, v in points if v is not None]
+                for name, points in series.items()
+                if points
+            }
+            for kind, series in kinds.items()
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 

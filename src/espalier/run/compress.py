@@ -21,6 +21,7 @@ from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
 from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
+from espalier.run.course import write_figures
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
@@ -256,6 +257,7 @@ class _Job:
             write_file(self.folder / PLAN, self.plan.to_json().encode())
             if self.course or self.left:
                 write_json(self.folder / HISTORY, {**self.course, "left": self.left})
+                write_figures(self.folder, self.course)
 
     def result(self) -> Result:
         """Check what was promised, evaluate, and write the results."""

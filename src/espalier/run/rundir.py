@@ -10,6 +10,8 @@
 ``model.onnx``                the same for ONNX Runtime, if the extra is installed
 ``plan.json``                 which units stayed
 ``history.json``              what the method recorded on its way (ranks of layers, for example), to plot
+``ranks.svg``, ``gap.svg``,   figures of that: rank of every layer, penalty gap by LC iteration, trials of the search; where
+``search.svg``                the method has recorded them
 ``metrics.json``              dense and small side by side
 ``summary.md``                the same to read
 ``report.html``               the same with figures, written by ``espalier report``
@@ -41,7 +43,10 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
 )
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
 WIDTHS, REPORT = "widths.csv", "report.html"
-FILES = (CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, JOURNAL, METRICS, SUMMARY, REPORT)
+RANKS, GAP, SEARCH = "ranks.svg", "gap.svg", "search.svg"
+FILES = (
+    CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, JOURNAL, RANKS, GAP, SEARCH, METRICS, SUMMARY, REPORT,
+)  # fmt: skip
 
 
 def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] | None:

@@ -1,29 +1,33 @@
 """Charts as SVG text: lines, pairs of bars, bars against a limit, points, and a network's silhouette.
 
 Every chart is 360 units wide, so that it stands at its natural size on a phone and three fit beside each other on a screen.
-Colours, fonts and strokes are classes of ``report.css``; tone ``n`` is the palette's colour ``n``.  All text is escaped.
+Colours, fonts and strokes are classes of ``figures.css``; tone ``n`` is the palette's colour ``n``.  All text is escaped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 
 WIDTH = 360
+DRAWN = 60  # of a bundle: more curves than that are one grey smear
 LETTER = 6.1  # units that a character of the labels takes, on average
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; ``dashed`` for limits and schedules."""
+    """A named curve; ``dashed`` for limits and schedules, ``apart`` for points that no line joins."""
 
     name: str
     points: tuple[Point, ...]
     tone: int = 0
     dashed: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,27 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from just below ``low`` to just above ``high``; the powers alone if those are many.
+
+    >>> decades(0.03, 0.4)
+    [0.02, 0.05, 0.1, 0.2, 0.5]
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
+    marks = [round(m * 10.0**p, 12 - p) for p in powers for m in steps]
+    first = max((i for i, m in enumerate(marks) if m <= low), default=0)
+    last = min((i for i, m in enumerate(marks) if m >= high and i > first), default=len(marks) - 1)
+    return marks[first : last + 1]
+
+
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    scale = _scale(math.log(low), math.log(high), start, end)
+    return lambda value: scale(math.log(value))
 
 
 def _number(value: float) -> str:
@@ -120,18 +143,21 @@ def line_chart(
     y_label: str,
     low: float | None = None,
     high: float | None = None,
+    logarithmic: bool = False,
 ) -> str:
-    """Curves over a common axis, each with its name, if it has one, at its end."""
+    """Curves over a common axis, each with its name, if it has one, at its end; ``logarithmic`` upwards, of numbers above 0."""
     lines = [line for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     names = [line.name for line in lines]
     right = WIDTH - 12 - LETTER * max((len(n) for n in names), default=0)
-    y_ticks = ticks(min(ys) if low is None else low, max(ys) if high is None else high)
-    x_ticks = [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)] or [min(xs)]
+    low, high = min(ys) if low is None else low, max(ys) if high is None else high
+    y_ticks = decades(low, high) if logarithmic else ticks(low, high)
+    # Epochs, iterations, trials: there is none between two of them.
+    x_ticks = [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs) and t == round(t)] or [min(xs)]
     left, top, bottom = 14 + LETTER * max(len(_number(t)) for t in y_ticks), 24.0, 190.0
     x = _scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, left, right)
-    y = _scale(y_ticks[0], y_ticks[-1], bottom, top)
+    y = (_logarithmic if logarithmic else _scale)(y_ticks[0], y_ticks[-1], bottom, top)
     parts = [_text(0, 11, y_label, "axis")]
     parts += _horizontal_grid(y_ticks, y, left, right)
     parts += [_text(x(t), bottom + 15, _number(t), "axis", "middle") for t in x_ticks]
@@ -139,17 +165,28 @@ def line_chart(
     for line in lines:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         style = f"line t{line.tone}" + (" dashed" if line.dashed else "")
-        parts.append(f'<polyline class="{style}" points="{path}"/>')
-        if len(line.points) == 1:
-            at = line.points[0]
-            parts.append(
-                f'<circle class="dot t{line.tone} f{line.tone}" cx="{x(at[0]):.1f}" cy="{y(at[1]):.1f}" r="3"/>'
-            )
+        if not line.apart:
+            parts.append(f'<polyline class="{style}" points="{path}"/>')
+        if line.apart or len(line.points) == 1:
+            parts += [
+                f'<circle class="dot t{line.tone} f{line.tone}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>'
+                for a, b in line.points
+            ]
     named = [line for line in lines if line.name]
     places = spread_out([y(line.points[-1][1]) for line in named], apart=13, low=top, high=bottom)
     for line, place in zip(named, places, strict=True):
         parts.append(_text(right + 6, place + 4, line.name, f"label f{line.tone}"))
     return svg(parts, height=226, title=title)
+
+
+def bundle(curves: Mapping[str, tuple[Point, ...]], *, title: str, y_label: str, high: float | None = 100) -> str:
+    """Many curves by epoch in one chart; lowest, middle and highest at the end have their names there."""
+    ordered = sorted(curves, key=lambda name: curves[name][-1][1])[:DRAWN]
+    if not ordered:
+        return ""
+    named = {ordered[0], ordered[len(ordered) // 2], ordered[-1]}
+    lines = [Line(n if n in named else "", curves[n], number % 6) for number, n in enumerate(ordered)]
+    return line_chart(lines, title=title, x_label="epoch", y_label=y_label, low=0, high=high)
 
 
 def pair_bars(pairs: Sequence[Pair], *, title: str, unit: str, head: str, row: float = 17.0) -> str:
@@ -261,6 +298,27 @@ def svg(parts: Sequence[str], *, height: float, title: str) -> str:
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" xmlns="http://www.w3.org/2000/svg">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
     )
+
+
+def figure_style() -> str:
+    """The style of all charts, for a page that holds them."""
+    return files("espalier.run").joinpath("figures.css").read_text(encoding="utf-8")
+
+
+def as_file(chart: str) -> str:
+    """The same chart as a file of its own: on white, its colours written out, as programs other than browsers need them."""
+    style = figure_style()
+    light = dict(re.findall(r"--(\w+):(#\w+)", style.partition("@media")[0]))
+    rules = re.sub(r"var\(--(\w+)\)", lambda name: light[name[1]], style[style.index("svg {") :])
+    head, mark, rest = chart.partition("</title>")
+    wide, high = (int(n) + 2 * MARGIN for n in re.findall(r'viewBox="0 0 (\d+) (\d+)"', head)[0])
+    frame = f'viewBox="{-MARGIN} {-MARGIN} {wide} {high}" width="{2 * wide}" height="{2 * high}"'
+    head = re.sub(r'viewBox="[^"]*"', frame, head)
+    ground = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{wide}" height="{high}" fill="{light["paper"]}"/>'
+    return f"{head}{mark}<style>\n{rules}</style>{ground}{rest}\n"
+
+
+MARGIN = 10
 
 
 def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
