@@ -150,11 +150,11 @@ def line_chart(
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     names = [line.name for line in lines]
-    right = WIDTH - 12 - LETTER * max((len(n) for n in names), default=0)
+    right = WIDTH - 14 - LETTER * max((len(n) for n in names), default=0)
     low, high = min(ys) if low is None else low, max(ys) if high is None else high
     y_ticks = decades(low, high) if logarithmic else ticks(low, high)
     # Epochs, iterations, trials: there is none between two of them.
-    x_ticks = [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs) and t == round(t)] or [min(xs)]
+    x_ticks = [t for t in ticks(min(xs), max(xs), 6) if min(xs) <= t <= max(xs) and t == round(t)] or [min(xs)]
     left, top, bottom = 14 + LETTER * max(len(_number(t)) for t in y_ticks), 24.0, 190.0
     x = _scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, left, right)
     y = (_logarithmic if logarithmic else _scale)(y_ticks[0], y_ticks[-1], bottom, top)
@@ -175,7 +175,7 @@ def line_chart(
     named = [line for line in lines if line.name]
     places = spread_out([y(line.points[-1][1]) for line in named], apart=13, low=top, high=bottom)
     for line, place in zip(named, places, strict=True):
-        parts.append(_text(right + 6, place + 4, line.name, f"label f{line.tone}"))
+        parts.append(_text(right + (10 if line.apart else 6), place + 4, line.name, f"label f{line.tone}"))
     return svg(parts, height=226, title=title)
 
 
