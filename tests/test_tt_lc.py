@@ -377,7 +377,8 @@ def test_a_killed_run_goes_on_bit_for_bit(digits, stop_at, tmp_path, monkeypatch
     assert (tmp_path / "parts" / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
 
 
-def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("epochs", [2, 4], ids=["before any checkpoint", "after one"])
+def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, epochs, tmp_path, monkeypatch) -> None:
     calls: list = []
     real = tt_lc.loss_on
 
@@ -389,7 +390,7 @@ def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, tm
 
     monkeypatch.setattr(tt_lc, "loss_on", loss_on)
     method = es.TTLC(search=5, iterations=6, share=0.6)
-    options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=2)}
+    options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=epochs)}
     stop = 0
     whole = es.compress(net(), digits, out=tmp_path / "whole", **options)
     assert len(calls) == 5

@@ -313,7 +313,9 @@ class TensorCompression(Process):
 
     def _name_of_search(self, wanted: Mapping[str, Tensor], ranges: Ranges) -> str:
         """The C step, and a hash of all that scores depend on: trials on other weights are not those of this search."""
-        digest = hashlib.sha256(repr((self.method, self.budget, ranges)).encode())
+        # The limits, not the budget: a resumed run has it in absolute numbers.
+        asked = (self.method, self.limits, self.budget.multiple_of, list(self.places), ranges)
+        digest = hashlib.sha256(repr(asked).encode())
         for tensor in (*wanted.values(), *self.model.state_dict().values()):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return f"C step {self.lc.iterations + 1}, {digest.hexdigest()[:16]}"
