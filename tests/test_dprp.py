@@ -128,6 +128,27 @@ def test_composed_or_in_two_layers_makes_no_difference(kind: str, form: str, mon
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("composes", [True, False])
+def test_under_autocast_gradients_are_those_of_float32_up_to_its_precision(
+    form: str, composes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, low, x = factorised("plain", form)
+    low, x = low.float(), x.float().to(memory_format=torch.channels_last)
+    monkeypatch.setattr(LowRank, "composes", lambda self, x: composes)
+    toward, found = torch.randn(2, 7, 12, 11), []
+    for enabled in (False, True):
+        low.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = low(x)
+        assert output.dtype == (torch.bfloat16 if enabled else torch.float32)
+        (output.float() * toward).sum().backward()
+        found.append([low.u.grad.clone(), low.s.grad.clone(), low.v.grad.clone()])
+        assert all(g.dtype == torch.float32 and g.is_contiguous() for g in found[-1])
+    for exact, half in zip(*found, strict=True):
+        assert float((exact - half).norm()) < 0.02 * float(exact.norm())
+
+
 def test_it_composes_near_full_rank_and_not_below_break_even() -> None:
     layer = nn.Conv2d(32, 32, 3, padding=1)
     x = torch.zeros(64, 32, 16, 16)
@@ -162,6 +183,37 @@ def test_a_rank_that_a_matrix_does_not_have_is_refused() -> None:
         LowRank(4, 8, rank=5)
 
 
+def test_the_penalty_of_one_cycle_of_steps_is_on_average_the_sum_over_layers() -> None:
+    model = network("resnet20")
+    process = DPRP(form="spatial", orthogonality=2.0, sparsity=0.3).start(model, EXAMPLE, Budget(macs=0.5))
+    with torch.no_grad():
+        for layer in process.layers.values():
+            layer.u.add_(0.1 * torch.randn_like(layer.u) / layer.u.shape[0] ** 0.5)
+
+    def gradients_of(loss: Any) -> list[Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return [torch.zeros_like(f) if f.grad is None else f.grad.clone()
+                for layer in process.layers.values() for f in (layer.u, layer.s, layer.v)]  # fmt: skip
+
+    expected: Any = 0.0
+    for layer in process.layers.values():
+        off = sum((f.T @ f - torch.eye(layer.rank)).square().sum() for f in (layer.u, layer.v))
+        expected = expected + 2.0 * off / max(layer.rank, 16) ** 2 + 0.3 * layer.s.sum().square() / layer.s.square().sum()
+    wanted = gradients_of(expected)
+    steps = 8 * 3  # a layer of rank 192, three times 64, takes its turn at one in so many
+    assert {max(layer.rank // 64, 1) for layer in process.layers.values()} == {1, 3}
+    found, total = [torch.zeros_like(w) for w in wanted], 0.0
+    for step in range(steps):
+        process._steps = step
+        loss: Any = process.penalty()
+        total += float(loss.detach()) / steps
+        for sum_, gradient in zip(found, gradients_of(loss), strict=True):
+            sum_.add_(gradient, alpha=1 / steps)
+    assert total == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+
+
 # -- turning
 
 
@@ -181,7 +233,7 @@ def disturbed(dtype: torch.dtype = torch.float32) -> LowRank:
 def test_turning_is_exact_and_leaves_orthonormal_factors() -> None:
     low = disturbed()
     before = low.weight.double()
-    turn_factors(low, name="layer")
+    turn_factors({"layer": low})
     assert float((low.weight.double() - before).norm() / before.norm()) < 1e-6
     for factor in (low.u, low.v):
         off = factor.T @ factor - torch.eye(low.rank)
@@ -220,12 +272,50 @@ def test_the_optimiser_steps_to_the_same_weight_after_turning(kind: str) -> None
     twin = copy.deepcopy(low)
     other = make[kind](twin.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    turn_factors(twin, name="layer", optimizer=other)
+    turn_factors({"layer": twin}, optimizer=other)
     assert torch.allclose(twin.weight, low.weight, atol=1e-12)
     expected, found = next_step(low, optimizer), next_step(twin, other)
     assert float(expected.norm()) > 0
     tolerance = 1e-3 if kind in ("sgd", "nesterov") else 2e-2  # of Adam, second moments forget in another basis
     assert float((expected - found).norm()) < tolerance * float(expected.norm())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layers_turned_together_are_turned_as_alone_whatever_the_rest_is_like(threads: int) -> None:
+    """Dead values, a value of nothing and factors far from orthonormal are beside the usual ones in one batch."""
+    layers = {str(i): disturbed() for i in range(6)}
+    with torch.no_grad():
+        for i, layer in enumerate(layers.values()):
+            layer.u.add_(0.01 * torch.randn_like(layer.u))
+            layer.s.mul_(0.5 + i)
+        layers["1"].s[-5:] = 0.0
+        layers["2"].s[-5:] = 1e-8
+        layers["3"].v[:, 0] = layers["3"].v[:, 1] * (1 + 1e-5)
+        layers["4"].s[:3].neg_()
+    before = {n: layer.weight.double() for n, layer in layers.items()}
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        turns = turn_factors(layers)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(kept)
+    assert list(turns) == list(layers)
+    for name, layer in layers.items():
+        assert float((layer.weight.double() - before[name]).norm() / before[name].norm()) < 1e-6
+        for factor in (layer.u, layer.v):
+            assert float((factor.T @ factor - torch.eye(layer.rank)).abs().max()) < 1e-6
+        assert (layer.s.diff() <= 0).all()
+        assert (layer.s >= 0).all()
+        assert torch.equal(turns[name].s, layer.s)
+
+
+def test_a_bad_layer_in_a_batch_is_the_one_that_is_named() -> None:
+    layers = {str(i): disturbed() for i in range(3)}
+    with torch.no_grad():
+        layers["1"].u[2, 3] = float("inf")
+    with pytest.raises(ValueError, match="1: its weight"):
+        turn_factors(layers)
 
 
 def test_momentum_of_dead_values_does_not_explode() -> None:
@@ -239,7 +329,7 @@ def test_momentum_of_dead_values_does_not_explode() -> None:
     for parameter in (low.u, low.s, low.v):
         optimizer.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
     before = float(optimizer.state[low.u]["momentum_buffer"].norm())
-    turn_factors(low, name="layer", optimizer=optimizer)
+    turn_factors({"layer": low}, optimizer=optimizer)
     assert float(optimizer.state[low.u]["momentum_buffer"].norm()) < 3 * before
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from espalier.forms.chains import stages
 from espalier.forms.places import Place, out_size
@@ -100,22 +102,22 @@ class LowRank(OwnDecay):
     @property
     def weight(self) -> Tensor:
         """The composed weight, ``(O, I, kh, kw)`` or ``(O, I)``."""
-        u, v = self._scaled()
-        return from_matrix((u * self.s) @ v.T, self.shape, self.form)
+        left, right = self._sides()
+        return from_matrix(left @ right.T, self.shape, self.form)
 
     def stage_weights(self) -> list[Tensor]:
         """Weights of the two small layers, first to last."""
-        u, v = self._scaled()
-        return stage_weights(u * self.s, v, self.shape, self.form)
+        return stage_weights(*self._sides(), self.shape, self.form)
 
-    def _scaled(self) -> tuple[Tensor, Tensor]:
-        """``u`` and ``v``, with gradients that step like those of the dense weight."""
-        if not (torch.is_grad_enabled() and self.u.requires_grad):
-            return self.u, self.v
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """``U diag(s)`` and ``V``, in the precision of autocast, with gradients that step like those of the dense weight."""
         squares = self.s.detach().square()
         factor = 0.5 / (squares + DAMPING * squares.max()).clamp_min(torch.finfo(squares.dtype).tiny)
-        u, v = _ScaleGradient.apply(self.u, factor), _ScaleGradient.apply(self.v, factor)
-        return u, v
+        dtype, device = self.u.dtype, self.u.device.type
+        if dtype == torch.float32 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        sides: tuple[Tensor, Tensor] = _Sides.apply(self.u, self.s, self.v, factor, dtype)
+        return sides
 
     def composes(self, x: Tensor) -> bool:
         """Is one convolution, its weight composed first, cheaper for ``x`` than two small ones?"""
@@ -137,13 +139,14 @@ class LowRank(OwnDecay):
         if self.linear:
             return F.linear(F.linear(x, first), second, self.bias)
         one, two = self._stages
+        first, second = _laid_out(first, x), _laid_out(second, x)
         x = F.conv2d(x, first, None, one.stride, one.padding, one.dilation)
         return F.conv2d(x, second, self.bias, two.stride, two.padding, two.dilation)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.linear:
             return F.linear(x, self.weight, self.bias)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(x, _laid_out(self.weight, x), self.bias, self.stride, self.padding, self.dilation)
 
     def dense(self) -> nn.Conv2d | nn.Linear:
         """The plain layer with the composed weight."""
@@ -170,18 +173,31 @@ class LowRank(OwnDecay):
         )
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor per column."""
+def _laid_out(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight`` in the memory format of ``x``: the convolution would copy it into that, forward and again backward."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class _Sides(torch.autograd.Function):
+    """``U diag(s)`` and ``V`` in ``dtype``; the gradients of ``U`` and ``V`` are multiplied by ``factor``, one per column.
+
+    By hand because every pass over the factors counts: each rounding, product and scaling is one, and writes what is kept.
+    """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, factor: Tensor) -> Tensor:
-        context.save_for_backward(factor)
-        return x.view_as(x)
+    def forward(context: Any, u: Tensor, s: Tensor, v: Tensor, factor: Tensor, dtype: torch.dtype) -> Any:
+        context.save_for_backward(u, s, factor)
+        left = torch.mul(u, s, out=torch.empty_like(u, dtype=dtype))
+        return left, v.view_as(v) if dtype == v.dtype else v.to(dtype)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (factor,) = context.saved_tensors
-        return gradients[0] * factor, None
+    @once_differentiable
+    def backward(context: Any, left: Tensor, right: Tensor) -> Any:
+        u, s, factor = context.saved_tensors
+        du = torch.mul(left, s * factor, out=torch.empty_like(u))
+        dv = torch.mul(right.contiguous(), factor, out=factor.new_empty(right.shape))
+        return du, (left * u).sum(0), dv, None, None
 
 
 DAMPING = 0.01  # of the largest squared singular value
@@ -199,7 +215,7 @@ def matrix_size(shape: tuple[int, ...], form: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Turn:
-    """``U diag(s) V^T`` written anew as ``u diag(s) v^T`` with orthonormal ``u``, ``v`` and falling ``s``.
+    """``U diag(s) V^T`` written anew as ``u diag(s) v^T`` with orthonormal ``u``, ``v`` and falling ``s``; one or a batch.
 
     ``left`` and ``right`` are the changes of basis, ``U left = u`` and ``V right = v``.  A change ``ds`` of the old values is
     ``above diag(ds) below`` in the new basis, both ``(r, r)``.
@@ -221,16 +237,17 @@ class Turn:
         values are both below ``FLOOR`` of the largest, ``D`` is dropped: as turns of next to nothing it would be far too large
         for a first-order step (trained networks have dead filters, and it did make them explode).
         """
-        core = (self.above * ds) @ self.below
-        fresh = core.diagonal().clone()
-        core = core - torch.diag(fresh)
+        core = (self.above * ds[..., None, :]) @ self.below
+        fresh = core.diagonal(dim1=-2, dim2=-1).clone()
+        core = core - torch.diag_embed(fresh)
         squares = self.s.square()
-        pairs = squares[:, None] + squares[None, :]
-        core = core * pairs / (pairs.square() + (FLOOR * self.s.max()) ** 4).clamp_min(torch.finfo(core.dtype).tiny)
+        pairs = squares[..., :, None] + squares[..., None, :]
+        floor = (FLOOR * self.s.amax(-1)[..., None, None]) ** 4
+        core = core * pairs / (pairs.square() + floor).clamp_min(torch.finfo(core.dtype).tiny)
         return (
-            du @ self.left + self.u @ (core * self.s),
+            du @ self.left + self.u @ (core * self.s[..., None, :]),
             fresh,
-            dv @ self.right + self.v @ (core * self.s[:, None]).T,
+            dv @ self.right + self.v @ (core * self.s[..., :, None]).mT,
         )
 
     def spread(self, du: Tensor, ds: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,7 +256,11 @@ class Turn:
 
     def mixed(self, values: Tensor) -> Tensor:
         """Squares per singular value in the new basis, likewise."""
-        return (self.above * self.below.T).square() @ values
+        return ((self.above * self.below.mT).square() @ values[..., None])[..., 0]
+
+    def split(self) -> list[Turn]:
+        """Those of a batch, one by one."""
+        return [Turn(*row) for row in zip(*(getattr(self, field.name).unbind() for field in fields(self)), strict=True)]
 
 
 FLOOR = 0.03
@@ -249,29 +270,64 @@ FLOOR = 0.03
 def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
     """The singular value decomposition of ``u diag(s) v^T``, through ``(r, r)`` matrices only.
 
-    ``U = Q R`` and ``V = P T`` in float64, then the decomposition of the core ``R diag(s) T^T``, whose factors are polished.
     ``ValueError`` naming the layer ``name`` if there is no finite result.
     """
-    q, r = _qr(u.double())
-    p, t = _qr(v.double())
-    core = (r * s.double()) @ t.T
-    a, values, b = svd(core.to(s.dtype), name=name)
-    a, b = _polished(a.double()).to(s.dtype), _polished(b.double()).to(s.dtype)
-    q, r, p, t = (x.to(s.dtype) for x in (q, r, p, t))
+    return orthonormalise_batch(u[None], s[None], v[None], names=[name]).split()[0]
+
+
+@torch.no_grad()
+def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str]) -> Turn:
+    """``orthonormalise`` for layers of one shape: ``u`` is ``(k, m, r)``, ``s`` is ``(k, r)``, ``v`` is ``(k, n, r)``.
+
+    With ``V = P T`` (Cholesky of ``V^T V``), ``M^T M = P (T s U^T U s T^T) P^T``: the eigenvectors ``B`` of that core give
+    ``v = V T^-1 B`` and ``u = M v / s``.  In float64, which has the digits that squaring costs, this is less work than an SVD,
+    and the product is exact whatever the Gram matrices are off by.  Where the digits do not suffice: ``_with_care``.
+    """
+    gram, values = u.mT @ u, s.double()
+    factor, failed = torch.linalg.cholesky_ex((v.mT @ v).double())  # T^T, lower
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    scaled = factor.mT * values[..., None, :]
+    core = scaled @ gram.double() @ scaled.mT
+    good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1)) & core.sum((-2, -1)).isfinite()
+    if not good.all():  # the rest must not fail with them
+        core[~good] = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    squares, basis = torch.linalg.eigh(core)
+    squares, basis = squares.flip(-1), basis.flip(-1)
+    fresh = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+    below = factor @ basis
+    left = below * values[..., :, None] / fresh[..., None, :]
+    small = int((fresh < SMALL * fresh[..., :1]).sum(-1).max())
+    if small:  # columns that rounding has left less than orthonormal
+        tail, off = _polished(left[..., -small:], metric=gram.double())
+        left[..., -small:] = tail
+        good &= off < NEARLY
+    right = torch.linalg.solve_triangular(factor.mT.to(s.dtype), basis.to(s.dtype), upper=True)
+    left, below = left.to(s.dtype), below.to(s.dtype)
+    found = Turn(u @ left, fresh.to(s.dtype), v @ right, left, right, left.mT @ gram, below)
+    for number in torch.nonzero(~good).flatten().tolist():
+        exact = _with_care(u[number], s[number], v[number], name=names[number])
+        for field in fields(found):
+            getattr(found, field.name)[number] = getattr(exact, field.name)
+    return found
+
+
+SMALL = 1e-4  # of the largest singular value: above, columns are orthonormal to float32 without more ado
+NEARLY = 1e-4  # orthonormal: polishing leaves the square of what is off
+WELL_CONDITIONED = 1e-3  # the diagonal of a Cholesky factor of nearly orthonormal columns, least by largest
+
+
+def _with_care(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
+    """The same for any matrix: ``U = Q R`` and ``V = P T``, then the SVD of the core ``R diag(s) T^T``, polished."""
+    q, r = torch.linalg.qr(u.double())
+    p, t = torch.linalg.qr(v.double())
+    a, values, b = svd((r * s.double()) @ t.T, name=name)
+    a, b = _polished(a)[0], _polished(b)[0]
     left, right = (torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b)))
-    return Turn(q @ a, values, p @ b, left, right, a.T @ r, t.T @ b)
+    return Turn(*(x.to(s.dtype) for x in (q @ a, values, p @ b, left, right, a.T @ r, t.T @ b)))
 
 
-def _polished(matrix: Tensor) -> Tensor:
-    """Orthonormal columns to twice as many digits: one step of Newton and Schulz."""
-    return 1.5 * matrix - 0.5 * matrix @ (matrix.T @ matrix)
-
-
-def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """By Cholesky where the columns are nearly orthonormal, as they are here: faster, and in float64 as exact."""
-    factor, failed = torch.linalg.cholesky_ex(matrix.T @ matrix)
-    diagonal = factor.diagonal()
-    if int(failed) or not bool(diagonal.min() > 1e-3 * diagonal.max()):
-        return torch.linalg.qr(matrix)
-    r = factor.T
-    return torch.linalg.solve_triangular(r, matrix, upper=True, left=False), r
+def _polished(matrix: Tensor, *, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns to twice as many digits, by one step of Newton and Schulz; and how far off they were, at most."""
+    off = matrix.mT @ (matrix if metric is None else metric @ matrix)
+    off.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return matrix - 0.5 * matrix @ off, off.abs().amax((-2, -1))

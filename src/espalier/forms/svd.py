@@ -40,7 +40,8 @@ def stage_weights(left: Tensor, right: Tensor, shape: Sequence[int], form: str) 
         return [right.T, left]
     outputs, inputs, height, width = shape
     if form == "channel":
-        return [right.T.reshape(rank, inputs, height, width), left.reshape(outputs, rank, 1, 1)]
+        turned = right.T.contiguous()  # as a matrix: copied by blocks, which a permuted weight would not be
+        return [turned.view(rank, inputs, height, width), left.reshape(outputs, rank, 1, 1)]
     first = right.view(inputs, width, rank).permute(2, 0, 1).unsqueeze(2)  # (r, I, 1, kw)
     second = left.view(outputs, height, rank).permute(0, 2, 1).unsqueeze(3)  # (O, r, kh, 1)
     return [first, second]

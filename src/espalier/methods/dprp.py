@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from espalier.carving import put_in_place
 from espalier.costs import cost
@@ -143,19 +144,26 @@ class Falling(Process):
     # -- 2. penalty ----------------------------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor | float:
-        """At every step that of one in ``PARTS`` layers, ``PARTS`` times: the same on average, for a part of the work."""
-        names = list(self.layers)
-        parts = min(PARTS, len(names))
+        """At every step that of some layers, as many times as there are steps between: the same on average, for less work.
+
+        A layer takes its turn at one step in ``PARTS``; for the first term, of large layers, at one in as many as its rank
+        allows: its weight falls with ``1 / r^2``, so none is pulled harder at a time than one of rank ``LARGE``.
+        """
+        parts = min(PARTS, len(self.layers))
         total: Tensor | float = 0.0
-        for name in names[self._steps % max(parts, 1) :: max(parts, 1)]:
-            layer = self.layers[name]
-            if self.method.orthogonality:
-                off = _off_identity(layer.u) + _off_identity(layer.v)
-                total = total + (self.method.orthogonality / max(layer.rank, WEAKER_BELOW) ** 2) * off
+        for number, layer in enumerate(self.layers.values()):
+            turn = self._steps + number
+            if turn % parts:
+                continue
+            often = max(layer.rank // LARGE, 1)
+            if self.method.orthogonality and turn // parts % often == 0:
+                off = _OffIdentity.apply(layer.u) + _OffIdentity.apply(layer.v)
+                weight = self.method.orthogonality / max(layer.rank, WEAKER_BELOW) ** 2
+                total = total + parts * often * weight * off
             if self.method.sparsity and not self.done:
                 hoyer = layer.s.abs().sum().square() / layer.s.square().sum().clamp_min(1e-30)
-                total = total + self.method.sparsity * hoyer
-        return parts * total
+                total = total + parts * self.method.sparsity * hoyer
+        return total
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -172,9 +180,7 @@ class Falling(Process):
 
     def _event(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
         kept = self._drop(optimizer)
-        for name, layer in self.layers.items():
-            found = turn_factors(layer, name=name, optimizer=optimizer)
-            self._sensitivity[name] = found.mixed(self._sensitivity[name])
+        self._turn(optimizer)
         self._took_stock(progress)
         if self.settled:
             self._finished()
@@ -188,6 +194,10 @@ class Falling(Process):
         self._sensitivity = {n: v[: self.targets[n]] for n, v in self._sensitivity.items()}
         self._listen()
         return kept
+
+    def _turn(self, optimizer: torch.optim.Optimizer | None) -> None:
+        for name, turn in turn_factors(self.layers, optimizer=optimizer).items():
+            self._sensitivity[name] = turn.mixed(self._sensitivity[name])
 
     def _took_stock(self, progress: float) -> None:
         ranks = {n: layer.rank for n, layer in self.layers.items()}
@@ -309,9 +319,7 @@ class Falling(Process):
 
     def _drop_to_the_end(self) -> None:
         self._drop(None)
-        for name, layer in self.layers.items():
-            turned = turn_factors(layer, name=name)
-            self._sensitivity[name] = turned.mixed(self._sensitivity[name])
+        self._turn(None)
         self._aim(self._by_energy(1.0), self.limits)
         self._drop(None)
         self._took_stock(self._last)
@@ -358,13 +366,25 @@ def _dense_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _off_identity(factor: Tensor) -> Tensor:
-    """``|F^T F - I|^2``."""
-    gram = factor.T @ factor
-    return (gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)).square().sum()
+class _OffIdentity(torch.autograd.Function):
+    """``|F^T F - I|^2``, whose gradient ``4 F (F^T F - I)`` is one product."""
+
+    @staticmethod
+    def forward(context: Any, factor: Tensor) -> Tensor:
+        off = factor.T @ factor
+        off.diagonal().sub_(1.0)
+        context.save_for_backward(factor, off)
+        return off.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        factor, off = context.saved_tensors
+        return factor @ (4.0 * gradient * off)
 
 
 PARTS = 8  # the penalty of a layer is counted at one step in so many
+LARGE = 64  # rank above which the pull to orthonormal factors is counted more rarely still
 WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer grows as ranks fall
 LISTEN_EVERY = 4  # steps between two readings of the gradients
 _NUMBERS = ("settled", "done", "forced", "_next", "_last", "_steps", "_batches")

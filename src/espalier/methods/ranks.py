@@ -23,7 +23,7 @@ from espalier.graph.ladders import ladder_name
 from espalier.plan import Budget
 
 LAYOUTS = ("auto", "channel", "spatial")
-COMPOSING = 0.12  # of the MACs of a layer that composing its weight may cost at full rank ...
+COMPOSING = 0.06  # of the MACs of a layer that composing its weight may cost at full rank ...
 USUAL_BATCH = 128  # ... and at this batch
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, carve
-from espalier.forms.lowrank import LowRank, Turn, orthonormalise
+from espalier.forms.lowrank import LowRank, Turn, orthonormalise_batch
 
 FIRST = ("momentum_buffer", "exp_avg")
 SECOND = ("exp_avg_sq", "max_exp_avg_sq")
-Factors = tuple[Tensor, Tensor, Tensor]
 
 
 def cut_ranks(model: nn.Module, ranks: Mapping[str, int], *, optimizer: torch.optim.Optimizer | None = None) -> Kept:
@@ -29,21 +31,64 @@ def cut_ranks(model: nn.Module, ranks: Mapping[str, int], *, optimizer: torch.op
     return kept
 
 
-@torch.no_grad()
-def turn_factors(layer: LowRank, *, name: str, optimizer: torch.optim.Optimizer | None = None) -> Turn:
-    """Make the factors of ``layer`` a singular value decomposition again; the weight stays, momentum and moments go along.
+def turn_factors(layers: Mapping[str, LowRank], *, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Turn]:
+    """Make the factors of ``layers`` singular value decompositions again; the weights stay, momentum and moments go along.
 
     SGD's momentum is a step of the factors, so it turns like one (``Turn.tangent``).  Adam steps by ``m / (sqrt(v) + eps)``:
     ``v`` is spread over the new basis, and ``m`` is set so that this very step, turned, is the next one.
+
+    Layers of one shape are decomposed in one batch.  On the CPU batches fit into the cache, and threads take turns at them:
+    many small decompositions side by side are faster than one after the other with all threads.
     """
-    found = orthonormalise(layer.u, layer.s, layer.v, name=name)
-    parameters = (layer.u, layer.s, layer.v)
-    if optimizer is not None:
-        _turn_state(optimizer, parameters, found)
-    for parameter, fresh in zip(parameters, (found.u, found.s, found.v), strict=True):
-        parameter.copy_(fresh)
-        parameter.grad = None
-    return found
+    shapes: dict[Any, list[str]] = {}
+    for name, layer in layers.items():
+        shapes.setdefault((layer.u.shape, layer.v.shape, layer.u.dtype, layer.u.device), []).append(name)
+    parts = []
+    for (_, (_, rank), _, device), names in shapes.items():
+        size = max(1, CACHED // rank**2) if device.type == "cpu" else len(names)
+        parts += [names[i : i + size] for i in range(0, len(names), size)]
+    parts.sort(key=lambda names: -len(names) * layers[names[0]].rank ** 3)  # the longest first
+    threads = torch.get_num_threads() if all(device.type == "cpu" for *_, device in shapes) else 1
+
+    def turn(names: list[str]) -> dict[str, Turn]:
+        return _turn([layers[n] for n in names], names, optimizer)
+
+    if threads == 1 or len(parts) == 1:
+        done = [turn(names) for names in parts]
+    else:
+        with _single_thread(), ThreadPoolExecutor(threads) as pool:
+            done = list(pool.map(turn, parts))
+    found = {name: one for part in done for name, one in part.items()}
+    return {name: found[name] for name in layers}
+
+
+CACHED = 40_000  # entries of the cores of a batch
+
+
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    """Threads that begin in here work alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def _turn(layers: list[LowRank], names: list[str], optimizer: torch.optim.Optimizer | None) -> dict[str, Turn]:
+    """``turn_factors`` for layers of one shape."""
+    batch = [torch.stack([getattr(layer, factor) for layer in layers]) for factor in ("u", "s", "v")]
+    turns = orthonormalise_batch(*batch, names=names).split()
+    for layer, turn in zip(layers, turns, strict=True):
+        parameters = (layer.u, layer.s, layer.v)
+        if optimizer is not None:
+            _turn_state(optimizer, parameters, turn)
+        for parameter, fresh in zip(parameters, (turn.u, turn.s, turn.v), strict=True):
+            parameter.copy_(fresh)
+            parameter.grad = None
+    return dict(zip(names, turns, strict=True))
 
 
 def _turn_state(optimizer: torch.optim.Optimizer, parameters: tuple[nn.Parameter, ...], found: Turn) -> None:
