@@ -199,7 +199,9 @@ def test_the_penalty_of_one_cycle_of_steps_is_on_average_the_sum_over_layers() -
     expected: Any = 0.0
     for layer in process.layers.values():
         off = sum((f.T @ f - torch.eye(layer.rank)).square().sum() for f in (layer.u, layer.v))
-        expected = expected + 2.0 * off / max(layer.rank, 16) ** 2 + 0.3 * layer.s.sum().square() / layer.s.square().sum()
+        expected = (
+            expected + 2.0 * off / max(layer.rank, 16) ** 2 + 0.3 * layer.s.sum().square() / layer.s.square().sum()
+        )
     wanted = gradients_of(expected)
     steps = 8 * 3  # a layer of rank 192, three times 64, takes its turn at one in so many
     assert {max(layer.rank // 64, 1) for layer in process.layers.values()} == {1, 3}
