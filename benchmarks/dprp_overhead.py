@@ -7,8 +7,8 @@ networks take turns, block by block: plain training of the dense one, DPRP at fu
 included, before its first event), and DPRP after its last event at half the parameters.  Ratios are medians over blocks, of
 processor time, for which other work on the machine hardly counts, and of time on the clock.
 *Event*: turning the factors of all layers, momentum included, with ``--event-threads`` threads; the best of ``--events``, since
-other work on the machine can only add to it.  Before each the factors are disturbed as much as 140 steps at a learning rate of
-0.05 did (``DRIFT``).  *Off*: the largest error of an event, relative in the weights, and absolute in ``U^T U - I``.
+other work on the machine can only add to it.  Before each the factors are disturbed by ``DRIFT``, about as much as
+training between two events does.  *Off*: the largest error of an event, relative in the weights, and absolute in ``U^T U - I``.
 *Memory*: of weights and momentum at full rank, and of these, gradients and what forward keeps for backward, relative to dense.
 """
 
