@@ -53,9 +53,9 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. One "
         "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
         "*Training* is "
-        "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Times of runs that "
-        "shared a machine with others are rough; on the 8x8 digits a call takes some 50 microseconds, and a speed-up measured "
-        "beside other work says nothing.",
+        "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Both ratios are left "
+        "out where more ran than the machine had cores, because they would say nothing; `python -m benchmarks.run time NAME` "
+        "measures a speed-up again.",
     ]
     for name, recipe in recipes.items():
         rows = [row for row in found if row["recipe"] == name]
@@ -101,7 +101,7 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False) 
             _mean([r["accuracy"] for r in mine], 2),
             _share([r["macs_left"] for r in mine]),
             _share([r["params_left"] for r in mine]),
-            _mean([s for r in mine if (s := r["speedup"].get("onnxruntime, batch 1"))], 2, unit="x"),
+            _mean([s for r in mine if (s := _speedup(r))], 2, unit="x"),
             f"{len(mine)} of {len(recipe['seeds'])}",
         ]
         if not short:
@@ -142,10 +142,23 @@ def _share(values: list[float]) -> str:
 
 
 def _training(mine: Rows, dense: Rows) -> str | None:
-    """Time of the epochs over that of the dense row of the same seeds."""
-    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense}
-    ratios = [sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed]
+    """Time of the epochs over that of the dense row of the same seeds; of runs with a core of their own only."""
+    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _alone(row["hardware"])}
+    ratios = [
+        sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _alone(r["hardware"])
+    ]
     return f"{statistics.mean(ratios):.2f}x" if ratios else None
+
+
+def _speedup(row: Mapping[str, Any]) -> float | None:
+    """In ONNX Runtime, batch 1; ``None`` if other work shared the core while it was measured."""
+    measured = row.get("timed", row)
+    return row["speedup"].get("onnxruntime, batch 1") if _alone(measured["hardware"]) else None
+
+
+def _alone(hardware: Mapping[str, Any]) -> bool:
+    """Was there a core for everything that ran, as far as the load average tells?"""
+    return hardware["load_average"] <= hardware["cores"] + 0.5
 
 
 def _origin(rows: Rows) -> str:
