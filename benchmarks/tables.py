@@ -7,6 +7,7 @@ python -m benchmarks.tables --check    # exit code 1 if they are out of date
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping
@@ -53,8 +54,8 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. One "
         "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
         "*Training* is "
-        "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Both ratios are left "
-        "out where more ran than the machine had cores, because they would say nothing; `python -m benchmarks.run time NAME` "
+        "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Both ratios are "
+        "left out where more ran than the machine had cores, because they would say nothing; `python -m benchmarks.run time NAME` "
         "measures a speed-up again.",
     ]
     for name, recipe in recipes.items():
@@ -143,22 +144,22 @@ def _share(values: list[float]) -> str:
 
 def _training(mine: Rows, dense: Rows) -> str | None:
     """Time of the epochs over that of the dense row of the same seeds; of runs with a core of their own only."""
-    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _alone(row["hardware"])}
+    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _alone(row)}
     ratios = [
-        sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _alone(r["hardware"])
+        sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _alone(r)
     ]
     return f"{statistics.mean(ratios):.2f}x" if ratios else None
 
 
 def _speedup(row: Mapping[str, Any]) -> float | None:
     """In ONNX Runtime, batch 1; ``None`` if other work shared the core while it was measured."""
-    measured = row.get("timed", row)
-    return row["speedup"].get("onnxruntime, batch 1") if _alone(measured["hardware"]) else None
+    return row["speedup"].get("onnxruntime, batch 1") if _alone(row.get("timed", row)) else None
 
 
-def _alone(hardware: Mapping[str, Any]) -> bool:
+def _alone(where: Mapping[str, Any]) -> bool:
     """Was there a core for everything that ran, as far as the load average tells?"""
-    return hardware["load_average"] <= hardware["cores"] + 0.5
+    hardware = where.get("hardware", {})
+    return hardware.get("load_average", math.inf) <= hardware.get("cores", 0) + 0.5
 
 
 def _origin(rows: Rows) -> str:

@@ -198,6 +198,22 @@ def test_tables_give_mean_and_spread():
     assert "not run" in text
 
 
+def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
+    recipe = {"methods": {"dense": {"name": "dense"}, "tcp": {"name": "tcp"}}, "budget": {"macs": 0.5}, "seeds": [0]}
+    base = {"seed": 0, "accuracy": 90.0, "macs_left": 0.5, "params_left": 0.6, "seconds": {}}
+    busy, calm = ({"hardware": {"cores": 2, "load_average": load}} for load in (3.9, 1.8))
+    speed = {"onnxruntime, batch 1": 1.75}
+    rows = [
+        {**base, **calm, "label": "dense", "speedup": {}, "epoch_seconds": [10.0]},
+        {**base, **busy, "label": "tcp", "speedup": speed, "epoch_seconds": [8.0]},
+    ]
+    crowded = tables.recipe_table(recipe, rows)
+    assert "1.75x" not in crowded
+    assert "0.80x" not in crowded
+    assert "0.80x" in tables.recipe_table(recipe, [rows[0], {**rows[1], **calm}])
+    assert "1.75x" in tables.recipe_table(recipe, [rows[0], {**rows[1], "timed": calm}])
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_reaches_the_target(name):
     pytest.importorskip("torch_pruning")
