@@ -145,9 +145,7 @@ def _share(values: list[float]) -> str:
 def _training(mine: Rows, dense: Rows) -> str | None:
     """Time of the epochs over that of the dense row of the same seeds; of runs with a core of their own only."""
     by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _alone(row)}
-    ratios = [
-        sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _alone(r)
-    ]
+    ratios = [sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _alone(r)]
     return f"{statistics.mean(ratios):.2f}x" if ratios else None
 
 
