@@ -55,8 +55,8 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
         "*Training* is "
         "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Both ratios are "
-        "left out where more ran than the machine had cores, because they would say nothing; `python -m benchmarks.run time NAME` "
-        "measures a speed-up again.",
+        "left out where more ran than the machine had cores, because they would say nothing; `python -m benchmarks.run "
+        "time NAME` measures a speed-up again.",
     ]
     for name, recipe in recipes.items():
         rows = [row for row in found if row["recipe"] == name]
