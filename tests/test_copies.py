@@ -70,6 +70,18 @@ def test_a_tensor_may_be_given_and_an_own_way_of_copying_is_respected():
         copy_model(nn.Sequential(Shouting()), {})
 
 
+def test_buffers_that_share_memory_share_it_in_the_copy():
+    model = nn.Module()
+    table = torch.arange(12.0)
+    model.register_buffer("table", table)
+    model.register_buffer("head", table[:4])
+    model.register_buffer("turned", torch.arange(6.0).view(2, 3).t())
+    new = copy_model(model, {})
+    new.table[0] = 7.0
+    assert new.head[0] == 7.0 and table[0] == 0.0
+    assert new.turned.stride() == (1, 3) and torch.equal(new.turned, model.turned)
+
+
 def test_names_are_those_of_torch():
     model = Odd()
     assert named_modules(model) == dict(model.named_modules())

@@ -11,6 +11,7 @@ from networks import StandardisedConv2d
 from safetensors.torch import save_file
 from torch import nn
 
+from espalier import carving
 from espalier.graph import Graph, trace
 from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
@@ -182,6 +183,14 @@ def test_frozen_parameters_stay_frozen_and_the_memory_format_stays() -> None:
     assert not small.conv1.weight.requires_grad and small.linear.weight.requires_grad
     weight = small.layer2[0].conv2.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_a_large_tensor_is_cut_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carving, "_PIECE", 100)
+    tensor = torch.randn(30, 20, 3)
+    rows, columns = torch.tensor([0, 1, 5, 17, 28, 29]), torch.tensor([2, 3, 19])
+    found = carving.select(tensor, {0: rows, 1: columns})
+    assert found.is_contiguous() and torch.equal(found, tensor[rows][:, columns])
 
 
 def test_a_plan_that_removes_nothing_changes_nothing() -> None:

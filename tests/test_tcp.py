@@ -152,6 +152,16 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
         TCP(**settings)  # type: ignore[arg-type]
 
 
+def test_energy_taken_in_pieces_is_the_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    units = Units(model, trace(model, EXAMPLE))
+    matrices = [c for c in (*units.consumers, *units.producers) if c.parameter.ndim > 1]
+    whole = [c.energy() for c in matrices]
+    monkeypatch.setattr("espalier.methods.units._PIECE", 50)
+    for columns, expected in zip(matrices, whole, strict=True):
+        torch.testing.assert_close(columns.energy(), expected)
+
+
 def test_sensitivity_is_the_derivative_of_a_gate_on_the_unit() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 10))

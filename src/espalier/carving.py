@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from espalier.copies import copy_model, named_tensors
+from espalier.copies import copy_model, named_modules, tensors_of_modules
 from espalier.layers import ChannelPad
 
 Kept = dict[str, dict[int, np.ndarray]]
@@ -32,16 +32,18 @@ def carve(
     with the parameters, and its parameter lists point to the new ones, so that training simply goes on.
     """
     replaced: dict[int, Tensor] = {}
-    for tensor, index in _changes(model, kept):
-        small = replaced[id(tensor)] = _small(tensor, index)
+    modules = named_modules(model)
+    for tensor, indices in _changes(modules, kept):
+        small = replaced[id(tensor)] = _small(tensor, indices)
         if tensor.grad is not None:
-            small.grad = select(tensor.grad, index)
+            small.grad = select(tensor.grad, _on(tensor, indices))
         if optimizer is not None and tensor in optimizer.state:
+            index = _on(tensor, indices)
             optimizer.state[small] = {
                 k: select(v, index) if isinstance(v, Tensor) and v.shape == tensor.shape else v
                 for k, v in optimizer.state.pop(tensor).items()
             }
-    for module in model.modules():
+    for module in modules.values():
         for slots in (module._parameters, module._buffers):
             for key, held in slots.items():
                 if id(held) in replaced:
@@ -49,62 +51,79 @@ def carve(
     if optimizer is not None:
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
-    _refresh_all(model, kept, group_width)
+    _refresh_all(modules, kept, group_width, replaced.values())
 
 
 def carved(model: nn.Module, kept: Kept, *, group_width: dict[str, int] | None = None) -> nn.Module:
     """A copy of ``model`` that holds only ``kept`` of every tensor; what goes is never copied."""
-    small = copy_model(model, {id(t): _small(t, index) for t, index in _changes(model, kept)})
-    _refresh_all(small, kept, group_width)
+    replaced = {id(t): _small(t, indices) for t, indices in _changes(named_modules(model), kept)}
+    small = copy_model(model, replaced)
+    _refresh_all(named_modules(small), kept, group_width, replaced.values())
     return small
 
 
-def _changes(model: nn.Module, kept: Kept) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+def _changes(modules: dict[str, nn.Module], kept: Kept) -> Iterator[tuple[Tensor, dict[int, np.ndarray]]]:
     """Every tensor that loses something, with the indices that stay."""
-    parameters, buffers = named_tensors(model)
+    parameters, buffers = tensors_of_modules(modules)
     named: dict[str, Tensor] = {**parameters, **buffers}
     for name, by_dim in kept.items():
         if "#" in name:
             continue
         tensor = named[name]
-        index = {d: torch.from_numpy(i).to(tensor.device) for d, i in by_dim.items() if len(i) != tensor.shape[d]}
-        if index:
-            yield tensor, index
+        shape = tensor.shape
+        indices = {d: i for d, i in by_dim.items() if len(i) != shape[d]}
+        if indices:
+            yield tensor, indices
 
 
-def _small(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
-    small = select(tensor.detach(), index)
+def _on(tensor: Tensor, indices: dict[int, np.ndarray]) -> dict[int, Tensor]:
+    """The same indices beside ``tensor``."""
+    return {d: torch.from_numpy(i).to(tensor.device) for d, i in indices.items()}
+
+
+def _small(tensor: Tensor, indices: dict[int, np.ndarray]) -> Tensor:
+    if tensor.is_meta and tensor.is_contiguous():  # only its shape matters
+        shape = [len(indices[d]) if d in indices else n for d, n in enumerate(tensor.shape)]
+        small = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
+    else:
+        small = select(tensor.detach(), _on(tensor, indices))
     return nn.Parameter(small, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
 
 
-def _refresh_all(model: nn.Module, kept: Kept, group_width: dict[str, int] | None) -> None:
-    names = {n.split("#")[0] if "#" in n else n.rpartition(".")[0] for n in kept}
-    held = {id(t) for n in kept if "#" not in n for t in [_held(model, n)]}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name in names or any(id(t) in held for s in (module._parameters, module._buffers) for t in s.values()):
+def _refresh_all(
+    modules: dict[str, nn.Module], kept: Kept, group_width: dict[str, int] | None, changed: Iterable[Tensor]
+) -> None:
+    """Refresh every module that holds one of the tensors ``changed``, be it a shared one, or that ``kept`` names itself."""
+    names = {n.partition("#")[0] for n in kept if "#" in n}
+    new = {id(t) for t in changed}
+    for name, module in modules.items():
+        held = map(id, (*module._parameters.values(), *module._buffers.values()))
+        if name in names or not new.isdisjoint(held):
             refresh(module, name, kept, (group_width or {}).get(name))
 
 
-def _held(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer called ``name``; a module may share it with others."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    found = module._parameters[key] if key in module._parameters else module._buffers[key]
-    assert found is not None, name
-    return found
+_PIECE = 1 << 22  # elements that are cut at a time: more only makes the copy in between larger
 
 
 def select(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
     """Keep ``index[dim]`` along every dimension given; the memory format stays."""
-    if tensor.is_meta and tensor.is_contiguous():
-        shape = [len(index[d]) if d in index else n for d, n in enumerate(tensor.shape)]
-        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     channels_last = (
         tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     )
+    if len(index) > 1 and 0 in index and tensor.is_contiguous() and tensor.numel() > _PIECE:
+        return _select_in_pieces(tensor, index)
     for dim, keep in index.items():
         tensor = tensor.index_select(dim, keep)
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.contiguous()
+
+
+def _select_in_pieces(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
+    """Rows by rows, so that what has lost its rows but not yet its columns never stands in memory as a whole."""
+    small = tensor.new_empty([len(index[d]) if d in index else n for d, n in enumerate(tensor.shape)])
+    rows = index[0].split(max(1, _PIECE * len(tensor) // tensor.numel()))
+    for piece, some in zip(small.split([len(r) for r in rows]), rows, strict=True):
+        piece.copy_(select(tensor.index_select(0, some), {d: i for d, i in index.items() if d}))
+    return small
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -6,7 +6,7 @@ import copy
 import copyreg
 import functools
 import types
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,13 +28,36 @@ def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """
     memo: dict[int, Any] = dict(tensors)
     parameters, buffers = named_tensors(model)
-    for tensor in (*parameters.values(), *buffers.values()):
-        if id(tensor) not in memo and type(tensor) is nn.Parameter:  # what deepcopy does, without its bookkeeping
+    every = (*parameters.values(), *buffers.values())
+    plain = [t for t in every if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided]
+    stored = Counter(t.untyped_storage()._cdata for t in plain)  # tensors of the model in every storage
+    for tensor in every:
+        if id(tensor) in memo:
+            continue
+        if type(tensor) is nn.Parameter:  # what deepcopy does, without its bookkeeping
             copied = tensor.detach().clone(memory_format=torch.preserve_format)
             memo[id(tensor)] = nn.Parameter(copied, requires_grad=tensor.requires_grad)
-        elif id(tensor) not in memo and type(tensor) is Tensor and tensor.ndim == 0 and not tensor.requires_grad:
-            memo[id(tensor)] = tensor.clone()
+        elif _is_whole(tensor) and stored[tensor.untyped_storage()._cdata] == 1:
+            memo[id(tensor)] = tensor.clone(memory_format=torch.preserve_format)
     return _copied_module(model, memo)
+
+
+def copied(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """``copy_model`` where ``tensors`` names every parameter and buffer, or where Python's own copy of the rest will do."""
+    return _copied_module(model, dict(tensors))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """A plain buffer that fills its storage and carries nothing else: a clone is all there is to copy."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and tensor.grad is None
+        and not tensor.__dict__
+        and not tensor.is_complex()
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    )
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,10 +80,15 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
     """``dict(model.named_parameters())`` and ``dict(model.named_buffers())`` in one pass."""
+    return tensors_of_modules(named_modules(model))
+
+
+def tensors_of_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """``named_tensors`` for whoever has the modules at hand."""
     parameters: dict[str, nn.Parameter] = {}
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, module in named_modules(model).items():
+    for name, module in modules.items():
         for slots, into in ((module._parameters, parameters), (module._buffers, buffers)):
             for key, tensor in slots.items():
                 if tensor is not None and id(tensor) not in seen:
@@ -78,9 +106,14 @@ def _copied_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     new = memo[id(module)] = object.__new__(type(module))
     state = new.__dict__
     for key, value in module.__dict__.items():
-        if key == "_compiled_call_impl":  # as in ``nn.Module.__getstate__``
-            continue
-        state[key] = value if type(value) in _ATOMS else _copied(value, memo)
+        if type(value) in _ATOMS:
+            state[key] = value
+        elif type(value) in _CONTAINERS and not value:  # most of what a module holds is an empty list of hooks
+            known = memo.get(id(value))
+            state[key] = memo.setdefault(id(value), type(value)()) if known is None else known
+        elif key != "_compiled_call_impl":  # as in ``nn.Module.__getstate__``
+            state[key] = _copied(value, memo)
+    state.pop("_compiled_call_impl", None)
     return new
 
 

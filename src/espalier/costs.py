@@ -6,6 +6,7 @@ that number (``graph.ladders``).  So one evaluation is a few small matrix produc
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,9 +133,10 @@ class CostModel:
         """Per group the terms that change with it."""
         touched: list[list[Touched]] = [[] for _ in self.graph.groups]
         depends = [e.groups for e in self.graph.extents] + [set()]
+        each: list[dict[int, int]] = [dict(e.each) for e in self.graph.extents] + [{}]
         for coefficient, (a, b, c) in zip(packed[0].tolist(), packed[1].T.tolist(), strict=True):
             for group in depends[a] | depends[b] | depends[c]:
-                x, y, z = self._each[[a, b, c], group].tolist()
+                x, y, z = (float(each[extent].get(group, 0)) for extent in (a, b, c))
                 touched[group].append((coefficient, a, b, c, x, y, z))
         return touched
 
@@ -146,25 +148,27 @@ class CostModel:
             amounts["params"] += self._baked_away
         return Cost(amounts["macs"], amounts["params"], round(float(self.live(keep).max(initial=0.0))))
 
-    def at(self, keep: np.ndarray) -> CostState:
-        """A state that can be moved unit by unit, cheaply."""
-        return CostState(self, keep)
+    def at(self, keep: np.ndarray, *, metrics: Collection[str] = METRICS) -> CostState:
+        """A state that can be moved unit by unit, cheaply, and knows ``metrics``."""
+        return CostState(self, keep, metrics)
 
 
 class CostState:
     """Costs at one ``keep``, updated as units come and go; every step costs only the terms it touches."""
 
-    def __init__(self, model: CostModel, keep: np.ndarray) -> None:
+    def __init__(self, model: CostModel, keep: np.ndarray, metrics: Collection[str] = METRICS) -> None:
         self._model = model
         self.keep = keep.astype(np.int64).copy()
         self._missing = int((model.graph.sizes - self.keep).sum())  # units that are gone
         self._length: list[float] = model.lengths(self.keep).tolist()
         whole = model.cost(self.keep)
-        self.amount = {"macs": float(whole.macs), "params": float(whole.params)}
+        self.amount = {m: float(getattr(whole, m)) for m in ("macs", "params") if m in metrics}
+        self._follows_live = "activation_memory" in metrics
         self._live = model.live(self.keep)
 
     @property
     def activation_memory(self) -> float:
+        assert self._follows_live
         return float(self._live.max(initial=0.0))
 
     def value(self, metric: str) -> float:
@@ -205,6 +209,7 @@ class CostState:
             self.amount[metric] += self.change(metric, group, units)
         for extent, more in self._model.longer(self.keep, group, units).items():
             self._length[extent] += more
-        self._live += self._model.more_live(self.keep, group, units)
+        if self._follows_live:
+            self._live += self._model.more_live(self.keep, group, units)
         self.keep[group] += units
         self._missing -= units

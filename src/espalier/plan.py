@@ -38,7 +38,8 @@ class Plan:
             units = np.asarray(units)
             if units.ndim != 1 or len(units) == 0:
                 raise ValueError(f"plan: group {name!r} must keep at least one unit")
-            if len(np.unique(units)) != len(units) or units.min() < 0 or units.max() >= group.size:
+            once = units.min() >= 0 and units.max() < group.size and np.bincount(units).max() == 1
+            if not once:
                 raise ValueError(f"plan: group {name!r} lists units outside 0..{group.size - 1}, or twice")
 
     def counts(self, graph: Graph) -> np.ndarray:

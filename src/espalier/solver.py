@@ -64,7 +64,7 @@ def solve(
     lowest = np.minimum(lowest, highest)
     _check_reachable(model, lowest, limits, dense)
 
-    state = model.at(highest)
+    state = model.at(highest, metrics=limits)
     _remove(state, graph.groups, values, lowest, steps, limits, per_cost)
     _fill(state, graph.groups, values, steps, highest, limits)
     keep = {g.name: np.sort(orders[i][: state.keep[i]]) for i, g in enumerate(graph.groups)}
@@ -241,7 +241,7 @@ def unused_blocks(graph: Graph, plan: Plan, budget: Budget, *, ceiling: Mapping[
     highest = _highest(graph, ceiling)
     model = CostModel(graph)
     limits = budget.limits(model.cost(graph.sizes))
-    state = model.at(plan.counts(graph))
+    state = model.at(plan.counts(graph), metrics=limits)
     return [
         group.name
         for number, group in enumerate(graph.groups)

@@ -157,19 +157,21 @@ class Graph:
 
     def kept(self, units: dict[str, np.ndarray]) -> Kept:
         """Indices that stay in every tensor when ``units[group]`` (sorted unit numbers) stay."""
-        gone: dict[tuple[str, int], list[np.ndarray]] = {}
+        gone: dict[tuple[str, int], np.ndarray] = {}
         for name, stay in units.items():
             group = self.group(name)
             if len(stay) == group.size:
                 continue
-            lost = np.setdiff1d(np.arange(group.size), stay)
+            lost = np.ones(group.size, dtype=bool)
+            lost[stay] = False
             for s in group.slices:
-                gone.setdefault((s.tensor, s.dim), []).append(s.index[lost].reshape(-1))
+                mask = gone.get((s.tensor, s.dim))
+                if mask is None:
+                    mask = gone[s.tensor, s.dim] = np.zeros(self.shapes[s.tensor][s.dim], dtype=bool)
+                mask[s.index[lost]] = True
         kept: Kept = {}
-        for (tensor, dim), parts in gone.items():
-            mask = np.ones(self.shapes[tensor][dim], dtype=bool)
-            mask[np.concatenate(parts)] = False
-            kept.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
+        for (tensor, dim), mask in gone.items():
+            kept.setdefault(tensor, {})[dim] = (~mask).nonzero()[0]
         return kept
 
     def after(self, units: Mapping[str, np.ndarray]) -> Graph:

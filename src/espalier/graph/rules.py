@@ -25,6 +25,7 @@ from espalier.graph.watch import (
     State,
     Watch,
     compact,
+    narrowed,
     state,
     tensors_of,
     varying,
@@ -73,7 +74,7 @@ def dims_of(dims: Any, ndim: int) -> list[int]:
 def derived_from(operands: Sequence[Tensor]) -> int:
     """``State.derived`` of what is made of ``operands``; a tensor the watch has never seen is no parameter."""
     kinds = [state(t).derived for t in operands]
-    return max(kinds) if kinds and all(kinds) else 0
+    return max(kinds) if kinds and 0 not in kinds else 0
 
 
 def pending_of(operands: Sequence[Tensor]) -> tuple[tuple[np.ndarray, Reason], ...]:
@@ -92,6 +93,11 @@ def settle(watch: Watch, operands: Sequence[Tensor]) -> None:
 
 def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> list[Layer]:
     """Layers of an element-wise result of ``shape``: matching dimensions tie, a fixed partner freezes."""
+    first = state(operands[0]).layers if operands else ()
+    if len(first) == 1 and first[0].size > 1 and all(t.shape == shape and _is_alike(t, first[0]) for t in operands):
+        for other in operands[1:]:  # a residual sum, as most are
+            watch.tie(first[0], state(other).layers[0])
+        return [compact(first[0])]
     ndim = len(shape)
     merged: list[Layer] = []
     shapes = [(1,) * (ndim - t.ndim) + tuple(t.shape) for t in operands]
@@ -110,11 +116,19 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
             for i, known in enumerate(merged):
                 if set(varying(known)) & set(dims) or (not dims and not varying(known)):
                     watch.tie(known, layer)
-                    merged[i] = compact(torch.broadcast_tensors(known, layer)[0])
+                    if known.shape != layer.shape:
+                        known = np.broadcast_to(known, np.broadcast_shapes(known.shape, layer.shape))
+                    merged[i] = compact(known)
                     break
             else:
                 merged.append(layer)
     return merged
+
+
+def _is_alike(tensor: Tensor, layer: Layer) -> bool:
+    """Are the channels of ``tensor`` where those of ``layer`` are, and nowhere else?"""
+    layers = state(tensor).layers
+    return len(layers) == 1 and layers[0].shape == layer.shape
 
 
 def _meets_fixed(
@@ -147,11 +161,10 @@ def computed(func: Any, operands: Sequence[Tensor]) -> bool:
 
 
 def pointwise(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    operands = tensors_of(args, kwargs)
+    operands, outs = tensors_of(args, kwargs), tensors_of(out)
     derived = derived_from(operands)
     if derived == PLAIN and computed(func, operands):
         derived = COMPUTED
-    outs = tensors_of(out)
     shape = outs[0].shape if outs else ()
     if len(operands) == 1 and operands[0].shape == shape:
         known = state(operands[0])
@@ -199,11 +212,12 @@ def restrided(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None
 
 def unknown(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """No rule: freeze every label that gets here, and list the operation."""
-    operands = [t for t in tensors_of(args, kwargs) if state(t).layers]
-    if operands:
+    operands = tensors_of(args, kwargs)
+    if any(state(t).layers for t in operands):
         watch.freeze_operands(args, kwargs, f"{func._overloadpacket} has no rule")
         watch.unknown[f"{func._overloadpacket} in {watch.place()}"] = None
-    constant_macs(watch, func, args, kwargs, out)
+    if operands:
+        constant_macs(watch, func, args, kwargs, out)
     for o in tensors_of(out):
         watch.put(o)
 
@@ -236,10 +250,17 @@ def constant_macs(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> 
 # -- views: executed on the labels -------------------------------------------------------------------------------------
 
 
+def on_labels(func: Any, layer: Layer, args: Any, kwargs: Any) -> Any:
+    """What the operation makes of a layer in the place of its first operand: an array, or several."""
+    whole = torch.from_numpy(layer if layer.flags.writeable else layer.copy()).expand(args[0].shape)
+    made = func(whole, *args[1:], **kwargs)
+    return made.numpy() if isinstance(made, Tensor) else [m.numpy() for m in made]
+
+
 def executed(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Run the operation itself on the labels."""
-    tensor, known = args[0], state(args[0])
-    layers = [compact(func(layer.expand(tensor.shape), *args[1:], **kwargs)) for layer in known.layers]
+    known = state(args[0])
+    layers = [compact(on_labels(func, layer, args, kwargs)) for layer in known.layers]
     watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
@@ -249,7 +270,21 @@ rule("squeeze", "flip", "repeat", "unfold", "roll")(executed)
 @rule("permute", "transpose", "t", "unsqueeze", "movedim")
 def turned(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Dimensions change places, channels do not."""
-    executed(watch, func, args, kwargs, out)
+    turn = TURNS.get(func._overloadpacket)
+    if turn is None or kwargs:
+        executed(watch, func, args, kwargs, out)
+        return
+    tensor, known = args[0], state(args[0])
+    layers = [turn(align(layer, tensor.ndim), *args[1:]) for layer in known.layers]
+    watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+TURNS: dict[Any, Callable[..., Layer]] = {
+    aten.t: np.transpose,
+    aten.transpose: np.swapaxes,
+    aten.permute: np.transpose,
+    aten.unsqueeze: np.expand_dims,
+}
 
 
 @rule("expand")
@@ -269,7 +304,8 @@ def view(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tensor, known = args[0], state(args[0])
     layers = []
     for layer in known.layers:
-        result = compact(layer.expand(tensor.shape).reshape(out.shape))
+        whole = layer if layer.size == tensor.numel() else np.broadcast_to(layer, tensor.shape)
+        result = compact(whole.reshape(out.shape))
         dims = varying(result)
         level = watch.level()
         if level and len(dims) <= 1:
@@ -281,7 +317,7 @@ def view(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                 shrinking = dims[-1] if level == 0 else dims[0]
                 for dim in dims:
                     if dim != shrinking:
-                        watch.tie(result, result.narrow(dim, 0, 1))
+                        watch.tie(result, narrowed(result, dim))
         layers.append(result)
     watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
@@ -294,18 +330,18 @@ def shuffle(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         watch.put(out)
         return
     if func._overloadpacket is aten.pixel_shuffle:  # (C*r*r, H, W) -> (C, H*r, W*r)
-        block = vec.view(-1, args[1] ** 2)
+        block = vec.reshape(-1, args[1] ** 2)
         watch.tie(block, block[:, :1])
         new = block[:, 0]
     elif func._overloadpacket is aten.pixel_unshuffle:  # (C, H*r, W*r) -> (C*r*r, H, W)
-        new = vec.repeat_interleave(args[1] ** 2)
+        new = vec.repeat(args[1] ** 2)
     else:
-        block = vec.view(args[1], -1)
+        block = vec.reshape(args[1], -1)
         watch.tie(block, block[:1])
-        new = block.t().reshape(-1)
+        new = block.T.reshape(-1)
     shape = [1] * out.ndim
     shape[-3 if "pixel" in str(func) else 1] = -1
-    watch.put(out, [new.view(shape)])
+    watch.put(out, [new.reshape(shape)])
 
 
 def chunked(watch: Watch, layer: Layer, dim: int, size: int) -> None:
@@ -313,7 +349,7 @@ def chunked(watch: Watch, layer: Layer, dim: int, size: int) -> None:
     if watch.level() >= 1:
         watch.freeze([layer], "is cut at a fixed width")
         return
-    pieces = layer.split(size, dim)
+    pieces = np.split(layer, range(size, layer.shape[dim], size), dim)
     for piece in pieces[1:]:
         watch.tie(pieces[0], piece)
 
@@ -333,7 +369,7 @@ def slice_(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                 chunked(watch, layer, dim, size)
             else:
                 watch.mix(layer, [dim], "is sliced at a fixed index")
-            layer = func(layer, *args[1:], **kwargs)
+            layer = on_labels(func, layer, args, kwargs)
         layers.append(compact(layer))
     watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
@@ -353,7 +389,7 @@ def split(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
                     chunked(watch, layer, dim, out[0].shape[dim])
             else:
                 watch.mix(layer, [dim], "is split at fixed widths")
-            cut = func(layer.expand(tensor.shape), *args[1:], **kwargs)
+            cut = on_labels(func, layer, args, kwargs)
         else:
             cut = [layer.squeeze(dim) if unbinds else layer] * len(out)
         for piece, part in zip(pieces, cut, strict=True):
@@ -369,7 +405,7 @@ def select(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     layers = []
     for layer in known.layers:
         watch.mix(layer, [dim], "is selected by a fixed index")
-        layers.append(compact(layer.expand(tensor.shape).select(dim, args[2])))
+        layers.append(compact(np.asarray(np.broadcast_to(layer, tensor.shape).take(args[2], dim))))
     watch.put(out, layers, derived=known.derived, pending=known.pending)
 
 
@@ -387,10 +423,10 @@ def join(watch: Watch, tensors: Sequence[Tensor], dim: int) -> list[Layer]:
     along = [any(layer.shape[dim] > 1 for layer in state(t).layers) for t in tensors]
     single = [t.shape[dim] == 1 and any(not varying(m) for m in state(t).layers) for t in tensors]
     if any(along) or (any(single) and all(len(state(t).layers) <= 1 for t in tensors)):
-        new = torch.cat([watch.vector(t, dim) for t in tensors])
+        new = np.concatenate([watch.vector(t, dim) for t in tensors])
         shape = [1] * tensors[0].ndim
         shape[dim] = -1
-        return [new.view(shape)] if bool(new.any()) else []
+        return [new.reshape(shape)] if np.count_nonzero(new) else []
     base = tensors[0]
     narrow = [t.narrow(dim, 0, 1) for t in tensors]
     for short, full in zip(narrow, tensors, strict=True):
@@ -403,7 +439,7 @@ def stack(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     layers = combine(watch, list(args[0]), args[0][0].shape)
     derived = derived_from(list(args[0]))
-    watch.put(out, [layer.unsqueeze(dim) for layer in layers], derived=derived, pending=pending_of(args[0]))
+    watch.put(out, [np.expand_dims(layer, dim) for layer in layers], derived=derived, pending=pending_of(args[0]))
 
 
 @rule("index_select")
@@ -425,8 +461,8 @@ def pad(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             name = watch.module_name
             before = watch.axis_labels(f"{name}#before", 0, watch.module.before)
             after = watch.axis_labels(f"{name}#after", 0, watch.module.after)
-            vec = torch.cat([before, layer.reshape(-1), after])
-            layer = vec.view([1, -1] + [1] * (tensor.ndim - 2))
+            vec = np.concatenate([before, layer.reshape(-1), after])
+            layer = vec.reshape([1, -1] + [1] * (tensor.ndim - 2))
         elif padded:
             watch.freeze([layer], "channels are padded by a fixed number")
             continue
@@ -444,11 +480,11 @@ def reduced(watch: Watch, args: Any, out: Any, dims: list[int], keepdim: bool, t
     for layer in known.layers:
         touched = [d for d in dims if layer.shape[d] > 1]
         if touched and known.derived:
-            pending.append((layer.reshape(1, -1).numpy(), Reason(text, watch.place())))
+            pending.append((layer.reshape(1, -1), Reason(text, watch.place())))
         elif touched:
             watch.mix(layer, touched, text)
         for d in dims:
-            layer = layer.narrow(d, 0, 1)
+            layer = narrowed(layer, d)
         if not keepdim:
             layer = layer.reshape([s for d, s in enumerate(layer.shape) if d not in dims])
         if not touched or not known.derived:
@@ -485,7 +521,7 @@ def along(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     layers = []
     for layer in known.layers:
         watch.mix(layer, [dim], f"{func._overloadpacket} runs over these channels")
-        layers.append(layer if tensors_of(out)[0].shape == args[0].shape else layer.narrow(dim, 0, 1))
+        layers.append(layer if tensors_of(out)[0].shape == args[0].shape else narrowed(layer, dim))
     for o in tensors_of(out):
         watch.put(o, layers)
 
@@ -525,7 +561,7 @@ def glu(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     layers = []
     for layer in known.layers:
         if layer.shape[dim] > 1:
-            one, other = layer.chunk(2, dim)
+            one, other = np.split(layer, 2, dim)
             watch.tie(one, other)
             layer = one
         layers.append(layer)
@@ -542,7 +578,7 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     tensor, known = args[0], state(args[0])
     vec = watch.vector(tensor, 1)
     module = watch.module
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not tensors_of(args[1:5]) and bool(vec.any()):
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not tensors_of(args[1:5]) and vec.any():
         width = module.num_features  # it remembers its width, though it has nothing of that width
         watch.tie(vec[:width], watch.axis_labels(f"{watch.module_name}#channels", 0, width))
     for affine in args[1:5]:
@@ -552,20 +588,18 @@ def batch_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
                 settle(watch, [affine])
     layers, pending = [], list(known.pending)
     for layer in known.layers:
-        if varying(layer) == (1,) or not varying(layer):
+        if layer.ndim > 1 and layer.size == layer.shape[1]:
             layers.append(layer)
         elif known.derived:
             text = "the weight is standardised over its inputs"
-            pending.append((layer.reshape(1, -1).numpy(), Reason(text, watch.place())))
+            pending.append((layer.reshape(1, -1), Reason(text, watch.place())))
             layers.append(layer)
         else:
             watch.mix(layer, [d for d in varying(layer) if d != 1], "batch norm runs over these channels")
-    first = tensors_of(out)[0]
+    first, *statistics = tensors_of(out)
     watch.put(first, layers, derived=known.derived, pending=tuple(pending))
-    for o in tensors_of(out)[1:]:
-        watch.put(
-            o, [vec] if o.ndim == 1 and o.shape[0] == vec.shape[0] and bool(vec.any()) else [], derived=known.derived
-        )
+    for o in statistics:
+        watch.put(o, [vec] if o.shape == vec.shape and vec.any() else [], derived=known.derived)
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
@@ -595,10 +629,10 @@ def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     vec = watch.vector(tensor, 1)
     for t in affine:
         watch.tie(vec, watch.vector(t, 0))
-    block = vec.view(groups, -1)
+    block = vec.reshape(groups, -1)
     known = isinstance(watch.module, nn.GroupNorm) and watch.module.num_groups == groups
-    if known and bool(vec.any()):
-        watch.tie(vec, watch.axis_labels(f"{watch.module_name}#channels", 0, vec.numel()))
+    if known and vec.any():
+        watch.tie(vec, watch.axis_labels(f"{watch.module_name}#channels", 0, vec.size))
     if groups == 1 and block.shape[1] > 1:
         watch.mix(block, [1], "group norm with one group takes its statistics over these channels")
     elif not known:
@@ -609,7 +643,7 @@ def group_norm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     first, *statistics = tensors_of(out)
     watch.put(first, state(tensor).layers)
     for o in statistics:  # (n, groups)
-        watch.put(o, [block[:, 0].view(1, -1)] if bool(vec.any()) else [])
+        watch.put(o, [block[:, 0].reshape(1, -1)] if vec.any() else [])
 
 
 # -- convolutions and matrix products ----------------------------------------------------------------------------------
@@ -653,17 +687,17 @@ def convolution(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> No
             "transposed convolution" if transposed else "convolution",
             known.source,
             int(spatial * math.prod(weight.shape[2:])),
-            (rows.numpy(), cols.numpy()),
+            (rows, cols),
             watch.clock,
             baked=bool(bake),
         )
     )
     shape = [1] * out.ndim
     shape[1 if x.ndim == weight.ndim else 0] = -1
-    watch.put(out, [made.view(shape)] if bool(made.any()) else [])
+    watch.put(out, [made.reshape(shape)] if np.count_nonzero(made) else [])
 
 
-def baked_columns(watch: Watch, module: nn.Module, cols: Tensor) -> Tensor:
+def baked_columns(watch: Watch, module: nn.Module, cols: np.ndarray) -> np.ndarray:
     """Input labels of a weight that is computed: those of the raw parameter, which went through a statistic."""
     raw = getattr(module, "weight", None)
     if isinstance(raw, Tensor) and state(raw).source is not None:
@@ -671,15 +705,17 @@ def baked_columns(watch: Watch, module: nn.Module, cols: Tensor) -> Tensor:
     return cols
 
 
-def grouped(watch: Watch, channels: Tensor, rows: Tensor, cols: Tensor, groups: int, transposed: bool) -> Tensor:
+def grouped(
+    watch: Watch, channels: np.ndarray, rows: np.ndarray, cols: np.ndarray, groups: int, transposed: bool
+) -> np.ndarray:
     """Tie what a grouped convolution needs to stay one; returns the labels of its output channels.
 
     Many groups (depthwise, ResNeXt): a unit is a whole group, inputs and outputs together, and ``groups`` shrinks.
     Few groups (ResNeSt's 2): a unit is one position in every group, ``groups`` stays.
     """
-    inside = channels.numel() // groups
-    outside = (cols.numel() * groups if transposed else rows.numel()) // groups
-    x = channels.view(groups, inside)
+    inside = channels.size // groups
+    outside = (cols.size * groups if transposed else rows.size) // groups
+    x = channels.reshape(groups, inside)
     module = watch.module
     if watch.rehearsal is None:
         whole = inside == 1 or groups >= GROUPS_TAKEN_WHOLE
@@ -689,28 +725,28 @@ def grouped(watch: Watch, channels: Tensor, rows: Tensor, cols: Tensor, groups: 
         module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     )
     if whole and not (owned and module.groups == groups):
-        made = cols.repeat(groups) if transposed else rows
+        made = np.tile(cols, groups) if transposed else rows
         watch.freeze([channels, rows, cols], "a functional convolution fixes the number of groups")
         return made
     if whole:
         watch.tie(x, x[:, :1])
         watch.whole_groups[watch.module_name] = outside
         if transposed:  # weight (I, O/g): rows follow the inputs, columns stay
-            watch.tie(rows.view(groups, inside), x)
+            watch.tie(rows.reshape(groups, inside), x)
             watch.freeze([cols], "is shared by all groups of a transposed convolution")
             watch.consume(rows)
-            return x[:, :1].expand(groups, outside).reshape(-1)
-        watch.tie(rows.view(groups, outside), x[:, :1])
+            return x[:, 0].repeat(outside)
+        watch.tie(rows.reshape(groups, outside), x[:, :1])
         watch.freeze([cols], "is shared by the groups of a convolution")
         return rows
     watch.tie(x, x[:1])
     if transposed:
-        watch.tie(rows.view(groups, inside), x)
+        watch.tie(rows.reshape(groups, inside), x)
         watch.consume(rows)
-        return cols.repeat(groups)
+        return np.tile(cols, groups)
     watch.tie(cols, x[0])
     watch.consume(cols)
-    watch.tie(rows.view(groups, outside), rows.view(groups, outside)[:1])
+    watch.tie(rows.reshape(groups, outside), rows.reshape(groups, outside)[:1])
     return rows
 
 
@@ -733,7 +769,7 @@ def weight_times_vector(watch: Watch, a: Tensor, b: Tensor, out: Tensor, derived
         if layer.ndim == 2 and layer.shape[1] == 1:
             layers.append(layer.reshape(-1))
         else:
-            pending.append((layer.reshape(1, -1).numpy(), reason))
+            pending.append((layer.reshape(1, -1), reason))
     watch.put(out, layers, derived=derived, pending=tuple(pending))
 
 
@@ -747,7 +783,7 @@ def addmm(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def linear(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     weight, known = args[1], state(args[1])
     flipped = weight.t()
-    layers = tuple(m.t() for m in known.layers)
+    layers = tuple(m.T for m in known.layers)
     flipped._espalier = State(layers, source=known.source, derived=known.derived, pending=known.pending)  # type: ignore[attr-defined]
     watch.put(out, contract(watch, func, args[0], flipped, out))
     if len(args) > 2 and isinstance(args[2], Tensor):
@@ -764,9 +800,9 @@ def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list
     weight = b if state(b).derived else a if state(a).derived else None
     if weight is None and (ends_a or ends_b):
         watch.freeze([*ends_a, *ends_b], "is contracted with another activation")
-        inner = torch.zeros(a.shape[ka], dtype=torch.int64)
+        inner = np.zeros(a.shape[ka], dtype=np.int64)
     else:
-        inner = alone[0].reshape(-1).expand(a.shape[ka]) if alone else watch.vector(a, ka)
+        inner = alone[0].reshape(-1).repeat(a.shape[ka]) if alone else watch.vector(a, ka)
         other = watch.vector(b, kb)
         watch.tie(inner, other)
         if weight is not None:
@@ -779,7 +815,7 @@ def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list
     for m in state(a).layers:
         if not any(m is e for e in ends_a) and m.ndim == out.ndim:
             layers.append(m)
-    outer = torch.zeros(0, dtype=torch.int64)
+    outer = np.zeros(0, dtype=np.int64)
     for m in state(b).layers:
         if not any(m is e for e in ends_b):
             moved = align(m, out.ndim) if b.ndim > 1 else m
@@ -787,10 +823,10 @@ def contract(watch: Watch, func: Any, a: Tensor, b: Tensor, out: Tensor) -> list
             if weight is b:
                 outer = m.reshape(-1)
     macs = out.numel() * a.shape[ka]
-    factors = tuple(f.numpy() for f in (outer, inner) if f.numel() > 1)
+    factors = tuple(f for f in (outer, inner) if f.size > 1)
     if weight is not b:
-        rest = [m.reshape(-1).numpy() for m in layers]
-        factors = (inner.numpy(), *rest)[:3] if inner.numel() > 1 else tuple(rest[:3])
+        rest = [m.reshape(-1) for m in layers]
+        factors = (inner, *rest)[:3] if inner.size > 1 else tuple(rest[:3])
     count = math.prod(len(f) for f in factors)
     if not count or macs % count:
         factors, count = (), 1
@@ -812,7 +848,7 @@ def embedding(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None
     table = args[0]
     watch.freeze([m for m in state(table).layers if m.shape[0] > 1], "is looked up by index")
     vec = watch.vector(table, 1)
-    watch.put(out, [vec.view([1] * (out.ndim - 1) + [-1])] if bool(vec.any()) else [])
+    watch.put(out, [vec.reshape([1] * (out.ndim - 1) + [-1])] if vec.any() else [])
 
 
 FLOWING |= {

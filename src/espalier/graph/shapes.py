@@ -14,10 +14,11 @@ from torch import Tensor
 
 aten = torch.ops.aten
 META = torch.device("meta")
+EMPTY = aten.empty.memory_format
 
 
 def _new(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=META)
+    return torch.empty(tuple(shape), dtype=like.dtype, device=META)  # of a tuple, as anything else takes twice as long
 
 
 def _dense(x: Any) -> bool:
@@ -31,7 +32,7 @@ def _dense(x: Any) -> bool:
 
 def _like(x: Tensor) -> Tensor:
     if x.is_contiguous():  # of a slice along a dimension of size 1 the strides are others
-        return torch.empty(x.shape, dtype=x.dtype, device=META)
+        return _new(x, x.shape)
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
 
 
@@ -72,13 +73,13 @@ def binary_(x: Tensor, y: Any, *_: Any, **__: Any) -> Any:
 
 
 def batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
+    width = (x.shape[1],)
     for affine in (weight, bias, mean, variance):
-        if affine is not None and affine.shape != x.shape[1:2]:
+        if affine is not None and affine.shape != width:
             raise RuntimeError(f"batch norm of {x.shape[1]} channels has {affine.shape[0]} parameters")
     if not _dense(x):
         return None
-    width = (x.shape[1] if training else 0,)
-    return _like(x), _new(x, width), _new(x, width)
+    return _like(x), _new(x, width if training else (0,)), _new(x, width if training else (0,))
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, *_: Any) -> Any:
@@ -102,21 +103,21 @@ def convolution(
     _: Any,
     groups: int,
 ) -> Any:
-    spatial = weight.ndim - 2
     if transposed or x.ndim != weight.ndim or not x.is_contiguous() or not x.is_floating_point():
         return None
-    rows, cols = weight.shape[:2]
-    if x.shape[1] != cols * groups or rows % groups or x.dtype != weight.dtype:
+    batch, channels, *space = x.shape
+    rows, cols, *kernel = weight.shape
+    if channels != cols * groups or rows % groups or x.dtype != weight.dtype:
         return None
     if bias is not None and bias.shape != (rows,):
         return None
-    if not len(stride) == len(padding) == len(dilation) == spatial:
+    if not len(stride) == len(padding) == len(dilation) == len(kernel):
         return None
     sizes = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for n, k, s, p, d in zip(space, kernel, stride, padding, dilation, strict=True)
     ]
-    return _new(x, [x.shape[0], rows, *sizes]) if all(n > 0 for n in sizes) else None
+    return _new(x, (batch, rows, *sizes)) if min(sizes, default=1) > 0 else None
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> Any:
@@ -176,8 +177,24 @@ for _name in ("relu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "gel
         OVERLOADS[getattr(aten, f"{_name}_").default] = unary_
 
 
+def empty(
+    size: Sequence[int],
+    *,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+    **options: Any,
+) -> Any:
+    if device != META or dtype is None or layout not in (None, torch.strided) or pin_memory or options:
+        return None
+    return torch.empty(tuple(size), dtype=dtype, device=META)
+
+
 def output(func: Any, args: Any, kwargs: Any) -> Any:
     """What ``func`` would return on the meta device, or ``None`` if only its kernel knows."""
+    if func is EMPTY:  # every batch norm makes one, of no elements
+        return empty(*args, **kwargs)
     shape = OVERLOADS.get(func) or SHAPES.get(func._overloadpacket)
     if shape is None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import carve
-from espalier.copies import copy_model, named_tensors
+from espalier.copies import copied, named_modules, named_tensors
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
 from espalier.graph.rules import RULES
+from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
     Axis,
@@ -81,7 +81,7 @@ def trace(
             device = "cpu"
             continue
         component = _components(watch)
-        graph, alive = _build(model, watch, component, tuple(notes.values()))
+        graph, alive = _build(watch, component, tuple(notes.values()))
         if not rehearse or not graph.groups:
             return graph
         try:
@@ -144,7 +144,7 @@ def _watch(
     args, kwargs = call_arguments(example, device)
     with mode(private, training=False):
         output = watch.run(private, args, kwargs)
-    unused = [n for n in named_tensors(private)[0] if n not in watch.seen]
+    unused = [n for n in watch.parameters if n not in watch.seen]
     if unused:
         sites, memory, records = list(watch.sites), watch.memory, list(watch.records)
         try:
@@ -169,13 +169,13 @@ def private_copy(model: nn.Module, device: str) -> nn.Module:
     parameters, buffers = named_tensors(model)
     for tensor in (*parameters.values(), *buffers.values()):
         if device == "meta" and tensor.is_contiguous() and not tensor.is_meta:
-            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            moved = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=META)
         else:
             moved = tensor.detach().to(device)
             moved = moved if device == "meta" else moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
     try:
-        return copy_model(model, memo)
+        return copied(model, memo)
     except Exception as error:
         raise TraceError(f"trace: {type(model).__name__} cannot be copied: {first_line(error)}") from error
 
@@ -204,15 +204,18 @@ def call_arguments(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Every module in eval mode, or in train mode except for what draws random numbers or needs a real batch."""
-    before = [(m, m.training) for m in model.modules()]
+    before = [(m, m.training) for m in named_modules(model).values()]
     quiet = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    for module, _ in before:
-        module.training = training and not isinstance(module, quiet)
+    for module, was in before:
+        flag = training and not isinstance(module, quiet)
+        if flag != was:  # to set an attribute of a module is slow
+            module.training = flag
     try:
         yield
     finally:
-        for module, flag in before:
-            module.training = flag
+        for module, was in before:
+            if module.training != was:
+                module.training = was
 
 
 # -- components: labels that live and die together ---------------------------------------------------------------------
@@ -252,7 +255,7 @@ def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, str]:
     return reasons
 
 
-def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple[Graph, np.ndarray]:
+def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple[Graph, np.ndarray]:
     """Group the components; returns the graph and, for the rehearsal, label -> group (-1 where frozen)."""
     reasons = _frozen_components(watch, component)
     axes = sorted(watch.axes, key=lambda a: a.start)
@@ -281,12 +284,13 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         count = np.diff(np.append(run, len(order)))
         rows = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
         begin = np.flatnonzero(_starts(whose[run]))  # first run of every component
+        end = [*begin[1:].tolist(), len(run)]
         for units in _equal_components(rows, begin):
             first = begin[units]
-            n = int(np.append(begin, len(run))[units[0] + 1] - first[0])  # runs of one component
-            signature = [(int(a), int(c), bool(u)) for a, c, u in rows[first[0] : first[0] + n]]
+            n = end[units[0]] - int(first[0])  # runs of one component
+            signature = [(a, c, bool(u)) for a, c, u in rows[first[0] : first[0] + n].tolist()]
             of_each = rows[first[:, None] + np.arange(n)]
-            assert (of_each == of_each[:1]).all()
+            assert not np.count_nonzero(of_each != of_each[:1])
             labels_each = sum(c for _, c, _ in signature)
             groups.append((signature, order[run[first][:, None] + np.arange(labels_each)]))
 
@@ -295,10 +299,10 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     group_of_label = np.full(watch.label_count, -1, dtype=np.int64)
     for signature, stacked in groups:  # stacked: (units, labels per unit)
         group_of_label[stacked.reshape(-1) + 1] = len(made)
-        slices, offset = [], 0
+        slices, offset, positions = [], 0, position[stacked]
         for axis_number, length, used in signature:
             axis = axes[axis_number]
-            slices.append(Slice(axis.tensor, axis.dim, position[stacked[:, offset : offset + length]], bool(used)))
+            slices.append(Slice(axis.tensor, axis.dim, positions[:, offset : offset + length], used))
             offset += length
         slices.sort(key=lambda s: (s.consumed, "#" in s.tensor))
         base = _group_name(slices)
@@ -307,6 +311,13 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
 
     extents: list[Extent] = []
     known: dict[Any, int] = {}
+    sized = [a for a in axes if a.size]  # of these the lowest and the highest group of each, one after the other
+    limits = (
+        [f.reduceat(group_of_label, [a.start for a in sized]).tolist() for f in (np.minimum, np.maximum)]
+        if sized
+        else []
+    )
+    span = {(a.tensor, a.dim): limit for a, *limit in zip(sized, *limits, strict=True)}
 
     unit_sizes = [g.size for g in made]
     asked: dict[int, tuple[np.ndarray, int]] = {}
@@ -318,16 +329,22 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
         return found[1]
 
     def extent_of(owner: np.ndarray) -> int:
+        first = int(owner[0]) if len(owner) else -1
+        if not np.count_nonzero(owner != first):  # as nearly always
+            return extent_like(first, len(owner))
         counts = np.bincount(owner + 1)  # 0: nobody's
-        numbers = np.flatnonzero(counts[1:])
-        each = tuple((g, int(counts[g + 1]) // unit_sizes[g]) for g in numbers.tolist())
-        key = (int(counts[0]), each)
+        numbers = counts[1:].nonzero()[0].tolist()
+        return number_of((int(counts[0]), tuple((g, int(counts[g + 1]) // unit_sizes[g]) for g in numbers)))
+
+    def extent_like(group: int, length: int) -> int:
+        """Of ``length`` positions that all belong to one group, or (-1) to nobody."""
+        return number_of((length, ()) if group < 0 else (0, ((group, length // unit_sizes[group]),)))
+
+    def number_of(key: tuple[int, tuple[tuple[int, int], ...]]) -> int:
         if key not in known:
             known[key] = len(extents)
             extents.append(Extent(*key))
         return known[key]
-
-    owners = {(a.tensor, a.dim): group_of_label[a.start : a.start + a.size] for a in axes}
 
     activations, ran = _moments(watch, extent)
     sites = tuple(
@@ -339,31 +356,28 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
     by_tensor: dict[str, list[Axis]] = {}
     for axis in axes:
         by_tensor.setdefault(axis.tensor, []).append(axis)
-    own_parameters, own_buffers = named_tensors(model)
-    shapes = {n: tuple(t.shape) for n, t in (*own_parameters.items(), *own_buffers.items())}
+    shapes = {n: tuple(t.shape) for n, t in (*watch.parameters.items(), *watch.buffers.items())}
     for axis in axes:
         if "#" in axis.tensor:
             shapes[axis.tensor] = (axis.size,)
     parameters = []
-    for name, parameter in own_parameters.items():
-        own = by_tensor.get(name, [])
-        rest = math.prod([s for d, s in enumerate(parameter.shape) if d not in {a.dim for a in own}])
-        moving = []
-        for a in own:
-            owner = owners[a.tensor, a.dim]
-            if owner.max(initial=-1) >= 0:
-                moving.append(extent_of(owner))
-            else:
-                rest *= a.size
+    for name, parameter in watch.parameters.items():
+        rest, moving = parameter.numel(), []
+        for a in by_tensor.get(name, []):
+            low, high = span[a.tensor, a.dim]
+            if high >= 0:
+                owner = group_of_label[a.start : a.start + a.size]
+                moving.append(extent_like(low, a.size) if low == high else extent_of(owner))
+                rest //= a.size
         parameters.append(Term(name, rest, tuple(moving)))
 
     frozen = []
     for axis in axes:
         if axis.dim > 1 or "#" in axis.tensor or axis.tensor not in shapes:
             continue
-        owner = owners[axis.tensor, axis.dim]
-        if owner.min(initial=0) >= 0:
+        if span[axis.tensor, axis.dim][0] >= 0:
             continue
+        owner = group_of_label[axis.start : axis.start + axis.size]
         stuck = axis.start + np.flatnonzero(owner < 0)
         texts: dict[str, int] = {}
         for r, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
@@ -385,7 +399,7 @@ def _build(model: nn.Module, watch: Watch, component: np.ndarray, notes: tuple[s
             baked=tuple(watch.baked),
             baked_away=tuple(
                 n
-                for n in own_parameters
+                for n in watch.parameters
                 for b in watch.baked
                 if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
             ),
@@ -475,7 +489,7 @@ def _moments(watch: Watch, extent: Any) -> tuple[tuple[Moment, ...], dict[int, t
             row[column] += size  # -1, plain bytes, is the last column
     table = _largest(table)
     last = table.shape[1] - 1
-    peaks = tuple(tuple((float(row[k]), -1 if k == last else int(k)) for k in np.flatnonzero(row)) for row in table)
+    peaks = tuple(tuple((float(row[k]), -1 if k == last else k) for k in row.nonzero()[0].tolist()) for row in table)
     return peaks, ran
 
 
@@ -490,8 +504,7 @@ def rehearsal_units(graph: Graph) -> dict[str, np.ndarray]:
             units[group.name] = np.array([number % group.size])
             continue
         keep = max(2, min(group.size - 1, (2 * group.size) // 3 - number % 2))
-        pick = (np.arange(keep) * group.size) // keep
-        units[group.name] = np.unique(pick)
+        units[group.name] = (np.arange(keep) * group.size) // keep
     return units
 
 
@@ -514,10 +527,10 @@ def _rehearse(
     for tensor, by_dim in kept.items():
         for dim, index in by_dim.items():
             axis = start[tensor, dim]
-            gone = np.ones(axis.size, dtype=bool)
-            gone[index] = False
-            alive[axis.start + np.flatnonzero(gone)] = False
-    lonely = np.isin(group_of_label, np.flatnonzero(graph.sizes == 2))
+            of_axis = alive[axis.start : axis.start + axis.size]
+            of_axis[:] = False
+            of_axis[index] = True
+    lonely = np.append(graph.sizes == 2, False)[group_of_label]  # -1, no group, is the last
     args, kwargs = call_arguments(example, device)
     try:
         carve(smaller, kept, group_width=graph.group_width)
@@ -536,7 +549,7 @@ def _rehearse(
         raise
     except Exception as error:  # Python code of the forward itself
         place, layers = _blame(error, smaller)
-        numbers = np.unique(np.concatenate([[0], *(m.reshape(-1).numpy() for m in layers)]))[1:]
+        numbers = np.unique(np.concatenate([[0], *(m.reshape(-1) for m in layers)]))[1:]
         starts = sorted(a.start for a in watch.axes)
         at_hand = {starts[i] for i in np.searchsorted(starts, numbers, side="right") - 1}
         axes = frozenset((a.tensor, a.dim) for a in watch.axes if a.start in at_hand)

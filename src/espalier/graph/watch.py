@@ -1,7 +1,7 @@
 """Watch one forward pass and write down which channels must live or die together.
 
 Every dimension of every parameter and buffer gets one integer *label* per index.  Labels flow beside the activations: a
-tensor carries zero or more *layers*, integer tensors that broadcast to its shape and say to which index each element
+tensor carries zero or more *layers*, integer arrays that broadcast to its shape and say to which index each element
 belongs.  View-like operations are executed on the labels; element-wise operations merge them.  Nothing is computed: the
 forward runs on the meta device, so shapes are all it produces.
 
@@ -10,22 +10,25 @@ Label 0 means "fixed": an element that nobody may remove (an image channel, a co
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.copies import named_modules, named_tensors
+from espalier.copies import named_modules, tensors_of_modules
 from espalier.graph import shapes
 
-Layer = Tensor  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
+Layer = np.ndarray  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
 
 
 class TraceError(ValueError):
@@ -83,6 +86,7 @@ class RawSite:
     baked: bool = False
 
 
+PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
 Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the operation, of its output); None: nobody saw
 
 
@@ -106,6 +110,19 @@ class State:
         self.origin: Origin = None
 
 
+class Raw(State):
+    """What is known of a parameter or buffer in a rehearsal, where hardly any is asked for its layers."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[[], tuple[Layer, ...]], source: str) -> None:
+        self._make, self.source, self.derived, self.pending = make, source, PLAIN, ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:  # type: ignore[override]
+        return self._make()
+
+
 NOTHING = State()
 
 
@@ -115,6 +132,8 @@ def state(tensor: Tensor) -> State:
 
 def tensors_of(args: Any, kwargs: Any = None) -> list[Tensor]:
     """The tensors among the arguments or results of an ATen operation, which are flat or lists."""
+    if isinstance(args, Tensor):
+        return [args]
     found = []
     values = args if isinstance(args, (tuple, list)) else (args,)
     for value in (*values, *kwargs.values()) if kwargs else values:
@@ -125,27 +144,40 @@ def tensors_of(args: Any, kwargs: Any = None) -> list[Tensor]:
     return found
 
 
-def scalars_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Everything else among the arguments of an operation."""
-    rest = [a for a in args if not isinstance(a, (Tensor, list)) or (isinstance(a, list) and not tensors_of(a))]
-    return (*rest, *kwargs.items()) if kwargs else tuple(rest)
+def parted(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The tensors among the arguments of an operation, and everything else."""
+    tensors, rest = [], []
+    for value in args:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)) and (inside := [t for t in value if isinstance(t, Tensor)]):
+            tensors += inside
+        else:
+            rest.append(value)
+    if kwargs:
+        tensors += tensors_of(tuple(kwargs.values()))
+        rest += kwargs.items()
+    return tensors, tuple(rest)
+
+
+def narrowed(layer: Layer, dim: int, size: int = 1) -> Layer:
+    """The first ``size`` positions along ``dim``, which stays."""
+    return layer[(slice(None),) * dim + (slice(0, size),)]
 
 
 def compact(layer: Layer) -> Layer:
     """Shrink every dimension along which the labels do not change to size 1."""
-    for dim, size in enumerate(layer.shape):  # what was only expanded first: the comparisons below stay small
-        if size > 1 and layer.stride(dim) == 0:
-            layer = layer.narrow(dim, 0, 1)
-    if layer.numel() == max(layer.shape, default=1):  # one dimension left: differs along it, or is one channel
-        return (
-            layer
-            if layer.numel() == 1 or bool((layer != layer.reshape(-1)[0]).any())
-            else layer[(slice(0, 1),) * layer.ndim]
-        )
+    for dim, stride in enumerate(layer.strides):  # what was only expanded first: the comparisons below stay small
+        if stride == 0 and layer.shape[dim] > 1:
+            layer = narrowed(layer, dim)
+    if layer.size == max(layer.shape, default=1):  # one dimension left: differs along it, or is one channel
+        if layer.size == 1 or np.count_nonzero(layer != layer.flat[0]):
+            return layer
+        return layer[(slice(0, 1),) * layer.ndim]
     for dim, size in enumerate(layer.shape):
         if size > 1:
-            first = layer.narrow(dim, 0, 1)
-            if bool((layer == first).all()):
+            first = narrowed(layer, dim)
+            if not np.count_nonzero(layer != first):
                 layer = first
     return layer
 
@@ -247,22 +279,23 @@ class Watch(TorchDispatchMode):
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._stack: list[nn.Module] = [model]
-        self._names = {id(m): n for n, m in named_modules(model).items()}
+        self._modules = named_modules(model)
+        self._names = {id(m): n for n, m in self._modules.items()}
         self._func: Any = None
+        self._ruled: dict[Any, Callable[..., None]] = {}  # operation -> its rule
         self.axes: list[Axis] = [] if axes is None else list(axes)
         self._kept = kept or {}
         self._axis_of = {(a.tensor, a.dim): a for a in self.axes}
         self._next = 1
-        parameters, buffers = named_tensors(model)
-        for name, tensor in (*parameters.items(), *buffers.items()):
-            layers = []
-            kernel = tensor.ndim > 2 and min(tensor.shape[:2]) > 1  # (O, I, ...): positions are no channels
-            for dim, size in enumerate(tensor.shape[:2] if kernel else tensor.shape):
-                if (name, dim) in self._axis_of if rehearsal is not None else size > 1:
-                    labels = self.axis_labels(name, dim, size)
-                    layers.append(labels.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
-            tensor._espalier = State(tuple(layers), source=name, derived=PLAIN)  # type: ignore[attr-defined]
-            tensor._espalier.origin = (name, 0)  # type: ignore[attr-defined]
+        self.parameters, self.buffers = tensors_of_modules(self._modules)
+        for name, tensor in (*self.parameters.items(), *self.buffers.items()):
+            shape = tuple(tensor.shape)
+            if rehearsal is None:
+                known = State(self._raw_layers(name, shape), source=name, derived=PLAIN)
+            else:
+                known = Raw(partial(self._raw_layers, name, shape), name)
+            known.origin = (name, 0)
+            tensor._espalier = known  # type: ignore[attr-defined]
         for at, reason in lessons.axes.items():
             if at in self._axis_of:
                 axis = self._axis_of[at]
@@ -270,7 +303,17 @@ class Watch(TorchDispatchMode):
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
-    def axis_labels(self, tensor: str, dim: int, size: int) -> Tensor:
+    def _raw_layers(self, name: str, shape: tuple[int, ...]) -> tuple[Layer, ...]:
+        """Layers of a parameter or buffer: one per dimension that has channels."""
+        layers = []
+        kernel = len(shape) > 2 and min(shape[:2]) > 1  # (O, I, ...): positions are no channels
+        for dim, size in enumerate(shape[:2] if kernel else shape):
+            if (name, dim) in self._axis_of if self.rehearsal is not None else size > 1:
+                labels = self.axis_labels(name, dim, size)
+                layers.append(labels.reshape((1,) * dim + (len(labels),) + (1,) * (len(shape) - dim - 1)))
+        return tuple(layers)
+
+    def axis_labels(self, tensor: str, dim: int, size: int) -> np.ndarray:
         """Labels of one dimension: new ones at the first watch, the surviving ones in a rehearsal."""
         axis = self._axis_of.get((tensor, dim))
         if axis is None:
@@ -278,38 +321,36 @@ class Watch(TorchDispatchMode):
             self._next += size
             self.axes.append(axis)
             self._axis_of[tensor, dim] = axis
-        index = self._kept.get(tensor, {}).get(dim)
-        if index is None:
-            return torch.arange(axis.start, axis.start + axis.size)
-        return torch.from_numpy(axis.start + index)
+        kept = self._kept.get(tensor)
+        if kept is None or dim not in kept:
+            return np.arange(axis.start, axis.start + axis.size)
+        return axis.start + kept[dim]
 
     @property
     def label_count(self) -> int:
         return self._next
 
-    def tie(self, a: Tensor, b: Tensor) -> None:
+    def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Labels that must be equal element by element.  A partner that is fixed freezes the other."""
         if a is b:
             return
         if a.shape != b.shape:
-            a, b = torch.broadcast_tensors(a, b)
-        left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
-        different = left != right
-        if not different.any():
-            return
-        left, right = left[different], right[different]
-        fixed = (left == 0) | (right == 0)
-        if fixed.any():
+            a, b = np.broadcast_arrays(a, b)
+        left, right = a.reshape(-1), b.reshape(-1)
+        if np.count_nonzero(left) < left.size or np.count_nonzero(right) < right.size:
+            fixed = (left == 0) | (right == 0)
             self.freeze_labels(np.maximum(left, right)[fixed], "is combined with channels that are fixed")
             left, right = left[~fixed], right[~fixed]
         self.edges.append((left, right))
 
     def freeze_labels(self, labels: np.ndarray, text: str) -> None:
-        self.freezes.append((np.asarray(labels).reshape(-1), Reason(text, self.place())))
+        labels = labels.reshape(-1)
+        if np.count_nonzero(labels):
+            self.freezes.append((labels, Reason(text, self.place())))
 
     def freeze(self, layers: Iterable[Layer], text: str) -> None:
         for layer in layers:
-            self.freeze_labels(layer.reshape(-1).numpy(), text)
+            self.freeze_labels(layer, text)
 
     def mix(self, layer: Layer, dims: Iterable[int], text: str) -> None:
         """A statistic over ``dims``: harmless only if everything along them lives or dies together (judged at the end)."""
@@ -317,23 +358,24 @@ class Watch(TorchDispatchMode):
         if not dims:
             return
         rest = [d for d in range(layer.ndim) if d not in dims]
-        rows = layer.permute(*rest, *dims).reshape(-1, int(np.prod([layer.shape[d] for d in dims])))
-        self.mixes.append((rows.numpy(), Reason(text, self.place())))
+        rows = layer.transpose(*rest, *dims).reshape(-1, math.prod([layer.shape[d] for d in dims]))
+        self.mixes.append((rows, Reason(text, self.place())))
 
-    def vector(self, tensor: Tensor, dim: int) -> Tensor:
+    def vector(self, tensor: Tensor, dim: int) -> np.ndarray:
         """Labels along one dimension, shape ``(size,)``; 0 where it is fixed.  Entangled layers are frozen."""
-        dim %= tensor.ndim
+        shape = tensor.shape
+        dim %= len(shape)
+        size = shape[dim]
         found = None
         for layer in state(tensor).layers:
-            if layer.shape[dim] == 1 and not (tensor.shape[dim] == 1 and layer.numel() == 1):
+            along = layer.shape[dim]
+            if along == 1 and not (size == 1 and layer.size == 1):
                 continue
-            if layer.numel() == layer.shape[dim] and found is None and tensor.shape[dim] == layer.shape[dim]:
+            if layer.size == along == size and found is None:
                 found = layer.reshape(-1)
             else:
                 self.freeze([layer], "its channels are entangled with another dimension")
-        if found is None:
-            return torch.zeros(tensor.shape[dim], dtype=torch.int64)
-        return found
+        return np.zeros(size, dtype=np.int64) if found is None else found
 
     def put(
         self,
@@ -351,8 +393,8 @@ class Watch(TorchDispatchMode):
                 kept = kept[:1]
             tensor._espalier = State(kept, source=source, derived=derived, pending=pending)  # type: ignore[attr-defined]
 
-    def consume(self, labels: Tensor) -> None:
-        self.consumers.append(labels.reshape(-1).numpy())
+    def consume(self, labels: np.ndarray) -> None:
+        self.consumers.append(labels.reshape(-1))
 
     # -- where we are ----------------------------------------------------------------------------------------------
 
@@ -387,29 +429,42 @@ class Watch(TorchDispatchMode):
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of ``model`` under this watch; returns its output."""
-        enter = nn.modules.module.register_module_forward_pre_hook(self._enter)
-        leave = nn.modules.module.register_module_forward_hook(lambda _m, _a, _o: _pop(self._stack), always_call=True)
         for number, tensor in enumerate(tensors_in((args, kwargs))):
-            tensor._espalier = State()  # type: ignore[attr-defined]
-            tensor._espalier.origin = ("input", number)  # type: ignore[attr-defined]
-            self._birth(tensor)
+            known = State()
+            known.origin = ("input", number)
+            tensor._espalier = known  # type: ignore[attr-defined]
+            self._birth(tensor, known)
+        for (
+            module
+        ) in self._modules.values():  # the model is a private copy: cheaper than hooks on every module there is
+            module.__dict__["_compiled_call_impl"] = partial(self._call, module)
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), uncompiled(), self:
                 output = model(*args, **kwargs)
         finally:
-            enter.remove()
-            leave.remove()
+            for module in self._modules.values():
+                del module.__dict__["_compiled_call_impl"]
         for tensor in tensors_in(output):
             for layer in state(tensor).layers:
                 reason = Reason("is an output of the model", Place("", type(model).__name__, ""))
-                self.freezes.append((layer.reshape(-1).numpy(), reason))
+                self.freezes.append((layer.reshape(-1), reason))
         return output
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call ``module``, and know meanwhile that it runs."""
         self._stack.append(module)
-        if self.module_name in self.lessons.modules:
+        if self.lessons.modules and self.module_name in self.lessons.modules:
             reason = self.lessons.modules[self.module_name]
-            self.freezes += [(m.reshape(-1).numpy(), reason) for t in tensors_in(inputs) for m in state(t).layers]
+            self.freezes += [(m.reshape(-1), reason) for t in tensors_in(args) for m in state(t).layers]
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            self._stack.pop()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Of torch's: its guard slows every operation down and imports all of dynamo; ``uncompiled`` does without."""
+        return False
 
     def _is_fixed(self) -> bool:
         """Is this operation, or a module that it is part of, known to work for one size only?"""
@@ -436,16 +491,15 @@ class Watch(TorchDispatchMode):
             if self.rehearsal is None:
                 raise
             raise Mismatch(self.key(), first_line(error), self.place()) from error
-        operands = [state(t) for t in tensors_of(args, kwargs)]
-        outs = tensors_of(out)
+        tensors, scalars = parted(args, kwargs)
+        outs = [t for t in tensors_of(out) if t.numel()]  # batch norm makes several tensors of no elements in eval mode
+        if not tensors and not outs:
+            return out
+        operands = [state(t) for t in tensors]
         origins = tuple([known.origin for known in operands])
-        rule = self.rules.get(func._overloadpacket)
-        if rule is None:
-            rule = self.rules["pointwise" if torch.Tag.pointwise in func.tags else "unknown"]
-        if self._is_fixed():
-            rule = self.rules["fixed"]
+        rule = self._rule_of(func)
         if self.rehearsal is not None:
-            if not (rule in FLOWING and self.rehearsal.follows(self, func, origins, args, kwargs, outs)):
+            if not (rule in FLOWING and self.rehearsal.follows(self, func, origins, scalars, outs)):
                 self._apply(rule, func, args, kwargs, out)
                 self.rehearsal.check(self, func, outs)
             position = self.rehearsal.position - 1
@@ -454,16 +508,26 @@ class Watch(TorchDispatchMode):
                 if known.source is not None:
                     self.seen.add(known.source)
             self._apply(rule, func, args, kwargs, out)
-            for tensor in outs:
-                self._birth(tensor)
-            position = len(self.records)
-            states = [(tuple(t.shape), state(t)) for t in outs]
-            self.records.append(Record(func, origins, scalars_of(args, kwargs) if rule in FLOWING else (), states))
+            position, made = len(self.records), [state(t) for t in outs]
+            for tensor, known in zip(outs, made, strict=True):
+                if not known.derived:
+                    self._birth(tensor, known)
+            states = [(tuple(t.shape), known) for t, known in zip(outs, made, strict=True)]
+            self.records.append(Record(func, origins, scalars if rule in FLOWING else (), states))
         for number, tensor in enumerate(outs):
             known = state(tensor)
             if known is not NOTHING:
                 known.origin = (position, number)
         return out
+
+    def _rule_of(self, func: Any) -> Callable[..., None]:
+        if (self.lessons.lines or self.lessons.modules) and self._is_fixed():
+            return self.rules["fixed"]
+        rule = self._ruled.get(func)
+        if rule is None:
+            default = "pointwise" if torch.Tag.pointwise in func.tags else "unknown"
+            rule = self._ruled[func] = self.rules.get(func._overloadpacket, self.rules[default])
+        return rule
 
     def _apply(self, rule: Callable[..., None], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         try:
@@ -481,14 +545,12 @@ class Watch(TorchDispatchMode):
 
     # -- activation memory -----------------------------------------------------------------------------------------
 
-    def _birth(self, tensor: Tensor) -> None:
-        known = state(tensor)
-        if known.derived:
-            return
-        key = tensor.untyped_storage()._cdata
+    def _birth(self, tensor: Tensor, known: State) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
         entry = self._live.get(key)
         if entry is None:
-            bytes_ = tensor.untyped_storage().nbytes()
+            bytes_ = storage.nbytes()
             self.memory.births.append((self.clock, key, self._vector_of(known.layers), float(bytes_)))
             entry = self._live[key] = [0, len(self.memory.births) - 1]
         entry[0] += 1
@@ -501,7 +563,7 @@ class Watch(TorchDispatchMode):
             return None
         found = self._vectors.get(id(layers[0]))
         if found is None:
-            found = self._vectors[id(layers[0])] = (layers[0], layers[0].reshape(-1).numpy())
+            found = self._vectors[id(layers[0])] = (layers[0], layers[0].reshape(-1))
         return found[1]
 
     def _release(self, reference: weakref.ref[Tensor]) -> None:
@@ -513,15 +575,18 @@ class Watch(TorchDispatchMode):
             del self._live[key]
 
 
+def uncompiled() -> AbstractContextManager[Any]:
+    """What ``torch.compile`` has wrapped runs as it was written, or dynamo would compile the watch along with it."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 FLOWING: set[Callable[..., None]] = set()
 """Rules under which the channels of the result follow from the operands alone: see ``Rehearsal.follows``."""
 
 FROZEN = 99  # a lesson about a line: nothing that its operation touches may change
-PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What remains of a layer: its labels, and how long it is along every dimension in which they change."""
 
     whole: Layer
@@ -541,7 +606,7 @@ class Rehearsal:
     position: int = 0
     _predictions: dict[int, Prediction] = field(default_factory=dict)
 
-    def follows(self, watch: Watch, func: Any, origins: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> bool:
+    def follows(self, watch: Watch, func: Any, origins: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> bool:
         """Is this the recorded operation on the recorded tensors, and are the shapes those predicted?
 
         If its operands have the channels that were predicted (by induction: each was checked when it was made) then so has
@@ -550,16 +615,21 @@ class Rehearsal:
         if self.position >= len(self.records):
             return False
         record = self.records[self.position]
-        if record.op is not func or record.origins != origins or None in origins or not origins:
+        if record.op is not func or record.origins != origins or None in origins:
             return False
-        if len(record.outputs) != len(outs) or record.scalars != scalars_of(args, kwargs):
+        if len(record.outputs) != len(outs) or record.scalars != scalars:
             return False
-        kept = []
+        kept: list[tuple[Layer, ...]] = []
         for tensor, (was, known) in zip(outs, record.outputs, strict=True):
+            if not known.layers:
+                if tensor.shape != was:
+                    return False
+                kept.append(())
+                continue
             predictions = [self._predict(watch, layer) for layer in known.layers]
-            if tensor.shape != (self._shape(was, predictions) if predictions else was):
+            if tensor.shape != self._shape(was, predictions):
                 return False
-            kept.append([p.layer for p in predictions])
+            kept.append(tuple([p.layer for p in predictions]))
         for tensor, layers, (_, known) in zip(outs, kept, record.outputs, strict=True):
             watch.put(tensor, layers, source=known.source, derived=known.derived, pending=known.pending)
         self.position += 1
@@ -579,21 +649,22 @@ class Rehearsal:
             shape, layers = tuple(tensor.shape), state(tensor).layers
             if not layers and not known.layers and shape == was:
                 continue
-            layers = tuple(m for m in map(compact, layers) if m.numel() > 1)
+            layers = tuple(m for m in map(compact, layers) if m.size > 1)
             predictions = [self._predict(watch, layer) for layer in known.layers]
-            survivors = [p.layer for p in predictions if p.layer.numel() > 1]
+            survivors = [p.layer for p in predictions if p.layer.size > 1]
             predicted = self._shape(was, predictions)
             if predicted != shape:
                 raise Mismatch(
                     watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
                 )
-            if any(self.lonely[m.numpy()].any() for m in (*layers, *survivors)):
+            if any(self.lonely[m].any() for m in (*layers, *survivors)):
                 continue
             if len(layers) != len(survivors):
                 raise Mismatch(watch.key(), "loses track of its channels", watch.place())
             for one, other in zip(layers, survivors, strict=True):
-                one, other = torch.broadcast_tensors(one, other)
-                if (self.component[one.numpy()] != self.component[other.numpy()]).any():
+                if one.shape != other.shape:
+                    one, other = np.broadcast_arrays(one, other)
+                if (self.component[one] != self.component[other]).any():
                     raise Mismatch(watch.key(), "arranges the remaining channels differently", watch.place())
 
     @staticmethod
@@ -609,31 +680,24 @@ class Rehearsal:
         found = self._predictions.get(id(layer))
         if found is None:
             kept = self._restrict(watch, layer)
-            sizes = tuple((dim, kept.shape[dim]) for dim in varying(layer))
+            sizes = tuple([(dim, kept.shape[dim]) for dim, size in enumerate(layer.shape) if size > 1])
             found = self._predictions[id(layer)] = Prediction(layer, compact(kept), sizes)
         return found
 
     def _restrict(self, watch: Watch, layer: Layer) -> Layer:
-        if layer.numel() == max(layer.shape, default=1):  # along one dimension, as nearly always
-            labels = layer.reshape(-1).numpy()
+        if layer.size == max(layer.shape, default=1):  # along one dimension, as nearly always
+            labels = layer.reshape(-1)
             stays = labels[self.alive[labels]]
             if not len(stays) and len(labels) == 1:
                 raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
-            return torch.from_numpy(stays).view([-1 if n > 1 else 1 for n in layer.shape])
-        alive = torch.from_numpy(self.alive[layer.numpy()])
+            return stays.reshape(tuple([-1 if n > 1 else 1 for n in layer.shape]))
+        alive = self.alive[layer]
         for dim in varying(layer):
-            lines = alive.movedim(dim, 0).reshape(layer.shape[dim], -1)
-            keep = lines.any(1)
-            layer = layer.index_select(dim, keep.nonzero().reshape(-1))
-            alive = alive.index_select(dim, keep.nonzero().reshape(-1))
-        if not bool(alive.all()):
+            keep = np.flatnonzero(np.moveaxis(alive, dim, 0).reshape(layer.shape[dim], -1).any(1))
+            layer, alive = layer.take(keep, dim), alive.take(keep, dim)
+        if not alive.all():
             raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
         return layer
-
-
-def _pop(stack: list[nn.Module]) -> None:
-    if len(stack) > 1:
-        stack.pop()
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.copies import named_modules
 from espalier.graph import Graph
 from espalier.methods.units import Consumer, Units
 
@@ -24,13 +25,13 @@ def weight_norm(model: nn.Module, units: Units) -> Tensor:
     """Norm of the filters that make a unit, relative to the mean filter of each layer, added up over layers."""
     with torch.no_grad():
         matrices = [c for c in units.producers if c.parameter.ndim > 1]
-        return units.sum((c, relative(c.per_position(c.parameter.square()).sqrt())) for c in matrices)
+        return units.sum((c, relative(c.energy().sqrt())) for c in matrices)
 
 
 def consumer_norm(model: nn.Module, units: Units) -> Tensor:
     """Norm of what reads a unit, relative to the mean input of each reader, added up over readers."""
     with torch.no_grad():
-        return units.sum((c, relative(c.per_position(c.parameter.square()).sqrt())) for c in units.consumers)
+        return units.sum((c, relative(c.energy().sqrt())) for c in units.consumers)
 
 
 def scale(model: nn.Module, units: Units) -> Tensor:
@@ -40,16 +41,20 @@ def scale(model: nn.Module, units: Units) -> Tensor:
         coupled = [c for c in units.producers if c.tensor in gammas]
         energy = units.sum((c, c.parameter.square()) for c in coupled)
         number = units.sum((c, torch.ones_like(c.parameter)) for c in coupled)
-    return torch.where(number > 0, (energy / number.clamp_min(1)).sqrt(), weight_norm(model, units))
+    scales = (energy / number.clamp_min(1)).sqrt()
+    return scales if bool((number > 0).all()) else torch.where(number > 0, scales, weight_norm(model, units))
 
 
 def scale_times_consumer(model: nn.Module, units: Units) -> Tensor:
     """BatchNorm scale times the norm of what reads it, relative to the mean of each reader, added up over readers."""
+    if not units.consumers:
+        return torch.zeros(units.count, device=units.device)
     size = torch.cat([scale(model, units), torch.zeros(1, device=units.device)])
     with torch.no_grad():
-        return units.sum(
-            (c, relative(size[c.owner] * c.per_position(c.parameter.square()).sqrt())) for c in units.consumers
-        )
+        owner = torch.cat([c.owner for c in units.consumers])
+        worth = size[owner] * torch.cat([c.energy() for c in units.consumers]).sqrt()
+        parts = worth.split([len(c.owner) for c in units.consumers])
+        return units.sum(zip(units.consumers, map(relative, parts), strict=True))
 
 
 def relative(values: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def relative(values: Tensor) -> Tensor:
 
 def _norm_scales(model: nn.Module) -> set[str]:
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, norms)}
+    return {f"{n}.weight" for n, m in named_modules(model).items() if isinstance(m, norms)}
 
 
 BY_WEIGHT: dict[str, Score] = {

@@ -6,14 +6,17 @@ consumers' columns to zero removes it exactly: no bias or BatchNorm shift of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.copies import named_tensors
 from espalier.graph import Graph, Slice
+
+_PIECE = 1 << 22  # elements that are squared at a time
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,15 @@ class Columns:
     def per_position(self, values: Tensor) -> Tensor:
         """Sum a tensor shaped like the parameter over everything but ``dim``; shape ``(size of dim,)``, float32."""
         return values.sum([d for d in range(values.ndim) if d != self.dim], dtype=torch.float32)
+
+    def energy(self) -> Tensor:
+        """Sum of squares per position, like ``per_position``; rows by rows, so that no large copy is made of the squares."""
+        weight = self.parameter.detach()
+        if weight.numel() <= _PIECE:
+            return self.per_position(weight.square())
+        rows = weight.split(max(1, _PIECE * len(weight) // weight.numel()))
+        parts = [self.per_position(piece.square()) for piece in rows]
+        return torch.cat(parts) if self.dim == 0 else torch.stack(parts).sum(0)
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
@@ -48,6 +60,10 @@ class Taps:
         """Sum a tensor shaped like the parameter over all filters and inputs; shape ``(kh * kw,)``, float32."""
         return values.sum((0, 1), dtype=torch.float32).reshape(-1)
 
+    def energy(self) -> Tensor:
+        """Sum of squares per position, like ``per_position``."""
+        return self.per_position(self.parameter.detach().square())
+
     def spread(self, per_unit: Tensor) -> Tensor:
         """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
         return per_unit[self.owner].view(1, 1, *self.parameter.shape[2:])
@@ -64,6 +80,10 @@ class Stripes:
     def per_position(self, values: Tensor) -> Tensor:
         """Sum a tensor shaped like the parameter over all inputs; shape ``(out * kh * kw,)``, float32."""
         return values.sum(1, dtype=torch.float32).reshape(-1)
+
+    def energy(self) -> Tensor:
+        """Sum of squares per position, like ``per_position``."""
+        return self.per_position(self.parameter.detach().square())
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
@@ -84,7 +104,7 @@ class Units:
         self, model: nn.Module, graph: Graph, *, taps: Sequence[str] = (), stripes: Sequence[str] = ()
     ) -> None:
         self.graph = graph
-        parameters = dict(model.named_parameters())
+        parameters, _ = named_tensors(model)
         weights = [parameters[f"{name}.weight"] for name in (*taps, *stripes)]
         owned = [w.shape[2:].numel() * (w.shape[0] if i >= len(taps) else 1) for i, w in enumerate(weights)]
         self.groups = len(graph.groups) + len(owned)
@@ -106,26 +126,28 @@ class Units:
     def _columns(self, parameters: dict[str, nn.Parameter], wanted: Callable[[Slice], bool]) -> list[Columns]:
         owners: dict[tuple[str, int], np.ndarray] = {}
         for number, group in enumerate(self.graph.groups):
+            unit = np.arange(self.offsets[number], self.offsets[number] + group.size)[:, None]
             for s in group.slices:
                 if wanted(s):
                     key = (s.tensor, s.dim)
                     if key not in owners:
                         owners[key] = np.full(self.graph.shapes[s.tensor][s.dim], self.count, dtype=np.int64)
-                    unit = self.offsets[number] + np.arange(group.size)
-                    owners[key][s.index] = unit[:, None]
+                    owners[key][s.index] = unit
         return [Columns(t, d, parameters[t], torch.from_numpy(o).to(self.device)) for (t, d), o in owners.items()]
 
-    def sum(self, parts: Iterator[tuple[Consumer, Tensor]]) -> Tensor:
+    def sum(self, parts: Iterable[tuple[Consumer, Tensor]]) -> Tensor:
         """Add per-position values of several columns up per unit; shape ``(count,)``."""
         total = torch.zeros(self.count + 1, device=self.device)
-        for columns, values in parts:
-            total.index_add_(0, columns.owner, values.float())
+        every = list(parts)
+        if every:
+            owners = torch.cat([columns.owner for columns, _ in every])
+            total.index_add_(0, owners, torch.cat([values.float() for _, values in every]))
         return total[: self.count]
 
     def consumer_energy(self) -> Tensor:
         """Squared norm of everything that reads a unit; shape ``(count,)``."""
         with torch.no_grad():
-            return self.sum((c, c.per_position(c.parameter.detach().square())) for c in self.consumers)
+            return self.sum((c, c.energy()) for c in self.consumers)
 
     def by_group(self, values: Tensor) -> dict[str, np.ndarray]:
         """Cut one vector over all units into one array per group, as ``solve`` takes it."""
