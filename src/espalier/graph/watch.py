@@ -434,9 +434,8 @@ class Watch(TorchDispatchMode):
             known.origin = ("input", number)
             tensor._espalier = known  # type: ignore[attr-defined]
             self._birth(tensor, known)
-        for (
-            module
-        ) in self._modules.values():  # the model is a private copy: cheaper than hooks on every module there is
+        # The model is a private copy: cheaper than hooks, which torch would call for every module there is.
+        for module in self._modules.values():
             module.__dict__["_compiled_call_impl"] = partial(self._call, module)
         try:
             with torch.no_grad(), uncompiled(), self:
