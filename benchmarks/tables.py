@@ -1,4 +1,4 @@
-"""``docs/results.md`` and the table in the README, from ``benchmarks/results/runs`` and nothing else.
+"""``docs/results.md`` and the table in the README, from ``benchmarks/results`` and nothing else.
 
 python -m benchmarks.tables            # write both
 python -m benchmarks.tables --check    # exit code 1 if they are out of date
@@ -7,6 +7,7 @@ python -m benchmarks.tables --check    # exit code 1 if they are out of date
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, table
+from benchmarks.common import RESULTS, ROOT, table
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
 
@@ -68,6 +69,7 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         labels = {row["label"]: row["setting"]["method"] for row in rows}
         recipe = {"methods": labels, "budget": rows[0]["setting"]["budget"], "seeds": sorted({r["seed"] for r in rows})}
         parts += [f"## {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
+    parts += structure_part()
     waiting = [
         f"- `{n}`{' (needs a GPU)' if r.get('needs') else ''}: {r['title']}"
         for n, r in recipes.items()
@@ -76,6 +78,40 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     if waiting:
         parts += ["## Not run yet", "\n".join(waiting)]
     return "\n\n".join(parts) + "\n"
+
+
+def structure_part(folder: Path = RESULTS) -> list[str]:
+    """Time and memory of graph, plan and surgery; empty without a result.  A list of networks may lie in several files."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("structure*.json"))]
+    lines, ratios = [], []
+    for row in (row for content in files for row in content["rows"]):
+        ours, theirs = row["espalier"], row["torch-pruning"]
+        ratio = theirs["cpu"] / ours["cpu"] if ours["handled"] and theirs["handled"] else None
+        ratios += [] if ratio is None else [ratio]
+        megabytes = [f"{m['extra'] / 1e6:.0f}" if (m := entry.get("memory")) else None for entry in (ours, theirs)]
+        lines.append(
+            [
+                row["network"],
+                f"{1e3 * ours['cpu']:.0f} ms" if ours["handled"] else "fails",
+                f"{1e3 * theirs['cpu']:.0f} ms" if theirs["handled"] else "fails",
+                None if ratio is None else f"{ratio:.2f}x",
+                *megabytes,
+                f"{100 * ours['delivered']:.2f}" if ours["handled"] else None,
+                f"{100 * theirs['delivered']:.2f}" if theirs["handled"] else None,
+            ]
+        )
+    if not lines:
+        return []
+    head = ["network", "ours", "torch-pruning", "ratio", "MB, ours", "MB, theirs", "MACs, ours", "MACs, theirs"]
+    summary = f"Median ratio {statistics.median(ratios):.2f}x, least {min(ratios):.2f}x." if ratios else ""
+    return [
+        "## Graph, plan and surgery against torch-pruning",
+        "By `python -m benchmarks.structure`: processor time from a model to a smaller one at half of the MACs (torch-pruning "
+        "at the channel ratio that would halve a plain chain of convolutions), in turns in one process; memory beyond the "
+        f"model, the small model included; MACs delivered, in per cent. {summary}",
+        table(head, lines),
+        _origin([content["environment"] for content in files]),
+    ]
 
 
 def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
