@@ -57,14 +57,22 @@ def some(*in_ci: str):
     return [pytest.param(n, marks=() if n in in_ci else (pytest.mark.zoo,)) for n in ZOO]
 
 
+def attention_macs(inputs, outputs) -> int:
+    """Queries (..., l, d) by keys (..., s, d), and what comes of it (..., l, s) by values (..., s, v)."""
+    query, key, value = (v.type().sizes() for v in inputs[:3])
+    return int(np.prod(query[:-1])) * key[-2] * (query[-1] + value[-1])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", some("cifar:resnet20", "mobilenet_v3_small"))
 def test_fvcore_counts_what_was_planned(name: str) -> None:
     fvcore = pytest.importorskip("fvcore.nn")
     small, graph, plan, inputs = pruned(name)
     analysis = fvcore.FlopCountAnalysis(copy.deepcopy(small).eval(), inputs)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_macs)  # fvcore knows none
     counted: Counter[str] = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
-    products = ("conv", "linear", "matmul", "addmm", "bmm", "einsum")  # fvcore also counts normalisation and pooling
+    # fvcore also counts normalisation and pooling
+    products = ("conv", "linear", "matmul", "addmm", "bmm", "einsum", "scaled_dot_product_attention")
     assert sum(counted[p] for p in products) == cost(graph, plan).macs
 
 
