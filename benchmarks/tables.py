@@ -83,11 +83,13 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
 def structure_part(folder: Path = RESULTS) -> list[str]:
     """Time and memory of graph, plan and surgery; empty without a result.  A list of networks may lie in several files."""
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("structure*.json"))]
-    lines, ratios = [], []
+    lines: list[list[str | None]] = []
+    ratios: dict[str, float] = {}  # of a network that was measured twice, the second
     for row in (row for content in files for row in content["rows"]):
         ours, theirs = row["espalier"], row["torch-pruning"]
         ratio = theirs["cpu"] / ours["cpu"] if ours["handled"] and theirs["handled"] else None
-        ratios += [] if ratio is None else [ratio]
+        if ratio is not None:
+            ratios[row["network"]] = ratio
         megabytes = [f"{m['extra'] / 1e6:.0f}" if (m := entry.get("memory")) else None for entry in (ours, theirs)]
         lines.append(
             [
@@ -103,7 +105,9 @@ def structure_part(folder: Path = RESULTS) -> list[str]:
     if not lines:
         return []
     head = ["network", "ours", "torch-pruning", "ratio", "MB, ours", "MB, theirs", "MACs, ours", "MACs, theirs"]
-    summary = f"Median ratio {statistics.median(ratios):.2f}x, least {min(ratios):.2f}x." if ratios else ""
+    summary = (
+        f"Median ratio {statistics.median(ratios.values()):.2f}x, least {min(ratios.values()):.2f}x." if ratios else ""
+    )
     return [
         "## Graph, plan and surgery against torch-pruning",
         "By `python -m benchmarks.structure`: processor time from a model to a smaller one at half of the MACs (torch-pruning "
