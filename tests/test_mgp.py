@@ -272,6 +272,19 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     assert kinds == {FILTERS, INPUTS, SHAPES}
 
 
+def restarted(process: Granular, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Granular, torch.optim.Optimizer]:
+    """Model, process and optimiser made anew from what a checkpoint holds."""
+    state, momentum = copy.deepcopy(process.state_dict()), copy.deepcopy(optimizer.state_dict())
+    absolute = Budget(**{m: float(v) for m, v in process.limits.items()})
+    model = rebuild(network(), structure(process.model))
+    model.load_state_dict(process.model.state_dict())
+    fresh = process.method.start(model, EXAMPLE, absolute)
+    fresh.load_state_dict(state)
+    again = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    again.load_state_dict(momentum)
+    return model, fresh, again
+
+
 def test_resumed_run_is_the_uninterrupted_one() -> None:
     def run(stop: int | None) -> dict[str, Tensor]:
         model = network()
@@ -279,14 +292,7 @@ def test_resumed_run_is_the_uninterrupted_one() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         for step in range(STEPS):
             if step == stop:
-                state, momentum = copy.deepcopy(process.state_dict()), copy.deepcopy(optimizer.state_dict())
-                absolute = Budget(**{m: float(v) for m, v in process.limits.items()})
-                model = rebuild(network(), structure(model))
-                model.load_state_dict(process.model.state_dict())
-                process = MGP().start(model, EXAMPLE, absolute)
-                process.load_state_dict(state)
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-                optimizer.load_state_dict(momentum)
+                model, process, optimizer = restarted(process, optimizer)
             train_step(process, optimizer, step)
             process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         return dict(process.finish().state_dict())
@@ -578,14 +584,7 @@ def test_a_run_with_free_stripes_is_resumed_exactly() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
         for step in range(STEPS):
             if step == stop:
-                state, momentum = copy.deepcopy(process.state_dict()), copy.deepcopy(optimizer.state_dict())
-                absolute = Budget(**{m: float(v) for m, v in process.limits.items()})
-                model = rebuild(network(), structure(model))
-                model.load_state_dict(process.model.state_dict())
-                process = method.start(model, EXAMPLE, absolute)
-                process.load_state_dict(state)
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
-                optimizer.load_state_dict(momentum)
+                model, process, optimizer = restarted(process, optimizer)
             train_step(process, optimizer, step)
             process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         assert process.done
