@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import FrozenNorm, FunctionalConv, Gate, LayerScale, Shuffle, StandardisedConv2d
 from proving import prove, random_importance, randomise, reasons, sizes
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from espalier.costs import cost
 from espalier.graph import TraceError, TraceTimeout, trace
+from espalier.graph.rules import reshaped
 from espalier.plan import Budget
 from espalier.run.optional import import_timm
 from espalier.solver import solve
@@ -600,3 +604,32 @@ def test_a_module_that_cannot_be_copied_is_named() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="got function"):
         trace(lambda x: x, IMAGE)
+
+
+def _grouped(draw: st.DrawFn, factors: list[int]) -> tuple[int, ...]:
+    """Neighbouring factors multiplied at random, with ones in between."""
+    shape, part = [], 1
+    for factor in factors:
+        part *= factor
+        if draw(st.booleans()):
+            shape.append(part)
+            part = 1
+            shape += [1] * draw(st.integers(0, 1))
+    return tuple([*shape, part] if part > 1 or not shape else shape)
+
+
+@given(st.data())
+def test_a_layer_is_reshaped_as_the_whole_tensor_would_be(data: st.DataObject) -> None:
+    factors = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    shape, new = _grouped(data.draw, factors), _grouped(data.draw, factors)
+    own = tuple(n if data.draw(st.booleans()) else 1 for n in shape)
+    layer = np.arange(math.prod(own)).reshape(own)
+    result = reshaped(layer, shape, new)
+    assert result.ndim == len(new)
+    assert np.array_equal(np.broadcast_to(result, new), np.broadcast_to(layer, shape).reshape(new))
+
+
+def test_reshaping_a_layer_writes_out_only_what_its_channels_share() -> None:
+    channels = np.arange(512).reshape(512, 1, 1, 1)
+    assert reshaped(channels, (512, 256, 3, 3), (1, 512, 2304)).shape == (1, 512, 1)
+    assert reshaped(channels.reshape(1, 512, 1, 1), (2, 512, 7, 7), (2, 512 * 49)).shape == (1, 512 * 49)

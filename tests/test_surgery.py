@@ -158,6 +158,21 @@ def test_a_baked_weight_is_trained_on_and_what_made_it_is_forgotten() -> None:
     assert not torch.equal(model[2].weight, before)
 
 
+def test_a_copy_with_baked_weights_has_nothing_of_the_model() -> None:
+    model = nn.Sequential(StandardisedConv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), StandardisedConv2d(8, 6, 3))
+    model = nn.Sequential(*model, nn.ReLU(), nn.Conv2d(6, 2, 1), nn.Conv2d(2, 2, 1)).train()
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    before = copy.deepcopy(model)
+    graph, plan, _ = planned(model)
+    small = shrink(model, graph, plan)
+    assert graph.baked and type(small[0]) is nn.Conv2d and type(model[0]) is StandardisedConv2d
+    memory = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    assert memory.isdisjoint(t.untyped_storage().data_ptr() for t in small.state_dict().values())
+    assert all(p.grad is None for p in small.parameters()) and all(p.grad is not None for p in model.parameters())
+    for (name, was), now in zip(before.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(was, now), name
+
+
 def test_a_shared_module_stays_shared_in_memory_and_on_disk() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

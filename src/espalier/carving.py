@@ -102,7 +102,7 @@ def _refresh_all(
             refresh(module, name, kept, (group_width or {}).get(name))
 
 
-_PIECE = 1 << 22  # elements that are cut at a time: more only makes the copy in between larger
+_PIECE = 1 << 20  # elements that are cut at a time: more only makes the copy in between larger
 
 
 def select(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:

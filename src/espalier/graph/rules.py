@@ -294,6 +294,25 @@ def expand(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
+def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
+    """What reshaping ``shape`` to ``new`` makes of a layer: written out only in the dimensions that its channels share.
+
+    Neighbouring dimensions are taken together until both sides have the same product; where the labels do not change
+    along any of them, they need no copy of a weight's or an activation's size.
+    """
+    if 0 in shape:
+        return np.broadcast_to(layer, shape).reshape(new)
+    before, after = (np.cumprod([1, *sizes]) for sizes in (shape, new))
+    expanded: list[int] = []
+    final: list[int] = []
+    for product in np.intersect1d(before, after):
+        i, j = (int(np.searchsorted(p, product, side="right")) - 1 for p in (before, after))
+        changes = any(n > 1 for n in layer.shape[len(expanded) : i])
+        expanded += shape[len(expanded) : i] if changes else [1] * (i - len(expanded))
+        final += new[len(final) : j] if changes else [1] * (j - len(final))
+    return np.broadcast_to(layer, expanded).reshape(final)
+
+
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def view(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Merging dimensions only flows; splitting the channel axis says that one factor stays fixed, which one is tried out.
@@ -304,8 +323,7 @@ def view(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tensor, known = args[0], state(args[0])
     layers = []
     for layer in known.layers:
-        whole = layer if layer.size == tensor.numel() else np.broadcast_to(layer, tensor.shape)
-        result = compact(whole.reshape(out.shape))
+        result = compact(reshaped(align(layer, tensor.ndim), tensor.shape, out.shape))
         dims = varying(result)
         level = watch.level()
         if level and len(dims) <= 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from espalier.copies import named_tensors
 from espalier.graph import Graph, Slice
 
-_PIECE = 1 << 22  # elements that are squared at a time
+_PIECE = 1 << 20  # elements that are squared at a time
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Columns:
         if weight.numel() <= _PIECE:
             return self.per_position(weight.square())
         rows = weight.split(max(1, _PIECE * len(weight) // weight.numel()))
-        parts = [self.per_position(piece.square()) for piece in rows]
-        return torch.cat(parts) if self.dim == 0 else torch.stack(parts).sum(0)
+        parts = (self.per_position(piece.square()) for piece in rows)
+        return torch.cat(list(parts)) if self.dim == 0 else reduce(torch.Tensor.add_, parts)
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.carving import Kept, carve, carved, put_in_place
-from espalier.copies import copy_model
+from espalier.copies import copy_model, named_tensors
 from espalier.forms.shapes import padding_of
 from espalier.graph import Graph
 from espalier.layers import PaddedConv2d, PartConv2d
@@ -23,10 +23,22 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     selects = any(f"{n}.index" in kept for n in graph.selects)
     if selects or (kept and graph.baked):  # what changes more than shapes is done on a copy
-        small = copy_model(model, {})
-        shrink_(small, graph, plan)
-        return small
+        return _shrunk_copy(model, graph, plan)
     return carved(model, kept, group_width=graph.group_width)
+
+
+def _shrunk_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
+    """Shrink a copy that borrows the memory of the parameters; what still borrows it afterwards is copied at last."""
+    lent = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        for p in named_tensors(model)[0].values()
+        if type(p) is nn.Parameter
+    }
+    borrowed = {id(p) for p in lent.values()}
+    small = copy_model(model, lent)
+    shrink_(small, graph, plan)
+    parameters, buffers = named_tensors(small)
+    return copy_model(small, {id(t): t for t in (*parameters.values(), *buffers.values()) if id(t) not in borrowed})
 
 
 def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> Kept:
@@ -38,13 +50,17 @@ def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.opti
     plan.check(graph)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     if kept:
+        kept = {t: d for t, d in kept.items() if t not in graph.baked_away}
+        rest = dict(kept)
         for name in graph.baked:
             bake(model, name, optimizer=optimizer)
-        kept = {t: d for t, d in kept.items() if t not in graph.baked_away}
+            plain = {t: rest.pop(t) for t in (f"{name}.weight", f"{name}.bias") if t in rest}
+            # cut at once: plain weights of all layers in full size would be as large as the model
+            carve(model, plain, group_width=graph.group_width, optimizer=optimizer)
         for name in graph.selects:
             if f"{name}.index" in kept:
                 _select_inputs(model, name)
-        carve(model, kept, group_width=graph.group_width, optimizer=optimizer)
+        carve(model, rest, group_width=graph.group_width, optimizer=optimizer)
     return kept
 
 
