@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, table
+from benchmarks.alignment import as_table as alignment_table
+from benchmarks.common import RESULTS, ROOT, read_results, table
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
 
@@ -69,6 +70,7 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         labels = {row["label"]: row["setting"]["method"] for row in rows}
         recipe = {"methods": labels, "budget": rows[0]["setting"]["budget"], "seeds": sorted({r["seed"] for r in rows})}
         parts += [f"## {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
+    parts += alignment_part()
     parts += structure_part()
     waiting = [
         f"- `{n}`{' (needs a GPU)' if r.get('needs') else ''}: {r['title']}"
@@ -78,6 +80,22 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     if waiting:
         parts += ["## Not run yet", "\n".join(waiting)]
     return "\n\n".join(parts) + "\n"
+
+
+def alignment_part() -> list[str]:
+    """Speed by the multiple that widths are held to; empty without a result."""
+    content = read_results("alignment")
+    if not content:
+        return []
+    return [
+        "## Widths that run fast",
+        "By `python -m benchmarks.alignment`: speed-up over the dense network in ONNX Runtime, one thread, at half of the "
+        "MACs, by the multiple that widths are held to; which units go is drawn by chance. The command line takes multiples of 4, "
+        "and of 8 where convolutions are depthwise, unless `--multiple-of` says otherwise; `Budget(multiple_of=...)` is 1 by "
+        "default, as in papers, and so it is in every recipe that does not say otherwise.",
+        alignment_table(content["rows"]),
+        _origin([content["environment"]]),
+    ]
 
 
 def structure_part(folder: Path = RESULTS) -> list[str]:

@@ -287,6 +287,46 @@ def test_a_method_that_finds_the_size_needs_no_budget_and_takes_its_settings(tin
     assert again.exit_code == 0, again.output
 
 
+@pytest.fixture
+def depthwise(tmp_path, monkeypatch):
+    (tmp_path / "mine_with_depthwise.py").write_text(
+        "from torch import nn\n\n\n"
+        "def net(num_classes, in_channels):\n"
+        "    layers = [nn.Conv2d(in_channels, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()]\n"
+        "    layers += [nn.Conv2d(24, 24, 3, groups=24), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 30, 1), nn.ReLU()]\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(30, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "mine_with_depthwise:net"
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(("options", "multiple", "width"), [((), 8, 8), (("--multiple-of", 1), 1, 14)], ids=str)
+def test_depthwise_layers_keep_widths_that_run_fast_unless_asked_otherwise(
+    depthwise, tmp_path, options, multiple, width
+):
+    run = ("compress", "--model", depthwise, "--data", "digits", "--epochs", 1, *SMALL_RUN, "--method", "magnitude")
+    done = espalier(*run, "--macs", 0.6, *options, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert f"multiple_of = {multiple}" in (tmp_path / "run" / "config.toml").read_text()
+    assert len(load_file(tmp_path / "run" / "model.safetensors")["3.weight"]) == width
+    slow = json.loads((tmp_path / "run" / "metrics.json").read_text())["slow_widths"]
+    assert slow == (["3"] if options else [])
+    summary = (tmp_path / "run" / "summary.md").read_text()
+    assert ("channel by channel" in summary) == bool(options)
+    assert ("multiples of 8" in summary) == (not options)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_widths_are_multiples_of_four_where_nothing_is_said(tiny, tmp_path):
+    done = begin(tiny, tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "multiples of 4" in (tmp_path / "run" / "summary.md").read_text()
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert [len(weights[n]) % 4 for n in ("0.weight", "3.weight")] == [0, 0]
+    assert "multiple_of = 4" in (tmp_path / "run" / "config.toml").read_text()
+
+
 @pytest.mark.parametrize("text", ["energy", "=0.1", "energy="])
 def test_a_setting_that_is_none_is_refused(tiny, tmp_path, text):
     done = espalier("compress", "--model", tiny, "--data", "digits", "--set", text, "--out", tmp_path / "run")

@@ -69,8 +69,8 @@ class Budget:
 
     Values up to 1 are fractions of the dense network, values above 1 are absolute: ``macs`` in multiply-accumulates,
     ``params`` in elements, ``activation_memory`` in bytes of live activations at the traced input.  ``multiple_of``
-    makes every width a multiple (or leaves it whole); ``protect`` lists groups or modules, wildcards allowed, that keep
-    everything.
+    makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX Runtime, 8 and 16
+    run fastest (docs/results.md); ``protect`` lists groups or modules, wildcards allowed, that keep everything.
     """
 
     macs: float | None = None

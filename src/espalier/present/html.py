@@ -25,7 +25,7 @@ from espalier.present.figures import (
 from espalier.present.runs import Run, read_run
 from espalier.run.charts import figure_style
 from espalier.run.course import gap_curve, kernel_history, rank_bars, rank_history, search_curve
-from espalier.run.report import COUNTED_WORDS
+from espalier.run.report import COUNTED_WORDS, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 
 COST_NAMES = {
@@ -124,7 +124,7 @@ def _asked_and_met(run: Run) -> str:
     if metrics["counted"]:
         verdict += f" Limits are met as {metrics['counted']['note']}; the other rows are what is executed."
     others = run.config["budget"].get("multiple_of", 1)
-    aligned = f" Widths are multiples of {others} or whole." if others != 1 else ""
+    aligned = f" Widths and ranks are multiples of {others} or whole." if others != 1 else ""
     return (
         f"<h2>What was asked, and what was met</h2><p>{escape(verdict + aligned)} One multiply-add is one MAC; costs are "
         'those of a single input.</p><div class="figures asked">'
@@ -223,6 +223,8 @@ def _origin(run: Run) -> str:
         f'<p class="note">Missing: {escape(name)} ({escape(str(reason))})</p>'
         for name, reason in run.metrics["notes"].items()
     )
+    if slow := slow_sentence(run.metrics):
+        notes += f'<p class="note">{escape(slow)}</p>'
     config = {section: dict(values) for section, values in run.config.items() if values}
     if "weights" in config.get("model", {}):
         config["model"]["weights"] = Path(

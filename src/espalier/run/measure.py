@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from espalier.run.evaluate import thread_count
 from espalier.run.onnx import feeds, onnx_session, positional, resized, to_onnx_bytes
@@ -34,6 +35,23 @@ class Timing:
     threads: int
     milliseconds: float  # median
     speedup: float  # over the first model, at the same batch size
+
+
+LANES = 4  # channels that ONNX Runtime's depthwise convolution takes at a time
+
+
+def depthwise(model: nn.Module) -> dict[str, _ConvNd]:
+    """Convolutions of ``model`` that filter every channel by itself."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd) and m.groups == m.in_channels > 1}
+
+
+def slow_widths(model: nn.Module) -> list[str]:
+    """Depthwise convolutions that ONNX Runtime computes channel by channel, because of their number of channels.
+
+    The whole block around such a layer then takes about twice as long, and more on large batches
+    (``benchmarks/results/alignment.json``).
+    """
+    return [n for n, m in depthwise(model).items() if m.in_channels % LANES]
 
 
 def latency(

@@ -13,7 +13,7 @@ from espalier.costs import METRICS as COSTS
 from espalier.costs import Cost
 from espalier.graph.watch import first_line
 from espalier.run.loop import History
-from espalier.run.measure import Timing, latency, size_on_disk
+from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.rundir import METRICS, MODEL, ONNX, SUMMARY, write_file, write_json
 from espalier.surgery import save
@@ -79,6 +79,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "onnx_difference": difference,
         "left": dict(outcome.left),
         "notes": notes,
+        "slow_widths": slow_widths(outcome.small_model),
         "epochs": len(outcome.history.epochs),
         "seconds": outcome.history.seconds,
         "seed": outcome.config["recipe"].get("seed"),
@@ -106,7 +107,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     dense, small, fraction = metrics["dense"], metrics["small"], metrics["fraction"]
     origin = [f"{config[name]['name']}" for name in ("model", "data") if "name" in config.get(name, {})]
     title = " on ".join(origin) or "A network"
-    lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics), ""]
+    lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics, config), ""]
     lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
     if "accuracy" in small:
         change = small["accuracy"] - dense["accuracy"]
@@ -129,6 +130,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if metrics["onnx_difference"] is not None:
         lines += [f"`model.onnx` differs from PyTorch by at most {metrics['onnx_difference']:.1e}.", ""]
     lines += _left(metrics["left"])
+    lines += [f"{slow}\n"] if (slow := slow_sentence(metrics)) else []
     lines += [f"Missing - {name}: {reason}\n" for name, reason in metrics["notes"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     lines += [f"Made with {versions}. `config.toml` reproduces it, `log.csv` has every epoch.", ""]
@@ -148,12 +150,25 @@ def _left(left: Mapping[str, str]) -> list[str]:
     return [f"Left as they were, {len(names)} ({why}): {', '.join(names)}.\n" for why, names in reasons.items()]
 
 
-def _sentence(metrics: Mapping[str, Any]) -> str:
+def slow_sentence(metrics: Mapping[str, Any]) -> str | None:
+    """What to know about the widths that were left, if there is anything."""
+    layers = metrics.get("slow_widths")
+    if not layers:
+        return None
+    return (
+        f"Slow: depthwise convolutions whose number of channels is no multiple of {LANES}, which ONNX Runtime computes channel "
+        f"by channel; a budget with multiple_of=8 avoids it: {', '.join(layers)}."
+    )
+
+
+def _sentence(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not metrics["limits"]:
         return "No budget: the method found the size. One multiply-add is one MAC; costs are those of a single input."
     limits = ", ".join(f"{name} up to {value:,}" for name, value in metrics["limits"].items())
     how = f", {metrics['counted']['note']}" if metrics["counted"] else ""
-    return f"Budget: {limits}{how}. One multiply-add is one MAC; costs are those of a single input."
+    multiple = config["budget"].get("multiple_of", 1)
+    widths = f"; widths and ranks in multiples of {multiple}, or whole" if multiple > 1 else ""
+    return f"Budget: {limits}{how}{widths}. One multiply-add is one MAC; costs are those of a single input."
 
 
 def _latency_table(timings: list[dict[str, Any]]) -> list[str]:
