@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
 
 test-zoo: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m zoo tests/test_zoo.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m zoo
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -634,7 +634,7 @@ NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, tmp_path: Any) -> None:
     model, inputs = build(name), example(name)
-    if "vgg16_bn" not in name:
+    if name not in ("cifar:vgg16_bn", "vgg16_bn", "inception_v3"):  # the last: a head that trains on larger images only
         model.train()
     before = cost(trace(model, inputs))
     process = DPRP(importance="energy").start(model, inputs, Budget(params=0.7))

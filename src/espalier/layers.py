@@ -111,8 +111,18 @@ class PartConv2d(nn.Conv2d):
         if self.index is not None:
             x = x.index_select(1, self.index)
         if any(self.shift):
-            x = F.pad(x, self.shift)
+            x = F.pad(x, self._within(x))
         return super().forward(x)
+
+    def _within(self, x: Tensor) -> list[int]:
+        """``shift``, where it would crop more than there is: the rest from the zeros of the other side, all the same."""
+        shift = list(self.shift)
+        for first, second, size in ((0, 1, x.shape[-1]), (2, 3, x.shape[-2])):
+            for side, other in ((first, second), (second, first)):
+                if shift[side] < 0 and -shift[side] > size:
+                    shift[other] += shift[side] + size
+                    shift[side] = -size
+        return shift
 
     def extra_repr(self) -> str:
         selects = "" if self.index is None else ", selects its inputs"

@@ -151,6 +151,7 @@ class TensorCompression(Process):
             )
         self.method = method
         self.batches = batches
+        self.bake()
         self._find_layers()
         self.lc = LearningCompression(
             {n: model.get_submodule(n).weight for n in self.places},  # type: ignore[misc]
