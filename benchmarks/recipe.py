@@ -9,7 +9,7 @@
 - ``[data]``, ``[budget]``, ``[recipe]`` as in a run's ``config.toml``; ``data.choose_by`` = "holdout" marks a run that is
   there to choose a setting, and never sees the test set;
 - ``[methods.LABEL]`` with the name of a method - ``dense``, one of ``benchmarks.peers.PEERS``, or what ``espalier compress
-  --method`` takes - and its options.
+  --method`` takes - and its options; a table ``recipe`` inside overrides ``[recipe]``, where equal terms need other epochs.
 """
 
 from __future__ import annotations
@@ -54,13 +54,17 @@ class Job:
 
     @property
     def method(self) -> dict[str, Any]:
-        return self.content["methods"][self.label]
+        return {k: v for k, v in self.content["methods"][self.label].items() if k != "recipe"}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {**self.content["recipe"], **self.content["methods"][self.label].get("recipe", {})}
 
     @property
     def setting(self) -> dict[str, Any]:
         """Everything that the numbers depend on, but the seed."""
-        parts = ("model", "start", "data", "budget", "recipe")
-        return {**{p: self.content.get(p, {}) for p in parts}, "method": self.method}
+        parts = ("model", "start", "data", "budget")
+        return {**{p: self.content.get(p, {}) for p in parts}, "recipe": self.recipe, "method": self.method}
 
     @property
     def hash(self) -> str:

@@ -153,9 +153,7 @@ _probed: dict[tuple[str, ...], float] = {}
 
 def minutes_on(job: Job, device: torch.device) -> float:
     """From earlier results on hardware of this name, or from a few steps of dense training now."""
-    epochs = job.content["recipe"]["epochs"] + (
-        job.content.get("start", {}).get("epochs", 0) if job.starts_trained else 0
-    )
+    epochs = job.recipe["epochs"] + (job.content.get("start", {}).get("epochs", 0) if job.starts_trained else 0)
     here = environment()["hardware"]
     same = [
         row
@@ -163,7 +161,7 @@ def minutes_on(job: Job, device: torch.device) -> float:
         if row["epoch_seconds"]
         and row["setting"]["model"]["name"] == job.content["model"]["name"]
         and row["setting"]["data"]["name"] == job.content["data"]["name"]
-        and row["setting"]["recipe"].get("precision") == job.content["recipe"].get("precision")
+        and row["setting"]["recipe"].get("precision") == job.recipe.get("precision")
         and [row["hardware"].get(k) for k in ("cpu", "gpu")] == [here[k] for k in ("cpu", "gpu")]
     ]
     of_method = [row for row in same if row["setting"]["method"]["name"] == job.method["name"]] or same
@@ -215,7 +213,7 @@ def run(job: Job, options: argparse.Namespace) -> None:
 
 
 def make_recipe(job: Job, *, threads: int, device: str) -> Recipe:
-    return Recipe.from_dict({**job.content["recipe"], "seed": job.seed, "threads": threads, "device": device})
+    return Recipe.from_dict({**job.recipe, "seed": job.seed, "threads": threads, "device": device})
 
 
 def result_of(job: Job, options: argparse.Namespace) -> dict[str, Any]:

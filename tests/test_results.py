@@ -72,9 +72,10 @@ def test_a_recipe_makes_sense(name):
     choice = content["data"].get("choose_by") == "holdout"  # chooses between settings; publishes nothing
     assert choice or content["methods"]["dense"] == {"name": "dense"}
     assert any(m["name"] == "magnitude" for m in content["methods"].values())
-    for method in content["methods"].values():
+    for label, method in content["methods"].items():
+        Recipe.from_dict(Job(name, label, 0, content).recipe)
         if method["name"] in METHODS:
-            assert method.keys() - {"name"} <= {f.name for f in fields(METHODS[method["name"]])}
+            assert method.keys() - {"name", "recipe"} <= {f.name for f in fields(METHODS[method["name"]])}
         else:
             assert method["name"] in {"dense", "dprp", "tt-lc", "mgp", *PEERS}
 
