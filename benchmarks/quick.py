@@ -18,6 +18,7 @@ SHORT = (
         "quick_structure",
     ),
     ("budgets", "--networks", "resnet18", "mobilenet_v2", "--targets", "5", "--name", "quick_budgets"),
+    ("alignment", "--networks", "cifar:resnet20", "mobilenet_v2", "--seconds", "3", "--name", "quick_alignment"),
     ("removal", "--digits-epochs", "5", "--name", "quick_removal"),
 )
 
