@@ -3,7 +3,7 @@
     python -m benchmarks.alignment [--networks ...] [--name alignment]
 
 Which units go is drawn by chance, so that free widths are what they come to be in a run: any number.  All networks of a row are
-timed in turns, in one run, and compared with the dense one; medians, as ratios.  ``docs/results.md`` shows it.
+timed in turns, in one run, and compared with the dense one, as ratios.  ``docs/results.md`` shows it.
 """
 
 from __future__ import annotations
