@@ -327,6 +327,18 @@ def test_widths_are_multiples_of_four_where_nothing_is_said(tiny, tmp_path):
     assert "multiple_of = 4" in (tmp_path / "run" / "config.toml").read_text()
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_a_budget_below_the_smallest_multiple_is_met_by_other_widths(tiny, tmp_path):
+    run = ("compress", "--model", tiny, "--data", "digits", "--epochs", 1, *SMALL_RUN, "--macs", 0.03)
+    refused(
+        espalier(*run, "--multiple-of", 4, "--out", tmp_path / "refused"), "smallest reachable", "lower multiple_of"
+    )
+    done = espalier(*run, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "multiple_of = 1" in (tmp_path / "run" / "config.toml").read_text()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["fraction"]["macs"] <= 0.03
+
+
 @pytest.mark.parametrize("text", ["energy", "=0.1", "energy="])
 def test_a_setting_that_is_none_is_refused(tiny, tmp_path, text):
     done = espalier("compress", "--model", tiny, "--data", "digits", "--set", text, "--out", tmp_path / "run")

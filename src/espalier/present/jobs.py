@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from espalier.run.rundir import (
     write_config,
     write_log,
 )
+from espalier.solver import BudgetError
 from espalier.surgery import load, save
 
 
@@ -57,9 +59,6 @@ def run_job(
     data = make_data(config, device=pick_device(recipe.device), download=download)
     config = fit_model_to(config, data)
     network = starting_network(config, seed=recipe.seed)
-    if method is not None:
-        config = aligned(config, network)
-        budget = make_budget(config, method)
     title = f"{config['model']['name']} on {config['data']['name']}"
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
         on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
@@ -69,31 +68,37 @@ def run_job(
                 begin_dense(out, config, recipe)
             train_only(network, data, recipe, out=out, on_epoch=on_epoch, on_step=progress.on_step)
         else:
-            compress(
-                network,
-                data,
-                budget=budget,
-                method=method,
-                recipe=recipe,
-                out=out,
-                resume=resume,
-                force=force,
-                config={"model": config["model"], "data": config["data"]},
-                on_epoch=on_epoch,
-                on_step=progress.on_step,
-            )
+            options = multiples(config, network)
+            for multiple in options:
+                try:
+                    compress(
+                        network,
+                        data,
+                        budget=None if budget is None else replace(budget, multiple_of=multiple),
+                        method=method,
+                        recipe=recipe,
+                        out=out,
+                        resume=resume,
+                        force=force,
+                        config={"model": config["model"], "data": config["data"]},
+                        on_epoch=on_epoch,
+                        on_step=progress.on_step,
+                    )
+                    break
+                except BudgetError:  # before anything is written
+                    if multiple == options[-1]:
+                        raise
 
 
-def aligned(config: Config, network: nn.Module) -> Config:
-    """Widths and ranks in multiples that run fast, where there is a budget and ``config`` does not say of what.
+def multiples(config: Config, network: nn.Module) -> list[int]:
+    """What widths and ranks are multiples of: what was asked for, else what runs fast; the first that the budget allows.
 
     Measured (``benchmarks/results/alignment.json``): at any width, half of the MACs hardly save time in ONNX Runtime, and where
     convolutions are depthwise they take twice as long as all of them.
     """
-    if not config["budget"] or "multiple_of" in config["budget"]:
-        return config
-    multiple = 8 if depthwise(network) else 4
-    return {**config, "budget": {**config["budget"], "multiple_of": multiple}}
+    if "multiple_of" in config["budget"]:
+        return [config["budget"]["multiple_of"]]
+    return [8, 4, 1] if depthwise(network) else [4, 1]
 
 
 def starting_network(config: Config, *, seed: int) -> nn.Module:

@@ -71,7 +71,7 @@ MultipleOf = Annotated[
     int | None,
     _option(
         "--multiple-of",
-        "Every width is a multiple of this or stays whole; 8 and 16 run fastest. Default: 4, or 8 if any layer is depthwise.",
+        "Widths and ranks are multiples of this, or stay whole. Default: what runs fast, 4, or 8 with depthwise layers.",
         "Budget",
         metavar="N",
     ),
