@@ -117,6 +117,23 @@ def test_runs_fill_the_queue_and_are_not_repeated(bench, capsys):
         running.run(job, running.parse(["only", "tiny"]))
 
 
+def test_a_dense_network_is_trained_once_for_all_budgets(bench):
+    running.main(["only", "tiny.dense", "--device", "cpu", "--seeds", "0"])
+    (bench / "small.toml").write_text(TINY.replace("macs = 0.5", "macs = 0.25"))
+    (bench / "long.toml").write_text(TINY.replace("macs = 0.5", "macs = 0.25").replace("epochs = 2", "epochs = 1"))
+    running.main(["only", "small.dense", "long.dense", "--device", "cpu", "--seeds", "0"])
+    first, same, other = (
+        json.loads((bench / "runs" / f"{name}.dense-seed0.json").read_text()) for name in ("tiny", "small", "long")
+    )
+    assert same["same_run_as"] == "tiny.dense-seed0"
+    assert same["setting"]["budget"] == {"macs": 0.25}
+    assert same["recipe"] == "small"
+    assert [same[k] for k in ("accuracy", "curve", "revision")] == [first[k] for k in ("accuracy", "curve", "revision")]
+    assert "same_run_as" not in other
+    job = Job("small", "tcp", 0, read_recipe(bench / "small.toml"))
+    assert running.dense_twin(job) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["dense", "tcp"])
 def test_a_stopped_run_goes_on_and_ends_the_same(bench, monkeypatch, label):
