@@ -57,8 +57,8 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
         "*Training* is "
         "the time of all epochs over that of the dense row; *cut* is what a method needs before it trains. Both ratios are "
-        "left out where more ran than the machine had cores, because they would say nothing; `python -m benchmarks.run "
-        "time NAME` measures a speed-up again.",
+        "left out where more ran than the machine had cores, because they would say nothing, training also where an epoch "
+        "took twice as long as another; `python -m benchmarks.run time NAME` measures a speed-up again.",
     ]
     for name, recipe in recipes.items():
         rows = [row for row in found if row["recipe"] == name]
@@ -162,7 +162,9 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False) 
             _mean([r["accuracy"] for r in mine], 2),
             _share([r["macs_left"] for r in mine]),
             _share([r["params_left"] for r in mine]),
-            _mean([s for r in mine if (s := _speedup(r))], 2, unit="x"),
+            None
+            if recipe["methods"][label]["name"] == "dense"
+            else _mean([s for r in mine if (s := _speedup(r))], 2, unit="x"),
             f"{len(mine)} of {len(recipe['seeds'])}",
         ]
         if not short:
@@ -204,8 +206,8 @@ def _share(values: list[float]) -> str:
 
 def _training(mine: Rows, dense: Rows) -> str | None:
     """Time of the epochs over that of the dense row of the same seeds; of runs with a core of their own only."""
-    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _alone(row)}
-    ratios = [sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _alone(r)]
+    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _undisturbed(row)}
+    ratios = [sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _undisturbed(r)]
     return f"{statistics.mean(ratios):.2f}x" if ratios else None
 
 
@@ -218,6 +220,12 @@ def _alone(where: Mapping[str, Any]) -> bool:
     """Was there a core for everything that ran, as far as the load average tells?"""
     hardware = where.get("hardware", {})
     return hardware.get("load_average", math.inf) <= hardware.get("cores", 0) + 0.5
+
+
+def _undisturbed(row: Mapping[str, Any]) -> bool:
+    """Alone at the end, and no epoch took twice as long as another, as it does when a run is paused or crowded."""
+    seconds = row["epoch_seconds"]
+    return _alone(row) and max(seconds) <= 2 * min(seconds)
 
 
 def _origin(rows: Rows) -> str:
