@@ -222,14 +222,13 @@ def dense_twin(job: Job) -> dict[str, Any] | None:
         return None
     for key, row in results(RUNS).items():
         if (
-            row["seed"] == job.seed
+            (row["label"], row["seed"]) == (job.label, job.seed)
             and not row.get("imported")
             and {**row["setting"], "budget": job.setting["budget"]} == job.setting
         ):
             return {
                 **row,
                 "recipe": job.name,
-                "label": job.label,
                 "hash": job.hash,
                 "setting": job.setting,
                 "same_run_as": row.get("same_run_as", key),

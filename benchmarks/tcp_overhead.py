@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import espalier as es
 from benchmarks import common
 from espalier.methods.base import Process
+from espalier.methods.pressure import FadingMethod
 from espalier.run.evaluate import autocast
 from espalier.run.loop import distillation, make_optimizer
 
@@ -47,7 +48,7 @@ BUDGETS = {
     "multiples of 4": es.Budget(macs=0.5, multiple_of=4),  # what the command line takes
     "multiples of 8": es.Budget(macs=0.5, multiple_of=8),
 }
-METHODS: dict[str, type[es.TCP] | type[es.MGP]] = {"tcp": es.TCP, "mgp": es.MGP}
+METHODS: dict[str, type[FadingMethod]] = {"tcp": es.TCP, "mgp": es.MGP}
 WINDOW_AT = 0.1
 
 
@@ -117,30 +118,30 @@ def _arrive(trainer: Trainer, at: float) -> Iterator[float]:
     return counting(at, REAL_STEPS)
 
 
-def pressing(name: str, method: es.TCP | es.MGP, *, window: int, block: int) -> dict[str, Any]:
-    """Ratio of a window of TCP to plain training of the same structure, in turns."""
+def pressing(name: str, method: FadingMethod, *, window: int, block: int) -> dict[str, Any]:
+    """Ratio of a window of the method to plain training of the same structure, in turns."""
     example = torch.zeros(1, 3, 32, 32)
     model = network(name)
-    tcp = Trainer(model, process=method.start(model, example, BUDGET))
+    fading = Trainer(model, process=method.start(model, example, BUDGET))
     plain = Trainer(_without_hooks(model))
-    at = _arrive(tcp, WINDOW_AT)
-    tcp.run(at, 2 * block)  # warm up; also the first decision, for which everything is new
+    at = _arrive(fading, WINDOW_AT)
+    fading.run(at, 2 * block)  # warm up; also the first decision, for which everything is new
     plain.run(counting(0, REAL_STEPS), block)
-    tcp.inside, times = 0.0, []
+    fading.inside, times = 0.0, []
     for _ in range(window // block):
-        if sum(p.numel() for p in tcp.model.parameters()) != sum(p.numel() for p in plain.model.parameters()):
-            plain = Trainer(_without_hooks(tcp.model))
+        if sum(p.numel() for p in fading.model.parameters()) != sum(p.numel() for p in plain.model.parameters()):
+            plain = Trainer(_without_hooks(fading.model))
             plain.run(counting(0, REAL_STEPS), 2)
-        times.append((tcp.run(at, block), plain.run(counting(0, REAL_STEPS), block)))
-    pressed = getattr(tcp.process, "pressed", None)
+        times.append((fading.run(at, block), plain.run(counting(0, REAL_STEPS), block)))
+    pressed = getattr(fading.process, "pressed", None)
     ours, theirs = (sum(column) for column in zip(*times, strict=True))
     return {
         "ratio": ours / theirs,
         "ratio, median of blocks": median(a / b for a, b in times),
-        "step": tcp.inside / theirs,
+        "step": fading.inside / theirs,
         "plain ms per step": 1e3 * theirs / (block * len(times)),
         "steps": block * len(times),
-        "removals": tcp.removals,
+        "removals": fading.removals,
         "units pressed at the end": None if pressed is None else int(pressed.sum()),
     }
 
@@ -153,8 +154,8 @@ def _without_hooks(model: nn.Module) -> nn.Module:
     return private
 
 
-def whole_run(name: str, method: es.TCP | es.MGP, *, steps: int, block: int) -> dict[str, Any]:
-    """Whole runs of TCP beside dense training, in turns; one entry per budget."""
+def whole_run(name: str, method: FadingMethod, *, steps: int, block: int) -> dict[str, Any]:
+    """Whole runs of the method beside dense training, in turns; one entry per budget."""
     example = torch.zeros(1, 3, 32, 32)
     model = network(name)
     teacher = copy.deepcopy(model).eval()
@@ -215,7 +216,7 @@ def _forward_time(model: nn.Module, x: Tensor, repeats: int) -> float:
 PARTS = ("_decide", "_press", "_adapt", "_remove_faded", "_carry_out", "_norm")
 
 
-def profile(name: str, method: es.TCP | es.MGP, *, steps: int) -> dict[str, float]:
+def profile(name: str, method: FadingMethod, *, steps: int) -> dict[str, float]:
     """Milliseconds per step in the parts of the process (some contain others) and in the gradient hooks."""
     spent: dict[str, float] = {}
 
