@@ -26,10 +26,10 @@ lint: $(VENV)/.dev
 bench-quick: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.quick
 
-# Other toolkits beside ours on real digits, three seeds; what has been run is not run again.
+# Other toolkits beside ours on real digits, three seeds, all anew; a run that was stopped goes on.
 bench-peers: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.run only peers-digits
-	$(BIN)/python -m benchmarks.tables
+	ESPALIER_RUNS=runs/bench-peers $(ONE_THREAD) $(BIN)/python -m benchmarks.run only peers-digits
+	ESPALIER_RUNS=runs/bench-peers $(BIN)/python -m benchmarks.tables --print peers-digits
 
 tables: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.tables

@@ -113,7 +113,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-_PACKAGES = ("torch", "numpy", "torchvision", "timm", "torch-pruning", "tensorly", "onnxruntime", "scikit-learn")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "torchvision",
+    "timm",
+    "torch-pruning",
+    "tensorly",
+    "nvidia-modelopt",
+    "onnxruntime",
+    "scikit-learn",
+)
 
 
 def _version(package: str) -> str | None:
@@ -220,3 +230,14 @@ def tensorly() -> Any:
         return importlib.import_module("tensorly")
     except ModuleNotFoundError as error:
         raise ValueError("this comparison needs tensorly: pip install 'espalier[bench]'") from error
+
+
+def modelopt_prune() -> Any:
+    """``modelopt.torch.prune.prune``, of an optional package."""
+    from espalier.run.optional import import_torchvision
+
+    import_torchvision()  # which it imports itself, and which beside a CPU build of torch needs help
+    try:
+        return importlib.import_module("modelopt.torch.prune").prune
+    except ModuleNotFoundError as error:
+        raise ValueError("this comparison needs NVIDIA ModelOpt: pip install 'espalier[modelopt]'") from error

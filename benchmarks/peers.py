@@ -1,22 +1,28 @@
 """Other toolkits at the same work: cut a trained network down to a share of its MACs, in place or anew.
 
-Each takes the network, an example, the share and a few training batches, and returns the network to be fine-tuned.
+Each takes the network, an example, the share and a few training batches, all on the CPU, and returns the network to be
+fine-tuned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import tensorly, torch_pruning
+from benchmarks.common import modelopt_prune, tensorly, torch_pruning
 from espalier.costs import cost
 from espalier.graph import trace
+from espalier.run.batches import Batch
+from espalier.run.evaluate import evaluate
 
-Cut = Callable[[nn.Module, Tensor, float], nn.Module]
+Cut = Callable[[nn.Module, Tensor, float, Sequence[Batch]], nn.Module]
 
 
 def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool = True, **importance: Any) -> Cut:
@@ -25,7 +31,7 @@ def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool =
     ``everywhere``: units of all layers are compared with each other ("global"); if not, every layer loses the same share.
     """
 
-    def cut(model: nn.Module, example: Tensor, share: float) -> nn.Module:
+    def cut(model: nn.Module, example: Tensor, share: float, batches: Sequence[Batch]) -> nn.Module:
         tp = torch_pruning()
         ignored: list[nn.Module] = [m for n, m in model.named_modules() if n in ("linear", "fc", "classifier")]
         if any(type(m).__name__ == "ChannelPad" for m in model.modules()):
@@ -45,7 +51,7 @@ def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool =
     return cut
 
 
-def tucker(model: nn.Module, example: Tensor, share: float) -> nn.Module:
+def tucker(model: nn.Module, example: Tensor, share: float, batches: Sequence[Batch]) -> nn.Module:
     """tensorly's partial Tucker of every 3x3 convolution, ranks one share of the channels, the largest that fits."""
     whole = cost(trace(model, example)).macs
     low, high = 0.0, 1.0
@@ -93,6 +99,40 @@ def _tucker_layers(conv: nn.Conv2d, ratio: float, *, decompose: bool) -> nn.Sequ
     return nn.Sequential(first, core, last)
 
 
+def fastnas(model: nn.Module, example: Tensor, share: float, batches: Sequence[Batch]) -> nn.Module:
+    """FastNAS of NVIDIA's ModelOpt: searches widths by accuracy without training, on the last of ``batches``.
+
+    The first 50 settle BatchNorm in every candidate; with fewer it warns that scores are wrong, and does not settle it.  Its
+    default divisor of 32 leaves CIFAR's narrow networks next to nothing to choose from: 4.
+    """
+    first = SETTLING if len(batches) > SETTLING else len(batches) // 2
+    divisors = {"nn.Conv2d": "channel_divisor", "nn.BatchNorm2d": "feature_divisor", "nn.Linear": "feature_divisor"}
+    small, _ = _silently(
+        modelopt_prune(),
+        model,
+        mode=[("fastnas", {layer: {"*": {key: 4}} for layer, key in divisors.items()})],
+        constraints={"flops": f"{100 * share}%"},
+        dummy_input=example,
+        config={
+            "data_loader": batches[:first],
+            "collect_func": lambda batch: batch[0],
+            "score_func": lambda network: evaluate(network, batches[first:])["accuracy"],
+            "max_iter_data_loader": first,
+            "verbose": False,
+        },
+    )
+    return small
+
+
+SETTLING = 50  # batches: the length of its queue
+
+
+def _silently(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Without a bar for every candidate."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return call(*arguments, **named)
+
+
 PEERS: dict[str, Cut] = {
     "torch-pruning": _torch_pruning("GroupNormPruner", "GroupMagnitudeImportance", p=2),
     "torch-pruning-bn": _torch_pruning("BNScalePruner", "BNScaleImportance"),
@@ -102,5 +142,14 @@ PEERS: dict[str, Cut] = {
         "MagnitudePruner", "MagnitudeImportance", everywhere=False, p=2, group_reduction="first", normalizer=None
     ),
     "tensorly-tucker": tucker,
+    "modelopt-fastnas": fastnas,
 }
 """Name in a recipe -> how it cuts."""
+
+PACKAGES = {"torch-pruning": "torch_pruning", "tensorly": "tensorly", "modelopt": "modelopt"}
+
+
+def lacking(method: str) -> str:
+    """The package that ``method`` needs and that is not installed; empty if there is none."""
+    needed = [package for begin, package in PACKAGES.items() if method in PEERS and method.startswith(begin)]
+    return next((package for package in needed if importlib.util.find_spec(package) is None), "")

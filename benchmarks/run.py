@@ -6,6 +6,7 @@
     python -m benchmarks.run time NAME[.LABEL] [...]   # measure the speed-up again, of what was trained here, when all is quiet
     python -m benchmarks.run import accuracy.json      # take over rows of the older format
 
+``ESPALIER_RUNS`` names another folder than ``benchmarks/results``, to repeat what is there already (``make bench-peers``).
 A run that was stopped goes on at its last epoch.  Existing results are never overwritten.  Accuracy is that of the last
 epoch on the test set, which is looked at for the curve and for nothing else; a recipe with ``data.choose_by = "holdout"``
 trains without the held-out images, is judged by them, and never sees the test set.
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import RESULTS, environment, rounded, table, write_results
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, lacking
 from benchmarks.recipe import Job, jobs, read_recipes
 from espalier.costs import Cost, cost
 from espalier.graph import trace
@@ -47,8 +48,9 @@ from espalier.run.recipe import Recipe
 from espalier.run.rundir import LOG, METRICS
 from espalier.surgery import load, save
 
-RUNS = RESULTS / "runs"
-WORK = RESULTS / "unfinished"  # checkpoints; git ignores them
+HOME = Path(os.environ.get("ESPALIER_RUNS", RESULTS))
+RUNS = HOME / "runs"
+WORK = HOME / "unfinished"  # checkpoints; git ignores them
 IMAGES = {"digits": 1437, "cifar10": 50000, "cifar100": 50000}
 PROBE_STEPS = 6
 
@@ -74,7 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
             if unknown := set(options.names) - known:
                 raise ValueError(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(read_recipes())}")
             for job in wanted:
-                if options.seeds is None or job.seed in options.seeds:
+                if options.seeds is not None and job.seed not in options.seeds:
+                    continue
+                if package := lacking(job.method["name"]):
+                    print(f"{job.key}: left out, it needs {package}", flush=True)
+                else:
                     run(job, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -131,7 +137,7 @@ def refusal(job: Job, device: torch.device) -> str:
     name = job.method["name"]
     if name != "dense" and name not in PEERS and name not in METHODS:
         return f"no method {name} yet"
-    return ""
+    return f"needs {package}" if (package := lacking(name)) else ""
 
 
 def run_next(waiting: list[Job], options: argparse.Namespace) -> None:
@@ -335,7 +341,8 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
     begun = time.perf_counter()
     if job.method["name"] in PEERS:
         torch.manual_seed(job.seed)
-        model = PEERS[job.method["name"]](model, example, job.content["budget"]["macs"])
+        batches = list(data.calibration_batches(batch_size=min(64, len(data.train) // 80), batches=80, seed=job.seed))
+        model = PEERS[job.method["name"]](model.cpu(), example, job.content["budget"]["macs"], batches)
     cut = time.perf_counter() - begun
     teacher = copy.deepcopy(dense) if job.starts_trained and recipe.distill != 0 else None
     history = _train(model, data, recipe, folder=WORK / job.key, label=job.label, teacher=teacher)

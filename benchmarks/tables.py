@@ -1,7 +1,8 @@
-"""``docs/results.md`` and the table in the README, from ``benchmarks/results`` and nothing else.
+"""``docs/results.md`` and the blocks of results in README and docs, from ``benchmarks/results`` and nothing else.
 
-python -m benchmarks.tables            # write both
-python -m benchmarks.tables --check    # exit code 1 if they are out of date
+python -m benchmarks.tables            # write them
+python -m benchmarks.tables --check    # exit code 1 if one is out of date
+python -m benchmarks.tables --print NAME ...    # write nothing; show the tables of these recipes
 """
 
 from __future__ import annotations
@@ -11,26 +12,30 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.alignment import as_table as alignment_table
+from benchmarks.blocks import BLOCK, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
 
 DOCS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
-BEGIN, END = "<!-- results: python -m benchmarks.tables -->", "<!-- end of results -->"
 Rows = list[dict[str, Any]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--print", nargs="+", metavar="NAME", dest="names")
+    options = parser.parse_args()
+    if options.names:
+        print(runs_part(read_recipes(), list(results().values()), options.names))
+        return
     for path, content in rendered().items():
-        if check and path.read_text(encoding="utf-8") != content:
+        if options.check and path.read_text(encoding="utf-8") != content:
             sys.exit(f"{path.relative_to(ROOT)} is out of date: python -m benchmarks.tables")
         path.write_text(content, encoding="utf-8")
 
@@ -38,13 +43,19 @@ def main() -> None:
 def rendered() -> dict[Path, str]:
     """What the files should hold, given the results."""
     recipes, found = read_recipes(), list(results().values())
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"README.md: the marks {BEGIN} and {END} are gone")
-    short = f"{before}{BEGIN}\n{readme_part(recipes, found)}\n{END}{after}"
-    return {DOCS: document(recipes, found), README: short}
+    makers = {
+        "headline": lambda: readme_part(recipes, found),
+        "runs": lambda *names: runs_part(recipes, found, names),
+        "standing": lambda method: standing_part(recipes, found, method),
+    }
+    texts = {path: path.read_text(encoding="utf-8") for path in pages() if path != DOCS}
+    filled = {path: fill(text, makers) for path, text in texts.items() if BLOCK.search(text)}
+    return {DOCS: document(recipes, found), **filled}
+
+
+def pages() -> list[Path]:
+    """Everything that a reader of the project reads."""
+    return [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.parent.rglob("*.md"))]
 
 
 def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
@@ -140,12 +151,76 @@ def structure_part(folder: Path = RESULTS) -> list[str]:
 
 def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     """The tables of the headline recipes that have results, without their details."""
+    names = [n for n, recipe in recipes.items() if recipe.get("headline") and _any(n, found)]
+    return runs_part(recipes, found, names) if names else "No headline recipe has been run yet."
+
+
+def runs_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequence[str]) -> str:
+    """The tables of the recipes ``names``, without their details."""
+    unknown = [n for n in names if n not in recipes]
+    if unknown:
+        raise SystemExit(f"results: runs: no such recipe: {', '.join(unknown)}")
+    lines = []
+    for name in names:
+        rows = [row for row in found if row["recipe"] == name]
+        before = [a for row in rows if (a := row.get("dense_accuracy")) is not None]
+        weights = "weights" in recipes[name]["model"]
+        start = [f"The published weights: {statistics.mode(before):.2f}."] if before and weights else []
+        said = [*_published(recipes[name]), *start]
+        lines += [f"**{recipes[name]['title']}** (`{name}`)", *([" ".join(said)] if said else [])]
+        lines.append(recipe_table(recipes[name], rows, short=True) if rows else "Not run yet.")
+    return "\n\n".join(lines)
+
+
+def standing_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, method: str) -> str:
+    """One method in every recipe that it has run in, beside the dense network, one-shot pruning and the best of the others."""
     lines = []
     for name, recipe in recipes.items():
         rows = [row for row in found if row["recipe"] == name]
-        if recipe.get("headline") and rows:
-            lines += [f"**{recipe['title']}**", recipe_table(recipe, rows, short=True)]
-    return "\n\n".join(lines) if lines else "No headline recipe has been run yet."
+        mine = _mine(rows, method)
+        if not mine:
+            continue
+        base = {
+            kind: [r for r in rows if recipe["methods"][r["label"]]["name"] == kind] for kind in ("dense", "magnitude")
+        }
+        others = {
+            label: statistics.mean(r["accuracy"] for r in _mine(rows, label))
+            for label, m in recipe["methods"].items()
+            if m["name"] not in ("dense", "magnitude", method) and _mine(rows, label)
+        }
+        best = max(others, key=lambda label: others[label], default=None)
+        oneshot = max((_mine(rows, label) for label in {r["label"] for r in base["magnitude"]}), key=_level, default=[])
+        lines.append(
+            [
+                f"`{name}`",
+                _mean([r["accuracy"] for r in base["dense"]], 2),
+                _mean([r["accuracy"] for r in oneshot], 2),
+                None if best is None else f"{others[best]:.2f} ({best})",
+                _mean([r["accuracy"] for r in mine], 2),
+                _share([r["macs_left"] for r in mine]),
+                _share([r["params_left"] for r in mine]),
+                _mean([v for r in mine if (v := _speedup(r))], 2, unit="x"),
+                f"{len(mine)} of {len(recipe['seeds'])}",
+            ]
+        )
+    if not lines:
+        return "No recipe has been run yet."
+    head = [
+        "recipe",
+        "dense",
+        "one-shot",
+        "best other",
+        method,
+        "MACs left, %",
+        "parameters left, %",
+        "speed-up",
+        "seeds",
+    ]
+    return table(head, lines)
+
+
+def _level(rows: Rows) -> float:
+    return statistics.mean(r["accuracy"] for r in rows)
 
 
 def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False) -> str:

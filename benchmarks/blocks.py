@@ -1,0 +1,219 @@
+"""The parts of README and docs that are written from results: what stands between two marks in a page.
+
+    <!-- results: runs resnet20-half-5-epochs -->
+    ...
+    <!-- end of results -->
+
+``python -m benchmarks.tables`` writes every such block anew.  The first word says what (``BLOCKS``), the others of what.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks import shape_groups
+from benchmarks.common import read_results, table
+
+BLOCK = re.compile(r"(<!-- results: ([\w-]+) ?([^>]*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def fill(text: str, more: Mapping[str, Callable[..., str]]) -> str:
+    """``text`` with every block written anew, by ``BLOCKS`` and ``more``."""
+    makers = {**BLOCKS, **more}
+
+    def block(found: re.Match[str]) -> str:
+        begin, name, words, end = found.groups()
+        if name not in makers:
+            raise SystemExit(f"results: {name}: no such block; there are {', '.join(sorted(makers))}")
+        return f"{begin}{makers[name](*words.split())}\n{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def outside(text: str) -> str:
+    """``text`` without its blocks."""
+    return BLOCK.sub("", text)
+
+
+def fading_overhead(method: str) -> str:
+    """What a step costs while units fade, and a whole run, beside plain training: ``benchmarks.tcp_overhead``."""
+    content = read_results(f"{method}_overhead")
+    lines: list[list[str | None]] = []
+    for row in content["rows"]:
+        press = f"{row['pressing']['ratio']:.2f}"
+        if not row["run"]:
+            lines.append([row["network"], press, *[None] * 4])
+        for label, run in row["run"].items():
+            if isinstance(run, dict):
+                ratios = (
+                    "ratio",
+                    "ratio with distillation, dense too",
+                    "ratio of the last quarter",
+                    "MACs over the run",
+                )
+                lines.append([f"{row['network']}, {label}", press, *[f"{run[k]:.2f}" for k in ratios]])
+    head = [
+        "network",
+        "a step while units fade",
+        "whole run",
+        "both distilled",
+        "last quarter of it",
+        "mean MACs of the run",
+    ]
+    used = [i for i in range(len(head)) if any(line[i] is not None for line in lines)]
+    body = [[line[i] for i in used] for line in lines]
+    return table([head[i] for i in used], body) + "\n\n" + _by(f"tcp_overhead --method {method}", content)
+
+
+def dprp_overhead() -> str:
+    """Time and memory of DPRP's steps and events beside dense training: ``benchmarks.dprp_overhead``."""
+    content = read_results("dprp_overhead")
+    lines = []
+    for row in content["rows"]:
+        steps = [f"{row['processor time'][k]['median']:.2f}" for k in ("full rank", "half the parameters")]
+        clock = [f"{row['clock'][k]['median']:.2f}" for k in ("full rank", "half the parameters")]
+        events = [row["event, full rank"], row["event, at the end"]]
+        lines.append(
+            [
+                row["network"],
+                *[f"{s} ({c})" for s, c in zip(steps, clock, strict=True)],
+                *[f"{e['ms']:.0f} ms ({e['processor ms']:.0f})" for e in events],
+                f"{max(e['weight'] for e in events):.1e}, {max(e['orthonormal'] for e in events):.1e}",
+                f"{row['memory of weights and momentum']:.2f}x",
+                f"{row['memory of a step']:.2f}x",
+            ]
+        )
+    head = [
+        "network",
+        "full rank",
+        "at the end",
+        "event, full rank",
+        "event, end",
+        "off after it",
+        "weights",
+        "whole step",
+    ]
+    return table(head, lines) + "\n\n" + _by("dprp_overhead", content)
+
+
+def decompositions() -> str:
+    """Time of TT-LC's parts: ``benchmarks.decompositions``."""
+    content = read_results("decompositions")
+    rows = content["rows"]
+    c_step, tensorly, evbmf, l_step = (rows[k] for k in rows)
+    lines = [
+        [
+            "C step over all of ResNet-32 (spectra, choice, fits)",
+            "1 s",
+            f"{c_step['processor seconds']:.2f} s of processor time, {c_step['seconds']:.2f} s on the clock",
+        ],
+        ["TT-Tucker of its layers against tensorly, same error", "3x faster", f"{tensorly['ratio']:.1f}x"],
+        ["EVBMF of 512 x 4608 singular values", "100 ms", f"{1e3 * evbmf['seconds']:.0f} ms"],
+        ["training step with the penalty over one without, ResNet-20", "1.10", f"{l_step['ratio']:.2f}"],
+    ]
+    return table(["what", "goal", "measured"], lines) + "\n\n" + _by("decompositions", content)
+
+
+def planted_ranks() -> str:
+    """Ranks that EVBMF finds in matrices of known rank: by size and noise the highest that is right, the lowest that is not."""
+    rows = read_results("decompositions")["planted ranks"]
+    wrong = [r for r in rows if abs(r["found"] - r["planted"]) > 0.5]
+    lines = []
+    for matrix, noise in dict.fromkeys((r["matrix"], r["noise"]) for r in rows):
+        alike = [r for r in rows if (r["matrix"], r["noise"]) == (matrix, noise)]
+        for r in [*[r for r in alike if r not in wrong][-1:], *[r for r in alike if r in wrong][:1]]:
+            lines.append([matrix, f"{noise:.1f}", r["planted"], f"{r['found']:g}", f"{r['known']:g}"])
+    right = f"Right, to half a rank, in {len(rows) - len(wrong)} of {len(rows)} cases."
+    which = "By size and noise the highest rank that is right, and the lowest that is not:"
+    return f"{right} {which}\n\n" + table(["matrix", "noise", "planted", "found", "with the noise known"], lines)
+
+
+def importance(key: str = "resnet20a 0.5") -> str:
+    """The best cut of every score before any training, and what additive scores per cost make: ``benchmarks.importance``."""
+    content = read_results("importance")[key]
+    lines = []
+    for score in sorted({r["score"] for r in content["rows"]}, key=lambda s: min(_losses(content, s))):
+        best = min((r for r in content["rows"] if r["score"] == score), key=lambda r: r["loss"])
+        plain = next(
+            r
+            for r in content["rows"]
+            if (r["score"], r["per_cost"], r["returns"], r["steps"]) == (score, True, 1.0, 1)
+        )  # fmt: skip
+        how = [
+            "per cost" if best["per_cost"] else "per unit",
+            "additive" if best["returns"] == 1 else "diminishing returns",
+            "at once" if best["steps"] == 1 else f"in {best['steps']} steps",
+        ]
+        lines.append(
+            [score, ", ".join(how), f"{best['accuracy']:.1f}", f"{best['loss']:.2f}", f"{plain['accuracy']:.1f}"]
+        )
+    head = ["score", "best way", "accuracy", "loss", "per cost, additive, at once"]
+    return table(head, lines) + f"\n\n*`python -m benchmarks.importance`; revision {content['revision']}.*"
+
+
+def _losses(content: Mapping[str, Any], score: str) -> list[float]:
+    return [r["loss"] for r in content["rows"] if r["score"] == score]
+
+
+def removal() -> str:
+    """What a removal in the middle of training changes: ``benchmarks.removal``."""
+    content = read_results("removal")
+    lines = [
+        [
+            r["data"],
+            r["removals in training"],
+            f"{r['largest difference, float32']:.1e}",
+            f"{r['largest difference, float64']:.1e}",
+            f"{r['largest change of accuracy']:.2f}",
+        ]
+        for r in content["summary"]
+    ]
+    head = ["data", "removals", "logits, float32", "logits, float64", "accuracy, points"]
+    return table(head, lines) + "\n\n" + _by("removal", content)
+
+
+def groups_of_shapes() -> str:
+    """One kernel shape in a layer or two, in accuracy and in time: ``benchmarks.shape_groups``."""
+    content = read_results("shape_groups")
+    parts = [
+        shape_groups.loss_table(content["loss"]),
+        shape_groups.time_table(content["time"]),
+        _by("shape_groups", content),
+    ]
+    return "\n\n".join(parts)
+
+
+def budgets() -> str:
+    """How exactly budgets are met: ``benchmarks.budgets``."""
+    content = read_results("budgets")
+    found, networks = content["summary"], {r["network"] for r in content["rows"]}
+    free, eights = (f"{100 * found['slack'][k]['median']:.2g} %" for k in ("any width", "multiples of 8"))
+    return (
+        f"Of {found['targets']} random budgets on {len(networks)} networks, {found['above the budget']} were exceeded, "
+        f"{found['with a block unused']} left unused what would still fit, and {found['counted otherwise than planned']} cost "
+        f"something else once built. Unused, in the median: {free} of the budget at any width, {eights} in multiples of 8. "
+        "(`python -m benchmarks.budgets`)"
+    )
+
+
+def _by(command: str, content: Mapping[str, Any]) -> str:
+    where = content["environment"]
+    hardware = where["hardware"]
+    return (
+        f"*`python -m benchmarks.{command}`; {hardware['cpu']}, {hardware['cores']} cores, load {hardware['load_average']}; "
+        f"PyTorch {where['versions']['torch']}; revision {where['revision']}.*"
+    )
+
+
+BLOCKS: dict[str, Callable[..., str]] = {
+    "budgets": budgets,
+    "decompositions": decompositions,
+    "dprp-overhead": dprp_overhead,
+    "fading-overhead": fading_overhead,
+    "groups-of-shapes": groups_of_shapes,
+    "importance": lambda: importance(),
+    "planted-ranks": planted_ranks,
+    "removal": removal,
+}
