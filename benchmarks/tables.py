@@ -46,6 +46,7 @@ def rendered() -> dict[Path, str]:
     makers = {
         "headline": lambda: readme_part(recipes, found),
         "runs": lambda *names: runs_part(recipes, found, names),
+        "across": lambda *names: across_part(recipes, found, names),
         "standing": lambda method: standing_part(recipes, found, method),
     }
     texts = {path: path.read_text(encoding="utf-8") for path in pages() if path != DOCS}
@@ -72,7 +73,7 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "took twice as long as another; `python -m benchmarks.run time NAME` measures a speed-up again.",
     ]
     for name, recipe in recipes.items():
-        rows = [row for row in found if row["recipe"] == name]
+        rows = _of(found, name)
         if rows:
             parts += [f"## {recipe['title']}", *_published(recipe), recipe_table(recipe, rows), _origin(rows)]
     strays = [row for row in found if row["recipe"] not in recipes]
@@ -157,12 +158,10 @@ def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
 
 def runs_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequence[str]) -> str:
     """The tables of the recipes ``names``, without their details."""
-    unknown = [n for n in names if n not in recipes]
-    if unknown:
-        raise SystemExit(f"results: runs: no such recipe: {', '.join(unknown)}")
+    _known(recipes, names)
     lines = []
     for name in names:
-        rows = [row for row in found if row["recipe"] == name]
+        rows = _of(found, name)
         before = [a for row in rows if (a := row.get("dense_accuracy")) is not None]
         weights = "weights" in recipes[name]["model"]
         start = [f"The published weights: {statistics.mode(before):.2f}."] if before and weights else []
@@ -172,11 +171,34 @@ def runs_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequ
     return "\n\n".join(lines)
 
 
+def across_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequence[str]) -> str:
+    """Accuracy of the methods that several recipes share, a recipe a column."""
+    _known(recipes, names)
+    labels = dict.fromkeys(label for name in names for label in recipes[name]["methods"])
+    cells = [
+        [_mean([r["accuracy"] for r in _mine(rows, label)], 2) for rows in (_of(found, n) for n in names)]
+        for label in labels
+    ]
+    seeds = sorted({len(_mine(_of(found, n), label)) for n in names for label in labels})
+    said = f"Seeds: {'all' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]} of'} {len(recipes[names[0]]['seeds'])}."
+    heads = [f"{recipes[n]['recipe']['epochs']} epochs (`{n}`)" for n in names]
+    return said + "\n\n" + table(["method", *heads], [[n, *row] for n, row in zip(labels, cells, strict=True)])
+
+
+def _of(found: Rows, name: str) -> Rows:
+    return [row for row in found if row["recipe"] == name]
+
+
+def _known(recipes: Mapping[str, Any], names: Sequence[str]) -> None:
+    if unknown := [n for n in names if n not in recipes]:
+        raise SystemExit(f"results: no such recipe: {', '.join(unknown)}")
+
+
 def standing_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, method: str) -> str:
     """One method in every recipe that it has run in, beside the dense network, one-shot pruning and the best of the others."""
     lines = []
     for name, recipe in recipes.items():
-        rows = [row for row in found if row["recipe"] == name]
+        rows = _of(found, name)
         mine = _mine(rows, method)
         if not mine:
             continue

@@ -124,6 +124,20 @@ def test_a_method_stands_beside_the_better_cut_and_the_best_other():
     assert tables.standing_part({"r": recipe}, rows, "dprp") == "No recipe has been run yet."
 
 
+def test_one_table_across_lengths():
+    recipes = {
+        f"r{e}": {"methods": {"dense": {}, **({"tcp": {}} if e == 5 else {})}, "recipe": {"epochs": e}, "seeds": [0, 1]}
+        for e in (5, 20)
+    }
+    rows = [{"recipe": n, "label": "dense", "accuracy": a} for n, a in (("r5", 90.0), ("r5", 92.0), ("r20", 95.0))]
+    text = tables.across_part(recipes, [*rows, {"recipe": "r5", "label": "tcp", "accuracy": 80.0}], ["r5", "r20"])
+    assert [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[-2:]] == [
+        ["dense", "91.00 ± 1.41", "95.00"],
+        ["tcp", "80.00", "-"],
+    ]
+    assert text.startswith("Seeds: 0 to 2 of 2.")
+
+
 def test_every_committed_result_is_whole():
     for key, row in running.results().items():
         assert key.endswith(f"-seed{row['seed']}")
