@@ -143,7 +143,8 @@ def structure_part(folder: Path = RESULTS) -> list[str]:
         "## Graph, plan and surgery against torch-pruning",
         "By `python -m benchmarks.structure`: processor time from a model to a smaller one at half of the MACs (torch-pruning "
         "at the channel ratio that would halve a plain chain of convolutions), in turns in one process; memory beyond the "
-        "model, the small model included; MACs delivered, in per cent. Networks that came close were measured a second time. "
+        "model, the small model included; MACs delivered, in per cent. Networks that came close, or whose tracing changed, "
+        "were measured a second time. "
         f"{summary}",
         table(head, lines),
         _origin([content["environment"] for content in files]),
