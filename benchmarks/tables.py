@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--print", nargs="+", metavar="NAME", dest="names")
     options = parser.parse_args()
     if options.names:
-        print(runs_part(read_recipes(), list(results().values()), options.names))
+        print(runs_part(read_recipes(), list(results().values()), options.names, short=False))
         return
     for path, content in rendered().items():
         if options.check and path.read_text(encoding="utf-8") != content:
@@ -157,8 +157,10 @@ def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     return runs_part(recipes, found, names) if names else "No headline recipe has been run yet."
 
 
-def runs_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequence[str]) -> str:
-    """The tables of the recipes ``names``, without their details."""
+def runs_part(
+    recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequence[str], *, short: bool = True
+) -> str:
+    """The tables of the recipes ``names``, with their details or without."""
     _known(recipes, names)
     lines = []
     for name in names:
@@ -168,7 +170,7 @@ def runs_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequ
         start = [f"The published weights: {statistics.mode(before):.2f}."] if before and weights else []
         said = [*_published(recipes[name]), *start]
         lines += [f"**{recipes[name]['title']}** (`{name}`)", *([" ".join(said)] if said else [])]
-        lines.append(recipe_table(recipes[name], rows, short=True) if rows else "Not run yet.")
+        lines.append(recipe_table(recipes[name], rows, short=short) if rows else "Not run yet.")
     return "\n\n".join(lines)
 
 
