@@ -5,7 +5,8 @@
 - ``title``, ``published`` (what the source reports, for the reader), ``value`` (what is run first: higher), ``seeds``;
 - ``needs`` = "cuda" where the run makes no sense on a CPU; ``headline`` = true for the table in the README;
 - ``[model]`` name, and weights (a file of the published weights) or ``[start]``, a recipe for the dense network that is
-  trained first and that the methods named in its ``for`` begin with; the others begin untrained;
+  trained first and that the methods named in its ``for`` begin with; the others begin untrained; where the ``dense`` row is
+  trained in just that way its network is taken;
 - ``[data]``, ``[budget]``, ``[recipe]`` as in a run's ``config.toml``; ``data.choose_by`` = "holdout" marks a run that is
   there to choose a setting, and never sees the test set;
 - ``[methods.LABEL]`` with the name of a method - ``dense``, one of ``benchmarks.peers.PEERS``, or what ``espalier compress
@@ -75,6 +76,13 @@ class Job:
         return "weights" in self.content["model"] or self.label in self.content.get("start", {}).get(
             "for", [self.label]
         )
+
+    @property
+    def is_the_start(self) -> bool:
+        """A dense row that is trained exactly as ``start`` would be: the methods that begin with ``start`` take its network."""
+        start = {k: v for k, v in self.content.get("start", {}).items() if k != "for"}
+        plain = {k: v for k, v in self.recipe.items() if (k, v) != ("distill", 0.0)}
+        return bool(start) and self.method == {"name": "dense"} and not self.starts_trained and start == plain
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

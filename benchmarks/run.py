@@ -286,7 +286,7 @@ def starting_network(job: Job, data: Data, options: argparse.Namespace) -> nn.Mo
         folder = Path(options.weights_dir) if options.weights_dir else Path(options.data_dir) / "weights"
         load_weights(network, folder / model["weights"])
     elif "start" in job.content and job.starts_trained:
-        finished = WORK / f"{job.name}-start-seed{job.seed}" / "model.safetensors"
+        finished = start_file(job)
         if finished.exists():
             return load(finished, base=network)
         values = {k: v for k, v in job.content["start"].items() if k != "for"}
@@ -294,6 +294,11 @@ def starting_network(job: Job, data: Data, options: argparse.Namespace) -> nn.Mo
         _train(network, data, Recipe.from_dict({**values, **common}), folder=finished.parent, label="start")
         save(network.cpu(), finished)
     return network.cpu()
+
+
+def start_file(job: Job) -> Path:
+    """The dense network that the recipe's ``start`` has trained with this seed."""
+    return WORK / f"{job.name}-start-seed{job.seed}" / "model.safetensors"
 
 
 def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:
@@ -348,6 +353,9 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
     history = _train(model, data, recipe, folder=WORK / job.key, label=job.label, teacher=teacher)
     tested = _tested(model, data, recipe)
     model = model.cpu()
+    if job.is_the_start:
+        start_file(job).parent.mkdir(parents=True, exist_ok=True)
+        save(model, start_file(job))
     return {
         "dense_accuracy": _tested(copy.deepcopy(dense), data, recipe)["accuracy"],
         **_costs(whole, cost(trace(model, example))),
