@@ -558,6 +558,28 @@ def test_a_data_dependent_forward_is_traced_on_the_cpu() -> None:
     assert sizes(graph) == {"a": 16} and shrink(net, graph, plan).a.out_channels < 16
 
 
+class Remembers(nn.Module):
+    """Computes something in the first forward of eval mode and keeps it, as attention with relative positions does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.table[torch.tensor([1, 2])].sum()
+        return x + self.kept["bias"]
+
+
+def test_a_forward_that_keeps_what_it_computed_once_freezes_nothing() -> None:
+    net = Net(lambda m, x: m.c(m.r(m.b(m.a(x)).relu())), a=conv(3, 16), b=conv(16, 12), r=Remembers(), c=conv(12, 4))
+    graph, _, _ = prove(net, IMAGE)
+    assert sizes(graph) == {"a": 16, "b": 12} and not graph.notes
+    net(IMAGE)  # now it remembers before it is traced
+    assert sizes(trace(net, IMAGE)) == {"a": 16, "b": 12}
+
+
 def test_tracing_leaves_the_model_alone() -> None:
     net = residual().train()
     before = {n: t.clone() for n, t in net.state_dict().items()}

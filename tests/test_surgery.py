@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,39 @@ def test_a_forward_that_is_never_the_same_is_found() -> None:
     graph, plan, budget = planned(model)
     proof = verify(model, graph, plan, EXAMPLE, budget=budget)
     assert {"identity", "small equals masked"} <= {c.name for c in proof.checks if not c.passed}
+
+
+class Grid(nn.Module):
+    """Resamples at points that its own code makes in single precision, and multiplies rows by a matrix kept in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.gain = [torch.full((14, 14), 2.0)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        line = torch.linspace(-1, 1, 14).float()
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)[None]
+        x = nn.functional.grid_sample(x, grid, align_corners=True)
+        return self.b(torch.matmul(x, self.gain[0]))
+
+
+def test_a_forward_that_asks_for_single_precision_is_compared_in_double_all_the_same() -> None:
+    torch.manual_seed(0)
+    model = Grid()
+    with pytest.raises(RuntimeError, match="Double"):
+        copy.deepcopy(model).double()(EXAMPLE.double())
+    graph, plan, budget = planned(model, 0.6)
+    proof = verify(model, graph, plan, EXAMPLE, budget=budget).require()
+    equal = next(c for c in proof.checks if c.name == "small equals masked")
+    error, scale = (float(number) for number in re.findall(r"[\d.]+e[+-]\d+", equal.detail))
+    assert 0 <= error < 1e-12 * scale
+    small = shrink(model, graph, plan)
+    with torch.no_grad():
+        small.b.weight[0, 0, 0, 0] += 1e-4
+    proof = verify(model, graph, plan, EXAMPLE, small=small, budget=budget)
+    assert [c.name for c in proof.checks if not c.passed] == ["small equals masked"]
 
 
 def test_a_forward_that_breaks_after_surgery_is_reported_with_its_line() -> None:

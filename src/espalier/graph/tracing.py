@@ -66,6 +66,7 @@ def trace(
     lessons = Lessons()
     notes: dict[Any, str] = {}
     device = "meta"
+    unused = False  # a forward may leave caches in its copy: after a mismatch, rehearse on copies that have never run
     while True:
         private = private_copy(model, device)
         try:
@@ -84,12 +85,17 @@ def trace(
         graph, alive = _build(watch, component, tuple(notes.values()))
         if not rehearse or not graph.groups:
             return graph
-        try:
-            _rehearse(private, example_inputs, graph, watch, component, alive, output, deadline, device)
-        except Mismatch as found:
-            _learn(lessons, notes, found)
-            continue
-        return graph
+        while True:
+            smaller = private_copy(model, device) if unused else private
+            try:
+                _rehearse(smaller, example_inputs, graph, watch, component, alive, output, deadline, device)
+            except Mismatch as found:
+                if unused:
+                    _learn(lessons, notes, found)
+                    break
+                unused = True
+                continue
+            return graph
 
 
 def _learn(lessons: Lessons, notes: dict[Any, str], found: Mismatch) -> None:

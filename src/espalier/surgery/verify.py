@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.costs import CostModel, cost
@@ -156,8 +158,7 @@ def difference(one: nn.Module, other: nn.Module, example: Any) -> tuple[float, f
     generator = torch.Generator().manual_seed(0)
     error = scale = 0.0
     inputs = _map(example, lambda t: _noise(t, generator))
-    a = forward(copy.deepcopy(one).double(), inputs)
-    b = forward(copy.deepcopy(other).double(), inputs)
+    a, b = _in_double(one, inputs), _in_double(other, inputs)
     if [t.shape for t in a] != [t.shape for t in b]:
         raise ValueError(f"outputs have shapes {[tuple(t.shape) for t in b]} instead of {[tuple(t.shape) for t in a]}")
     for x, y in zip(a, b, strict=True):
@@ -166,6 +167,33 @@ def difference(one: nn.Module, other: nn.Module, example: Any) -> tuple[float, f
     if not math.isfinite(error) or not math.isfinite(scale):
         raise ValueError("outputs are not finite, so nothing can be compared")
     return error, scale
+
+
+def _in_double(model: nn.Module, example: Any) -> list[Tensor]:
+    """The outputs in float64, also where the model's own code asks for single precision (a grid of coordinates, say)."""
+    try:
+        return forward(copy.deepcopy(model).double(), example)
+    except RuntimeError:
+        private = copy.deepcopy(model).double()
+        with _DoubleForSingle():
+            return forward(private, example)
+
+
+class _DoubleForSingle(TorchDispatchMode):
+    """What an operation would read or make in a shorter floating-point format is float64."""
+
+    SHORTER = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        args, kwargs = tree_map(self._lengthened, (args, kwargs or {}))
+        made = op(*args, **kwargs)
+        makes = any(argument.name == "dtype" for argument in op._schema.arguments)
+        return tree_map_only(Tensor, self._lengthened, made) if makes else made
+
+    def _lengthened(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float64 if value in self.SHORTER else value
+        return value.double() if isinstance(value, Tensor) and value.dtype in self.SHORTER else value
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
