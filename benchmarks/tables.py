@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.alignment import as_table as alignment_table
-from benchmarks.blocks import BLOCK, fill
+from benchmarks.blocks import BLOCK, families, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
@@ -84,6 +84,7 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         parts += [f"## {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
     parts += alignment_part()
     parts += structure_part()
+    parts += families_part()
     waiting = [
         f"- `{n}`{' (needs a GPU)' if r.get('needs') else ''}: {r['title']}"
         for n, r in recipes.items()
@@ -149,6 +150,22 @@ def structure_part(folder: Path = RESULTS) -> list[str]:
         table(head, lines),
         _origin([content["environment"] for content in files]),
     ]
+
+
+def families_part() -> list[str]:
+    """Network by network, what became of one to three of every model file of timm; empty without a result."""
+    content = read_results("families")
+    if not content:
+        return []
+    lines = []
+    for row in content["rows"]:
+        asked = f"{100 * row['asked']:.0f}" if row["proven"] else None
+        outcome = "proven" if row["proven"] else row.get("error") or f"stays whole: {row['why']}"
+        smallest = f"{100 * row['smallest']:.1f}" if "smallest" in row else None
+        cells = [row["network"], row["file"], str(row["input"]), smallest, asked, outcome]
+        lines.append([cell if cell is None else cell.replace("|", "/") for cell in cells])
+    head = ["network", "file of timm", "input", "smallest, %", "MACs asked for, %", "outcome"]
+    return ["## Networks nobody chose", families(), table(head, lines), _origin([content["environment"]])]
 
 
 def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import subprocess
 import sys
@@ -451,6 +452,40 @@ def test_a_width_written_into_the_forward_freezes_its_line_only(
     assert any(code.co_firstlineno < int(number) <= code.co_firstlineno + 4 for number in said), reasons(graph)
     stuck = [f for f in graph.frozen if f.tensor == "a.weight" and f.dim == 0]
     assert sum(f.count for f in stuck) == graph.shapes["a.weight"][0]
+
+
+class ScaledByWidth(nn.Module):
+    """Divides by a number of channels: its own, or that of another activation."""
+
+    def __init__(self, *, of_input: bool) -> None:
+        super().__init__()
+        self.of_input = of_input
+        self.conv = conv(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y * (x if self.of_input else y).shape[1] ** -0.5 + torch.nan_to_num(y, nan=0.5)
+
+
+@pytest.mark.parametrize(
+    ("of_input", "free"), [(False, {"a": 16, "c": 10}), (True, {"c": 10})], ids=["of its own", "of its input"]
+)
+def test_channels_whose_number_is_computed_with_stay(of_input: bool, free: dict[str, int]) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.d(m.c(m.scaled(m.a(x).relu()).relu()))
+
+    net = Net(run, a=conv(3, 16), scaled=ScaledByWidth(of_input=of_input), c=conv(12, 10), d=conv(10, 4))
+    graph, _, _ = prove(net, IMAGE, macs=0.8)
+    assert sizes(graph) == free
+    assert "with a number that follows the widths" in reasons(graph) or "computes with a number" in reasons(graph)
+
+
+def test_a_forward_that_computes_with_chance_is_traced_all_the_same() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.c(m.b(m.a(x) * random.random()).relu())
+
+    graph = trace(Net(run, a=conv(3, 16), b=conv(16, 12), c=conv(12, 4)), IMAGE)
+    assert "computes with a number" in reasons(graph)
 
 
 def test_what_fails_in_a_layer_that_is_not_the_users_freezes_the_layer_and_nothing_else() -> None:

@@ -227,7 +227,7 @@ RULES["unknown"] = unknown
 
 def fixed(watch: Watch, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A rehearsal has shown that this line, or the module it is in, works for one size only."""
-    watch.freeze_operands(args, kwargs, "sizes look hard-coded here")
+    watch.freeze_operands(args, kwargs, watch.reason())
     constant_macs(watch, func, args, kwargs, out)
     derived = derived_from(tensors_of(args, kwargs))
     for o in tensors_of(out):

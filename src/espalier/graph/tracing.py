@@ -104,13 +104,15 @@ def _learn(lessons: Lessons, notes: dict[Any, str], found: Mismatch) -> None:
     new_axes = found.axes - lessons.axes.keys()
     level = lessons.lines.get(found.key, 0) if found.key is not None else FROZEN
     if new_axes:
-        lessons.axes |= dict.fromkeys(new_axes, Reason("sizes look hard-coded here", found.place))
+        lessons.axes |= dict.fromkeys(new_axes, Reason(found.reason, found.place))
         notes[found.place.line] = f"the forward fails ({text}"
     elif found.key is not None and level < FROZEN:
         tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and level < 2
         lessons.lines[found.key] = level + 1 if tried else FROZEN
+        lessons.reasons[found.key] = found.reason
         if sum(op == found.key[1] for _, op in lessons.lines) > MANY:  # one rehearsal each would take too long
             lessons.lines[found.place.line, found.key[1]] = FROZEN
+            lessons.reasons[found.place.line, found.key[1]] = found.reason
         if lessons.lines[found.key] >= 2 or "split" in found.key[1] or "slice" in found.key[1]:
             notes[found.key] = f"{found.key[1]} {text}"
     else:

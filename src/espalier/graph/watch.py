@@ -204,14 +204,20 @@ def tensors_in(value: Any, _depth: int = 0) -> Iterator[Tensor]:
 class Mismatch(Exception):
     """In a rehearsal an operation did not do what the labels predicted.
 
-    ``axes`` are the parameters whose channels were at hand where Python code, not an operation, failed.
+    ``axes`` are the parameters whose channels were at hand where Python code, not an operation, failed.  ``reason`` is what
+    to say of the channels that are frozen for it.
     """
 
     def __init__(
-        self, key: tuple[str, str] | None, text: str, place: Place, axes: frozenset[tuple[str, int]] = frozenset()
+        self,
+        key: tuple[str, str] | None,
+        text: str,
+        place: Place,
+        axes: frozenset[tuple[str, int]] = frozenset(),
+        reason: str = "sizes look hard-coded here",
     ) -> None:
         super().__init__(text)
-        self.key, self.text, self.place, self.axes = key, text, place, axes
+        self.key, self.text, self.place, self.axes, self.reason = key, text, place, axes, reason
 
 
 @dataclass
@@ -221,6 +227,7 @@ class Lessons:
     lines: dict[tuple[str, str], int] = field(
         default_factory=dict
     )  # (source line, operation) -> how much of it is fixed
+    reasons: dict[tuple[str, str], str] = field(default_factory=dict)  # of the same, once all of it is fixed
     axes: dict[tuple[str, int], Reason] = field(default_factory=dict)
     modules: dict[str, Reason] = field(default_factory=dict)
 
@@ -422,6 +429,11 @@ class Watch(TorchDispatchMode):
         known = self.lessons.lines
         return max(known.get(self.key(), 0), known.get((user_line(), self._op_name()), 0)) if known else 0
 
+    def reason(self) -> str:
+        """Why this line is fixed."""
+        known = self.lessons.reasons
+        return known.get(self.key()) or known.get((user_line(), self._op_name())) or "sizes look hard-coded here"
+
     def _op_name(self) -> str:
         return str(self._func) if self._func is not None else "forward"
 
@@ -467,10 +479,11 @@ class Watch(TorchDispatchMode):
 
     def _is_fixed(self) -> bool:
         """Is this operation, or a module that it is part of, known to work for one size only?"""
+        return self.level() >= FROZEN or self.in_fixed_module()
+
+    def in_fixed_module(self) -> bool:
         modules = self.lessons.modules
-        return self.level() >= FROZEN or (
-            bool(modules) and any(self._names.get(id(m), "") in modules for m in self._stack)
-        )
+        return bool(modules) and any(self._names.get(id(m), "") in modules for m in self._stack)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -500,7 +513,7 @@ class Watch(TorchDispatchMode):
         if self.rehearsal is not None:
             if not (rule in FLOWING and self.rehearsal.follows(self, func, origins, scalars, outs)):
                 self._apply(rule, func, args, kwargs, out)
-                self.rehearsal.check(self, func, outs)
+                self.rehearsal.check(self, func, scalars, outs)
             position = self.rehearsal.position - 1
         else:
             for known in operands:
@@ -512,7 +525,7 @@ class Watch(TorchDispatchMode):
                 if not known.derived:
                     self._birth(tensor, known)
             states = [(tuple(t.shape), known) for t, known in zip(outs, made, strict=True)]
-            self.records.append(Record(func, origins, scalars if rule in FLOWING else (), states))
+            self.records.append(Record(func, origins, scalars, states))
         for number, tensor in enumerate(outs):
             known = state(tensor)
             if known is not NOTHING:
@@ -634,14 +647,19 @@ class Rehearsal:
         self.position += 1
         return True
 
-    def check(self, watch: Watch, op: Any, outs: list[Tensor]) -> None:
+    def check(self, watch: Watch, op: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> None:
         """The rule was applied anew: hold its result against the record."""
         if self.position >= len(self.records) or self.records[self.position].op is not op:
             where, _ = watch.key()
             due = self.records[self.position].op if self.position < len(self.records) else op
             raise Mismatch((where, str(due)), f"is followed by {op}: the forward takes another path", watch.place())
-        expected = self.records[self.position].outputs
+        expected, numbers = self.records[self.position].outputs, self.records[self.position].scalars
         self.position += 1
+        # `x * x.shape[1] ** -0.5`: the small network would compute with another number than the masked one
+        computes = torch.Tag.pointwise in op.tags and any(t.is_floating_point() for t in outs)
+        if computes and numbers != scalars and repr(numbers) != repr(scalars) and not watch.in_fixed_module():
+            text = "computes with a number that is another one"
+            raise Mismatch(watch.key(), text, watch.place(), reason="is computed with a number that follows the widths")
         if len(expected) != len(outs):
             raise Mismatch(watch.key(), f"gives {len(outs)} tensors instead of {len(expected)}", watch.place())
         for tensor, (was, known) in zip(outs, expected, strict=True):
