@@ -1,6 +1,6 @@
 """How fast a GPU can train the CIFAR networks: seconds per epoch of 50,000 images, by how the steps are launched.
 
-    python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3]
+    python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3] [--ways loop,eager,graph]
 
 Ways: ``loop`` (the library's own ``train``, augmentation included), ``eager`` (forward, backward and SGD step alone),
 ``compile`` (``torch.compile``), ``graph`` (the whole step captured once as a CUDA graph, replayed), and ``graph xN`` (N seeds
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ways", help="only these; default: all")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device here, and on another one these numbers would mean nothing")
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         macs = cost(trace(model, torch.zeros(1, 3, 32, 32))).macs
         times = {"floor": 3 * macs * IMAGES / speed}  # a backward costs two forwards
         for way, measure in ways(name, options.seeds).items():
+            if options.ways and way.split()[0] not in options.ways.split(","):
+                continue
             try:
                 times[way] = measure()
             except Exception as error:  # a way that this driver or network does not support is a result too
