@@ -72,8 +72,10 @@ def dprp_overhead() -> str:
     content = read_results("dprp_overhead")
     lines = []
     for row in content["rows"]:
-        steps = [f"{row['processor time'][k]['median']:.2f}" for k in ("full rank", "half the parameters")]
-        clock = [f"{row['clock'][k]['median']:.2f}" for k in ("full rank", "half the parameters")]
+        steps, clock = (
+            [f"{row[kind][k]['median']:.2f}" for k in ("whole", "full rank", "half the parameters")]
+            for kind in ("processor time", "clock")
+        )
         events = [row["event, full rank"], row["event, at the end"]]
         lines.append(
             [
@@ -87,6 +89,7 @@ def dprp_overhead() -> str:
         )
     head = [
         "network",
+        "whole",
         "full rank",
         "at the end",
         "event, full rank",

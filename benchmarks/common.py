@@ -109,8 +109,15 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "load_average": round(os.getloadavg()[0], 2),
+            **({"gpu_shared": _gpu_shared()} if torch.cuda.is_available() else {}),
         },
     }
+
+
+def _gpu_shared() -> bool:
+    """Do others hold memory of the GPU?  A process alone holds what PyTorch has reserved and some hundred MiB of CUDA's own."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved() > 1 << 30
 
 
 _PACKAGES = (

@@ -2,10 +2,11 @@
 
     python -m benchmarks.dprp_overhead [--networks resnet20 ...] [--blocks 8] [--block 1]
 
-Batches of 128 random CIFAR-sized images, bf16, channels_last, one thread, SGD, as in ``benchmarks.tcp_overhead``.  Three
-networks take turns, block by block: plain training of the dense one, DPRP at full rank (penalties and gradient readings
-included, before its first event), and DPRP after its last event at half the parameters.  Ratios are medians over blocks, of
-processor time, for which other work on the machine hardly counts, and of time on the clock.
+Batches of 128 random CIFAR-sized images, bf16, channels_last, one thread, SGD, as in ``benchmarks.tcp_overhead``.  Four
+networks take turns, block by block: plain training of the dense one, DPRP while all layers are whole (gradient readings
+included, before its first event), DPRP with all layers split at full rank (penalties too), and DPRP after its last event at
+half the parameters.  Ratios are medians over blocks, of processor time, for which other work on the machine hardly counts, and
+of time on the clock.
 *Event*: turning the factors of all layers, momentum included, with ``--event-threads`` threads; the best of ``--events``, since
 other work on the machine can only add to it.  Before each the factors are disturbed by ``DRIFT``, about as much as
 training between two events does.  *Off*: the largest error of an event, relative in the weights, and absolute in ``U^T U - I``.
@@ -51,24 +52,29 @@ def standing_at(progress: float) -> Iterator[float]:
 
 def measured(name: str, method: DPRP, *, blocks: int, block: int, threads: int, events: int) -> dict[str, Any]:
     plain = Trainer(network(name))
+    whole, _ = started(name, method)
     full, process = started(name, method)
     small, falling = started(name, method)
     still = standing_at(0.0)
-    for trainer in (plain, full, small):
+    for trainer in (plain, whole, full, small):
         trainer.run(still, 2)
+    process.split(process.layers, optimizer=full.optimizer)
+    full.run(still, 2)
     event_full = event(full, process, threads=threads, events=events)
     weights = [parameter_bytes(trainer) for trainer in (full, plain)]
-    whole = [3 * parameter_bytes(trainer) + kept_for_backward(trainer) for trainer in (full, plain)]
+    in_all = [3 * parameter_bytes(trainer) + kept_for_backward(trainer) for trainer in (full, plain)]
     arrive(small, falling)
     event_small = event(small, falling, threads=threads, events=events)
-    times = [[timed(trainer, still, block) for trainer in (plain, full, small)] for _ in range(blocks)]
+    times = [[timed(trainer, still, block) for trainer in (plain, whole, full, small)] for _ in range(blocks)]
     cost = falling.cost.fraction_of(falling.dense)
     row: dict[str, Any] = {"network": name}
     for clock, label in enumerate(CLOCKS):
         row[label] = {
             "plain ms per step": 1e3 * median(turn[0][clock] for turn in times) / block,
-            "full rank": common.spread([turn[1][clock] / turn[0][clock] for turn in times]),
-            "half the parameters": common.spread([turn[2][clock] / turn[0][clock] for turn in times]),
+            **{
+                place: common.spread([turn[number][clock] / turn[0][clock] for turn in times])
+                for number, place in enumerate(PLACES, start=1)
+            },
         }
     return {
         **row,
@@ -77,7 +83,7 @@ def measured(name: str, method: DPRP, *, blocks: int, block: int, threads: int, 
         "event, full rank": event_full,
         "event, at the end": event_small,
         "memory of weights and momentum": weights[0] / weights[1],
-        "memory of a step": whole[0] / whole[1],
+        "memory of a step": in_all[0] / in_all[1],
         "layers": len(process.layers),
         "forms": {
             form: sum(layer.form == form for layer in process.layers.values()) for form in ("channel", "spatial")
@@ -86,6 +92,7 @@ def measured(name: str, method: DPRP, *, blocks: int, block: int, threads: int, 
 
 
 CLOCKS = ("processor time", "clock")
+PLACES = ("whole", "full rank", "half the parameters")
 
 
 def timed(trainer: Trainer, progress: Iterator[float], steps: int) -> tuple[float, float]:
@@ -156,13 +163,14 @@ DRIFT = 0.08  # standard deviation of a column's entries, times the root of thei
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     headers = [
-        "network", "ms", "full rank", "at the end", "clock", "clock, end", "MACs then", "event, full", "event, end",
+        "network", "ms", "whole", "full rank", "at the end", *(f"clock, {p}" for p in PLACES), "MACs then",
+        "event, full", "event, end",
         "off: M", "U^T U", "weights", "memory",
     ]  # fmt: skip
     body = []
     for r in rows:
         ours, wall, full, end = (r[k] for k in (*CLOCKS, "event, full rank", "event, at the end"))
-        ratios = [f"{t[k]['median']:.3f}" for t in (ours, wall) for k in ("full rank", "half the parameters")]
+        ratios = [f"{t[k]['median']:.3f}" for t in (ours, wall) for k in PLACES]
         body.append([
             r["network"], f"{wall['plain ms per step']:.0f}", *ratios, f"{r['MACs then']:.3f}",
             *(f"{e['ms']:.0f} ms ({e['processor ms']:.0f})" for e in (full, end)),

@@ -1,11 +1,13 @@
 """How fast a GPU can train the CIFAR networks: seconds per epoch of 50,000 images, by how the steps are launched.
 
-    python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3] [--ways loop,eager,graph]
+    python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3] [--ways loop,eager,graph,methods]
 
 Ways: ``loop`` (the library's own ``train``, augmentation included), ``eager`` (forward, backward and SGD step alone),
 ``compile`` (``torch.compile``), ``graph`` (the whole step captured once as a CUDA graph, replayed), and ``graph xN`` (N seeds
-side by side, each graph on a stream of its own; seconds are for all N).  ``bf16``, channels last, batch 128, random images that
-lie on the device.  The floor is the time that the device needs for the same arithmetic at its measured matrix speed.
+side by side, each graph on a stream of its own; seconds are for all N).  ``methods``: what a step with each method takes,
+its penalty and its events included, relative to one without, at ``PLACES`` of a run of ``EPOCHS`` epochs.  ``bf16``, channels
+last, batch 128, random images that lie on the device.  The floor is the time that the device needs for the same arithmetic
+at its measured matrix speed.
 Results: ``benchmarks/results/gpu_throughput.json``.
 """
 
@@ -23,6 +25,12 @@ import torch.nn.functional as F
 from benchmarks.common import environment, rounded, table, write_results
 from espalier.costs import cost
 from espalier.graph import trace
+from espalier.methods.base import Method, Process
+from espalier.methods.dprp import DPRP
+from espalier.methods.mgp import MGP
+from espalier.methods.tcp import TCP
+from espalier.methods.tt_lc import TTLC
+from espalier.plan import Budget
 from espalier.run.data import Data, Split
 from espalier.run.loop import make_optimizer, train
 from espalier.run.models import build_model
@@ -43,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("error: there is no CUDA device here, and on another one these numbers would mean nothing")
     speed = matrix_speed()
     found: dict[str, dict[str, float]] = {}
+    steps: dict[str, dict[str, list[float]]] = {}
     for name in options.networks.split(","):
         model = build_model(name, num_classes=10)
         macs = cost(trace(model, torch.zeros(1, 3, 32, 32))).macs
@@ -56,8 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{name}, {way}: {type(error).__name__}: {error}", flush=True)
             torch.cuda.empty_cache()
         found[name] = times
+        if not options.ways or "methods" in options.ways.split(","):
+            steps[name] = {label: method_steps(name, method) for label, method in METHODS.items()}
+            print(name, steps[name], flush=True)
         print(name, {way: round(seconds, 2) for way, seconds in times.items()}, flush=True)
-        write_results("gpu_throughput", rounded({"seconds_per_epoch": found, "batch": BATCH, **environment()}))
+        write_results(
+            "gpu_throughput", rounded({"seconds_per_epoch": found, "steps": steps, "batch": BATCH, **environment()})
+        )
     columns = list(dict.fromkeys(way for times in found.values() for way in times))
     print(table(["seconds per epoch", *columns], [[n, *[_short(t.get(c)) for c in columns]] for n, t in found.items()]))
 
@@ -108,7 +122,8 @@ def graph_step(name: str, *, seed: int) -> Step:
     with torch.cuda.graph(graph, stream=stream):
         step()
 
-    def replay() -> None:
+    def replay(kept: Step = step) -> None:  # its tensors are the graph's: without it they would be given to others
+        del kept
         with torch.cuda.stream(stream):
             graph.replay()
 
@@ -127,6 +142,51 @@ def epoch_seconds(steps: list[Step]) -> float:
             step()
     torch.cuda.synchronize()
     return (time.perf_counter() - begun) / STEPS * IMAGES / BATCH
+
+
+METHODS: dict[str, Method] = {"dprp": DPRP(), "tcp": TCP(), "mgp": MGP(), "tt-lc": TTLC(search=0)}
+PLACES, EPOCHS = (0.0, 0.2, 0.4, 0.9), 40
+
+
+def method_steps(name: str, method: Method, *, device: str = "cuda") -> list[float]:
+    """Time of a step at each of ``PLACES``, relative to one without the method at the beginning."""
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (BATCH,), device=device)
+    recipe, total = Recipe(lr=0.01), EPOCHS * IMAGES // BATCH
+    process: Process | None = None
+    optimizer = make_optimizer(model, recipe)
+
+    def timed(start: int, steps: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for number in range(start, start + steps):
+            with torch.autocast(device, torch.bfloat16):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            if process is not None:
+                loss = loss + process.penalty()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if process is not None:
+                process.step(progress=min((number + 1) / total, 1.0), optimizer=optimizer)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / steps
+
+    timed(0, WARM_UP)
+    plain = timed(0, STEPS)
+    process = method.start(model, images[:1], Budget(macs=0.5))
+    optimizer = make_optimizer(model, recipe)
+    found = []
+    for place in PLACES:
+        start = round(place * total)
+        timed(start, WARM_UP)  # the jump makes up for what was left out
+        found.append(timed(start + WARM_UP, STEPS) / plain)
+    return found
 
 
 def library_loop(name: str) -> float:

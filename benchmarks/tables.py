@@ -322,9 +322,13 @@ def _share(values: list[float]) -> str:
 
 
 def _training(mine: Rows, dense: Rows) -> str | None:
-    """Time of the epochs over that of the dense row of the same seeds; of runs with a core of their own only."""
-    by_seed = {row["seed"]: sum(row["epoch_seconds"]) for row in dense if _undisturbed(row)}
-    ratios = [sum(r["epoch_seconds"]) / by_seed[r["seed"]] for r in mine if r["seed"] in by_seed and _undisturbed(r)]
+    """Time of the epochs over that of the dense row of the same seeds and hardware; of runs that had it to themselves only."""
+    by_run = {(row["seed"], _device(row)): sum(row["epoch_seconds"]) for row in dense if _undisturbed(row)}
+    ratios = [
+        sum(row["epoch_seconds"]) / by_run[run]
+        for row in mine
+        if _undisturbed(row) and (run := (row["seed"], _device(row))) in by_run
+    ]
     return f"{statistics.mean(ratios):.2f}x" if ratios else None
 
 
@@ -342,14 +346,18 @@ def _alone(where: Mapping[str, Any]) -> bool:
 def _undisturbed(row: Mapping[str, Any]) -> bool:
     """Alone at the end, and no epoch took twice as long as another, as it does when a run is paused or crowded."""
     seconds = row["epoch_seconds"]
-    return _alone(row) and max(seconds) <= 2 * min(seconds)
+    return _alone(row) and not row["hardware"].get("gpu_shared") and max(seconds) <= 2 * min(seconds)
+
+
+def _device(row: Mapping[str, Any]) -> str:
+    """What a row was trained on."""
+    hardware = row["hardware"]
+    return hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} thread"
 
 
 def _origin(rows: Rows) -> str:
     """Hardware, versions and revisions, once each."""
-    where = sorted(
-        {row["hardware"].get("gpu") or f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread" for row in rows}
-    )
+    where = sorted({_device(row) for row in rows})
     torch = sorted({row["versions"]["torch"] for row in rows})
     revisions = sorted({row["revision"].split()[0] for row in rows})
     return f"*{'; '.join(where)}; PyTorch {', '.join(torch)}; revision {', '.join(revisions)}.*"

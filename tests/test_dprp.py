@@ -20,6 +20,7 @@ from espalier.forms import LowRank, find_places
 from espalier.forms.lowrank import DAMPING, orthonormalise
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph import trace
+from espalier.methods import dprp
 from espalier.methods.dprp import DPRP, Falling
 from espalier.methods.ranks import tails
 from espalier.plan import Budget
@@ -30,7 +31,7 @@ from espalier.run.evaluate import evaluate
 from espalier.run.loop import make_optimizer, train
 from espalier.run.recipe import Recipe
 from espalier.solver import unused_blocks
-from espalier.surgery import cut_ranks, load, save, turn_factors
+from espalier.surgery import cut_ranks, decompositions, load, save, split_layers, turn_factors
 from espalier.surgery.files import rebuild, structure
 from espalier.surgery.verify import gradients
 from tests.steps import EXAMPLE, batch, network, train_step
@@ -149,6 +150,103 @@ def test_under_autocast_gradients_are_those_of_float32_up_to_its_precision(
         assert float((exact - half).norm()) < 0.02 * float(exact.norm())
 
 
+@pytest.mark.parametrize(("decay", "within"), [(0.0, 1e-9), (5e-4, 2e-3)])
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_whole_layer_is_trained_as_the_dense_one(kind: str, form: str, decay: float, within: float) -> None:
+    """Momentum included; weight decay too, though it is that of ``s`` alone, to first order."""
+    if kind == "linear" and form == "spatial":
+        form = "channel"
+    layer, _, x = factorised(kind, form)
+    place = find_places(nn.Sequential(layer), x)[0]["0"]
+    low = LowRank.of(copy.deepcopy(layer), place, form=form, whole=True)
+    recipe = Recipe(epochs=1, lr=0.05, weight_decay=decay)
+    start, toward = layer.weight.detach().clone(), torch.randn_like(layer(x))
+    optimizers = [make_optimizer(module, recipe) for module in (layer, low)]
+    for _ in range(30):
+        for module, optimizer in zip((layer, low), optimizers, strict=True):
+            optimizer.zero_grad()
+            (module(x) - toward).square().mean().backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert float((low.weight - layer.weight).norm()) < within * float((layer.weight - start).norm())
+    assert (float(low.s.detach().max()) < 1.0) == (decay > 0)
+    rests = low.v if low.tall else low.u
+    assert torch.equal(rests.detach(), torch.eye(low.rank, dtype=rests.dtype))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_splitting_a_whole_layer_keeps_its_weight_and_its_next_step(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(*shape, 3, padding=1).double()
+    x = torch.randn(4, shape[0], 8, 8).double()
+    with torch.no_grad():  # singular values from 1 to 2: small ones are damped
+        u, s, v = svd(to_matrix(layer.weight, "spatial"), name="layer")
+        matrix = u * torch.linspace(2, 1, len(s), dtype=s.dtype) @ v.T
+        layer.weight.copy_(matrix.view(shape[1], 3, shape[0], 3).permute(0, 2, 1, 3))
+    low = LowRank.of(layer, find_places(nn.Sequential(layer), x)[0]["0"], form="spatial", whole=True)
+    assert low.tall == (shape == (16, 24))
+    optimizer: Any = (
+        torch.optim.SGD(low.parameters(), lr=1e-2, momentum=0.9)
+        if kind == "sgd"
+        else torch.optim.AdamW(low.parameters(), lr=1e-3, weight_decay=0.0)
+    )
+    for step in range(4):
+        low(x + step).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    twin = copy.deepcopy(low)
+    other = type(optimizer)(twin.parameters(), lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = low.weight.detach().clone()
+    split_layers({"layer": twin}, decompositions({"layer": twin}), optimizer=other)
+    assert not twin.whole
+    assert torch.allclose(twin.weight, before, atol=1e-10)
+    steps = []
+    for module, optim in ((low, optimizer), (twin, other)):
+        for group in optim.param_groups:
+            group["lr"] = 1e-6
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optim.step()
+        steps.append(module.weight.detach() - before)
+    dense, ours = steps
+    assert float(dense.norm()) > 0
+    tolerance = 0.05 if kind == "sgd" else 0.3  # damping costs a few per cent; Adam's moments forget in another basis
+    assert float((ours - dense).norm()) < tolerance * float(dense.norm())
+
+
+def test_until_its_rank_falls_a_network_is_trained_as_the_dense_one() -> None:
+    plain, ours = network("resnet20"), network("resnet20")
+    ours.load_state_dict(plain.state_dict())
+    process = DPRP().start(ours, EXAMPLE, Budget(macs=0.5))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for m in (plain, ours)]
+    for step in range(3):
+        x, y = batch(step)
+        for model, optimizer in zip((plain, ours), optimizers, strict=True):
+            loss = nn.functional.cross_entropy(model.train()(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert process.step(progress=0.01 * step, optimizer=optimizers[1]) is None
+    x, _ = batch(9)
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(x), ours.eval()(x), atol=1e-4)
+
+
+def test_factors_stay_orthonormal_between_events_and_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dprp, "TURN_EVERY", 10)
+    process, _ = run(DPRP(orthogonality=0.0), Budget(macs=0.5), steps=100)
+    assert process.done
+    assert not any(layer.whole for layer in process.layers.values() if layer.rank < min(len(layer.u), len(layer.v)))
+    split = [layer for layer in process.layers.values() if not layer.whole]
+    assert split
+    for layer in split:  # the last step was one at which they were turned
+        for factor in (layer.u, layer.v):
+            assert float((factor.T @ factor - torch.eye(layer.rank)).detach().abs().max()) < 1e-5
+
+
 def test_it_composes_near_full_rank_and_not_below_break_even() -> None:
     layer = nn.Conv2d(32, 32, 3, padding=1)
     x = torch.zeros(64, 32, 16, 16)
@@ -186,6 +284,8 @@ def test_a_rank_that_a_matrix_does_not_have_is_refused() -> None:
 def test_the_penalty_of_one_cycle_of_steps_is_on_average_the_sum_over_layers() -> None:
     model = network("resnet20")
     process = DPRP(form="spatial", orthogonality=2.0, sparsity=0.3).start(model, EXAMPLE, Budget(macs=0.5))
+    assert process.penalty() == 0.0  # whole layers have none
+    split_layers(process.layers, decompositions(process.layers))
     with torch.no_grad():
         for layer in process.layers.values():
             layer.u.add_(0.1 * torch.randn_like(layer.u) / layer.u.shape[0] ** 0.5)

@@ -272,7 +272,9 @@ def test_tables_give_mean_and_spread():
 def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
     recipe = {"methods": {"dense": {"name": "dense"}, "tcp": {"name": "tcp"}}, "budget": {"macs": 0.5}, "seeds": [0]}
     base = {"seed": 0, "accuracy": 90.0, "macs_left": 0.5, "params_left": 0.6, "seconds": {}}
-    busy, calm = ({"hardware": {"cores": 2, "load_average": load}} for load in (3.9, 1.8))
+    machine = {"cpu": "EPYC", "threads": 1, "cores": 2, "gpu": None}
+    busy, calm = ({"hardware": {**machine, "load_average": load}} for load in (3.9, 1.8))
+    shared, lent = ({"hardware": {**calm["hardware"], "gpu": "H200", "gpu_shared": others}} for others in (True, False))
     speed = {"onnxruntime, batch 1": 1.75}
     rows = [
         {**base, **calm, "label": "dense", "speedup": {}, "epoch_seconds": [10.0]},
@@ -282,6 +284,9 @@ def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
     assert "1.75x" not in crowded
     assert "0.80x" not in crowded
     assert "0.80x" in tables.recipe_table(recipe, [rows[0], {**rows[1], **calm}])
+    assert "0.80x" in tables.recipe_table(recipe, [{**row, **lent} for row in rows])
+    assert "0.80x" not in tables.recipe_table(recipe, [{**row, **shared} for row in rows])
+    assert "0.80x" not in tables.recipe_table(recipe, [rows[0], {**rows[1], **lent}])  # times on two devices have no ratio
     assert "1.75x" in tables.recipe_table(recipe, [rows[0], {**rows[1], "timed": calm}])
 
 

@@ -15,16 +15,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
-from espalier.forms import dense_chain, find_places
+from espalier.forms import candidates, dense_chain, find_places
 from espalier.forms.candidates import full_rank, ladder, measure
 from espalier.forms.chains import cost_of
+from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
+from espalier.methods import lc as lc_module
 from espalier.methods import tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
+from espalier.methods.scoring import loss_on, recalibrate_batchnorm
 from espalier.methods.search import MissingOptuna, minimise
 from espalier.run.charts import as_file
 from espalier.run.course import search_curve
@@ -157,6 +161,99 @@ def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
     with pytest.raises(PenaltyDiverged, match="LC iteration 3: the weights move away"):
         lc.c_step(scheme)
     assert torch.equal(lc.compressed["w"], kept) and lc.iterations == 2
+
+
+# -- what a GPU would have to wait for
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU, and all operations."""
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.ops = 0
+        for name in ("tolist", "numpy", "cpu"):  # of these nothing is dispatched, or not on the CPU
+            monkeypatch.setattr(torch.Tensor, name, self._noted(name, getattr(torch.Tensor, name)))
+
+    def _noted(self, name, real):
+        def read(tensor, *args, **options):
+            self.waits.append(name)
+            return real(tensor, *args, **options)
+
+        return read
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += 1
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.waits.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_ordinary_step_never_waits_for_the_device(monkeypatch) -> None:
+    model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    process = es.TTLC(search=0).start(model, X, es.Budget(macs=0.4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    process.step(progress=0.06, optimizer=optimizer)  # a C step: from now on there is a penalty
+    with Waits(monkeypatch) as counted:
+        penalty = process.penalty()
+        forward = counted.ops
+        penalty.backward()
+        backward = counted.ops - forward
+        process.rate(0.07)
+        process.step(progress=0.07, optimizer=optimizer)
+        assert counted.waits == [] and counted.ops == forward + backward
+        penalty.detach().item()
+        penalty.detach().tolist()
+    assert len(counted.waits) == 2  # what waits is seen
+    assert process.lc.iterations == 1 and process.lc.compressed
+    assert forward <= 6 and backward <= 3 + len(process.lc.compressed)  # one pass over all weights, no copy of each
+
+
+def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monkeypatch) -> None:
+    """``meta`` stands for a GPU: whatever reads a number of it, or mixes it with the CPU, raises."""
+    process = es.TTLC(search=0).start(net(), X, es.Budget(macs=0.4))
+    here = {n: w.detach() for n, w in process.lc.weights.items()}
+    process.lc.weights = {n: nn.Parameter(w.to("meta")) for n, w in here.items()}
+    trips = []
+
+    def watched(tensors, device):
+        if all(t.device == torch.device(device) for t in tensors.values()):
+            return dict(tensors)
+        trips.append(str(device))
+        return here if trips[-1] == "cpu" else moved(tensors, device)
+
+    for module in (lc_module, tt_lc, candidates):
+        monkeypatch.setattr(module, "moved", watched)
+    monkeypatch.setattr(lc_module, "relative_gap", lambda *_: 0.5)  # waits once
+    for number in range(1, 3):
+        process._c_step(0.1 * number)
+        assert trips == ["cpu", "meta"] * number
+    assert {w.device.type for f in process.factors.values() for w in f.weights} == {"cpu"}
+    assert {t.device.type for t in process.lc._targets} == {"meta"} and process.lc._targets
+    assert process.penalty().device.type == "meta"
+
+
+def test_moving_keeps_every_tensor_what_it_was() -> None:
+    tensors = {"a": torch.randn(2, 3, 1, 1), "b": torch.arange(4), "c": torch.randn(3, 4, 2, 2), "d": torch.tensor(7)}
+    tensors["e"] = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    assert all(t is tensors[n] for n, t in moved(tensors, "cpu").items())
+    for device in ("cpu:0", "meta"):  # to torch the first is another device than "cpu"
+        away = moved(tensors, device)
+        assert list(away) == list(tensors)
+        for name, tensor in tensors.items():
+            assert (away[name].shape, away[name].dtype) == (tensor.shape, tensor.dtype)
+            assert away[name].device.type == device.split(":")[0]
+            assert device == "meta" or (torch.equal(away[name], tensor) and away[name] is not tensor)
+
+
+def test_scoring_a_candidate_waits_once(monkeypatch) -> None:
+    batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)) for _ in range(3)]
+    model = net()
+    with Waits(monkeypatch) as counted:
+        recalibrate_batchnorm(model, batches, 3)
+        loss_on(model, batches)
+    assert counted.waits == ["tolist"]
 
 
 # -- the search

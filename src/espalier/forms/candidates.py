@@ -19,6 +19,7 @@ from espalier.forms.chains import FORMS, chain, cost_of, dense_chain
 from espalier.forms.evbmf import evbmf
 from espalier.forms.places import Place
 from espalier.forms.svd import to_matrix
+from espalier.forms.transfer import moved
 from espalier.forms.tucker import input_unfolding, leading, output_unfolding, project_inputs, project_outputs, spectrum
 from espalier.graph import Chain
 
@@ -77,10 +78,11 @@ def _held(values: np.ndarray, energy: float) -> np.ndarray:
 
 @torch.no_grad()
 def measure(weights: Mapping[str, Tensor]) -> dict[str, Spectra]:
-    """Spectra of all layers; weights of one shape go through one batched decomposition.
+    """Spectra of all layers, on the CPU; weights of one shape go through one batched decomposition.
 
     ``ValueError`` naming the layer whose weight holds NaN or infinite numbers.
     """
+    weights = moved(weights, "cpu")
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):

@@ -18,7 +18,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +78,17 @@ def stages(place: Place, form: str) -> tuple[Stage, ...]:
 
 def chain(place: Place, form: str, ranks: Sequence[int]) -> Chain:
     """What ``form`` with ``ranks`` costs at ``place``, for ``with_ladders``."""
+    bare = _without_ranks(place, form)
+    count = len(bare.macs) - 1
+    if len(ranks) != count or min(ranks) < 1:
+        raise ValueError(f"{place.name}: form {form!r} takes {count} ranks of 1 or more, got {list(ranks)}")
+    return replace(bare, widths=tuple(int(r) for r in ranks))
+
+
+@lru_cache(maxsize=1024)
+def _without_ranks(place: Place, form: str) -> Chain:
+    """What is the same at all ranks: a ladder asks for dozens."""
     row = stages(place, form)
-    if len(ranks) != len(row) - 1 or min(ranks) < 1:
-        raise ValueError(f"{place.name}: form {form!r} takes {len(row) - 1} ranks of 1 or more, got {list(ranks)}")
     sizes = []
     size = place.input_size
     for stage in row:
@@ -90,7 +99,6 @@ def chain(place: Place, form: str, ranks: Sequence[int]) -> Chain:
         form,
         macs=tuple(n * k for n, k in zip(sizes, taps, strict=True)),
         params=tuple(taps),
-        widths=tuple(int(r) for r in ranks),
         bytes=tuple(n * place.itemsize for n in sizes[:-1]),
     )
 

@@ -26,6 +26,10 @@ class LowRank(OwnDecay):
     Near full rank it composes its weight and runs one convolution; below break-even it runs two small ones.  What is cheaper
     at the batch that comes decides: composing costs ``r m n`` however many images there are.  Both compute the same.
 
+    At full rank it may be ``whole``: one of ``u`` and ``v`` is the identity and rests, the other is the matrix itself, and
+    ``s`` only decays.  A step is then that of dense training, and costs the same; ``surgery.split_layers`` makes it a singular
+    value decomposition before its rank falls.
+
     While ``u`` and ``v`` are orthonormal, ``|M|^2 = |s|^2``: weight decay of ``s`` alone is weight decay of the layer.
 
     The gradients of ``u`` and ``v`` are those of the product times ``1 / (2 s^2)``, damped where ``s`` is small.  A step of
@@ -50,6 +54,7 @@ class LowRank(OwnDecay):
         dilation: Pair = (1, 1),
         linear: bool = False,
         bias: bool = True,
+        whole: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -60,6 +65,11 @@ class LowRank(OwnDecay):
         rows, columns = matrix_size(self.shape, form)
         if not 1 <= rank <= min(rows, columns):
             raise ValueError(f"LowRank(rank={rank}): a {rows} x {columns} matrix has ranks 1 to {min(rows, columns)}")
+        if whole and rank < min(rows, columns):
+            raise ValueError(
+                f"LowRank(rank={rank}, whole=True): below full rank, {min(rows, columns)}, nothing is whole"
+            )
+        self.whole, self.tall = whole, rows >= columns
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.u = nn.Parameter(torch.zeros(rows, rank, **kind))
         self.s = nn.Parameter(torch.zeros(rank, **kind))
@@ -71,21 +81,24 @@ class LowRank(OwnDecay):
         self._stages = stages(place, form)
 
     @staticmethod
-    def of(layer: nn.Conv2d | nn.Linear, place: Place, *, form: str) -> LowRank:
+    def of(layer: nn.Conv2d | nn.Linear, place: Place, *, form: str, whole: bool = False) -> LowRank:
         """The same function as ``layer``, which stands at ``place``, at full rank; its bias is taken over as it is."""
-        weight = layer.weight.detach()
-        u, s, v = svd(to_matrix(weight, form), name=place.name)
+        matrix = to_matrix(layer.weight.detach(), form)
         made = LowRank(
-            place.in_channels, place.out_channels, rank=len(s), form=form, kernel_size=place.kernel, stride=place.stride,
-            padding=place.padding, dilation=place.dilation, linear=place.linear, bias=layer.bias is not None,
-            device=weight.device, dtype=weight.dtype,
+            place.in_channels, place.out_channels, rank=min(matrix.shape), form=form, kernel_size=place.kernel,
+            stride=place.stride, padding=place.padding, dilation=place.dilation, linear=place.linear,
+            bias=layer.bias is not None, whole=whole, device=matrix.device, dtype=matrix.dtype,
         )  # fmt: skip
+        if whole:
+            identity = torch.eye(made.rank, device=matrix.device, dtype=matrix.dtype)
+            ones = matrix.new_ones(made.rank)
+            factors = (matrix, ones, identity) if made.tall else (identity, ones, matrix.T)
+        else:
+            factors = svd(matrix, name=place.name)
         with torch.no_grad():
-            made.u.copy_(u)
-            made.s.copy_(s)
-            made.v.copy_(v)
-        for factor in (made.u, made.s, made.v):
-            factor.requires_grad_(layer.weight.requires_grad)
+            for factor, value in zip((made.u, made.s, made.v), factors, strict=True):
+                factor.copy_(value)
+                factor.requires_grad_(layer.weight.requires_grad)
         made._parameters["bias"] = layer._parameters["bias"]  # the very same: whoever trains it goes on
         return made
 
@@ -102,8 +115,16 @@ class LowRank(OwnDecay):
     @property
     def weight(self) -> Tensor:
         """The composed weight, ``(O, I, kh, kw)`` or ``(O, I)``."""
+        if self.whole:
+            matrix: Tensor = _Scaled.apply(self.matrix, self.s, self._dtype)
+            return from_matrix(matrix if self.tall else matrix.T.contiguous(), self.shape, self.form)
         left, right = self._sides()
         return from_matrix(left @ right.T, self.shape, self.form)
+
+    @property
+    def matrix(self) -> nn.Parameter:
+        """The factor that holds the matrix, or its transpose, while the layer is whole."""
+        return self.u if self.tall else self.v
 
     def stage_weights(self) -> list[Tensor]:
         """Weights of the two small layers, first to last."""
@@ -113,14 +134,21 @@ class LowRank(OwnDecay):
         """``U diag(s)`` and ``V``, in the precision of autocast, with gradients that step like those of the dense weight."""
         squares = self.s.detach().square()
         factor = 0.5 / (squares + DAMPING * squares.max()).clamp_min(torch.finfo(squares.dtype).tiny)
-        dtype, device = self.u.dtype, self.u.device.type
-        if dtype == torch.float32 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        sides: tuple[Tensor, Tensor] = _Sides.apply(self.u, self.s, self.v, factor, dtype)
+        sides: tuple[Tensor, Tensor] = _Sides.apply(self.u, self.s, self.v, factor, self._dtype)
         return sides
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What convolutions run in now."""
+        dtype, device = self.u.dtype, self.u.device.type
+        return (
+            torch.get_autocast_dtype(device) if dtype == torch.float32 and torch.is_autocast_enabled(device) else dtype
+        )
 
     def composes(self, x: Tensor) -> bool:
         """Is one convolution, its weight composed first, cheaper for ``x`` than two small ones?"""
+        if self.whole:
+            return True
         rank, taps = self.rank, math.prod(self.kernel_size)
         whole = self.out_channels * self.in_channels * taps
         if self.linear:
@@ -200,6 +228,24 @@ class _Sides(torch.autograd.Function):
         return du, (left * u).sum(0), dv, None, None
 
 
+class _Scaled(torch.autograd.Function):
+    """The matrix of a whole layer times ``s``, in ``dtype``.
+
+    The gradient is divided by ``s``, so that a step of the product is that of dense training; ``s`` has none, and only decays.
+    """
+
+    @staticmethod
+    def forward(context: Any, matrix: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+        context.save_for_backward(s)
+        return torch.mul(matrix, s, out=torch.empty_like(matrix, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Any:
+        (s,) = context.saved_tensors
+        return torch.div(gradient.contiguous(), s, out=s.new_empty(gradient.shape)), torch.zeros_like(s), None
+
+
 DAMPING = 0.01  # of the largest squared singular value
 
 
@@ -258,6 +304,22 @@ class Turn:
         """Squares per singular value in the new basis, likewise."""
         return ((self.above * self.below.mT).square() @ values[..., None])[..., 0]
 
+    @staticmethod
+    def alone(u: Tensor, s: Tensor, v: Tensor) -> Turn:
+        """A decomposition that is its own old basis."""
+        same = torch.eye(len(s), dtype=s.dtype)
+        return Turn(u, s, v, same, same, same, same)
+
+    def seen_from(self, old: Turn) -> Turn:
+        """The change of basis from ``old``, the decomposition of a matrix that has been trained since, to this one."""
+        above, below = self.u.T @ old.u, old.v.T @ self.v
+        return Turn(self.u, self.s, self.v, above.T, below, above, below)
+
+    @property
+    def swapped(self) -> Turn:
+        """The same of the transposed matrix."""
+        return Turn(self.v, self.s, self.u, self.right, self.left, self.below.mT, self.above.mT)
+
     def split(self) -> list[Turn]:
         """Those of a batch, one by one."""
         return [Turn(*row) for row in zip(*(getattr(self, field.name).unbind() for field in fields(self)), strict=True)]
@@ -283,11 +345,12 @@ def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str
     ``v = V T^-1 B`` and ``u = M v / s``.  In float64, which has the digits that squaring costs, this is less work than an SVD,
     and the product is exact whatever the Gram matrices are off by.  Where the digits do not suffice: ``_with_care``.
     """
-    gram, values = u.mT @ u, s.double()
+    wide = u.double()
+    gram, values = wide.mT @ wide, s.double()
     factor, failed = torch.linalg.cholesky_ex((v.mT @ v).double())  # T^T, lower
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     scaled = factor.mT * values[..., None, :]
-    core = scaled @ gram.double() @ scaled.mT
+    core = scaled @ gram @ scaled.mT
     good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1)) & core.sum((-2, -1)).isfinite()
     if not good.all():  # the rest must not fail with them
         core[~good] = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
@@ -298,12 +361,12 @@ def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str
     left = below * values[..., :, None] / fresh[..., None, :]
     small = int((fresh < SMALL * fresh[..., :1]).sum(-1).max())
     if small:  # columns that rounding has left less than orthonormal
-        tail, off = _polished(left[..., -small:], metric=gram.double())
+        tail, off = _polished(left[..., -small:], metric=gram)
         left[..., -small:] = tail
         good &= off < NEARLY
     right = torch.linalg.solve_triangular(factor.mT.to(s.dtype), basis.to(s.dtype), upper=True)
-    left, below = left.to(s.dtype), below.to(s.dtype)
-    found = Turn(u @ left, fresh.to(s.dtype), v @ right, left, right, left.mT @ gram, below)
+    above, left, below = (left.mT @ gram).to(s.dtype), left.to(s.dtype), below.to(s.dtype)
+    found = Turn(u @ left, fresh.to(s.dtype), v @ right, left, right, above, below)
     for number in torch.nonzero(~good).flatten().tolist():
         exact = _with_care(u[number], s[number], v[number], name=names[number])
         for field in fields(found):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,13 +34,15 @@ from torch.autograd.function import once_differentiable
 from espalier.carving import put_in_place
 from espalier.costs import cost
 from espalier.forms import LowRank
+from espalier.forms.lowrank import Turn
+from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.ladders import ladder_name
 from espalier.methods.base import Batches, Method, Process, Removed, Status
 from espalier.methods.ranks import LAYOUTS, RankLadders, energy, rank_ladders, tails
 from espalier.plan import Budget, Plan
 from espalier.solver import solve
-from espalier.surgery import cut_ranks, replace, turn_factors
+from espalier.surgery import cut_ranks, decompositions, replace, split_layers, turn_factors
 
 SCORES = ("energy", "taylor")
 
@@ -129,6 +132,7 @@ class Falling(Process):
         self.targets = {n: layer.rank for n, layer in self.layers.items()}  # what fades lies above
         self.given_up = dict.fromkeys(self.layers, 0.0)  # share of its energy that each layer has lost so far
         self._sensitivity = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
+        self._decomposed = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
         self._heard: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._listen()
@@ -139,7 +143,7 @@ class Falling(Process):
     def _factorise(self) -> None:
         for name, place in self.ladders.places.items():
             layer: Any = self.model.get_submodule(name)
-            replace(self.model, name, LowRank.of(layer, place, form=self.ladders.forms[name]))
+            replace(self.model, name, LowRank.of(layer, place, form=self.ladders.forms[name], whole=True))
 
     # -- 2. penalty ----------------------------------------------------------------------------------------------------
 
@@ -153,7 +157,7 @@ class Falling(Process):
         total: Tensor | float = 0.0
         for number, layer in enumerate(self.layers.values()):
             turn = self._steps + number
-            if turn % parts:
+            if turn % parts or layer.whole:
                 continue
             often = max(layer.rank // LARGE, 1)
             if self.method.orthogonality and turn // parts % often == 0:
@@ -169,35 +173,69 @@ class Falling(Process):
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
         self._steps += 1
-        if self.done:
-            return None
-        self._take_in()
-        self._fade(progress)
-        self._last = progress
-        return self._event(progress, optimizer) if progress >= self._next else None
+        if not self.done:
+            self._take_in()
+            self._fade(progress)
+            self._last = progress
+            if progress >= self._next:
+                return self._event(progress, optimizer)
+        return self._straighten(optimizer) if self._steps % TURN_EVERY == 0 else None
 
     # -- 3. rank events ------------------------------------------------------------------------------------------------
 
     def _event(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
         kept = self._drop(optimizer)
-        self._turn(optimizer)
+        renewed = self._turn(optimizer)
         self._took_stock(progress)
         if self.settled:
             self._finished()
         else:
             self._decide(progress)
-        renewed = frozenset(f"{n}.{factor}" for n in self.layers for factor in ("u", "s", "v"))
+            renewed |= self.split(self._falling, optimizer=optimizer)
         return Removed(kept, self.cost, renewed)
 
     def _drop(self, optimizer: torch.optim.Optimizer | None) -> Any:
         kept = cut_ranks(self.model, self.targets, optimizer=optimizer)
         self._sensitivity = {n: v[: self.targets[n]] for n, v in self._sensitivity.items()}
-        self._listen()
         return kept
 
-    def _turn(self, optimizer: torch.optim.Optimizer | None) -> None:
-        for name, turn in turn_factors(self.layers, optimizer=optimizer).items():
-            self._sensitivity[name] = turn.mixed(self._sensitivity[name])
+    def _turn(self, optimizer: torch.optim.Optimizer | None) -> frozenset[str]:
+        """Factors become singular value decompositions again; those of whole layers are only taken note of."""
+        turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
+        whole = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
+        self._mix({**turns, **{n: turn.seen_from(self._decomposed[n]) for n, turn in whole.items()}})
+        self._decomposed = whole
+        return _factors(turns)
+
+    def split(self, names: Iterable[str], *, optimizer: torch.optim.Optimizer | None) -> frozenset[str]:
+        """Whole layers are trained as their factors from here on; returns the names of these."""
+        layers = {n: self.layers[n] for n in names}
+        split_layers(layers, self._decomposed, optimizer=optimizer)
+        self._decomposed = {n: turn for n, turn in self._decomposed.items() if n not in layers}
+        self._listen()
+        return _factors(layers)
+
+    def _straighten(self, optimizer: torch.optim.Optimizer) -> Removed | None:
+        """Between events and after the last one: what the penalty leaves of the drift from orthonormal factors goes."""
+        turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
+        self._mix(turns)
+        return Removed({}, self.cost, _factors(turns)) if turns else None
+
+    def _mix(self, turns: Mapping[str, Turn]) -> None:
+        """Sensitivities follow their triplets into the new bases."""
+        heard = moved({n: self._sensitivity[n] for n in turns}, "cpu")
+        mixed = {n: turn.mixed(heard[n]) for n, turn in turns.items()}
+        self._sensitivity.update(moved(mixed, next(self.model.parameters()).device))
+
+    @property
+    def _falling(self) -> list[str]:
+        """Whole layers whose ranks are to fall now."""
+        return [n for n, layer in self.layers.items() if layer.whole and self.targets[n] < layer.rank]
+
+    def values(self, name: str) -> Tensor:
+        """Singular values of a layer at the last event."""
+        whole = self._decomposed.get(name)
+        return self.layers[name].s.detach() if whole is None else whole.s
 
     def _took_stock(self, progress: float) -> None:
         ranks = {n: layer.rank for n, layer in self.layers.items()}
@@ -228,8 +266,8 @@ class Falling(Process):
         ranks = {n: layer.rank for n, layer in self.layers.items()}
         if self.method.energy is None:
             return ranks
-        for name, layer in self.layers.items():
-            lost = 1.0 - (1.0 - self.given_up[name]) * (1.0 - tails(layer.s))
+        for name in self.layers:
+            lost = 1.0 - (1.0 - self.given_up[name]) * (1.0 - tails(self.values(name)))
             within = torch.nonzero(lost <= self.method.energy * share)
             ranks[name] = min(ranks[name], max(1, int(within[0]) if len(within) else ranks[name]))
         return ranks
@@ -241,29 +279,38 @@ class Falling(Process):
             rung = len(plan.keep[ladder_name(name)])
             allowed = self.ladders.ranks[name]
             rank = wanted[name] if rung > len(allowed) else min(allowed[rung - 1], layer.rank)
-            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(layer.s)[rank]))
+            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(self.values(name))[rank]))
             self.targets[name] = rank
 
     def scores(self) -> dict[str, np.ndarray]:
         """Importance per triplet of every layer, largest singular value first."""
         if self.method.importance == "energy" or not self._batches:
-            return {n: energy(layer.s) for n, layer in self.layers.items()}
+            return {n: energy(self.values(n)) for n in self.layers}
         return {n: v.detach().double().cpu().numpy() for n, v in self._sensitivity.items()}
 
     def _listen(self) -> None:
-        """Tie hooks to the present singular values: their gradients are read every ``LISTEN_EVERY`` steps."""
+        """Tie hooks to what the layers are trained by now: the gradients are read every ``LISTEN_EVERY`` steps."""
         for hook in self._hooks:
             hook.remove()
         self._heard, self._hooks = {}, []
         if self.method.importance == "taylor" and not self.done:
             self._hooks = [
-                layer.s.register_post_accumulate_grad_hook(self._hear(n)) for n, layer in self.layers.items()
+                (layer.matrix if layer.whole else layer.s).register_post_accumulate_grad_hook(self._hear(n))
+                for n, layer in self.layers.items()
             ]
 
     def _hear(self, name: str) -> Any:
-        def hook(s: Tensor) -> None:
-            if self._steps % LISTEN_EVERY == 0 and s.grad is not None:
-                self._heard[name] = (s.detach() * s.grad).square()
+        layer, turn = self.layers[name], self._decomposed.get(name)
+        sides = None if turn is None else (turn.u * turn.s, turn.v) if layer.tall else (turn.v * turn.s, turn.u)
+        if sides is not None:
+            sides = (sides[0].to(layer.s.device), sides[1].to(layer.s.device))
+
+        def hook(factor: Tensor) -> None:
+            if self._steps % LISTEN_EVERY == 0 and factor.grad is not None:
+                if sides is None:
+                    self._heard[name] = (factor.detach() * factor.grad).square()
+                else:
+                    self._heard[name] = ((factor.grad @ sides[1]) * sides[0]).sum(0).square()
 
         return hook
 
@@ -272,11 +319,11 @@ class Falling(Process):
         if len(self._heard) < len(self.layers):
             return
         total = torch.stack([v.sum() for v in self._heard.values()]).sum()
-        if bool(torch.isfinite(total)) and float(total) > 0:
-            self._batches += 1
-            weight = max(1.0 - self.method.smoothing, 1.0 / self._batches)
-            for name, value in self._sensitivity.items():
-                value.lerp_(self._heard[name] / total, weight)
+        fine = torch.isfinite(total) & (total > 0)  # stays on the device: nobody waits for it
+        self._batches += 1
+        weight = max(1.0 - self.method.smoothing, 1.0 / self._batches) * fine
+        for name, value in self._sensitivity.items():
+            value.lerp_(torch.where(fine, self._heard[name] / total, 0.0), weight)
         self._heard = {}
 
     # -- 5. fading -----------------------------------------------------------------------------------------------------
@@ -321,6 +368,7 @@ class Falling(Process):
         self._drop(None)
         self._turn(None)
         self._aim(self._by_energy(1.0), self.limits)
+        self.split(self._falling, optimizer=None)
         self._drop(None)
         self._took_stock(self._last)
 
@@ -340,6 +388,7 @@ class Falling(Process):
             "targets": dict(self.targets),
             "given_up": dict(self.given_up),
             "sensitivity": {n: v.clone() for n, v in self._sensitivity.items()},
+            "decomposed": {n: (t.u, t.s, t.v) for n, t in self._decomposed.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -353,8 +402,14 @@ class Falling(Process):
         self.limits = dict(state["limits"])
         self.targets, self.given_up = dict(state["targets"]), dict(state["given_up"])
         self._sensitivity = {n: state["sensitivity"][n].to(layer.s.device) for n, layer in self.layers.items()}
+        self._decomposed = {n: Turn.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()}
         self._listen()
         self._took_stock(self._last)
+
+
+def _factors(layers: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the parameters of ``layers``."""
+    return frozenset(f"{n}.{factor}" for n in layers for factor in ("u", "s", "v"))
 
 
 def _dense_twin(model: nn.Module) -> nn.Module:
@@ -386,5 +441,6 @@ class _OffIdentity(torch.autograd.Function):
 PARTS = 8  # the penalty of a layer is counted at one step in so many
 LARGE = 64  # rank above which the pull to orthonormal factors is counted more rarely still
 WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer grows as ranks fall
+TURN_EVERY = 100  # steps after which factors are orthonormal again at the latest
 LISTEN_EVERY = 4  # steps between two readings of the gradients
 _NUMBERS = ("settled", "done", "forced", "_next", "_last", "_steps", "_batches")

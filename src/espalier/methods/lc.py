@@ -19,8 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espalier.forms.transfer import moved
+
 Scheme = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""C step: weights by layer, ``w - lam/mu``, to ``D(theta)`` by layer; a layer it leaves out is free to be anything."""
+"""C step: weights by layer, ``w - lam/mu``, to ``D(theta)`` by layer; a layer it leaves out is free to be anything.
+
+It works on the CPU, wherever the weights are: a GPU is slow with the decompositions of many small matrices."""
 
 
 class PenaltyDiverged(RuntimeError):
@@ -56,7 +60,7 @@ class LearningCompression:
         multipliers to follow; the penalty begins after it.  ``PenaltyDiverged`` leaves everything as it was.
         """
         first = self.iterations == 0
-        compressed = scheme(self.wanted())
+        compressed = self._carried(scheme(moved(self.wanted(), "cpu")))
         gap = relative_gap(self.weights, compressed)
         self._check(gap, fresh or first)
         multipliers = {}
@@ -74,10 +78,14 @@ class LearningCompression:
         self._aim()
         return gap
 
+    def _carried(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """To where the weights are."""
+        return moved(tensors, next(iter(self.weights.values())).device) if self.weights else {}
+
     def wanted(self) -> dict[str, Tensor]:
         """``w - lam/mu``: what the C step has to represent."""
-        moved = self.multipliers
-        return {n: w.detach() - moved[n] / self.mu if n in moved else w.detach() for n, w in self.weights.items()}
+        lam = self.multipliers
+        return {n: w.detach() - lam[n] / self.mu if n in lam else w.detach() for n, w in self.weights.items()}
 
     def _aim(self) -> None:
         self._targets = [c + self.multipliers[n] / self.mu for n, c in self.compressed.items()]
@@ -122,7 +130,8 @@ def relative_gap(weights: Mapping[str, Tensor], compressed: Mapping[str, Tensor]
         return 0.0
     apart = torch.stack([(weights[n].detach() - c).double().square().sum() for n, c in compressed.items()]).sum()
     whole = torch.stack([w.detach().double().square().sum() for w in weights.values()]).sum()
-    return math.sqrt(float(apart) / float(whole)) if float(whole) > 0 else 0.0
+    over, under = torch.stack([apart, whole]).tolist()
+    return math.sqrt(over / under) if under > 0 else 0.0
 
 
 class _Pull(torch.autograd.Function):
@@ -136,5 +145,5 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        torch._foreach_mul_(ctx.apart, ctx.mu * gradients[0])
-        return (None, None, *ctx.apart)
+        # New tensors: of those that ``ctx`` holds, every weight would make a copy as its gradient.
+        return (None, None, *torch._foreach_mul(ctx.apart, ctx.mu * gradients[0]))

@@ -36,20 +36,29 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) ->
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     momenta = [m.momentum for m in norms]
+    seen: dict[nn.Module, int] = {}
+
+    def count(norm: nn.Module, _: object) -> None:
+        """A cumulative average: what ``momentum=None`` does too, but it asks the device how many there were."""
+        seen[norm] = seen.get(norm, 0) + 1
+        norm.momentum = 1.0 / seen[norm]  # type: ignore[assignment]
+
     chosen = islice(batches, n)
     first = next(chosen, None)
     if first is None:
         raise ValueError("recalibrate_batchnorm: there are no batches")
+    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
     with modes_kept(model), torch.no_grad():
         model.eval()
         try:
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # a cumulative average
                 norm.train()
             for x, _ in chain([first], chosen):
                 model(x.to(device))
         finally:
+            for hook in hooks:
+                hook.remove()
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
 
@@ -72,16 +81,18 @@ def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
 
     Raises: ValueError if there are no images, or the loss is not finite.
     """
-    total, images = 0.0, 0
+    losses: list[Tensor] = []
+    images = 0
     with modes_kept(model):
         model.eval()
         for x, y in batches:
             output = model(x)
             logits = output[0] if isinstance(output, (tuple, list)) else output
-            total += float(F.cross_entropy(logits.float(), y, reduction="sum"))
+            losses.append(F.cross_entropy(logits.float(), y, reduction="sum"))
             images += len(y)
     if not images:
         raise ValueError("there are no images to score on")
+    total = sum(torch.stack(losses).tolist())  # one wait for the device
     if not total < float("inf"):
         raise ValueError(f"the loss of the candidate is {total / images}")
     return total / images

@@ -36,6 +36,7 @@ from espalier.costs import Cost
 from espalier.forms import FORMS, Place, chain, dense_chain, find_places, sequential
 from espalier.forms.candidates import Spectra, cheapest, full_rank, ladder, measure
 from espalier.forms.chains import cost_of
+from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, trace, with_ladders
 from espalier.graph.ladders import ladder_name
@@ -159,7 +160,7 @@ class TensorCompression(Process):
             growth=method.growth,
         )
         self.chains: dict[str, Chain] = {}  # form of every layer that does not stay dense
-        self.factors: dict[str, Factors] = {}  # theta
+        self.factors: dict[str, Factors] = {}  # theta, on the CPU
         self.collapsed: dict[str, tuple[int, int]] = {}  # layer -> what EVBMF said where the floor took its place
         self.trials: Trials = []
         self.point: Point = {}  # what the search has chosen
@@ -297,10 +298,12 @@ class TensorCompression(Process):
         for _ in range(method.workers):
             models.put(self.model if method.workers == 1 else copy_model(self.model, {}))
 
+        fits: dict[tuple[str, Chain], Factors] = {}  # of the trials so far: many ask for the same
+
         def score(point: Point) -> float:
             model = models.get()
             try:
-                return self._loss_with(model, self._fit(wanted, self._choose(spectra, point), sweeps=0))
+                return self._loss_with(model, self._fit(wanted, self._choose(spectra, point), sweeps=0, known=fits))
             finally:
                 models.put(model)
 
@@ -317,8 +320,9 @@ class TensorCompression(Process):
         # The limits, not the budget: a resumed run has it in absolute numbers.
         asked = (self.method, self.limits, self.budget.multiple_of, list(self.places), ranges)
         digest = hashlib.sha256(repr(asked).encode())
-        for tensor in (*wanted.values(), *self.model.state_dict().values()):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        tensors = (*wanted.values(), *self.model.state_dict().values())
+        for tensor in moved(dict(enumerate(tensors)), "cpu").values():
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return f"C step {self.lc.iterations + 1}, {digest.hexdigest()[:16]}"
 
     def _record_search(self) -> None:
@@ -342,8 +346,9 @@ class TensorCompression(Process):
         before = {n: w.detach().clone() for n, w in weights.items()}  # type: ignore[operator]
         with torch.no_grad(), buffers_kept(model):
             try:
-                for name, layer in factors.items():
-                    weights[name].copy_(compose(layer))  # type: ignore[operator]
+                device = next(model.parameters()).device
+                for name, weight in moved({n: compose(f) for n, f in factors.items()}, device).items():
+                    weights[name].copy_(weight)  # type: ignore[operator]
                 recalibrate_batchnorm(model, self.batches, CALIBRATION)
                 return loss_on(model, images)
             finally:
@@ -380,13 +385,22 @@ class TensorCompression(Process):
         self.record("mu", {"all": mu}, progress=progress)
         self._record_forms(progress)
 
-    def _fit(self, wanted: Mapping[str, Tensor], chains: Mapping[str, Chain], *, sweeps: int) -> dict[str, Factors]:
-        found = {}
+    def _fit(
+        self,
+        wanted: Mapping[str, Tensor],
+        chains: Mapping[str, Chain],
+        *,
+        sweeps: int,
+        known: dict[tuple[str, Chain], Factors] | None = None,
+    ) -> dict[str, Factors]:
+        """On the device of ``wanted``.  ``known``: earlier fits of the same weights, to which new ones are added."""
+        known = {} if known is None else known
         for name, form in chains.items():
-            old = self.factors.get(name)
-            start = old.bases if old is not None and old.form == form.name else None
-            found[name] = factorise(wanted[name], form.name, form.widths, sweeps=sweeps, start=start)
-        return found
+            if (name, form) not in known:
+                old = self.factors.get(name)
+                start = old.bases if old is not None and old.form == form.name else None
+                known[name, form] = factorise(wanted[name], form.name, form.widths, sweeps=sweeps, start=start)
+        return {name: known[name, form] for name, form in chains.items()}
 
     def _record_forms(self, progress: float) -> None:
         for name, place in self.places.items():
@@ -404,12 +418,13 @@ class TensorCompression(Process):
     @torch.no_grad()
     def _replace(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
         """``D(theta)`` in place of ``w``, fitted once more to the weights themselves."""
-        final = self._fit(
-            self.lc.wanted() if not self.lc.iterations else self._weights(), self.chains, sweeps=FINAL_SWEEPS
-        )
+        final = self._fit(self._weights(), self.chains, sweeps=FINAL_SWEEPS)
+        parts = {(n, i): w for n, layer in final.items() for i, w in enumerate(layer.weights)}
+        parts = moved(parts, next(self.model.parameters()).device)
         for name, layer in final.items():
             old = self.model.get_submodule(name)
-            row = sequential(self.places[name], layer.form, layer.weights, old.bias)  # type: ignore[arg-type]
+            weights = [parts[name, i] for i in range(len(layer.weights))]
+            row = sequential(self.places[name], layer.form, weights, old.bias)  # type: ignore[arg-type]
             if old.weight.ndim == 4 and old.weight.is_contiguous(memory_format=torch.channels_last):  # type: ignore[operator]
                 row.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             replace(self.model, name, row, optimizer=optimizer)
@@ -419,7 +434,8 @@ class TensorCompression(Process):
         return Removed({}, self.cost)
 
     def _weights(self) -> dict[str, Tensor]:
-        return {n: w.detach() for n, w in self.lc.weights.items()}
+        """On the CPU."""
+        return moved({n: w.detach() for n, w in self.lc.weights.items()}, "cpu")
 
     def finish(self) -> nn.Module:
         """The small model.  If training stopped before the last C step, the weights are compressed here; ``forced`` is true."""
@@ -471,12 +487,11 @@ class TensorCompression(Process):
             return
         self.lc.load_state_dict(state["lc"])
         self.chains = {n: chain(self.places[n], form, widths) for n, (form, widths) in state["chains"].items()}
-        device = next(self.model.parameters()).device
-        self.factors = {}
+        self.factors = {}  # on the CPU, where they are made and go on
         for name, weights in state["weights"].items():
             bases = state["bases"].get(name)
-            pair = None if bases is None else (bases[0].to(device), bases[1].to(device))
-            self.factors[name] = Factors(state["chains"][name][0], tuple(w.to(device) for w in weights), pair)
+            pair = None if bases is None else (bases[0].cpu(), bases[1].cpu())
+            self.factors[name] = Factors(state["chains"][name][0], tuple(w.cpu() for w in weights), pair)
 
 
 WARM_UP = 0.1  # share of the first L step in which the rate rises

@@ -366,7 +366,7 @@ class _Run:
             return 0
         if self.average is not None:
             self.average.cut(removed.kept, self.model, renewed=removed.renewed)
-        return 1
+        return int(bool(removed.kept))
 
     # -- looking ---------------------------------------------------------------------------------------------
 

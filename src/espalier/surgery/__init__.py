@@ -1,7 +1,7 @@
 """Carry a plan out, save and load what it makes, and prove it."""
 
 from espalier.surgery.files import load, rebuild, save, structure, write_beside
-from espalier.surgery.ranks import cut_ranks, turn_factors
+from espalier.surgery.ranks import cut_ranks, decompositions, split_layers, turn_factors
 from espalier.surgery.shrink import mask, replace, shrink, shrink_
 from espalier.surgery.verify import Check, Proof, verify
 
@@ -9,6 +9,7 @@ __all__ = [
     "Check",
     "Proof",
     "cut_ranks",
+    "decompositions",
     "load",
     "mask",
     "rebuild",
@@ -16,6 +17,7 @@ __all__ = [
     "save",
     "shrink",
     "shrink_",
+    "split_layers",
     "structure",
     "turn_factors",
     "verify",

@@ -45,7 +45,7 @@ def _conv_arguments(module: Any) -> dict[str, Any]:
 
 
 _LOW_RANK = (
-    "in_channels", "out_channels", "rank", "form", "kernel_size", "stride", "padding", "dilation", "linear",
+    "in_channels", "out_channels", "rank", "form", "kernel_size", "stride", "padding", "dilation", "linear", "whole",
 )  # fmt: skip
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, carve
-from espalier.forms.lowrank import LowRank, Turn, orthonormalise_batch
+from espalier.forms.lowrank import DAMPING, LowRank, Turn, orthonormalise_batch
+from espalier.forms.transfer import moved
 
 FIRST = ("momentum_buffer", "exp_avg")
 SECOND = ("exp_avg_sq", "max_exp_avg_sq")
@@ -36,30 +39,68 @@ def turn_factors(layers: Mapping[str, LowRank], *, optimizer: torch.optim.Optimi
 
     SGD's momentum is a step of the factors, so it turns like one (``Turn.tangent``).  Adam steps by ``m / (sqrt(v) + eps)``:
     ``v`` is spread over the new basis, and ``m`` is set so that this very step, turned, is the next one.
+    """
+    turns = decompositions(layers)
+    with _Transfer(layers, optimizer) as transfer:
+        for name, layer in layers.items():
+            transfer.carry(layer, turns[name].tangent, turns[name].spread)
+            transfer.put(layer, turns[name])
+    return turns
 
-    Layers of one shape are decomposed in one batch.  On the CPU batches fit into the cache, and threads take turns at them:
-    many small decompositions side by side are faster than one after the other with all threads.
+
+def split_layers(
+    layers: Mapping[str, LowRank], turns: Mapping[str, Turn], *, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Write whole ``layers`` as their singular value decompositions, those of ``turns``; momentum and moments go along."""
+    for name, layer in layers.items():
+        assert layer.whole, name
+        _rouse(optimizer, layer)
+    with _Transfer(layers, optimizer) as transfer:
+        for name, layer in layers.items():
+            matrix, values = (transfer.here(f) for f in (layer.matrix, layer.s))
+            whole = _Whole(matrix, values, tall=layer.tall, turn=turns[name])
+            transfer.carry(layer, whole.tangent, whole.spread)
+            transfer.put(layer, turns[name])
+            layer.whole = False
+
+
+@torch.no_grad()
+def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
+    """The singular value decomposition of every layer, on the processor, whatever device the layers are on.
+
+    A GPU is slower at many small ones.  Layers of one shape are decomposed in one batch; batches fit into the cache, and
+    threads take turns at them: many small decompositions side by side are faster than one after the other with all threads.
     """
     shapes: dict[Any, list[str]] = {}
     for name, layer in layers.items():
-        shapes.setdefault((layer.u.shape, layer.v.shape, layer.u.dtype, layer.u.device), []).append(name)
+        sides = (layer.u.shape, layer.v.shape)
+        shapes.setdefault((*sides, layer.u.dtype, _is_swapped(layer)), []).append(name)
     parts = []
-    for (_, (_, rank), _, device), names in shapes.items():
-        size = max(1, CACHED // rank**2) if device.type == "cpu" else len(names)
+    for (_, (_, rank), *_), names in shapes.items():
+        size = max(1, CACHED // rank**2)
         parts += [names[i : i + size] for i in range(0, len(names), size)]
     parts.sort(key=lambda names: -len(names) * layers[names[0]].rank ** 3)  # the longest first
-    threads = torch.get_num_threads() if all(device.type == "cpu" for *_, device in shapes) else 1
+    fetched = moved({(n, i): f.detach() for n, layer in layers.items() for i, f in enumerate(_factors(layer))}, "cpu")
+    threads = torch.get_num_threads()
 
-    def turn(names: list[str]) -> dict[str, Turn]:
-        return _turn([layers[n] for n in names], names, optimizer)
+    def decompose(names: list[str]) -> dict[str, Turn]:
+        swapped = _is_swapped(layers[names[0]])
+        u, s, v = (torch.stack([fetched[n, i] for n in names]) for i in range(3))
+        turns = orthonormalise_batch(*((v, s, u) if swapped else (u, s, v)), names=names).split()
+        return dict(zip(names, (t.swapped if swapped else t for t in turns), strict=True))
 
     if threads == 1 or len(parts) == 1:
-        done = [turn(names) for names in parts]
+        done = [decompose(names) for names in parts]
     else:
         with _single_thread(), ThreadPoolExecutor(threads) as pool:
-            done = list(pool.map(turn, parts))
+            done = list(pool.map(decompose, parts))
     found = {name: one for part in done for name, one in part.items()}
     return {name: found[name] for name in layers}
+
+
+def _is_swapped(layer: LowRank) -> bool:
+    """Whole, and the identity on the left: it is the right factor that has to be orthonormal for the short way."""
+    return layer.whole and not layer.tall
 
 
 CACHED = 40_000  # entries of the cores of a batch
@@ -76,49 +117,126 @@ def _single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@torch.no_grad()
-def _turn(layers: list[LowRank], names: list[str], optimizer: torch.optim.Optimizer | None) -> dict[str, Turn]:
-    """``turn_factors`` for layers of one shape."""
-    batch = [torch.stack([getattr(layer, factor) for layer in layers]) for factor in ("u", "s", "v")]
-    turns = orthonormalise_batch(*batch, names=names).split()
-    for layer, turn in zip(layers, turns, strict=True):
-        parameters = (layer.u, layer.s, layer.v)
-        if optimizer is not None:
-            _turn_state(optimizer, parameters, turn)
-        for parameter, fresh in zip(parameters, (turn.u, turn.s, turn.v), strict=True):
-            parameter.copy_(fresh)
-            parameter.grad = None
-    return dict(zip(names, turns, strict=True))
+def _factors(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    return layer.u, layer.s, layer.v
 
 
-def _turn_state(optimizer: torch.optim.Optimizer, parameters: tuple[nn.Parameter, ...], found: Turn) -> None:
-    states = [optimizer.state.get(p, {}) for p in parameters]
-    if not all(states):
+Steps = tuple[Tensor, Tensor, Tensor]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Steps of a whole layer, its ``matrix`` or the transpose times ``values``, as steps of its decomposition ``turn``."""
+
+    matrix: Tensor
+    values: Tensor
+    tall: bool
+    turn: Turn
+
+    def tangent(self, du: Tensor, ds: Tensor, dv: Tensor) -> Steps:
+        """To first order the same step, damped where singular values are small, as gradients are (``LowRank``)."""
+        u, s, v = self.turn.u, self.turn.s, self.turn.v
+        step = (du if self.tall else dv) * self.values + self.matrix * ds
+        step = step if self.tall else step.T
+        squares = s.square()
+        floor = DAMPING * squares.max().clamp_min(torch.finfo(s.dtype).tiny)
+        core = u.T @ step @ v
+        inner = (core - core.diagonal().diag()) / (squares[:, None] + squares + floor)
+        weight = s / (squares + floor)
+        return (
+            u @ (inner * s) + (step @ v - u @ core) * weight,
+            core.diagonal().clone(),
+            v @ (inner * s[:, None]).T + (step.T @ u - v @ core.T) * weight,
+        )
+
+    def spread(self, du: Tensor, ds: Tensor, dv: Tensor) -> Steps:
+        """Second moments, the entries of the matrix taken as uncorrelated."""
+        u, s, v = self.turn.u, self.turn.s, self.turn.v
+        moments = du if self.tall else dv.T
+        squares = s.square()
+        weight = (s / (squares + DAMPING * squares.max().clamp_min(torch.finfo(s.dtype).tiny))).square()
+        right = moments @ v.square()
+        return right * weight, (u.square() * right).sum(0), (moments.T @ u.square()) * weight
+
+
+def _rouse(optimizer: torch.optim.Optimizer | None, layer: LowRank) -> None:
+    """Give the factor that has rested the state that it would have: that of the other one, and no step yet."""
+    if optimizer is None or not optimizer.state.get(layer.matrix):
         return
-    scale_before = _scale(optimizer, parameters, states)
-    for key in SECOND:
-        if all(isinstance(s.get(key), Tensor) for s in states):
-            for state, fresh in zip(states, found.spread(*(s[key] for s in states)), strict=True):
-                state[key].copy_(fresh)
-    scale_after = _scale(optimizer, parameters, states)
-    for key in FIRST:
-        if all(isinstance(s.get(key), Tensor) for s in states):
-            steps = [s[key] / scale for s, scale in zip(states, scale_before, strict=True)]
-            for state, fresh, scale in zip(states, found.tangent(*steps), scale_after, strict=True):
-                state[key].copy_(fresh * scale)
-    for parameter, state in zip(parameters, states, strict=True):
-        for key, value in state.items():  # of optimisers we do not know: in the old basis it would mislead
-            if (
-                key not in FIRST + SECOND
-                and isinstance(value, Tensor)
-                and value.shape == parameter.shape
-                and value.ndim
-            ):
-                value.zero_()
+    resting = layer.v if layer.tall else layer.u
+    for key, value in optimizer.state[layer.matrix].items():
+        for parameter in (resting, layer.s):
+            if key not in optimizer.state[parameter]:
+                shaped = isinstance(value, Tensor) and value.shape == layer.matrix.shape
+                optimizer.state[parameter][key] = torch.zeros_like(parameter) if shaped else copy.deepcopy(value)
+
+
+class _Transfer:
+    """Factors and their optimiser's state, worked on by the processor: one copy there, and one back at the end."""
+
+    def __init__(self, layers: Mapping[str, LowRank], optimizer: torch.optim.Optimizer | None) -> None:
+        self.optimizer = optimizer
+        tensors: dict[int, Tensor] = {}
+        for layer in layers.values():
+            for factor in _factors(layer):
+                state = {} if optimizer is None else optimizer.state.get(factor, {})
+                found = [factor.detach(), *(v for v in state.values() if isinstance(v, Tensor))]
+                tensors.update(zip([id(factor), *(id(v) for v in found[1:])], found, strict=True))
+        self.fetched = moved(tensors, "cpu")
+        self.written: list[tuple[Tensor, Tensor]] = []  # where to, and what
+
+    def __enter__(self) -> _Transfer:
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, failed: type[BaseException] | None, *rest: object) -> None:
+        if failed is None and self.written:
+            there = moved({i: value for i, (_, value) in enumerate(self.written)}, self.written[0][0].device)
+            torch._foreach_copy_([place for place, _ in self.written], list(there.values()))
+
+    def here(self, tensor: Tensor) -> Tensor:
+        return self.fetched[id(tensor)]
+
+    def put(self, layer: LowRank, turn: Turn) -> None:
+        for parameter, fresh in zip(_factors(layer), (turn.u, turn.s, turn.v), strict=True):
+            self.written.append((parameter, fresh))
+            parameter.grad = None
+
+    @torch.no_grad()
+    def carry(
+        self,
+        layer: LowRank,
+        tangent: Callable[[Tensor, Tensor, Tensor], Steps],
+        spread: Callable[[Tensor, Tensor, Tensor], Steps],
+    ) -> None:
+        """Take the optimiser's state of the factors of ``layer`` along."""
+        parameters, optimizer = _factors(layer), self.optimizer
+        places: list[State] = [{} if optimizer is None else optimizer.state.get(p, {}) for p in parameters]
+        if optimizer is None or not all(places):
+            return
+        states: list[State] = [{k: self.fetched.get(id(v), v) for k, v in place.items()} for place in places]
+        before = [dict(state) for state in states]
+        for key in SECOND:
+            if all(isinstance(s.get(key), Tensor) for s in states):
+                moments = spread(*(s[key] for s in states))
+                for state, fresh in zip(states, moments, strict=True):
+                    state[key] = fresh
+        scales = [_scale(optimizer, parameters, of) for of in (before, states)]
+        for key in FIRST:
+            if all(isinstance(s.get(key), Tensor) for s in states):
+                steps = tangent(*(s[key] / scale for s, scale in zip(states, scales[0], strict=True)))
+                for state, fresh, scale in zip(states, steps, scales[1], strict=True):
+                    state[key] = fresh * scale
+        for parameter, place, state in zip(parameters, places, states, strict=True):
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+                    # of optimisers we do not know: in the old basis it would mislead
+                    self.written.append((place[key], value if key in FIRST + SECOND else torch.zeros_like(value)))
 
 
 def _scale(
-    optimizer: torch.optim.Optimizer, parameters: tuple[nn.Parameter, ...], states: list[dict[str, Tensor]]
+    optimizer: torch.optim.Optimizer, parameters: tuple[nn.Parameter, ...], states: list[State]
 ) -> list[Tensor | float]:
     """What Adam divides its first moment by, up to a factor that is the same for all; 1 for SGD."""
     scales: list[Tensor | float] = []
