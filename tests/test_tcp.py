@@ -87,6 +87,7 @@ def test_strength_rises_when_the_mass_lags_and_falls_when_it_leads() -> None:
     model = network()
     process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
     process.pressed[:5] = True
+    process._find_busy(process.pressed.numpy().copy())
     process.reference = process._norm().clone()
     process.since[:5] = 0.1
     process.strength = 1.0
@@ -157,9 +158,16 @@ def test_energy_taken_in_pieces_is_the_energy(monkeypatch: pytest.MonkeyPatch) -
     units = Units(model, trace(model, EXAMPLE))
     matrices = [c for c in (*units.consumers, *units.producers) if c.parameter.ndim > 1]
     whole = [c.energy() for c in matrices]
+    together = units.consumer_energy()
     monkeypatch.setattr("espalier.methods.units._PIECE", 50)
     for columns, expected in zip(matrices, whole, strict=True):
         torch.testing.assert_close(columns.energy(), expected)
+    for piece in (50, 5000):
+        monkeypatch.setattr("espalier.methods.units._PIECE", piece)
+        torch.testing.assert_close(Units(model, units.graph).consumer_energy(), together)
+    torch.testing.assert_close(
+        units.sum(zip(units.consumers, [c.energy() for c in units.consumers], strict=True)), together
+    )
 
 
 def test_sensitivity_is_the_derivative_of_a_gate_on_the_unit() -> None:

@@ -6,7 +6,7 @@ across layers: the first is the loss itself to first order, the second a share o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,33 +91,42 @@ class Sensitivity:
         self.units = units
         self.smoothing = smoothing
         self.value = torch.zeros(units.count, device=units.device)
-        self.batches = 0
         self.listening = True
-        self._sum = torch.zeros(units.count + 1, device=units.device)
-        self._heard = False
-        self._hooks = [c.parameter.register_post_accumulate_grad_hook(self._hear(c)) for c in units.consumers]
+        self._batches = torch.zeros((), dtype=torch.int64, device=units.device)
+        self._heard: list[tuple[Consumer, Tensor]] = []
+        readers: dict[nn.Parameter, list[Consumer]] = {}
+        for columns in units.consumers:
+            readers.setdefault(columns.parameter, []).append(columns)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._hear(some)) for p, some in readers.items()]
 
-    def _hear(self, columns: Consumer) -> Callable[[Tensor], None]:
+    @property
+    def batches(self) -> int:
+        """How many were taken in; asking waits for the device."""
+        return int(self._batches)
+
+    @batches.setter
+    def batches(self, number: int) -> None:
+        self._batches.fill_(number)
+
+    def _hear(self, readers: Sequence[Consumer]) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if self.listening and parameter.grad is not None:
-                values = columns.per_position(parameter.detach() * parameter.grad)
-                self._sum.index_add_(0, columns.owner, values)
-                self._heard = True
+                product = parameter.detach() * parameter.grad
+                self._heard += [(columns, columns.per_position(product)) for columns in readers]
 
         return hook
 
     def batch_done(self) -> None:
-        """Take in what was heard since the last call."""
+        """Take in what was heard since the last call, unless it is not finite.  Nothing here waits for the device."""
         if not self._heard:
             return
-        squares = self._sum[: self.units.count].square()
+        squares = self.units.sum(self._heard).square()
         squares = squares / squares.sum().clamp_min(1e-30)
-        if bool(torch.isfinite(squares).all()):
-            self.batches += 1
-            weight = max(1.0 - self.smoothing, 1.0 / self.batches)
-            self.value.lerp_(squares, weight)
-        self._sum.zero_()
-        self._heard = False
+        finite = torch.isfinite(squares).all()
+        self._batches += finite
+        weight = self._batches.clamp_min(1).reciprocal().clamp_min(1.0 - self.smoothing)
+        self.value.lerp_(torch.where(finite, squares, self.value), weight)
+        self._heard = []
 
     def close(self) -> None:
         for hook in self._hooks:

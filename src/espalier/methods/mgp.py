@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.carving import select
 from espalier.costs import Cost, CostModel
 from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_chain, shapes
 from espalier.graph import Graph, files, hold, selectable, with_inputs, with_ladders
@@ -43,7 +42,7 @@ from espalier.methods.base import Batches, Removed
 from espalier.methods.importance import Sensitivity
 from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
 from espalier.methods.stripes import Masks, StripeMasks
-from espalier.methods.units import Units
+from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
 from espalier.solver import BudgetError, solve
 
@@ -120,7 +119,6 @@ class Granular(Fading):
         """Tie hooks to the model's present parameters."""
         self.units = Units(self.model, self.graph, taps=tuple(self.shapes), stripes=self.stripes.layers)
         self.sensitivity = Sensitivity(self.units, smoothing=self.method.smoothing)
-        self._busy = []
 
     def _listen(self, progress: float) -> None:
         self._hear_every_fourth()
@@ -129,12 +127,12 @@ class Granular(Fading):
 
     def importance(self) -> tuple[dict[str, np.ndarray], dict[str, list[Rectangle]]]:
         """Per group what its units are worth, of a ladder what each rung adds; and the best rectangle for every rung."""
-        values = self.sensitivity.value
-        scores = self.units.by_group(values)
+        values = self.sensitivity.value.double().cpu().numpy()
+        scores = self.units.split(values)
         best: dict[str, list[Rectangle]] = {}
         for layer, rungs in self.shapes.items():
             kernel = self.model.get_parameter(f"{layer}.weight").shape[2:]
-            taps = values[self.units.taps[layer]].double().cpu().numpy().reshape(kernel)
+            taps = values[self.units.taps[layer]].reshape(kernel)
             best[layer], worth = [], [0.0]
             for rung in rungs:
                 kept = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in rung]
@@ -146,9 +144,9 @@ class Granular(Fading):
 
     def _worth_of_stripes(self) -> dict[str, np.ndarray]:
         """Importance of every stripe, shape ``(out, kh * kw)`` per layer."""
-        values = self.sensitivity.value
         rows = self.units.stripes.items()
-        return {n: values[r].double().cpu().numpy().reshape(self.stripes.gone[n].shape) for n, r in rows}
+        values = self.sensitivity.value.double().cpu().numpy() if rows else np.zeros(0)
+        return {n: values[r].reshape(self.stripes.gone[n].shape) for n, r in rows}
 
     # -- 3. coarse to fine ---------------------------------------------------------------------------------------------
 
@@ -183,25 +181,28 @@ class Granular(Fading):
             return {}
         return self.stripes.choose(self.graph, self._worth_of_stripes(), plan.keep, limits, self.budget)
 
-    def _choose(self, progress: float) -> Tensor:
+    def _choose(self, progress: float) -> np.ndarray:
         limits = self.limits_at(progress)
         plan, self.chosen = self._plan(limits, progress)
         masks = self._masks(plan, limits)
         self.record("kernel", self._kernels(masks), progress=progress)
-        outside = self._outside(plan, masks)
+        outside = self._left_out(plan, masks)
         self.pull = self._pace(plan, outside)
         self._raise_small_stripes(outside)
         return outside
 
-    def _raise_small_stripes(self, outside: Tensor) -> None:
+    def _raise_small_stripes(self, outside: np.ndarray) -> None:
         """Press a stripe as if it were no smaller than a part of those that stay.
 
         One that left when it was next to nothing would be pressed by next to nothing, and the optimiser kept it alive.
         """
-        norm = self._norm()
+        if not self.units.stripes:
+            return
+        norm, least = self._norm().cpu(), torch.full((self.units.count,), TINY)
         for rows in self.units.stripes.values():
-            stays = norm[rows][~outside[rows]]
-            self.least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
+            stays = norm[rows][torch.from_numpy(~outside[rows])]
+            least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
+        self.least = least.to(self.units.device)
 
     def _kernels(self, masks: Masks) -> dict[str, float]:
         """Kernel positions that the keep-set leaves of every layer, of free stripes the mean over filters."""
@@ -210,83 +211,83 @@ class Granular(Fading):
         }
         return {**areas, **{n: round(float(mask.sum(1).mean()), 3) for n, mask in masks.items()}}
 
-    def _outside(self, plan: Plan, masks: Masks) -> Tensor:
+    def _left_out(self, plan: Plan, masks: Masks) -> np.ndarray:
         outside = self.units.outside({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
         for layer, rectangle in self.chosen.items():
             height, width = self.model.get_parameter(f"{layer}.weight").shape[2:]
-            inside = torch.from_numpy(rectangle.mask((height, width)).reshape(-1)).to(outside.device)
-            outside[self.units.taps[layer]] = ~inside
+            outside[self.units.taps[layer]] = ~rectangle.mask((height, width)).reshape(-1)
         for layer, mask in masks.items():
-            outside[self.units.stripes[layer]] = torch.from_numpy(~mask.reshape(-1)).to(outside.device)
+            outside[self.units.stripes[layer]] = ~mask.reshape(-1)
         return outside
 
     # -- 4. adaptive L1 ------------------------------------------------------------------------------------------------
 
-    def _pace(self, plan: Plan, outside: Tensor) -> Tensor:
+    def _pace(self, plan: Plan, outside: np.ndarray) -> Tensor:
         """How fast each group fades: by the cost that goes with it and by how much of what is left has to go."""
         graph = self.stripes.graph(self.graph)
         state = CostModel(graph).at(graph.sizes)
         group = self.units.group_of()
-        left = torch.bincount(group, minlength=self.units.groups).clamp_min(1)
-        going = torch.bincount(group, weights=outside.double(), minlength=self.units.groups)
-        share = torch.zeros(self.units.groups, dtype=torch.float64, device=outside.device)
+        left = self.units.sizes.clip(min=1)
+        going = np.bincount(group[outside], minlength=self.units.groups)
+        share = np.zeros(self.units.groups)
         place = {name: len(self.graph.groups) + i for i, name in enumerate(self.units.taps)}
         for number, g in enumerate(graph.groups):  # behind those of the network the stripes, as in ``units``
             less = len(plan.keep[g.name]) - g.size if g.name in plan.keep else -int(going[number])
             if less:
                 saved = sum(-state.change(m, number, less) / max(getattr(self.dense, m), 1) for m in ("macs", "params"))
                 share[place[g.name.rpartition(":")[0]] if g.ladder else number] = max(saved, 0.0)
-        pace = share.sqrt() * (1.0 + going / left)
+        pace = np.sqrt(share) * (1.0 + going / left)
         busy = pace > 0
-        if not bool(busy.any()):
+        if not busy.any():
             return torch.ones_like(self.pull)
-        pace = torch.where(busy, pace / pace[busy].mean(), 1.0).clamp(SLOWEST, FASTEST)
-        return pace[group].float()
+        pace = np.where(busy, pace / pace[busy].mean(), 1.0).clip(SLOWEST, FASTEST)
+        return upload(pace[group].astype(np.float32), self.units.device)
 
     # -- 5. removal ----------------------------------------------------------------------------------------------------
 
     def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
-        if not bool(self.pressed.any()):
+        if not self._outside.any():
             if self.settled:
                 self._finished()
             return None
         if bool(self.stripes.layers) and self.settled:
             self._hold_faded()
-            if not bool(self._channels(self.pressed).any()) and bool((self._norm()[self.pressed] == 0).all()):
+            if not self._channels(self._outside).any() and bool(self._zero[self._outside].all()):
                 return self._masked()
         ready = self._channels(self._faded())
-        cut = {n: r for n, r in self.chosen.items() if self.settled and bool(ready[self.units.taps[n]].any())}
+        cut = {n: r for n, r in self.chosen.items() if self.settled and ready[self.units.taps[n]].any()}
         for layer in self.shapes:
             if layer not in cut:
                 ready[self.units.taps[layer]] = False
-        if not bool(ready.any()):
+        if not ready.any():
             return None
-        stay = {n: np.flatnonzero(~g.astype(bool)) for n, g in self.units.by_group(ready).items()}
+        stay = {n: np.flatnonzero(~g) for n, g in self.units.split(ready).items()}
         self._descend(stay, cut)
         now = CostModel(self.graph)
         dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
-        last = self.settled and bool((ready == self._channels(self.pressed)).all())
+        last = self.settled and bool((ready == self._channels(self._outside)).all())
         saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
         if saved < self.method.chunk and not last:
             return None
         return self._carry_out(stay, cut, optimizer)
 
-    def _channels(self, units: Tensor) -> Tensor:
+    def _channels(self, units: np.ndarray) -> np.ndarray:
         """``units`` without stripes, which are never removed."""
-        units = units.clone()
+        units = units.copy()
         for rows in self.units.stripes.values():
             units[rows] = False
         return units
 
     def _hold_faded(self) -> None:
         """Stripes that the final keep-set leaves out stay zero from the moment they have come to zero."""
-        zero = self.pressed & (self._norm() == 0)
+        zero = upload(self._zero, self.units.device)
         for layer, rows in self.units.stripes.items():
             self.stripes.gone[layer] |= zero[rows].view_as(self.stripes.gone[layer])
 
     def _masked(self) -> Removed:
         """All masks are final; averages of the weights begin anew, so that they hold exact zeros too."""
         self.pressed[:] = False
+        self._find_busy(np.zeros_like(self._outside))
         self._finished()
         return Removed({}, self.cost, frozenset(f"{n}.weight" for n in self.stripes.layers))
 
@@ -309,7 +310,7 @@ class Granular(Fading):
         for layer, own in self.units.stripes.items():
             by_filter = np.arange(own.start, own.stop).reshape(self.stripes.gone[layer].shape)
             rows.append(by_filter[kept.get(f"{layer}.weight", {}).get(0, slice(None))].reshape(-1))
-        survivors = torch.from_numpy(np.concatenate(rows)).to(self.units.device)
+        survivors = np.concatenate(rows)
         value, batches = self.sensitivity.value, self.sensitivity.batches
         self._silence()
         trimmed = {}
@@ -322,9 +323,9 @@ class Granular(Fading):
         self.shapes = {n: r for n, r in self.shapes.items() if n not in cut}
         self.chosen = {n: r for n, r in self.chosen.items() if n not in cut}
         self._bind()
-        self.sensitivity.value, self.sensitivity.batches = select(value, {0: survivors}), batches
+        self.sensitivity.value, self.sensitivity.batches = value[upload(survivors, self.units.device)], batches
         self._keep_rows(survivors)
-        if self.settled and not bool(self.pressed.any()):
+        if self.settled and not self._outside.any():
             self._finished()
         return removed
 

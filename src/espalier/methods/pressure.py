@@ -4,6 +4,8 @@ A proximal group-lasso step on everything that owns a unit outside the keep-set,
 ``w_c <- w_c * max(0, 1 - strength * r_c / |w_c|)`` with ``r_c`` the norm when the unit left the keep-set, so that all fade at
 the same relative pace and reach zero in finite time.  The strength follows, in closed loop, the lag of the remaining mass
 ``sum |w_c| / sum r_c`` behind its schedule.  Which units are outside, and how removal is carried out, is the method's business.
+
+The host knows which units are outside, because it decided so; what it has to ask the device it asks in one go per press.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.methods.base import Method, Process, Removed, Status
 from espalier.methods.importance import Sensitivity
-from espalier.methods.units import Consumer, Units
+from espalier.methods.units import Consumer, Units, upload
 from espalier.plan import Budget
 
 
@@ -73,7 +77,6 @@ class Fading(Process):
         self._last = self._decided = self._pressed_at = 0.0
         self._steps = 0
         self._mass = 1.0
-        self._busy: list[Consumer] = []
 
     def _begin(self) -> None:
         """Nothing is pressed yet; call once ``units`` are there."""
@@ -83,6 +86,7 @@ class Fading(Process):
         self.since = torch.zeros(count, device=self.units.device)  # progress then
         self.pull = torch.ones(count, device=self.units.device)  # how fast a unit fades, relative to the others
         self.least = torch.full((count,), TINY, device=self.units.device)  # what a reference is at least
+        self._find_busy(np.zeros(count, dtype=bool))
 
     # -- what a method adds --------------------------------------------------------------------------------------------
 
@@ -91,7 +95,7 @@ class Fading(Process):
         """After every step: take in what was heard, and say what to hear next."""
 
     @abstractmethod
-    def _choose(self, progress: float) -> Tensor:
+    def _choose(self, progress: float) -> np.ndarray:
         """The units that are outside the keep-set from now on; shape ``(count,)``."""
 
     @abstractmethod
@@ -144,16 +148,29 @@ class Fading(Process):
         self._decided = progress
         self.settled = progress >= self.method.reach - self.method.fade
         outside = self._choose(progress)
-        fresh = outside & ~self.pressed
-        if bool(fresh.any()):
-            self.reference = torch.where(fresh, torch.maximum(self._norm(), self.least), self.reference)
-            self.since = torch.where(fresh, torch.full_like(self.since, progress), self.since)
-        self.pressed = outside
-        self._find_busy()
+        fresh = upload(outside & ~self._outside, self.units.device)
+        self.reference = torch.where(fresh, torch.maximum(self._norm(), self.least), self.reference)
+        self.since = self.since.masked_fill(fresh, progress)
+        self.pressed = upload(outside, self.units.device)
+        self._find_busy(outside)
 
-    def _find_busy(self) -> None:
-        padded = torch.cat([self.pressed, self.pressed.new_zeros(1)])
-        self._busy = [c for c in self.units.consumers if bool(padded[c.owner].any())]
+    def _find_busy(self, outside: np.ndarray) -> None:
+        """Note what follows from ``outside``, a copy of ``pressed`` on the host."""
+        self._outside = outside
+        self._zero = np.zeros(len(outside), dtype=bool)  # those outside whose norm was zero after the last press
+        self._index = upload(np.flatnonzero(outside), self.units.device)
+        padded = np.append(outside, False)
+        busy = [n for n, owner in enumerate(self.units.read) if padded[owner].any()]
+        self._busy: list[Consumer] = [self.units.consumers[n] for n in busy]
+        if busy:
+            self._spots = upload(np.concatenate([self.units.read[n] for n in busy]), self.units.device)
+            self._calm = self._spread((~self.pressed).float())
+
+    def _spread(self, per_unit: Tensor) -> list[Tensor]:
+        """Values per unit, for every busy consumer to be broadcast against its parameter; 1 where no unit owns it."""
+        values = F.pad(per_unit, (0, 1), value=1.0)[self._spots]
+        parts = values.split([len(c.owner) for c in self._busy])
+        return [columns.shaped(part) for columns, part in zip(self._busy, parts, strict=True)]
 
     # -- pressure ------------------------------------------------------------------------------------------------------
 
@@ -164,46 +181,47 @@ class Fading(Process):
         norm = self._norm()
         threshold = self.strength * elapsed / self.method.fade * self.pull * self.reference
         factor = torch.where(self.pressed, (1.0 - threshold / norm.clamp_min(1e-30)).clamp_min(0.0), 1.0)
-        factor = torch.cat([factor, factor.new_ones(1)])
-        calm = torch.cat([(~self.pressed).float(), factor.new_ones(1)])
-        for columns in self._busy:
-            columns.parameter.mul_(columns.spread(factor))
-            state = optimizer.state.get(columns.parameter, {})
-            for key in MOMENTA:
-                if isinstance(state.get(key), Tensor):
-                    state[key].mul_(columns.spread(calm))
+        values: list[Tensor] = [columns.parameter for columns in self._busy]
+        factors = self._spread(factor)
+        for key in MOMENTA:
+            for columns, calm in zip(self._busy, self._calm, strict=True):
+                moment = optimizer.state.get(columns.parameter, {}).get(key)
+                if isinstance(moment, Tensor):
+                    values.append(moment)
+                    factors.append(calm)
+        torch._foreach_mul_(values, factors)
 
     # -- strength ------------------------------------------------------------------------------------------------------
 
     def _adapt(self, progress: float) -> None:
         """Multiplicative control on how far the remaining mass lags behind its schedule."""
-        if not bool(self.pressed.any()):
+        if not self._outside.any():
             self._mass = 1.0 if not self.settled else 0.0
             return
-        reference = self.reference[self.pressed]
-        pull = self.pull[self.pressed]
-        due = (1.0 - (progress - self.since[self.pressed]) * pull / self.method.fade).clamp(0.0, 1.0)
-        total = float(reference.sum())
-        self._mass = float(self._norm()[self.pressed].sum()) / total
-        lag = self._mass - float((due * reference).sum()) / total
+        norm, reference, since, pull = (v[self._index] for v in (self._norm(), self.reference, self.since, self.pull))
+        due = (1.0 - (progress - since) * pull / self.method.fade).clamp(0.0, 1.0)
+        sums = torch.stack([reference.sum(), norm.sum(), (due * reference).sum()])
+        found = torch.cat([sums, norm]).cpu().numpy()  # the only wait for the device
+        total, left, planned = found[:3].tolist()
+        self._zero[self._outside] = found[3:] == 0
+        self._mass = left / total
+        lag = self._mass - planned / total
         self.strength = min(max(self.strength * math.exp(GAIN * lag), WEAKEST), STRONGEST)
 
     # -- removal -------------------------------------------------------------------------------------------------------
 
-    def _faded(self) -> Tensor:
+    def _faded(self) -> np.ndarray:
         """Pressed units that read exactly zero and whose whole group is there: a group goes in one piece, so that widths
         keep their alignment."""
-        faded = (self._norm() == 0) & self.pressed
         group = self.units.group_of()
-        waiting = torch.zeros(self.units.groups, device=faded.device).index_add_(
-            0, group, (self.pressed & ~faded).float()
-        )
-        return faded & (waiting[group] == 0)
+        waiting = np.bincount(group[self._outside & ~self._zero], minlength=self.units.groups)
+        return self._zero & (waiting[group] == 0)
 
-    def _keep_rows(self, survivors: Tensor) -> None:
-        self.pressed, self.reference = self.pressed[survivors], self.reference[survivors]
-        self.since, self.pull, self.least = self.since[survivors], self.pull[survivors], self.least[survivors]
-        self._find_busy()
+    def _keep_rows(self, survivors: np.ndarray) -> None:
+        rows = upload(survivors, self.units.device)
+        self.pressed, self.reference = self.pressed[rows], self.reference[rows]
+        self.since, self.pull, self.least = self.since[rows], self.pull[rows], self.least[rows]
+        self._find_busy(self._outside[survivors])
 
     def _finished(self) -> None:
         self.done = True
@@ -247,7 +265,7 @@ class Fading(Process):
         self.pressed, self.reference, self.since = rows["pressed"], rows["reference"], rows["since"]
         self.pull = rows["pull"]
         self.least = torch.full_like(self.reference, TINY)
-        self._find_busy()
+        self._find_busy(self.pressed.cpu().numpy())
 
 
 LISTEN_EVERY = 4  # batches between two readings of the gradients

@@ -29,12 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.carving import select
 from espalier.costs import CostModel
 from espalier.methods.base import Batches, Removed
 from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity, check_returns, diminishing
 from espalier.methods.pressure import LISTEN_EVERY, Fading, FadingMethod
-from espalier.methods.units import Units
+from espalier.methods.units import Units, upload
 from espalier.plan import Budget
 from espalier.solver import solve
 
@@ -83,7 +82,6 @@ class Tailoring(Fading):
         self.moments = Moments(self.model, units)
         if self.method.importance != "taylor":
             self.sensitivity.close()
-        self._busy = []
 
     # -- 1. importance -------------------------------------------------------------------------------------------------
 
@@ -119,7 +117,7 @@ class Tailoring(Fading):
         )
         return plan.keep
 
-    def _choose(self, progress: float) -> Tensor:
+    def _choose(self, progress: float) -> np.ndarray:
         keep = self._keep_set(self.limits_at(progress))
         self.moments.stop()
         return self.units.outside(dict(keep))
@@ -128,36 +126,34 @@ class Tailoring(Fading):
 
     def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
         """Remove what reads zero, group by group, once it is worth a surgery or nothing else is left to do."""
-        if not bool(self.pressed.any()):
+        if not self._outside.any():
             if self.settled:
                 self._finished()
             return None
         ready = self._faded()
-        if not bool(ready.any()):
+        if not ready.any():
             return None
-        stay = {n: np.flatnonzero(~g.astype(bool)) for n, g in self.units.by_group(ready).items()}
+        stay = {n: np.flatnonzero(~g) for n, g in self.units.split(ready).items()}
         now = CostModel(self.graph)
         dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
-        last = self.settled and bool((ready == self.pressed).all())
+        last = self.settled and bool((ready == self._outside).all())
         saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
         if saved < self.method.chunk and not last:
             return None
         return self._carry_out(stay, optimizer)
 
     def _carry_out(self, stay: dict[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
-        survivors = torch.from_numpy(
-            np.concatenate([self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)])
-        ).to(self.units.device)
+        survivors = np.concatenate([self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)])
         value, batches = self.sensitivity.value, self.sensitivity.batches
         gathering = self.moments.active  # what was gathered belongs to the old channels: gather anew
         self._silence()
         removed = self.remove(stay, optimizer)
         self._bind(Units(self.model, self.graph))
-        self.sensitivity.value, self.sensitivity.batches = select(value, {0: survivors}), batches
+        self.sensitivity.value, self.sensitivity.batches = value[upload(survivors, self.units.device)], batches
         if gathering:
             self.moments.start()
         self._keep_rows(survivors)
-        if self.settled and not bool(self.pressed.any()):
+        if self.settled and not self._outside.any():
             self._finished()
         return removed
 

@@ -42,11 +42,11 @@ class Columns:
         parts = (self.per_position(piece.square()) for piece in rows)
         return torch.cat(list(parts)) if self.dim == 0 else reduce(torch.Tensor.add_, parts)
 
-    def spread(self, per_unit: Tensor) -> Tensor:
-        """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
+    def shaped(self, per_position: Tensor) -> Tensor:
+        """Values per position, to be broadcast against the parameter."""
         shape = [1] * self.parameter.ndim
         shape[self.dim] = -1
-        return per_unit[self.owner].view(shape)
+        return per_position.view(shape)
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Taps:
         """Sum of squares per position, like ``per_position``."""
         return self.per_position(self.parameter.detach().square())
 
-    def spread(self, per_unit: Tensor) -> Tensor:
-        """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
-        return per_unit[self.owner].view(1, 1, *self.parameter.shape[2:])
+    def shaped(self, per_position: Tensor) -> Tensor:
+        """Values per position, to be broadcast against the parameter."""
+        return per_position.view(1, 1, *self.parameter.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Stripes:
         """Sum of squares per position, like ``per_position``."""
         return self.per_position(self.parameter.detach().square())
 
-    def spread(self, per_unit: Tensor) -> Tensor:
-        """Values per unit, shape ``(count + 1,)``, broadcast against the parameter."""
-        return per_unit[self.owner].view(self.parameter.shape[0], 1, *self.parameter.shape[2:])
+    def shaped(self, per_position: Tensor) -> Tensor:
+        """Values per position, to be broadcast against the parameter."""
+        return per_position.view(self.parameter.shape[0], 1, *self.parameter.shape[2:])
 
 
 Consumer = Columns | Taps | Stripes
@@ -117,14 +117,37 @@ class Units:
         self.stripes = dict(zip(stripes, rows[len(taps) :], strict=True))
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
-        self.consumers: list[Consumer] = [*self._columns(parameters, lambda s: s.consumed)]
-        for name, weight, own in zip((*taps, *stripes), weights, rows, strict=True):
-            owner = torch.arange(own.start, own.stop, device=self.device)
+        reads = self._owners(lambda s: s.consumed)
+        makes = self._owners(lambda s: not s.consumed and s.tensor in parameters)
+        self.read = [*reads.values(), *(np.arange(own.start, own.stop) for own in rows)]  # owners, on the host
+        every = [*self.read, *makes.values()]
+        row = upload(np.concatenate(every) if every else np.zeros(0, dtype=np.int64), self.device)
+        owners = iter(row.split([len(o) for o in every]))
+        self.consumers: list[Consumer] = [Columns(t, d, parameters[t], next(owners)) for t, d in reads]
+        for name, weight in zip((*taps, *stripes), weights, strict=True):
             kind = Taps if name in self.taps else Stripes
-            self.consumers.append(kind(f"{name}.weight", weight, owner))
-        self.producers = self._columns(parameters, lambda s: not s.consumed and s.tensor in parameters)
+            self.consumers.append(kind(f"{name}.weight", weight, next(owners)))
+        self.producers = [Columns(t, d, parameters[t], next(owners)) for t, d in makes]
+        self._read = row[: sum(map(len, self.read))]
+        self._together = self._by_size()
 
-    def _columns(self, parameters: dict[str, nn.Parameter], wanted: Callable[[Slice], bool]) -> list[Columns]:
+    def _by_size(self) -> list[list[int]]:
+        """Numbers of consumers whose parameters are squared in one go: up to ``_PIECE`` elements, or one that is larger."""
+        readers: dict[str, list[int]] = {}
+        for number, columns in enumerate(self.consumers):
+            readers.setdefault(columns.tensor, []).append(number)
+        found: list[list[int]] = []
+        room = -1
+        for numbers in readers.values():
+            size = self.consumers[numbers[0]].parameter.numel()
+            if size > room:
+                found.append([])
+                room = _PIECE
+            found[-1] += numbers
+            room -= size
+        return found
+
+    def _owners(self, wanted: Callable[[Slice], bool]) -> dict[tuple[str, int], np.ndarray]:
         owners: dict[tuple[str, int], np.ndarray] = {}
         for number, group in enumerate(self.graph.groups):
             unit = np.arange(self.offsets[number], self.offsets[number] + group.size)[:, None]
@@ -134,7 +157,7 @@ class Units:
                     if key not in owners:
                         owners[key] = np.full(self.graph.shapes[s.tensor][s.dim], self.count, dtype=np.int64)
                     owners[key][s.index] = unit
-        return [Columns(t, d, parameters[t], torch.from_numpy(o).to(self.device)) for (t, d), o in owners.items()]
+        return owners
 
     def sum(self, parts: Iterable[tuple[Consumer, Tensor]]) -> Tensor:
         """Add per-position values of several columns up per unit; shape ``(count,)``."""
@@ -147,23 +170,45 @@ class Units:
 
     def consumer_energy(self) -> Tensor:
         """Squared norm of everything that reads a unit; shape ``(count,)``."""
+        parts: dict[int, Tensor] = {}
+        total = torch.zeros(self.count + 1, device=self.device)
+        if not self.consumers:
+            return total[: self.count]
         with torch.no_grad():
-            return self.sum((c, c.energy()) for c in self.consumers)
+            for numbers in self._together:
+                some = {n: self.consumers[n] for n in numbers}
+                weights = {c.tensor: c.parameter for c in some.values()}
+                if any(w.numel() > _PIECE for w in weights.values()):
+                    parts.update({n: c.energy() for n, c in some.items()})
+                    continue
+                squares = torch._foreach_mul([*weights.values()], [*weights.values()])
+                squared = dict(zip(weights, squares, strict=True))
+                parts.update({n: c.per_position(squared[c.tensor]) for n, c in some.items()})
+            total.index_add_(0, self._read, torch.cat([parts[n] for n in range(len(parts))]))
+        return total[: self.count]
 
     def by_group(self, values: Tensor) -> dict[str, np.ndarray]:
         """Cut one vector over all units into one array per group, as ``solve`` takes it."""
-        array = values.detach().double().cpu().numpy()
+        return self.split(values.detach().double().cpu().numpy())
+
+    def split(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """``by_group`` of what is on the host already."""
         return {g.name: array[self.offsets[i] : self.offsets[i + 1]] for i, g in enumerate(self.graph.groups)}
 
-    def group_of(self) -> Tensor:
+    def group_of(self) -> np.ndarray:
         """Number of the group, or of the layer of a kernel position or stripe, of every unit; shape ``(count,)``."""
-        return torch.from_numpy(np.repeat(np.arange(self.groups), self.sizes)).to(self.device)
+        return np.repeat(np.arange(self.groups), self.sizes)
 
-    def outside(self, keep: dict[str, np.ndarray]) -> Tensor:
+    def outside(self, keep: dict[str, np.ndarray]) -> np.ndarray:
         """True for the units that are not in ``keep``; shape ``(count,)``."""
         out = np.zeros(self.count, dtype=bool)
         for i, group in enumerate(self.graph.groups):
             if group.name in keep:
                 out[self.offsets[i] : self.offsets[i + 1]] = True
                 out[self.offsets[i] + np.asarray(keep[group.name])] = False
-        return torch.from_numpy(out).to(self.device)
+        return out
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on ``device`` that nobody waits for: the driver has read pageable memory before the call returns."""
+    return torch.from_numpy(array).to(device, non_blocking=True, copy=True)
