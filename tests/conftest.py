@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waits import copied  # noqa: F401
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKED = REPOSITORY.parent / "shared" / "data"
 

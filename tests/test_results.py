@@ -286,7 +286,9 @@ def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
     assert "0.80x" in tables.recipe_table(recipe, [rows[0], {**rows[1], **calm}])
     assert "0.80x" in tables.recipe_table(recipe, [{**row, **lent} for row in rows])
     assert "0.80x" not in tables.recipe_table(recipe, [{**row, **shared} for row in rows])
-    assert "0.80x" not in tables.recipe_table(recipe, [rows[0], {**rows[1], **lent}])  # times on two devices have no ratio
+    assert "0.80x" not in tables.recipe_table(
+        recipe, [rows[0], {**rows[1], **lent}]
+    )  # times on two devices have no ratio
     assert "1.75x" in tables.recipe_table(recipe, [rows[0], {**rows[1], "timed": calm}])
 
 

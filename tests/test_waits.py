@@ -1,63 +1,20 @@
-"""An ordinary step of a fading method waits for the device once at most, so that it costs little on a GPU that is shared.
-
-Counted on the CPU: operations whose result the host needs before it can go on.
-"""
+"""An ordinary step of a method waits for the device once at most, so that it costs little on a GPU that is shared."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import espalier as es
 from espalier.methods.pressure import Fading, FadingMethod
 from tests.steps import EXAMPLE, network, train_step
+from tests.waits import Waits
 
 STEPS = 150
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts operations, and the waits among them; ``copied`` is for copies between host and device, which dispatch nothing
-    on the CPU."""
-
-    def __init__(self, copied: Counter[str]) -> None:
-        super().__init__()
-        self.copied, self.before = copied, copied.total()
-        self.operations = self.asked = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.operations += 1
-        self.asked += name in WAITING or masked
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def waits(self) -> int:
-        return self.asked + self.copied.total() - self.before
-
-
-@pytest.fixture
-def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    counts: Counter[str] = Counter()
-
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    # ``numpy`` is not among them: on a GPU it fails without one of these
-    for owner, name in ((Tensor, "cpu"), (Tensor, "tolist"), (torch, "tensor"), (torch, "from_numpy")):
-        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
-    return counts
 
 
 @pytest.mark.parametrize(
@@ -111,3 +68,22 @@ def _waits(copied: Counter[str], act: Callable[[], None]) -> int:
     with Waits(copied) as counted:
         act()
     return counted.waits
+
+
+def test_a_step_of_dprp_between_events_never_waits(copied: Counter[str]) -> None:
+    model = network()
+    process = es.DPRP().start(model, EXAMPLE, es.Budget(macs=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    waits: dict[str, list[int]] = {}
+    for step in range(STEPS):
+        before = _waits(copied, lambda step=step: train_step(process, optimizer, step))
+        done = process.done
+        with Waits(copied) as counted:
+            removed = process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        phase = "event" if removed is not None else "done" if done else "between"
+        waits.setdefault(phase, []).append(counted.waits + before)
+        if done:
+            assert counted.operations == 0
+    assert len(waits["between"]) >= 50 and set(waits["between"]) == {0}
+    assert len(waits["done"]) >= 30 and set(waits["done"]) == {0}
+    assert len(waits["event"]) >= 20

@@ -133,6 +133,7 @@ class Falling(Process):
         self.given_up = dict.fromkeys(self.layers, 0.0)  # share of its energy that each layer has lost so far
         self._sensitivity = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
         self._decomposed = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
+        self.values: dict[str, Tensor] = {}  # singular values of every layer at the last event
         self._heard: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._listen()
@@ -205,6 +206,7 @@ class Falling(Process):
         whole = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
         self._mix({**turns, **{n: turn.seen_from(self._decomposed[n]) for n, turn in whole.items()}})
         self._decomposed = whole
+        self.values = {n: turn.s for n, turn in {**turns, **whole}.items()}
         return _factors(turns)
 
     def split(self, names: Iterable[str], *, optimizer: torch.optim.Optimizer | None) -> frozenset[str]:
@@ -231,11 +233,6 @@ class Falling(Process):
     def _falling(self) -> list[str]:
         """Whole layers whose ranks are to fall now."""
         return [n for n, layer in self.layers.items() if layer.whole and self.targets[n] < layer.rank]
-
-    def values(self, name: str) -> Tensor:
-        """Singular values of a layer at the last event."""
-        whole = self._decomposed.get(name)
-        return self.layers[name].s.detach() if whole is None else whole.s
 
     def _took_stock(self, progress: float) -> None:
         ranks = {n: layer.rank for n, layer in self.layers.items()}
@@ -267,7 +264,7 @@ class Falling(Process):
         if self.method.energy is None:
             return ranks
         for name in self.layers:
-            lost = 1.0 - (1.0 - self.given_up[name]) * (1.0 - tails(self.values(name)))
+            lost = 1.0 - (1.0 - self.given_up[name]) * (1.0 - tails(self.values[name]))
             within = torch.nonzero(lost <= self.method.energy * share)
             ranks[name] = min(ranks[name], max(1, int(within[0]) if len(within) else ranks[name]))
         return ranks
@@ -279,14 +276,14 @@ class Falling(Process):
             rung = len(plan.keep[ladder_name(name)])
             allowed = self.ladders.ranks[name]
             rank = wanted[name] if rung > len(allowed) else min(allowed[rung - 1], layer.rank)
-            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(self.values(name))[rank]))
+            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(self.values[name])[rank]))
             self.targets[name] = rank
 
     def scores(self) -> dict[str, np.ndarray]:
         """Importance per triplet of every layer, largest singular value first."""
         if self.method.importance == "energy" or not self._batches:
-            return {n: energy(self.values(n)) for n in self.layers}
-        return {n: v.detach().double().cpu().numpy() for n, v in self._sensitivity.items()}
+            return {n: energy(self.values[n]) for n in self.layers}
+        return {n: v.double().numpy() for n, v in moved(self._sensitivity, "cpu").items()}
 
     def _listen(self) -> None:
         """Tie hooks to what the layers are trained by now: the gradients are read every ``LISTEN_EVERY`` steps."""
@@ -441,6 +438,6 @@ class _OffIdentity(torch.autograd.Function):
 PARTS = 8  # the penalty of a layer is counted at one step in so many
 LARGE = 64  # rank above which the pull to orthonormal factors is counted more rarely still
 WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer grows as ranks fall
-TURN_EVERY = 100  # steps after which factors are orthonormal again at the latest
+TURN_EVERY = 200  # steps after which factors are orthonormal again at the latest
 LISTEN_EVERY = 4  # steps between two readings of the gradients
 _NUMBERS = ("settled", "done", "forced", "_next", "_last", "_steps", "_batches")
