@@ -1,6 +1,7 @@
-"""Speed by the multiple that widths are held to: half of the MACs, ONNX Runtime, one thread.
+"""Speed by the multiple that widths are held to: half of the MACs, ONNX Runtime, one thread; or PyTorch on a GPU.
 
     python -m benchmarks.alignment [--networks ...] [--name alignment]
+    python -m benchmarks.alignment --device cuda --name alignment_gpu     # float16, channels last
 
 Which units go is drawn by chance, so that free widths are what they come to be in a run: any number.  All networks of a row are
 timed in turns, in one run, and compared with the dense one, as ratios.  ``docs/results.md`` shows it.
@@ -27,7 +28,7 @@ NETWORKS = (
 )  # fmt: skip
 MULTIPLES = (1, 4, 8, 16)
 MACS = 0.5
-BATCHES = (1, 16)
+BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 
 
 def narrowed(model: nn.Module, x: torch.Tensor, multiple: int) -> tuple[nn.Module, es.Cost]:
@@ -40,15 +41,21 @@ def narrowed(model: nn.Module, x: torch.Tensor, multiple: int) -> tuple[nn.Modul
     return shrink(model, graph, plan).eval(), es.cost(graph, plan)
 
 
-def one_network(name: str, *, seconds: float) -> dict[str, Any]:
+def one_network(name: str, *, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """Speed-ups over the dense network, by multiple and batch size."""
     model, x = common.build(name).eval(), common.example(name)[:1]
     dense = es.cost(es.trace(model, x)).macs
     small = {multiple: narrowed(model, x, multiple) for multiple in MULTIPLES}
     models = {"dense": model, **{str(multiple): network for multiple, (network, _) in small.items()}}
-    timings = latency(models, x, backend="onnxruntime", batch_sizes=BATCHES, seconds=seconds)
+    backend = "onnxruntime"
+    if device != "cpu":
+        backend, kind = "torch", {"dtype": torch.float16, "memory_format": torch.channels_last}
+        x = x.to(device, **kind)
+        models = {label: network.to(device, **kind) for label, network in models.items()}
+    timings = latency(models, x, backend=backend, batch_sizes=BATCHES[x.device.type], seconds=seconds)
     return {
         "network": name,
+        "dense ms": {str(t.batch): t.milliseconds for t in timings if t.name == "dense"},
         "depthwise": len(depthwise(model)),
         "rows": [
             {
@@ -87,12 +94,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--seconds", type=float, default=10.0, help="at most, per network and batch size")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="alignment", help="of the results file")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
     for name in chosen.networks:
-        rows.append(one_network(name, seconds=chosen.seconds))
+        rows.append(one_network(name, seconds=chosen.seconds, device=chosen.device))
         print(as_table(rows[-1:]), flush=True)
     content = {"environment": common.environment(), "macs": MACS, "rows": rows}
     path = common.write_results(chosen.name, common.rounded(content))

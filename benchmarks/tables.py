@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.alignment import as_table as alignment_table
 from benchmarks.blocks import BLOCK, families, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
+from benchmarks.gpu_throughput import PLACES
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
 
@@ -83,6 +84,7 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         recipe = {"methods": labels, "budget": rows[0]["setting"]["budget"], "seeds": sorted({r["seed"] for r in rows})}
         parts += [f"## {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
     parts += alignment_part()
+    parts += gpu_part()
     parts += structure_part()
     parts += families_part()
     waiting = [
@@ -109,6 +111,45 @@ def alignment_part() -> list[str]:
         "not say otherwise.",
         alignment_table(content["rows"]),
         _origin([content["environment"]]),
+    ]
+
+
+def gpu_part() -> list[str]:
+    """Speed of narrowed networks, of the training loop and of the methods on a GPU; without a result, nothing."""
+    parts = []
+    if content := read_results("alignment_gpu"):
+        parts += [
+            "By `python -m benchmarks.alignment --device cuda --name alignment_gpu`: the same networks in PyTorch, float16, "
+            "channels last. A small batch does not fill a GPU: its time is that of launching kernels, of which a narrower "
+            "network has as many.",
+            alignment_table(content["rows"]),
+            _origin([content["environment"]]),
+        ]
+    if content := read_results("gpu_throughput"):
+        times = content["seconds_per_epoch"]
+        columns = list(dict.fromkeys(way for row in times.values() for way in row))
+        parts += [
+            "By `python -m benchmarks.gpu_throughput`: seconds of an epoch of dense training, 50,000 images in batches of 128. "
+            "*floor* is the same arithmetic at the speed of a large matrix product, *loop* our training loop, *eager* the bare "
+            "steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds side by side.",
+            table(
+                ["network", *columns],
+                [[name, *[None if w not in row else f"{row[w]:.2f}" for w in columns]] for name, row in times.items()],
+            ),
+            *_method_steps(content["steps"]),
+            _origin([content]),
+        ]
+    return ["## On a GPU", *parts] if parts else []
+
+
+def _method_steps(steps: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    if not steps:
+        return []
+    places = [f"{100 * place:.0f} % of the run" for place in PLACES]
+    lines = [[n, label, *[f"{v:.2f}x" for v in found]] for n, rows in steps.items() for label, found in rows.items()]
+    return [
+        "A training step with a method, its penalty and its events included, relative to one without it before anything is removed:",
+        table(["network", "method", *places], lines),
     ]
 
 
