@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
             torch.cuda.empty_cache()
         found[name] = times
         if not options.ways or "methods" in options.ways.split(","):
-            steps[name] = {label: method_steps(name, method) for label, method in METHODS.items()}
+            steps[name] = {}
+            for label, method in METHODS.items():
+                try:
+                    steps[name][label] = method_steps(name, method)
+                except Exception as error:
+                    print(f"{name}, {label}: {type(error).__name__}: {error}", flush=True)
+                    traceback.print_exc()
             print(name, steps[name], flush=True)
         print(name, {way: round(seconds, 2) for way, seconds in times.items()}, flush=True)
         write_results(

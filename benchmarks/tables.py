@@ -148,7 +148,8 @@ def _method_steps(steps: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
     places = [f"{100 * place:.0f} % of the run" for place in PLACES]
     lines = [[n, label, *[f"{v:.2f}x" for v in found]] for n, rows in steps.items() for label, found in rows.items()]
     return [
-        "A training step with a method, its penalty and its events included, relative to one without it before anything is removed:",
+        "A training step with a method, its penalty and its events included, relative to one without it, before anything is "
+        "removed:",
         table(["network", "method", *places], lines),
     ]
 
