@@ -5,13 +5,14 @@ the idea: the factors of every layer's singular value decomposition are trained 
 and their values sparse, ranks are pruned during training, with no rank preset and no adjustment afterwards.  What follows is
 our reading, in the paper's order:
 
-1. every convolution and linear layer becomes ``M = U diag(s) V^T`` at full rank (``forms.LowRank``): the same function;
+1. every convolution and linear layer becomes ``M = U diag(s) V^T`` at full rank (``forms.LowRank``): the same function; as
+   long as its rank has not fallen its factors are trained as their product, which takes the steps of dense training;
 2. penalty ``orthogonality * sum_l (|U^T U - I|^2 + |V^T V - I|^2) / r_l^2 + sparsity * sum_l (sum |s|)^2 / sum s^2``,
    with at least 16 for ``r_l``: of the smallest ranks the pull would be too strong for usual learning rates;
 3. rank events, from ``start_at`` to ``reach`` every ``every``: drop what has faded; re-orthonormalise exactly, with the
-   optimiser's state (``surgery.turn_factors``); decide the next ranks;
+   optimiser's state (``surgery.turn_factors``), as every ``TURN_EVERY`` steps until the end; decide the next ranks;
 4. which ranks: at most a share of ``energy`` is given up over the whole run, or the most important triplets inside a budget
-   that moves from the full cost to the target (``solver``), or both;
+   that moves from the full cost to the target, fast at first (``power``), by the shared ``solver``, or both;
 5. until the next event the values outside the new ranks fade to zero in a straight line, so that dropping them changes nothing;
 6. at the end every layer is the cheaper of dense and factorised, as plain layers.
 
@@ -63,13 +64,13 @@ class DPRP(Method):
     energy: float | None = None
     form: str = "auto"
     importance: str = "taylor"
-    start_at: float = 0.05
-    reach: float = 0.5
+    start_at: float = 0.1
+    reach: float = 0.6
     every: float = 0.02
     orthogonality: float = 1.0
     sparsity: float = 1e-4
     smoothing: float = 0.97
-    power: float = 3.0
+    power: float = 2.0
 
     def __post_init__(self) -> None:
         if self.form not in LAYOUTS:
@@ -254,7 +255,7 @@ class Falling(Process):
         return self.method.reach - self.method.start_at
 
     def limits_at(self, progress: float) -> dict[str, int]:
-        """The budget now: from the dense cost to the target, fast at first (cubic, Zhu & Gupta 2017)."""
+        """The budget now: from the dense cost to the target, fast at first (after Zhu & Gupta 2017)."""
         left = (1.0 - min(max((progress - self.method.start_at) / self._span, 0.0), 1.0)) ** self.method.power
         return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
 
