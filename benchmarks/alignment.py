@@ -1,7 +1,7 @@
 """Speed by the multiple that widths are held to: half of the MACs, ONNX Runtime, one thread; or PyTorch on a GPU.
 
     python -m benchmarks.alignment [--networks ...] [--name alignment]
-    python -m benchmarks.alignment --device cuda --name alignment_gpu     # float16, channels last
+    python -m benchmarks.alignment --device cuda --name alignment_gpu [--size 224]     # float16, channels last
 
 Which units go is drawn by chance, so that free widths are what they come to be in a run: any number.  All networks of a row are
 timed in turns, in one run, and compared with the dense one, as ratios.  ``docs/results.md`` shows it.
@@ -41,7 +41,7 @@ def narrowed(model: nn.Module, x: torch.Tensor, multiple: int) -> tuple[nn.Modul
     return shrink(model, graph, plan).eval(), es.cost(graph, plan)
 
 
-def one_network(name: str, *, seconds: float, device: str = "cpu") -> dict[str, Any]:
+def one_network(name: str, *, seconds: float, device: str = "cpu", size: int | None = None) -> dict[str, Any]:
     """Speed-ups over the dense network, by multiple and batch size."""
     model, x = common.build(name).eval(), common.example(name)[:1]
     dense = es.cost(es.trace(model, x)).macs
@@ -50,7 +50,7 @@ def one_network(name: str, *, seconds: float, device: str = "cpu") -> dict[str, 
     backend = "onnxruntime"
     if device != "cpu":
         backend, kind = "torch", {"dtype": torch.float16, "memory_format": torch.channels_last}
-        x = x.to(device, **kind)
+        x = (torch.randn(1, 3, size, size) if size else x).to(device, **kind)
         models = {label: network.to(device, **kind) for label, network in models.items()}
     timings = latency(models, x, backend=backend, batch_sizes=BATCHES[x.device.type], seconds=seconds)
     return {
@@ -95,12 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--seconds", type=float, default=10.0, help="at most, per network and batch size")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, help="of the square images on a GPU; default: the small ones of the zoo")
     parser.add_argument("--name", default="alignment", help="of the results file")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
     for name in chosen.networks:
-        rows.append(one_network(name, seconds=chosen.seconds, device=chosen.device))
+        rows.append(one_network(name, seconds=chosen.seconds, device=chosen.device, size=chosen.size))
         print(as_table(rows[-1:]), flush=True)
     content = {"environment": common.environment(), "macs": MACS, "rows": rows}
     path = common.write_results(chosen.name, common.rounded(content))

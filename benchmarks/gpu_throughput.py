@@ -8,7 +8,7 @@ side by side, each graph on a stream of its own; seconds are for all N).  ``meth
 its penalty and its events included, relative to one without, at ``PLACES`` of a run of ``EPOCHS`` epochs.  ``bf16``, channels
 last, batch 128, random images that lie on the device.  The floor is the time that the device needs for the same arithmetic
 at its measured matrix speed.
-Results: ``benchmarks/results/gpu_throughput.json``.
+Results: ``benchmarks/results/gpu_throughput.json`` and, of the methods, ``gpu_steps.json``.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
                     traceback.print_exc()
             print(name, steps[name], flush=True)
         print(name, {way: round(seconds, 2) for way, seconds in times.items()}, flush=True)
-        write_results(
-            "gpu_throughput", rounded({"seconds_per_epoch": found, "steps": steps, "batch": BATCH, **environment()})
-        )
+        if len(times) > 1:
+            write_results("gpu_throughput", rounded({"seconds_per_epoch": found, "batch": BATCH, **environment()}))
+        if steps:
+            write_results("gpu_steps", rounded({"steps": steps, "batch": BATCH, **environment()}))
     columns = list(dict.fromkeys(way for times in found.values() for way in times))
     print(table(["seconds per epoch", *columns], [[n, *[_short(t.get(c)) for c in columns]] for n, t in found.items()]))
 

@@ -119,9 +119,9 @@ def gpu_part() -> list[str]:
     parts = []
     if content := read_results("alignment_gpu"):
         parts += [
-            "By `python -m benchmarks.alignment --device cuda --name alignment_gpu`: the same networks in PyTorch, float16, "
-            "channels last. A small batch does not fill a GPU: its time is that of launching kernels, of which a narrower "
-            "network has as many.",
+            "By `python -m benchmarks.alignment --device cuda --name alignment_gpu`: the same in PyTorch, float16, channels "
+            "last, on the small images of the zoo. They do not fill this GPU: the time is that of launching kernels, of which "
+            "a narrower network has as many, and one with odd widths more. Take multiples of 8 or 16 for a GPU.",
             alignment_table(content["rows"]),
             _origin([content["environment"]]),
         ]
@@ -136,22 +136,23 @@ def gpu_part() -> list[str]:
                 ["network", *columns],
                 [[name, *[None if w not in row else f"{row[w]:.2f}" for w in columns]] for name, row in times.items()],
             ),
-            *_method_steps(content["steps"]),
+            _origin([content]),
+        ]
+    if content := read_results("gpu_steps"):
+        lines = [
+            [n, label, *[f"{v:.2f}x" for v in found]]
+            for n, rows in content["steps"].items()
+            for label, found in rows.items()
+        ]
+        parts += [
+            "By `python -m benchmarks.gpu_throughput --ways methods`: a training step with a method, its penalty and its "
+            "events included, relative to one without it, before anything is removed. Steps this small are spent launching "
+            "kernels, so the time is their number: a factorised layer has more of them than a dense one, and so has one whose "
+            "width is no multiple of 8.",
+            table(["network", "method", *[f"{100 * place:.0f} % of the run" for place in PLACES]], lines),
             _origin([content]),
         ]
     return ["## On a GPU", *parts] if parts else []
-
-
-def _method_steps(steps: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
-    if not steps:
-        return []
-    places = [f"{100 * place:.0f} % of the run" for place in PLACES]
-    lines = [[n, label, *[f"{v:.2f}x" for v in found]] for n, rows in steps.items() for label, found in rows.items()]
-    return [
-        "A training step with a method, its penalty and its events included, relative to one without it, before anything is "
-        "removed:",
-        table(["network", "method", *places], lines),
-    ]
 
 
 def structure_part(folder: Path = RESULTS) -> list[str]:

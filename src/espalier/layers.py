@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,9 @@ class PaddedConv2d(nn.Conv2d):
 class OwnDecay(nn.Module):
     """A module that says itself which of its parameters weight decay is for; the number of dimensions does not tell there."""
 
-    decayed: ClassVar[tuple[str, ...]]
+    @property
+    def decayed(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
 
 class PartConv2d(nn.Conv2d):

@@ -26,9 +26,9 @@ class LowRank(OwnDecay):
     Near full rank it composes its weight and runs one convolution; below break-even it runs two small ones.  What is cheaper
     at the batch that comes decides: composing costs ``r m n`` however many images there are.  Both compute the same.
 
-    At full rank it may be ``whole``: one of ``u`` and ``v`` is the identity and rests, the other is the matrix itself, and
-    ``s`` only decays.  A step is then that of dense training, and costs the same; ``surgery.split_layers`` makes it a singular
-    value decomposition before its rank falls.
+    At full rank it may be ``whole``: one of ``u`` and ``v`` is the matrix itself, the other the identity, which rests as ``s``
+    does.  A step is then that of dense training; ``surgery.split_layers`` makes it a singular value decomposition before its
+    rank falls.
 
     While ``u`` and ``v`` are orthonormal, ``|M|^2 = |s|^2``: weight decay of ``s`` alone is weight decay of the layer.
 
@@ -38,7 +38,6 @@ class LowRank(OwnDecay):
     Ill-Conditioned Low-Rank Matrix Estimation via Scaled Gradient Descent, JMLR 22, 2021).
     """
 
-    decayed = ("s",)
     bias: nn.Parameter | None
 
     def __init__(
@@ -103,6 +102,10 @@ class LowRank(OwnDecay):
         return made
 
     @property
+    def decayed(self) -> tuple[str, ...]:
+        return (("u" if self.tall else "v") if self.whole else "s",)
+
+    @property
     def rank(self) -> int:
         return self.s.shape[0]
 
@@ -116,8 +119,8 @@ class LowRank(OwnDecay):
     def weight(self) -> Tensor:
         """The composed weight, ``(O, I, kh, kw)`` or ``(O, I)``."""
         if self.whole:
-            matrix: Tensor = _Scaled.apply(self.matrix, self.s, self._dtype)
-            return from_matrix(matrix if self.tall else matrix.T.contiguous(), self.shape, self.form)
+            matrix = self.matrix.to(self._dtype)
+            return from_matrix(matrix if self.tall else matrix.T, self.shape, self.form)
         left, right = self._sides()
         return from_matrix(left @ right.T, self.shape, self.form)
 
@@ -228,24 +231,6 @@ class _Sides(torch.autograd.Function):
         return du, (left * u).sum(0), dv, None, None
 
 
-class _Scaled(torch.autograd.Function):
-    """The matrix of a whole layer times ``s``, in ``dtype``.
-
-    The gradient is divided by ``s``, so that a step of the product is that of dense training; ``s`` has none, and only decays.
-    """
-
-    @staticmethod
-    def forward(context: Any, matrix: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-        context.save_for_backward(s)
-        return torch.mul(matrix, s, out=torch.empty_like(matrix, dtype=dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> Any:
-        (s,) = context.saved_tensors
-        return torch.div(gradient.contiguous(), s, out=s.new_empty(gradient.shape)), torch.zeros_like(s), None
-
-
 DAMPING = 0.01  # of the largest squared singular value
 
 
@@ -338,15 +323,17 @@ def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
 
 
 @torch.no_grad()
-def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str]) -> Turn:
+def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str], near: bool = True) -> Turn:
     """``orthonormalise`` for layers of one shape: ``u`` is ``(k, m, r)``, ``s`` is ``(k, r)``, ``v`` is ``(k, n, r)``.
+
+    ``near``: ``u`` is orthonormal but for a drift, so that float32 has the digits for its Gram matrix.
 
     With ``V = P T`` (Cholesky of ``V^T V``), ``M^T M = P (T s U^T U s T^T) P^T``: the eigenvectors ``B`` of that core give
     ``v = V T^-1 B`` and ``u = M v / s``.  In float64, which has the digits that squaring costs, this is less work than an SVD,
     and the product is exact whatever the Gram matrices are off by.  Where the digits do not suffice: ``_with_care``.
     """
-    wide = u.double()
-    gram, values = wide.mT @ wide, s.double()
+    gram = (u.mT @ u).double() if near else u.double().mT @ u.double()
+    values = s.double()
     factor, failed = torch.linalg.cholesky_ex((v.mT @ v).double())  # T^T, lower
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     scaled = factor.mT * values[..., None, :]

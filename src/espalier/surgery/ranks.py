@@ -57,8 +57,7 @@ def split_layers(
         _rouse(optimizer, layer)
     with _Transfer(layers, optimizer) as transfer:
         for name, layer in layers.items():
-            matrix, values = (transfer.here(f) for f in (layer.matrix, layer.s))
-            whole = _Whole(matrix, values, tall=layer.tall, turn=turns[name])
+            whole = _Whole(layer.tall, turns[name])
             transfer.carry(layer, whole.tangent, whole.spread)
             transfer.put(layer, turns[name])
             layer.whole = False
@@ -74,7 +73,7 @@ def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
     shapes: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         sides = (layer.u.shape, layer.v.shape)
-        shapes.setdefault((*sides, layer.u.dtype, _is_swapped(layer)), []).append(name)
+        shapes.setdefault((*sides, layer.u.dtype, layer.whole), []).append(name)
     parts = []
     for (_, (_, rank), *_), names in shapes.items():
         size = max(1, CACHED // rank**2)
@@ -84,9 +83,9 @@ def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
     threads = torch.get_num_threads()
 
     def decompose(names: list[str]) -> dict[str, Turn]:
-        swapped = _is_swapped(layers[names[0]])
+        whole, swapped = layers[names[0]].whole, _is_swapped(layers[names[0]])
         u, s, v = (torch.stack([fetched[n, i] for n in names]) for i in range(3))
-        turns = orthonormalise_batch(*((v, s, u) if swapped else (u, s, v)), names=names).split()
+        turns = orthonormalise_batch(*((v, s, u) if swapped else (u, s, v)), names=names, near=not whole).split()
         return dict(zip(names, (t.swapped if swapped else t for t in turns), strict=True))
 
     if threads == 1 or len(parts) == 1:
@@ -127,18 +126,15 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Whole:
-    """Steps of a whole layer, its ``matrix`` or the transpose times ``values``, as steps of its decomposition ``turn``."""
+    """Steps of a whole layer, of ``u`` if it is ``tall`` and else of ``v``, as steps of its decomposition ``turn``."""
 
-    matrix: Tensor
-    values: Tensor
     tall: bool
     turn: Turn
 
     def tangent(self, du: Tensor, ds: Tensor, dv: Tensor) -> Steps:
         """To first order the same step, damped where singular values are small, as gradients are (``LowRank``)."""
         u, s, v = self.turn.u, self.turn.s, self.turn.v
-        step = (du if self.tall else dv) * self.values + self.matrix * ds
-        step = step if self.tall else step.T
+        step = du if self.tall else dv.T
         squares = s.square()
         floor = DAMPING * squares.max().clamp_min(torch.finfo(s.dtype).tiny)
         core = u.T @ step @ v
@@ -161,15 +157,23 @@ class _Whole:
 
 
 def _rouse(optimizer: torch.optim.Optimizer | None, layer: LowRank) -> None:
-    """Give the factor that has rested the state that it would have: that of the other one, and no step yet."""
-    if optimizer is None or not optimizer.state.get(layer.matrix):
+    """Give the factors that have rested the state that they would have, of no step yet; ``s`` takes weight decay over."""
+    if optimizer is None:
         return
-    resting = layer.v if layer.tall else layer.u
-    for key, value in optimizer.state[layer.matrix].items():
-        for parameter in (resting, layer.s):
+    rested = (layer.v if layer.tall else layer.u, layer.s)
+    for key, value in optimizer.state.get(layer.matrix, {}).items():
+        for parameter in rested:
             if key not in optimizer.state[parameter]:
                 shaped = isinstance(value, Tensor) and value.shape == layer.matrix.shape
                 optimizer.state[parameter][key] = torch.zeros_like(parameter) if shaped else copy.deepcopy(value)
+    groups = {id(p): group["params"] for group in optimizer.param_groups for p in group["params"]}
+    one, other = groups.get(id(layer.matrix)), groups.get(id(layer.s))
+    if one is not None and other is not None and one is not other:
+        one[_place(one, layer.matrix)], other[_place(other, layer.s)] = layer.s, layer.matrix
+
+
+def _place(parameters: list[nn.Parameter], wanted: nn.Parameter) -> int:
+    return next(i for i, parameter in enumerate(parameters) if parameter is wanted)
 
 
 class _Transfer:
