@@ -136,19 +136,20 @@ def arrive(trainer: Trainer, process: Falling) -> None:
 def event(trainer: Trainer, process: Falling, *, threads: int, events: int) -> dict[str, float]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    layers = {n: layer for n, layer in process.layers.items() if not layer.whole}
     row: dict[str, float] = {"ms": math.inf, "processor ms": math.inf, "weight": 0.0, "orthonormal": 0.0}
     for _ in range(events):
         with torch.no_grad():
-            for layer in process.layers.values():
+            for layer in layers.values():
                 for factor in (layer.u, layer.v):
                     factor.add_(torch.randn_like(factor), alpha=DRIFT / factor.shape[0] ** 0.5)
-            weights = {n: layer.weight.double() for n, layer in process.layers.items()}
+            weights = {n: layer.weight.double() for n, layer in layers.items()}
         begin = time.perf_counter(), time.process_time()
-        turn_factors(process.layers, optimizer=trainer.optimizer)
+        turn_factors(layers, optimizer=trainer.optimizer)
         row["ms"] = min(row["ms"], 1e3 * (time.perf_counter() - begin[0]))
         row["processor ms"] = min(row["processor ms"], 1e3 * (time.process_time() - begin[1]))
         with torch.no_grad():
-            for n, layer in process.layers.items():
+            for n, layer in layers.items():
                 error = float((layer.weight.double() - weights[n]).norm() / weights[n].norm())
                 row["weight"] = max(row["weight"], error)
                 for factor in (layer.u.double(), layer.v.double()):

@@ -163,6 +163,29 @@ def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
     assert torch.equal(lc.compressed["w"], kept) and lc.iterations == 2
 
 
+@pytest.mark.parametrize(("steps", "momentum"), [(40, 0.0), (160, 0.0), (160, 0.9)])
+def test_the_penalty_pulls_as_far_in_a_long_run_as_in_a_short_one(steps: int, momentum: float) -> None:
+    """Trained on the penalty alone, weights go the same share of the way in an L step, whatever its length."""
+    model = net()
+    process = es.TTLC(search=0, iterations=4, share=0.8, pull=0.4, growth=1.5).start(model, X, es.Budget(macs=0.4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    name, begun, left = "3", None, []
+    for step in range(4 * steps):
+        if process.lc.iterations:
+            optimizer.zero_grad()
+            process.penalty().backward()
+            optimizer.step()
+        before = process.lc.iterations
+        target = process.lc.compressed.get(name)
+        off = None if target is None else float((model.get_submodule(name).weight - target).norm().detach())
+        process.step(progress=0.79 * (step + 1) / (4 * steps), optimizer=optimizer)
+        if process.lc.iterations != before:
+            left.append(None if begun is None else off / begun)
+            begun = float((model.get_submodule(name).weight - process.lc.compressed[name]).norm().detach())
+    assert left[1] == pytest.approx(np.exp(-0.4), abs=0.04)
+    assert left[2] == pytest.approx(np.exp(-0.6), abs=0.06)
+
+
 # -- what a GPU would have to wait for
 
 
@@ -389,7 +412,7 @@ def test_compress_meets_the_budget_and_learns(digits, budget, tmp_path) -> None:
 
 def test_the_gap_falls_and_the_replacement_hardly_moves_the_logits(digits) -> None:
     data = set_aside(digits, 100)
-    process, x, _ = run_until(data, es.TTLC(search=0, iterations=10, share=0.8, mu=0.1, growth=2.0), stop_before=True)
+    process, x, _ = run_until(data, es.TTLC(search=0, iterations=10, share=0.8, pull=0.1, growth=2.0), stop_before=True)
     gaps = [value for _, value in process.history["gap"]["all"]]
     assert gaps[-1] < 0.25 * max(gaps)
     process.model.eval()
@@ -661,7 +684,7 @@ def test_budgets_that_cannot_be_met_fail_at_once() -> None:
 
 
 WRONG = [
-    {"iterations": 1}, {"share": 1.0}, {"mu": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
+    {"iterations": 1}, {"share": 1.0}, {"pull": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
     {"forms": "cp"}, {"search": -1}, {"workers": 0}, {"lc": 1},
 ]  # fmt: skip
 

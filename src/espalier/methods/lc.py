@@ -52,8 +52,8 @@ class LearningCompression:
         return pull
 
     @torch.no_grad()
-    def c_step(self, scheme: Scheme, *, fresh: bool = False) -> float:
-        """Compress, update the multipliers, raise the penalty; returns the gap.
+    def c_step(self, scheme: Scheme, *, fresh: bool = False, mu: float | None = None) -> float:
+        """Compress, update the multipliers, raise the penalty, to ``mu`` or by ``growth``; returns the gap.
 
         ``fresh``: the scheme represents other weights than before.  The gap may jump, and multipliers begin anew: they belong
         to one constraint, and what they gather while the gap is wide pushes the weights far beyond it.  The first C step has no
@@ -71,7 +71,9 @@ class LearningCompression:
             multipliers[name] = old if fresh or first else old - self.mu * (weight - target)
         self.multipliers = multipliers
         self.compressed = {n: torch.empty_like(self.weights[n]).copy_(c) for n, c in compressed.items()}
-        if not first:
+        if mu is not None:
+            self.mu = mu
+        elif not first:
             self.mu *= self.growth
         self.iterations += 1
         self.gap, self._least = gap, gap if fresh or first else min(self._least, gap)

@@ -61,7 +61,8 @@ class TTLC(Method):
     solver alone, without optuna), scored on ``held_out`` training images, ``workers`` at a time; more than one do not repeat
     bit for bit.
     ``lc=False``: without learning-compression, the baseline: plain training, one decomposition at ``share``, fine-tuning.
-    ``mu``, ``growth``: penalty of the first L step that has one, and its factor from one to the next.
+    ``pull``, ``growth``: how far the penalty alone would move the weights towards ``D(theta)`` in the first L step that has
+    one, as an exponent (1: all but ``1/e`` of the way), and its factor from one L step to the next.
     ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
     ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals; "energy", no proposals, all energy counts the same; or
     "equal", one form and the same fraction of the full rank in all layers, where there is nothing to search.
@@ -78,7 +79,7 @@ class TTLC(Method):
     workers: int = 1
     held_out: int = 1000
     lc: bool = True
-    mu: float = 0.02
+    pull: float = 0.1
     growth: float = 1.5
     cycle: float = 0.3
     decay: float = 0.93
@@ -102,8 +103,8 @@ class TTLC(Method):
                 raise ValueError(
                     f"TTLC({name}={value!r}): must be above 0 and {'below' if name == 'share' else 'at most'} 1"
                 )
-        if not (math.isfinite(self.mu) and self.mu > 0):
-            raise ValueError(f"TTLC(mu={self.mu!r}): must be a number above 0")
+        if not (math.isfinite(self.pull) and self.pull > 0):
+            raise ValueError(f"TTLC(pull={self.pull!r}): must be a number above 0")
         if not (math.isfinite(self.growth) and self.growth >= 1):
             raise ValueError(f"TTLC(growth={self.growth!r}): must be a number of 1 or more")
         forms = (self.forms,) if isinstance(self.forms, str) else tuple(self.forms)
@@ -156,7 +157,7 @@ class TensorCompression(Process):
         self._find_layers()
         self.lc = LearningCompression(
             {n: model.get_submodule(n).weight for n in self.places},  # type: ignore[misc]
-            mu=method.mu,
+            mu=method.pull,
             growth=method.growth,
         )
         self.chains: dict[str, Chain] = {}  # form of every layer that does not stay dense
@@ -167,6 +168,7 @@ class TensorCompression(Process):
         self.replaced = False
         self.forced = False  # the run was over before the last C step
         self._at = 0.0  # progress of the last C step
+        self._travel = 0.0  # sum of the learning rates since then, over what momentum leaves of each
         self._check_reachable()
 
     # -- layers --------------------------------------------------------------------------------------------------------
@@ -221,6 +223,8 @@ class TensorCompression(Process):
         return self.method.share * (self.lc.iterations + 1) / self.method.c_steps
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        group = optimizer.param_groups[0]
+        self._travel += group["lr"] / (1.0 - group.get("momentum", 0.0))
         while not self.replaced and progress >= self._due() - 1e-9:
             self._c_step(progress)
             if self.lc.iterations == self.method.c_steps:
@@ -376,7 +380,7 @@ class TensorCompression(Process):
         kept = self.chains, self.factors
         mu = self.lc.mu if number else 0.0
         try:
-            gap = self.lc.c_step(scheme, fresh=choosing)
+            gap = self.lc.c_step(scheme, fresh=choosing, mu=self._next_mu(number))
         except Exception:
             self.chains, self.factors = kept
             raise
@@ -384,6 +388,17 @@ class TensorCompression(Process):
         self.record("gap", {"all": gap}, progress=progress)
         self.record("mu", {"all": mu}, progress=progress)
         self._record_forms(progress)
+
+    def _next_mu(self, number: int) -> float:
+        """Of the L step that follows C step ``number``, which will move as far as the last one did.
+
+        A gradient step of rate ``r`` on the penalty leaves ``1 - r mu`` of the distance, so ``mu`` times the sum of the rates
+        is the exponent.  A fixed ``mu`` means another thing in a run of another length: one that suited a short run held the
+        weights of a long one, from random ones on, to the ranks of its second epoch.
+        """
+        pull = self.method.pull * self.method.growth**number
+        travel, self._travel = self._travel, 0.0
+        return pull / travel if travel > 0 else self.lc.mu
 
     def _fit(
         self,
@@ -457,6 +472,7 @@ class TensorCompression(Process):
             "replaced": self.replaced,
             "forced": self.forced,
             "at": self._at,
+            "travel": self._travel,
             "iterations": self.lc.iterations,
             "lc": None if self.replaced else self.lc.state_dict(),
             "chains": {n: [c.name, list(c.widths)] for n, c in self.chains.items()},
@@ -477,7 +493,8 @@ class TensorCompression(Process):
             raise ValueError(
                 f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
             )
-        self.replaced, self.forced, self._at = state["replaced"], state["forced"], state["at"]
+        self.replaced, self.forced = state["replaced"], state["forced"]
+        self._at, self._travel = state["at"], state["travel"]
         self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])
         self.trials = [dict(t) for t in state["trials"]]
         self.point, self.left = dict(state["point"]), dict(state["left"])

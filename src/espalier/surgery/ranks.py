@@ -40,6 +40,7 @@ def turn_factors(layers: Mapping[str, LowRank], *, optimizer: torch.optim.Optimi
     SGD's momentum is a step of the factors, so it turns like one (``Turn.tangent``).  Adam steps by ``m / (sqrt(v) + eps)``:
     ``v`` is spread over the new basis, and ``m`` is set so that this very step, turned, is the next one.
     """
+    assert not any(layer.whole for layer in layers.values()), "whole layers are split, not turned"
     turns = decompositions(layers)
     with _Transfer(layers, optimizer) as transfer:
         for name, layer in layers.items():
