@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3] [--ways loop,eager,graph,methods]
 
-Ways: ``loop`` (the library's own ``train``, augmentation included), ``eager`` (forward, backward and SGD step alone),
+Ways: ``loop`` (the library's own ``train``, augmentation included), ``loop graphs`` (the same with
+``Recipe(graphs=True)``), ``eager`` (forward, backward and SGD step alone),
 ``compile`` (``torch.compile``), ``graph`` (the whole step captured once as a CUDA graph, replayed), and ``graph xN`` (N seeds
 side by side, each graph on a stream of its own; seconds are for all N).  ``methods``: what a step with each method takes,
 its penalty and its events included, relative to one without, at ``PLACES`` of a run of ``EPOCHS`` epochs.  ``bf16``, channels
@@ -88,6 +89,7 @@ def ways(name: str, seeds: int) -> dict[str, Callable[[], float]]:
     """Way -> seconds of an epoch."""
     return {
         "loop": lambda: library_loop(name),
+        "loop graphs": lambda: library_loop(name, graphs=True),
         "eager": lambda: epoch_seconds([eager_step(name, seed=0, device="cuda")]),
         "compile": lambda: epoch_seconds([eager_step(name, seed=0, device="cuda", compiled=True)]),
         "graph": lambda: epoch_seconds([graph_step(name, seed=0)]),
@@ -197,7 +199,7 @@ def method_steps(name: str, method: Method, *, device: str = "cuda") -> list[flo
     return found
 
 
-def library_loop(name: str) -> float:
+def library_loop(name: str, *, graphs: bool = False) -> float:
     """The second epoch of ``train`` on random images of CIFAR-10's size."""
     torch.manual_seed(0)
 
@@ -207,7 +209,9 @@ def library_loop(name: str) -> float:
     data = Data("random", 10, 3, 32, split(IMAGES), split(500), split(0), (0.5,) * 3, (0.25,) * 3, pad=4, flip=True).to(
         "cuda"
     )
-    recipe = Recipe(epochs=2, batch_size=BATCH, lr=0.01, precision="bf16", channels_last=True, device="cuda")
+    recipe = Recipe(
+        epochs=2, batch_size=BATCH, lr=0.01, precision="bf16", channels_last=True, device="cuda", graphs=graphs
+    )
     return train(build_model(name, num_classes=10), data, recipe).last.seconds
 
 

@@ -93,6 +93,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name)
         command.add_argument("--device", default="auto")
         command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--graphs", action="store_true", help="on a GPU: replay steps as CUDA graphs")
         command.add_argument("--data-dir", default=os.environ.get("ESPALIER_DATA_DIR"))
         command.add_argument("--weights-dir", help="where the published weights lie; default: DATA_DIR/weights")
         if name == "next":
@@ -242,13 +243,13 @@ def dense_twin(job: Job) -> dict[str, Any] | None:
     return None
 
 
-def make_recipe(job: Job, *, threads: int, device: str) -> Recipe:
-    return Recipe.from_dict({**job.recipe, "seed": job.seed, "threads": threads, "device": device})
+def make_recipe(job: Job, *, threads: int, device: str, graphs: bool = False) -> Recipe:
+    return Recipe.from_dict({**job.recipe, "seed": job.seed, "threads": threads, "device": device, "graphs": graphs})
 
 
 def result_of(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, in plain numbers."""
-    recipe = make_recipe(job, threads=options.threads, device=options.device)
+    recipe = make_recipe(job, threads=options.threads, device=options.device, graphs=options.graphs)
     device = pick_device(options.device)
     data = make_data(job, options.data_dir).to(device)
     begun = time.perf_counter()
@@ -290,7 +291,12 @@ def starting_network(job: Job, data: Data, options: argparse.Namespace) -> nn.Mo
         if finished.exists():
             return load(finished, base=network)
         values = {k: v for k, v in job.content["start"].items() if k != "for"}
-        common = {"seed": job.seed, "threads": options.threads, "device": options.device}
+        common = {
+            "seed": job.seed,
+            "threads": options.threads,
+            "device": options.device,
+            "graphs": options.graphs,
+        }
         _train(network, data, Recipe.from_dict({**values, **common}), folder=finished.parent, label="start")
         save(network.cpu(), finished)
     return network.cpu()
@@ -485,9 +491,9 @@ def _imported_key(
         asked = {
             k: v
             for k, v in Recipe.from_dict(content["recipe"]).to_dict().items()
-            if k not in ("seed", "device", "threads")
+            if k not in ("seed", "device", "threads", "graphs")
         }
-        ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", "device", "threads")}
+        ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", "device", "threads", "graphs")}
         if (
             content["model"]["name"] == row["model"] and ("weights" in content["model"]) == row["trained"]
             and content["data"] == {"name": row["data"]} and dict(content["budget"]) == dict(budget)

@@ -27,11 +27,13 @@ class Removed:
     """A process has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights.
 
     Tensors in ``renewed`` hold something else than before, though their shapes may be the same: copies begin anew.
+    Unless ``rebuilt`` the model still computes the same on the same tensors.
     """
 
     kept: Kept
     cost: Cost
     renewed: frozenset[str] = frozenset()
+    rebuilt: bool = True
 
 
 @dataclass(frozen=True)

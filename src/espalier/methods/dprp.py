@@ -222,7 +222,7 @@ class Falling(Process):
         """Between events and after the last one: what the penalty leaves of the drift from orthonormal factors goes."""
         turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
         self._mix(turns)
-        return Removed({}, self.cost, _factors(turns)) if turns else None
+        return Removed({}, self.cost, _factors(turns), rebuilt=False) if turns else None
 
     def _mix(self, turns: Mapping[str, Turn]) -> None:
         """Sensitivities follow their triplets into the new bases."""

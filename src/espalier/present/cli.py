@@ -91,6 +91,7 @@ def compress(
     channels_last: opt.ChannelsLast = None,
     device: opt.Device = None,
     threads: opt.Threads = None,
+    graphs: opt.Graphs = None,
     config: opt.Config = None,
     out: opt.Out = None,
     resume: opt.Resume = False,
@@ -125,6 +126,7 @@ def compress(
             channels_last=channels_last,
             device=device,
             threads=threads,
+            graphs=graphs,
         ),
     }
     if out is None:

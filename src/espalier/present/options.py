@@ -154,6 +154,10 @@ ChannelsLast = Annotated[
     bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout; often faster.",
                               rich_help_panel="Machine", show_default=False),
 ]  # fmt: skip
+Graphs = Annotated[
+    bool | None, typer.Option("--graphs/--no-graphs", help="On a GPU: replay training steps as CUDA graphs.",
+                              rich_help_panel="Machine", show_default=False),
+]  # fmt: skip
 Device = Annotated[
     str | None,
     _option("--device", f"auto, cpu, cuda, cuda:1, ...; default {Recipe.device}.", "Machine", metavar="NAME"),

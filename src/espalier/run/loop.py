@@ -37,6 +37,7 @@ from espalier.run.data import Data, FolderData
 from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device, thread_count
 from espalier.run.recipe import Recipe
+from espalier.run.replay import Replay, recorder_for, running
 from espalier.surgery.files import rebuild, structure
 
 AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
@@ -252,6 +253,8 @@ class _Run:
         self.optimizer = make_optimizer(model, recipe)
         self.average = None if recipe.ema is None else AveragedWeights(model, recipe.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        recorder = recorder_for(device, wanted=recipe.graphs)
+        self.replay = None if recorder is None else Replay(self._compute, model, recorder=recorder)
         self.history = History()
         self.done = 0  # steps of the whole run
         self.kept_checkpoint = 0  # the epoch that lies on disk
@@ -261,7 +264,8 @@ class _Run:
     def epoch(self, on_step: OnStep | None) -> None:
         """Train one epoch, evaluate, write the checkpoint."""
         begin = time.perf_counter()
-        losses, correct, images, removals = self._pass(on_step)
+        with running(self.replay):
+            losses, correct, images, removals = self._pass(on_step)
         seconds = time.perf_counter() - begin
         tested = self._evaluate()
         found = Epoch(
@@ -317,6 +321,30 @@ class _Run:
 
     def _forward_backward(self, x: Tensor, y: Tensor, losses: _Losses) -> Tensor:
         """Returns how many were right, still on the device."""
+        if self.replay is not None:
+            penalty = self._penalty()
+            added = penalty if isinstance(penalty, Tensor) else None
+            loss, right = self.replay(x, y, penalty=added)
+            losses.add(loss + penalty)
+            return right
+        loss, right = self._forward(x, y)
+        loss = loss + self._penalty()
+        losses.add(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        return right
+
+    def _penalty(self) -> Tensor | float:
+        return 0.0 if self.process is None else self.process.penalty()
+
+    def _compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What is recorded where steps are replayed."""
+        loss, right = self._forward(x, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), right
+
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss without penalty, and how many were right."""
         with autocast(self.device, self.recipe.precision):
             output = self.model(x)
             soft = None
@@ -324,13 +352,7 @@ class _Run:
                 with torch.no_grad():
                     soft = main_logits(self.teacher(x)).float()
         logits = main_logits(output).float()
-        loss = self._loss(output, logits, y, soft)
-        if self.process is not None:
-            loss = loss + self.process.penalty()
-        losses.add(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        return (logits.detach().argmax(1) == y).sum()
+        return self._loss(output, logits, y, soft), (logits.detach().argmax(1) == y).sum()
 
     def _loss(self, output: Any, logits: Tensor, y: Tensor, soft: Tensor | None) -> Tensor:
         smooth = self.recipe.label_smoothing
@@ -364,6 +386,8 @@ class _Run:
             raise
         if removed is None:
             return 0
+        if self.replay is not None and removed.rebuilt:
+            self.replay.forget()
         if self.average is not None:
             self.average.cut(removed.kept, self.model, renewed=removed.renewed)
         return int(bool(removed.kept))
@@ -444,7 +468,7 @@ class _Run:
         where = str(self.path)
         ours = {**self.recipe.to_dict(), **self._setting()}
         theirs = {**content["recipe"], **content["setting"]}
-        elsewhere = ("device", "threads")
+        elsewhere = ("device", "threads", "graphs")
         for name in ours.keys() | theirs.keys():
             if name not in elsewhere and ours.get(name) != theirs.get(name):
                 raise ValueError(

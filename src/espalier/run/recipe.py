@@ -22,7 +22,8 @@ class Recipe:
     against the labels: ``None`` means 0.5 where there is a trained network to learn from, 0 means never.
     ``ema`` is the decay of averaged weights, which are then evaluated and returned.  ``clip_norm`` bounds the
     norm of the whole gradient.  ``device`` "auto" takes a GPU if there is one.  ``precision`` is that of training;
-    accuracy is always evaluated in float32, as the network is shipped.
+    accuracy is always evaluated in float32, as the network is shipped.  ``graphs``, on a GPU: record steps as CUDA
+    graphs and replay them (``run/replay.py``).
 
     Raises: ValueError that names the field and what it allows.
     """
@@ -46,6 +47,7 @@ class Recipe:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         self._whole("epochs", 0)
@@ -56,7 +58,7 @@ class Recipe:
         self._choice("optimizer", OPTIMIZERS)
         self._choice("schedule", SCHEDULES)
         self._choice("precision", PRECISIONS)
-        for name in ("nesterov", "channels_last"):
+        for name in ("nesterov", "channels_last", "graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Recipe({name}={getattr(self, name)!r}): must be true or false")
         self._number("lr", above=0.0)
@@ -73,6 +75,10 @@ class Recipe:
             self._number("clip_norm", above=0.0)
         if not isinstance(self.device, str) or not self.device:
             raise ValueError(f"Recipe(device={self.device!r}): must be a name such as 'auto', 'cpu' or 'cuda:0'")
+        if self.graphs and self.precision == "fp16":
+            raise ValueError(
+                "Recipe(graphs=True, precision='fp16'): the scale of fp16 losses changes; take bf16 or fp32"
+            )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("Recipe(nesterov=True, momentum=0): Nesterov needs momentum; set nesterov=False")
         if self.epochs and self.warmup_epochs >= self.epochs:
