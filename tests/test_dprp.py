@@ -60,12 +60,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def factorised(kind: str, form: str) -> tuple[Any, LowRank, Tensor]:
+def factorised(kind: str, form: str, *, whole: bool = False) -> tuple[Any, LowRank, Tensor]:
+    """A layer, the same as its factors, and an input; a linear layer has one form."""
     torch.manual_seed(1)
+    form = "channel" if kind == "linear" else form
     layer: Any = LAYERS[kind]().double()
     x = torch.randn(2, 9).double() if kind == "linear" else torch.randn(2, layer.in_channels, 12, 11).double()
     place = find_places(nn.Sequential(layer), x)[0]["0"]
-    return layer, LowRank.of(copy.deepcopy(layer), place, form=form), x
+    return layer, LowRank.of(copy.deepcopy(layer), place, form=form, whole=whole), x
 
 
 # -- the layer
@@ -74,8 +76,6 @@ def factorised(kind: str, form: str) -> tuple[Any, LowRank, Tensor]:
 @pytest.mark.parametrize("form", ["channel", "spatial"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_full_rank_is_the_dense_layer_forward_and_gradient(kind: str, form: str) -> None:
-    if kind == "linear" and form == "spatial":
-        form = "channel"
     layer, low, x = factorised(kind, form)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [layer(inputs[0]), low(inputs[1])]
@@ -84,7 +84,7 @@ def test_full_rank_is_the_dense_layer_forward_and_gradient(kind: str, form: str)
     for output in outputs:
         (output * toward).sum().backward()
     assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-12)
-    gradient = to_matrix(layer.weight.grad, form)
+    gradient = to_matrix(layer.weight.grad, low.form)
     squares = low.s.square()
     factor = 0.5 / (squares + DAMPING * squares.max())  # the plain gradient of the factors, scaled
     assert torch.allclose(low.u.grad, gradient @ low.v * low.s * factor, atol=1e-11)
@@ -154,11 +154,7 @@ def test_under_autocast_gradients_are_those_of_float32_up_to_its_precision(
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_whole_layer_is_trained_as_the_dense_one(kind: str, form: str) -> None:
     """Momentum and weight decay included."""
-    if kind == "linear" and form == "spatial":
-        form = "channel"
-    layer, _, x = factorised(kind, form)
-    place = find_places(nn.Sequential(layer), x)[0]["0"]
-    low = LowRank.of(copy.deepcopy(layer), place, form=form, whole=True)
+    layer, low, x = factorised(kind, form, whole=True)
     recipe = Recipe(epochs=1, lr=0.05, weight_decay=5e-3)
     start, toward = layer.weight.detach().clone(), torch.randn_like(layer(x))
     optimizers = [make_optimizer(module, recipe) for module in (layer, low)]
@@ -176,8 +172,7 @@ def test_a_whole_layer_is_trained_as_the_dense_one(kind: str, form: str) -> None
 
 
 def test_weight_decay_goes_over_to_the_values_when_a_layer_is_split() -> None:
-    layer, _, x = factorised("plain", "spatial")
-    low = LowRank.of(layer, find_places(nn.Sequential(layer), x)[0]["0"], form="spatial", whole=True)
+    _, low, x = factorised("plain", "spatial", whole=True)
     optimizer = make_optimizer(low, Recipe(epochs=1))
 
     def decayed() -> set[int]:
