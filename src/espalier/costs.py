@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,10 @@ class CostModel:
             for group, multiplicity in e.each:
                 self._each[number, group] = multiplicity
         self._tables = self._pack_tables(extents + 1)
+        self._looked_up = {
+            g: [(number, lengths) for number, lengths in enumerate(table) if lengths.any()]
+            for g, table in self._tables.items()
+        }
         stays = [t for t in graph.parameters if t.name not in graph.baked_away]
         self._baked_away = sum(int(np.prod(graph.shapes[n])) for n in graph.baked_away)
         self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(stays)}
@@ -75,7 +80,7 @@ class CostModel:
         self._live_fixed = moments @ self._fixed
         self._live_each = moments @ self._each  # bytes per kept unit at every moment, (moments, groups)
         self._live_of = np.ascontiguousarray(self._live_each.T)  # the same by group
-        self._live_tables = {g: moments @ table for g, table in self._tables.items()}  # (moments, size + 1)
+        self._live_tables = {g: (moments @ table).T for g, table in self._tables.items()}  # (size + 1, moments)
 
     def _pack_tables(self, extents: int) -> dict[int, np.ndarray]:
         """Per group that has one: what every extent gains from it, shape ``(extents, size + 1)``."""
@@ -97,23 +102,20 @@ class CostModel:
         """Bytes alive at every moment that could be the peak."""
         live = self._live_fixed + self._live_each @ keep
         for group, table in self._live_tables.items():
-            live = live + table[:, keep[group]]
+            live = live + table[keep[group]]
         return live
 
-    def more_live(self, keep: np.ndarray, group: int, units: int) -> np.ndarray:
-        """Bytes that every moment gains when ``group`` gains ``units``."""
-        more = units * self._live_of[group]
+    def more_live(self, keep: np.ndarray, group: int, units: Any) -> np.ndarray:
+        """Bytes that every moment gains when ``group`` gains ``units``, ``(moments,)``; ``(k, moments)`` for ``(k,)``."""
+        more: np.ndarray = np.multiply.outer(units, self._live_of[group])
         table = self._live_tables.get(group)
-        return more if table is None else more + table[:, keep[group] + units] - table[:, keep[group]]
+        return more if table is None else more + table[keep[group] + units] - table[keep[group]]
 
-    def longer(self, keep: np.ndarray, group: int, units: int) -> dict[int, float]:
-        """What every extent that changes gains when ``group`` gains ``units``."""
+    def longer(self, keep: np.ndarray, group: int, units: Any) -> dict[int, Any]:
+        """What every extent that changes gains when ``group`` gains ``units``, a number or many, each by itself."""
         more = {extent: units * each for extent, each in self.moving[group]}
-        table = self._tables.get(group)
-        if table is not None:
-            gained = table[:, keep[group] + units] - table[:, keep[group]]
-            for extent in np.flatnonzero(gained).tolist():
-                more[extent] = more.get(extent, 0.0) + float(gained[extent])
+        for extent, lengths in self._looked_up.get(group, ()):
+            more[extent] = more.get(extent, 0.0) + (lengths[keep[group] + units] - lengths[keep[group]])
         return more
 
     def has_table(self, group: int) -> bool:
@@ -174,8 +176,11 @@ class CostState:
     def value(self, metric: str) -> float:
         return self.activation_memory if metric == "activation_memory" else self.amount[metric]
 
-    def change(self, metric: str, group: int, units: int) -> float:
-        """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses)."""
+    def change(self, metric: str, group: int, units: Any) -> Any:
+        """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses).
+
+        Here and below: of a ladder ``units`` may be an array ``(k,)``, and so is the answer, for each number by itself.
+        """
         length, growth = self._length, 0.0
         if self._model.has_table(group):
             more = self._model.longer(self.keep, group, units)
@@ -188,17 +193,17 @@ class CostState:
                 u, v, w = length[a], length[b], length[c]
                 growth += coefficient * ((u + units * x) * (v + units * y) * (w + units * z) - u * v * w)
         if metric == "params" and self._model._baked_away:  # there only while nothing at all is removed
-            growth += self._model._baked_away * ((self._missing == units) - (self._missing == 0))
+            growth += self._model._baked_away * (1.0 * (self._missing == units) - (self._missing == 0))
         return growth
 
-    def peak_with(self, group: int, units: int) -> float:
+    def peak_with(self, group: int, units: Any) -> Any:
         """Peak activation memory if ``group`` gained ``units``."""
-        return float((self._live + self._model.more_live(self.keep, group, units)).max(initial=0.0))
+        return (self._live + self._model.more_live(self.keep, group, units)).max(-1, initial=0.0)
 
-    def excess_saved(self, group: int, units: int, limit: float) -> float:
+    def excess_saved(self, group: int, units: Any, limit: float) -> Any:
         """Bytes above ``limit``, summed over all moments, that removing ``units`` of ``group`` would save."""
         over = np.maximum(self._live - limit, 0.0)
-        return float(np.minimum(over, -self._model.more_live(self.keep, group, -units)).sum())
+        return np.minimum(over, -self._model.more_live(self.keep, group, -units)).sum(-1)
 
     def excess(self, limit: float) -> float:
         return float(np.maximum(self._live - limit, 0.0).sum())
@@ -208,7 +213,7 @@ class CostState:
         for metric in self.amount:
             self.amount[metric] += self.change(metric, group, units)
         for extent, more in self._model.longer(self.keep, group, units).items():
-            self._length[extent] += more
+            self._length[extent] += float(more)
         if self._follows_live:
             self._live += self._model.more_live(self.keep, group, units)
         self.keep[group] += units

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -110,18 +111,14 @@ def block_size(group: Group, multiple_of: int) -> int:
     return 1 if group.ladder else multiple_of // math.gcd(multiple_of, group.width)
 
 
-def _lower(group: Group, keep: int, step: int, lowest: int) -> list[int]:
-    """Allowed counts below ``keep`` to choose from: the next one (multiples of ``step``), of a ladder all."""
-    if group.ladder:
-        return list(range(keep - 1, lowest - 1, -1))
-    return [max(((keep - 1) // step) * step, lowest)]
+def _lower(group: Group, keep: int, step: int, lowest: int) -> int | np.ndarray:
+    """The next allowed count below ``keep``, a multiple of ``step``; of a ladder all allowed counts, from the top."""
+    return np.arange(keep - 1, lowest - 1, -1) if group.ladder else max(((keep - 1) // step) * step, lowest)
 
 
-def _higher(group: Group, keep: int, step: int, highest: int) -> list[int]:
-    """Allowed counts above ``keep`` to choose from."""
-    if group.ladder:
-        return list(range(keep + 1, highest + 1))
-    return [min((keep // step + 1) * step, highest)]
+def _higher(group: Group, keep: int, step: int, highest: int) -> int | np.ndarray:
+    """The next allowed count above ``keep``; of a ladder all, from the bottom."""
+    return np.arange(keep + 1, highest + 1) if group.ladder else min((keep // step + 1) * step, highest)
 
 
 def _remove(
@@ -136,22 +133,26 @@ def _remove(
     violated = {m for m in METRICS if m in limits and state.value(m) > limits[m]}
     weights: dict[str, float] = {}
 
+    def saved(group: int, units: Any) -> Any:
+        total = 0.0
+        for metric, weight in weights.items():
+            if metric == "activation_memory":
+                total += weight * state.excess_saved(group, units, limits[metric])
+            else:
+                total -= weight * state.change(metric, group, -units)
+        return total
+
     def offer(group: int) -> tuple[float, int]:
         """What the best step down gives up per cost saved, and the count it leads to."""
         keep = int(state.keep[group])
-        best = (math.inf, keep)
-        for lower in _lower(groups[group], keep, int(steps[group]), int(lowest[group])):
-            saved = 0.0
-            for metric, weight in weights.items():
-                if metric == "activation_memory":
-                    saved += weight * state.excess_saved(group, keep - lower, limits[metric])
-                else:
-                    saved -= weight * state.change(metric, group, lower - keep)
-            worth = float(sums[group][keep] - sums[group][lower])
-            key = math.inf if saved <= 0 else worth / saved if per_cost else worth / (keep - lower)
-            if key < best[0] or best[1] == keep:
-                best = (key, lower)
-        return best
+        lower = _lower(groups[group], keep, int(steps[group]), int(lowest[group]))
+        worth, saving = sums[group][keep] - sums[group][lower], saved(group, keep - lower)
+        price = saving if per_cost else keep - lower
+        if isinstance(lower, int):
+            return (float(worth / price) if saving > 0 else math.inf), lower
+        keys = np.divide(worth, price, out=np.full(len(lower), math.inf), where=saving > 0)
+        best = int(keys.argmin())
+        return float(keys[best]), int(lower[best])
 
     while violated:
         weights = {
@@ -195,12 +196,14 @@ def _fill(
     def offer(group: int) -> tuple[float, int]:
         """The best step up that fits: minus its worth per cost, and its units; none is 0 units."""
         keep = int(state.keep[group])
-        best = (math.inf, 0)
-        for upper in _higher(groups[group], keep, int(steps[group]), int(highest[group])):
-            growth = _growth(state, group, upper - keep, limits)
-            if growth is not None:
-                best = min(best, (-float(sums[group][upper] - sums[group][keep]) / max(growth, 1e-30), upper - keep))
-        return best
+        upper = _higher(groups[group], keep, int(steps[group]), int(highest[group]))
+        growth, fits = _growth(state, group, upper - keep, limits)
+        worth = sums[group][upper] - sums[group][keep]
+        if isinstance(upper, int):
+            return (-float(worth / max(growth, TINY)), upper - keep) if fits else (math.inf, 0)
+        keys = np.where(fits, -worth / np.maximum(growth, TINY), math.inf)
+        best = int(keys.argmin())
+        return float(keys[best]), int(upper[best]) - keep if keys[best] < math.inf else 0
 
     heap = []
     for number in range(len(groups)):
@@ -222,18 +225,20 @@ def _fill(
             heapq.heappush(heap, (fresh, number))
 
 
-def _growth(state: CostState, group: int, units: int, limits: Mapping[str, int]) -> float | None:
-    """Shares of the limits that ``units`` more of ``group`` would take, added up; ``None`` if they do not fit."""
-    growth = 0.0
+def _growth(state: CostState, group: int, units: Any, limits: Mapping[str, int]) -> tuple[Any, Any]:
+    """Shares of the limits that ``units`` more of ``group`` would take, added up, and whether they fit."""
+    growth, fits = 0.0, True
     for metric, limit in limits.items():
         if metric == "activation_memory":
             added = state.peak_with(group, units) - state.activation_memory
         else:
             added = state.change(metric, group, units)
-        if state.value(metric) + added > limit:
-            return None
+        fits = fits & (state.value(metric) + added <= limit)
         growth += added / limit
-    return growth
+    return growth, fits
+
+
+TINY = 1e-30
 
 
 def unused_blocks(graph: Graph, plan: Plan, budget: Budget, *, ceiling: Mapping[str, int] | None = None) -> list[str]:
@@ -247,8 +252,6 @@ def unused_blocks(graph: Graph, plan: Plan, budget: Budget, *, ceiling: Mapping[
         for number, group in enumerate(graph.groups)
         for keep in [int(state.keep[number])]
         if keep < highest[number]
-        and any(
-            _growth(state, number, upper - keep, limits) is not None
-            for upper in _higher(group, keep, block_size(group, budget.multiple_of), int(highest[number]))
-        )
+        for more in [_higher(group, keep, block_size(group, budget.multiple_of), int(highest[number])) - keep]
+        if np.any(_growth(state, number, more, limits)[1])
     ]
