@@ -423,6 +423,41 @@ def test_layers_turned_together_are_turned_as_alone_whatever_the_rest_is_like(th
         assert torch.equal(turns[name].s, layer.s)
 
 
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("kind", ["plain", "asymmetric", "linear"])
+@pytest.mark.parametrize("weight", ["usual", "of low rank", "with dead values", "of equal filters", "zero"])
+def test_a_whole_layer_is_decomposed_exactly_whatever_it_holds(kind: str, form: str, weight: str) -> None:
+    _, low, _ = factorised(kind, form, whole=True)
+    low.float()
+    with torch.no_grad():
+        if weight == "of low rank":
+            low.matrix.copy_(low.matrix[:, :2] @ low.matrix[:2, :])
+        elif weight == "with dead values":
+            low.matrix[:, -3:] *= torch.tensor([1e-3, 1e-8, 0.0])
+        elif weight == "of equal filters":
+            low.matrix.copy_(low.matrix[:, :1].expand_as(low.matrix))
+        elif weight == "zero":
+            low.matrix.zero_()
+    matrix = (low.u @ low.v.T).double()
+    turn = decompositions({"layer": low, "other": low})["layer"]
+    error = (turn.u.double() * turn.s) @ turn.v.double().T - matrix
+    assert float(error.norm()) <= 1e-6 * float(matrix.norm())
+    for factor in (turn.u, turn.v):
+        assert float((factor.T @ factor - torch.eye(low.rank)).abs().max()) < 1e-6
+    assert (turn.s.diff() <= 0).all()
+    assert (turn.s >= 0).all()
+    largest = float(torch.linalg.matrix_norm(matrix, 2))
+    assert torch.allclose(turn.s.double(), torch.linalg.svdvals(matrix), rtol=1e-6, atol=1e-6 * largest)
+
+
+def test_a_bad_whole_layer_in_a_batch_is_the_one_that_is_named() -> None:
+    layers = {str(i): factorised("plain", "channel", whole=True)[1] for i in range(3)}
+    with torch.no_grad():
+        layers["1"].matrix[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="1: its weight"):
+        decompositions(layers)
+
+
 def test_a_bad_layer_in_a_batch_is_the_one_that_is_named() -> None:
     layers = {str(i): disturbed() for i in range(3)}
     with torch.no_grad():
@@ -456,11 +491,15 @@ def test_second_moments_swap_places_with_their_columns() -> None:
         assert torch.allclose(new, old[..., [3, 1, 2, 0]], atol=1e-12)
 
 
-def test_a_weight_that_is_not_finite_names_its_layer() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_weight_that_is_not_finite_names_its_layer(whole: bool) -> None:
     model = network()
     process = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
+    layer = process.layers["layer2.0.conv1"]
+    if not whole:
+        process.split(process.layers, optimizer=None)
     with torch.no_grad():
-        process.layers["layer2.0.conv1"].s[3] = float("nan")
+        (layer.matrix[3] if whole else layer.s[3:4]).fill_(float("nan"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"layer2\.0\.conv1"):
         process.step(progress=0.2, optimizer=optimizer)

@@ -300,11 +300,6 @@ class Turn:
         above, below = self.u.T @ old.u, old.v.T @ self.v
         return Turn(self.u, self.s, self.v, above.T, below, above, below)
 
-    @property
-    def swapped(self) -> Turn:
-        """The same of the transposed matrix."""
-        return Turn(self.v, self.s, self.u, self.right, self.left, self.below.mT, self.above.mT)
-
     def split(self) -> list[Turn]:
         """Those of a batch, one by one."""
         return [Turn(*row) for row in zip(*(getattr(self, field.name).unbind() for field in fields(self)), strict=True)]
@@ -323,34 +318,24 @@ def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
 
 
 @torch.no_grad()
-def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str], near: bool = True) -> Turn:
+def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str]) -> Turn:
     """``orthonormalise`` for layers of one shape: ``u`` is ``(k, m, r)``, ``s`` is ``(k, r)``, ``v`` is ``(k, n, r)``.
 
-    ``near``: ``u`` is orthonormal but for a drift, so that float32 has the digits for its Gram matrix.
-
-    With ``V = P T`` (Cholesky of ``V^T V``), ``M^T M = P (T s U^T U s T^T) P^T``: the eigenvectors ``B`` of that core give
-    ``v = V T^-1 B`` and ``u = M v / s``.  In float64, which has the digits that squaring costs, this is less work than an SVD,
-    and the product is exact whatever the Gram matrices are off by.  Where the digits do not suffice: ``_with_care``.
+    ``u`` is orthonormal but for a drift, so that float32 has the digits for its Gram matrix.  With ``V = P T`` (Cholesky of
+    ``V^T V``), ``M^T M = P (T s U^T U s T^T) P^T``: the eigenvectors ``B`` of that core give ``v = V T^-1 B`` and
+    ``u = M v / s``.  In float64, which has the digits that squaring costs, this is less work than an SVD, and the product is
+    exact whatever the Gram matrices are off by.  Where the digits do not suffice: ``_with_care``.
     """
-    gram = (u.mT @ u).double() if near else u.double().mT @ u.double()
+    gram = (u.mT @ u).double()
     values = s.double()
     factor, failed = torch.linalg.cholesky_ex((v.mT @ v).double())  # T^T, lower
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     scaled = factor.mT * values[..., None, :]
-    core = scaled @ gram @ scaled.mT
-    good = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1)) & core.sum((-2, -1)).isfinite()
-    if not good.all():  # the rest must not fail with them
-        core[~good] = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    squares, basis = torch.linalg.eigh(core)
-    squares, basis = squares.flip(-1), basis.flip(-1)
-    fresh = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+    well = (failed == 0) & (diagonal.amin(-1) > WELL_CONDITIONED * diagonal.amax(-1))
+    fresh, basis, good = _eigen(scaled @ gram @ scaled.mT, well)
     below = factor @ basis
     left = below * values[..., :, None] / fresh[..., None, :]
-    small = int((fresh < SMALL * fresh[..., :1]).sum(-1).max())
-    if small:  # columns that rounding has left less than orthonormal
-        tail, off = _polished(left[..., -small:], metric=gram)
-        left[..., -small:] = tail
-        good &= off < NEARLY
+    good &= _straight(left, fresh, metric=gram)
     right = torch.linalg.solve_triangular(factor.mT.to(s.dtype), basis.to(s.dtype), upper=True)
     above, left, below = (left.mT @ gram).to(s.dtype), left.to(s.dtype), below.to(s.dtype)
     found = Turn(u @ left, fresh.to(s.dtype), v @ right, left, right, above, below)
@@ -359,6 +344,45 @@ def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str
         for field in fields(found):
             getattr(found, field.name)[number] = getattr(exact, field.name)
     return found
+
+
+@torch.no_grad()
+def decompose_batch(matrices: Tensor, *, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """``U (k, m, n)``, falling ``s (k, n)`` and ``V (k, n, n)`` of ``matrices (k, m, n)``, ``m >= n``, in the same way.
+
+    ``ValueError`` naming the layer, one of ``names``, if there is no finite result.
+    """
+    precise = matrices.double()
+    gram = precise.mT @ precise
+    fresh, basis, good = _eigen(gram.clone(), torch.ones(len(matrices), dtype=torch.bool, device=matrices.device))
+    left = basis / fresh[..., None, :]
+    good &= _straight(left, fresh, metric=gram)
+    found = matrices @ left.to(matrices), fresh.to(matrices), basis.to(matrices)
+    for number in torch.nonzero(~good).flatten().tolist():
+        for factor, exact in zip(found, svd(precise[number], name=names[number]), strict=True):
+            factor[number] = exact
+    return found
+
+
+def _eigen(cores: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Roots of the eigenvalues of ``cores``, largest first, the eigenvectors, and which cores could be used: none of zeros."""
+    good = usable & cores.sum((-2, -1)).isfinite()
+    if not good.all():  # the rest must not fail with them
+        cores[~good] = torch.eye(cores.shape[-1], dtype=cores.dtype, device=cores.device)
+    squares, basis = torch.linalg.eigh(cores)
+    squares, basis = squares.flip(-1), basis.flip(-1)
+    tiny = torch.finfo(squares.dtype).tiny
+    return squares.clamp_min(tiny).sqrt(), basis, good & (squares[..., 0] > tiny)
+
+
+def _straight(left: Tensor, values: Tensor, *, metric: Tensor) -> Tensor:
+    """Polish, in place, the columns that rounding has left less than orthonormal in ``metric``; was that enough?"""
+    small = int((values < SMALL * values[..., :1]).sum(-1).max())
+    if not small:
+        return torch.ones(len(left), dtype=torch.bool, device=left.device)
+    tail, off = _polished(left[..., -small:], metric=metric)
+    left[..., -small:] = tail
+    return off < NEARLY
 
 
 SMALL = 1e-4  # of the largest singular value: above, columns are orthonormal to float32 without more ado

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, carve
-from espalier.forms.lowrank import DAMPING, LowRank, Turn, orthonormalise_batch
+from espalier.forms.lowrank import DAMPING, LowRank, Turn, decompose_batch, orthonormalise_batch
 from espalier.forms.transfer import moved
 
 FIRST = ("momentum_buffer", "exp_avg")
@@ -84,10 +84,14 @@ def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
     threads = torch.get_num_threads()
 
     def decompose(names: list[str]) -> dict[str, Turn]:
-        whole, swapped = layers[names[0]].whole, _is_swapped(layers[names[0]])
         u, s, v = (torch.stack([fetched[n, i] for n in names]) for i in range(3))
-        turns = orthonormalise_batch(*((v, s, u) if swapped else (u, s, v)), names=names, near=not whole).split()
-        return dict(zip(names, (t.swapped if swapped else t for t in turns), strict=True))
+        if not layers[names[0]].whole:
+            return dict(zip(names, orthonormalise_batch(u, s, v, names=names).split(), strict=True))
+        tall = layers[names[0]].tall
+        factors = decompose_batch(u if tall else v, names=names)
+        return {
+            n: Turn.alone(*(f if tall else f[::-1])) for n, f in zip(names, zip(*factors, strict=True), strict=True)
+        }
 
     if threads == 1 or len(parts) == 1:
         done = [decompose(names) for names in parts]
@@ -96,11 +100,6 @@ def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
             done = list(pool.map(decompose, parts))
     found = {name: one for part in done for name, one in part.items()}
     return {name: found[name] for name in layers}
-
-
-def _is_swapped(layer: LowRank) -> bool:
-    """Whole, and the identity on the left: it is the right factor that has to be orthonormal for the short way."""
-    return layer.whole and not layer.tall
 
 
 CACHED = 40_000  # entries of the cores of a batch
