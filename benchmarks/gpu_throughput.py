@@ -1,15 +1,17 @@
 """How fast a GPU can train the CIFAR networks: seconds per epoch of 50,000 images, by how the steps are launched.
 
     python -m benchmarks.gpu_throughput [--networks resnet20,vgg16_bn] [--seeds 3] [--ways loop,eager,graph,methods]
+        [--batch 128]
 
 Ways: ``loop`` (the library's own ``train``, augmentation included), ``loop graphs`` (the same with
 ``Recipe(graphs=True)``), ``eager`` (forward, backward and SGD step alone),
 ``compile`` (``torch.compile``), ``graph`` (the whole step captured once as a CUDA graph, replayed), and ``graph xN`` (N seeds
 side by side, each graph on a stream of its own; seconds are for all N).  ``methods``: what a step with each method takes,
 its penalty and its events included, relative to one without, at ``PLACES`` of a run of ``EPOCHS`` epochs.  ``bf16``, channels
-last, batch 128, random images that lie on the device.  The floor is the time that the device needs for the same arithmetic
+last, random images that lie on the device.  The floor is the time that the device needs for the same arithmetic
 at its measured matrix speed.
-Results: ``benchmarks/results/gpu_throughput.json`` and, of the methods, ``gpu_steps.json``.
+Results: ``benchmarks/results/gpu_throughput.json`` and, of the methods, ``gpu_steps.json``; of another batch than 128 with its
+number behind the name.
 """
 
 from __future__ import annotations
@@ -48,17 +50,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", help="only these; default: all")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per step; default: %(default)s")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device here, and on another one these numbers would mean nothing")
     speed = matrix_speed()
+    suffix, where = "" if options.batch == BATCH else f"_{options.batch}", {"batch": options.batch, **environment()}
     found: dict[str, dict[str, float]] = {}
     steps: dict[str, dict[str, list[float]]] = {}
     for name in options.networks.split(","):
         model = build_model(name, num_classes=10)
         macs = cost(trace(model, torch.zeros(1, 3, 32, 32))).macs
         times = {"floor": 3 * macs * IMAGES / speed}  # a backward costs two forwards
-        for way, measure in ways(name, options.seeds).items():
+        for way, measure in ways(name, options.seeds, options.batch).items():
             if options.ways and way.split()[0] not in options.ways.split(","):
                 continue
             try:
@@ -71,39 +75,39 @@ def main(arguments: list[str] | None = None) -> None:
             steps[name] = {}
             for label, method in METHODS.items():
                 try:
-                    steps[name][label] = method_steps(name, method)
+                    steps[name][label] = method_steps(name, method, batch=options.batch)
                 except Exception as error:
                     print(f"{name}, {label}: {type(error).__name__}: {error}", flush=True)
                     traceback.print_exc()
             print(name, steps[name], flush=True)
         print(name, {way: round(seconds, 2) for way, seconds in times.items()}, flush=True)
         if len(times) > 1:
-            write_results("gpu_throughput", rounded({"seconds_per_epoch": found, "batch": BATCH, **environment()}))
+            write_results("gpu_throughput" + suffix, rounded({"seconds_per_epoch": found, **where}))
         if steps:
-            write_results("gpu_steps", rounded({"steps": steps, "batch": BATCH, **environment()}))
+            write_results("gpu_steps" + suffix, rounded({"steps": steps, **where}))
     columns = list(dict.fromkeys(way for times in found.values() for way in times))
     print(table(["seconds per epoch", *columns], [[n, *[_short(t.get(c)) for c in columns]] for n, t in found.items()]))
 
 
-def ways(name: str, seeds: int) -> dict[str, Callable[[], float]]:
+def ways(name: str, seeds: int, batch: int) -> dict[str, Callable[[], float]]:
     """Way -> seconds of an epoch."""
     return {
-        "loop": lambda: library_loop(name),
-        "loop graphs": lambda: library_loop(name, graphs=True),
-        "eager": lambda: epoch_seconds([eager_step(name, seed=0, device="cuda")]),
-        "compile": lambda: epoch_seconds([eager_step(name, seed=0, device="cuda", compiled=True)]),
-        "graph": lambda: epoch_seconds([graph_step(name, seed=0)]),
-        f"graph x{seeds}": lambda: epoch_seconds([graph_step(name, seed=seed) for seed in range(seeds)]),
+        "loop": lambda: library_loop(name, batch),
+        "loop graphs": lambda: library_loop(name, batch, graphs=True),
+        "eager": lambda: epoch_seconds([eager_step(name, batch, device="cuda")], batch),
+        "compile": lambda: epoch_seconds([eager_step(name, batch, device="cuda", compiled=True)], batch),
+        "graph": lambda: epoch_seconds([graph_step(name, batch, seed=0)], batch),
+        f"graph x{seeds}": lambda: epoch_seconds([graph_step(name, batch, seed=seed) for seed in range(seeds)], batch),
     }
 
 
-def eager_step(name: str, *, seed: int, device: str, compiled: bool = False) -> Step:
+def eager_step(name: str, batch: int, *, device: str, seed: int = 0, compiled: bool = False) -> Step:
     """One training step on images that never change."""
     torch.manual_seed(seed)
     model = build_model(name, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, Recipe(lr=0.01))
-    images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (BATCH,), device=device)
+    images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), device=device)
     forward: Any = torch.compile(model) if compiled else model
 
     def step() -> torch.Tensor:
@@ -119,9 +123,9 @@ def eager_step(name: str, *, seed: int, device: str, compiled: bool = False) -> 
     return step
 
 
-def graph_step(name: str, *, seed: int) -> Step:
+def graph_step(name: str, batch: int, *, seed: int) -> Step:
     """The same step, captured; it is replayed on a stream of its own."""
-    step = eager_step(name, seed=seed, device="cuda")
+    step = eager_step(name, batch, device="cuda", seed=seed)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -140,7 +144,7 @@ def graph_step(name: str, *, seed: int) -> Step:
     return replay
 
 
-def epoch_seconds(steps: list[Step]) -> float:
+def epoch_seconds(steps: list[Step], batch: int) -> float:
     """Of an epoch of every one of ``steps``, side by side."""
     for _ in range(WARM_UP):
         for step in steps:
@@ -151,20 +155,20 @@ def epoch_seconds(steps: list[Step]) -> float:
         for step in steps:
             step()
     torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / STEPS * IMAGES / BATCH
+    return (time.perf_counter() - begun) / STEPS * IMAGES / batch
 
 
 METHODS: dict[str, Method] = {"dprp": DPRP(), "tcp": TCP(), "mgp": MGP(), "tt-lc": TTLC(search=0)}
 PLACES, EPOCHS = (0.0, 0.2, 0.4, 0.9), 40
 
 
-def method_steps(name: str, method: Method, *, device: str = "cuda") -> list[float]:
+def method_steps(name: str, method: Method, *, batch: int = BATCH, device: str = "cuda") -> list[float]:
     """Time of a step at each of ``PLACES``, relative to one without the method at the beginning."""
     torch.manual_seed(0)
     model = build_model(name, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (BATCH,), device=device)
-    recipe, total = Recipe(lr=0.01), EPOCHS * IMAGES // BATCH
+    images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), device=device)
+    recipe, total = Recipe(lr=0.01), EPOCHS * IMAGES // batch
     process: Process | None = None
     optimizer = make_optimizer(model, recipe)
 
@@ -199,7 +203,7 @@ def method_steps(name: str, method: Method, *, device: str = "cuda") -> list[flo
     return found
 
 
-def library_loop(name: str, *, graphs: bool = False) -> float:
+def library_loop(name: str, batch: int, *, graphs: bool = False) -> float:
     """The second epoch of ``train`` on random images of CIFAR-10's size."""
     torch.manual_seed(0)
 
@@ -210,7 +214,7 @@ def library_loop(name: str, *, graphs: bool = False) -> float:
         "cuda"
     )
     recipe = Recipe(
-        epochs=2, batch_size=BATCH, lr=0.01, precision="bf16", channels_last=True, device="cuda", graphs=graphs
+        epochs=2, batch_size=batch, lr=0.01, precision="bf16", channels_last=True, device="cuda", graphs=graphs
     )
     return train(build_model(name, num_classes=10), data, recipe).last.seconds
 

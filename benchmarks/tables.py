@@ -125,18 +125,23 @@ def gpu_part() -> list[str]:
             alignment_table(content["rows"]),
             _origin([content["environment"]]),
         ]
-    if content := read_results("gpu_throughput"):
-        times = content["seconds_per_epoch"]
-        columns = list(dict.fromkeys(way for row in times.values() for way in row))
+    if files := [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu_throughput*.json"))]:
+        rows = [
+            (name, content["batch"], times) for content in files for name, times in content["seconds_per_epoch"].items()
+        ]
+        columns = list(dict.fromkeys(way for *_, times in rows for way in times))
         parts += [
-            "By `python -m benchmarks.gpu_throughput`: seconds of an epoch of dense training, 50,000 images in batches of 128. "
+            "By `python -m benchmarks.gpu_throughput [--batch N]`: seconds of an epoch of dense training, 50,000 images. "
             "*floor* is the same arithmetic at the speed of a large matrix product, *loop* our training loop, *eager* the bare "
             "steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds side by side.",
             table(
-                ["network", *columns],
-                [[name, *[None if w not in row else f"{row[w]:.2f}" for w in columns]] for name, row in times.items()],
+                ["network", "batch", *columns],
+                [
+                    [n, str(batch), *[None if w not in row else f"{row[w]:.2f}" for w in columns]]
+                    for n, batch, row in rows
+                ],
             ),
-            _origin([content]),
+            _origin(files),
         ]
     if content := read_results("gpu_steps"):
         lines = [
