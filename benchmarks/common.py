@@ -227,7 +227,7 @@ def torch_pruning() -> Any:
     try:
         return importlib.import_module("torch_pruning")
     except ModuleNotFoundError as error:
-        raise ValueError("this comparison needs torch-pruning: pip install 'espalier[bench]'") from error
+        raise ValueError("this comparison needs torch-pruning: pip install '.[bench]'") from error
 
 
 def tensorly() -> Any:
@@ -236,7 +236,7 @@ def tensorly() -> Any:
         importlib.import_module("tensorly.decomposition")
         return importlib.import_module("tensorly")
     except ModuleNotFoundError as error:
-        raise ValueError("this comparison needs tensorly: pip install 'espalier[bench]'") from error
+        raise ValueError("this comparison needs tensorly: pip install '.[bench]'") from error
 
 
 def modelopt_prune() -> Any:
@@ -247,4 +247,4 @@ def modelopt_prune() -> Any:
     try:
         return importlib.import_module("modelopt.torch.prune").prune
     except ModuleNotFoundError as error:
-        raise ValueError("this comparison needs NVIDIA ModelOpt: pip install 'espalier[modelopt]'") from error
+        raise ValueError("this comparison needs NVIDIA ModelOpt: pip install '.[modelopt]'") from error

@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import espalier as es
 from benchmarks import common
 from espalier.methods.importance import measure
+from espalier.surgery.verify import count_macs
 
 SHARE = 0.5  # of the MACs
 RATIO = 1 - SHARE**0.5  # of the channels
@@ -104,9 +104,7 @@ def torch_pruning_to_target(model: nn.Module, x: torch.Tensor, classes: int) -> 
 
 def macs(model: nn.Module, x: torch.Tensor) -> int:
     """Counted by PyTorch itself, which knows neither tool."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops() // 2
+    return count_macs(model, x)
 
 
 def output_shape(model: nn.Module, x: torch.Tensor) -> list[Any]:

@@ -106,7 +106,7 @@ def alignment_part() -> list[str]:
         "## Widths that run fast",
         "By `python -m benchmarks.alignment`: speed-up over the dense network in ONNX Runtime, one thread, at half of "
         "the MACs, by the multiple that widths are held to; which units go is drawn by chance. The command line takes "
-        "multiples of 4, and of 8 where convolutions are depthwise, if the budget allows, unless `--multiple-of` says "
+        "multiples of 4, if the budget allows, unless `--multiple-of` says "
         "otherwise; `Budget(multiple_of=...)` is 1 by default, as in papers, and so it is in every recipe that does "
         "not say otherwise.",
         alignment_table(content["rows"]),

@@ -301,7 +301,7 @@ def depthwise(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize(("options", "multiple", "width"), [((), 8, 8), (("--multiple-of", 1), 1, 14)], ids=str)
+@pytest.mark.parametrize(("options", "multiple", "width"), [((), 4, 12), (("--multiple-of", 1), 1, 14)], ids=str)
 def test_depthwise_layers_keep_widths_that_run_fast_unless_asked_otherwise(
     depthwise, tmp_path, options, multiple, width
 ):
@@ -314,7 +314,7 @@ def test_depthwise_layers_keep_widths_that_run_fast_unless_asked_otherwise(
     assert slow == (["3"] if options else [])
     summary = (tmp_path / "run" / "summary.md").read_text()
     assert ("channel by channel" in summary) == bool(options)
-    assert ("multiples of 8" in summary) == (not options)
+    assert ("multiples of 4" in summary) == (not options)
 
 
 @pytest.mark.usefixtures("unmeasured")

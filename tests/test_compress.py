@@ -354,6 +354,10 @@ def test_data_and_method_have_to_fit(digits):
         compress(net(), digits, budget=BUDGET, recipe=recipe(epochs=0))
     with pytest.raises(ValueError, match="expected a Budget"):
         compress(net(), EXAMPLE, budget=0.5, method=Magnitude())
+    with pytest.raises(
+        ValueError, match=r"expected a method, for example es.TCP\(\), got Magnitude; a class has to be called"
+    ):
+        compress(net(), EXAMPLE, budget=BUDGET, method=Magnitude)
     with pytest.raises(ValueError, match=r"expected an nn.Module"):
         compress("resnet20", EXAMPLE, budget=BUDGET, method=Magnitude())
     with pytest.raises(ValueError, match="out=FOLDER"):

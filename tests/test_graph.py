@@ -25,7 +25,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from espalier.costs import cost
 from espalier.graph import TraceError, TraceTimeout, trace
-from espalier.graph.rules import reshaped
+from espalier.graph.rules import RULES, reshaped
+from espalier.graph.watch import state
 from espalier.plan import Budget
 from espalier.run.optional import import_timm
 from espalier.solver import solve
@@ -525,6 +526,16 @@ def test_an_operation_without_a_rule_is_listed_with_its_line_and_freezes_what_it
     assert sizes(graph) == {"c.0": 12}
     line = run.__code__.co_firstlineno + 2
     assert any("aten._fft_r2c" in u and f"test_graph.py:{line}" in u for u in graph.unknown)
+
+
+def test_a_rule_that_is_wrong_freezes_what_it_touches_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(watch: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        state(args[0]).layers[0].unsqueeze(0)  # type: ignore[attr-defined]  # labels are arrays, not tensors
+
+    monkeypatch.setitem(RULES, torch.ops.aten._fft_r2c, wrong)
+    graph, _, _ = prove(Net(lambda m, x: m.c(torch.fft.rfft2(m.a(x)).real), a=conv(3, 16), c=pair(16)), IMAGE, macs=0.9)
+    assert sizes(graph) == {"c.0": 12}
+    assert any("aten._fft_r2c" in u and "its rule failed" in u and "unsqueeze" in u for u in graph.unknown)
 
 
 def test_frozen_layers_are_counted() -> None:

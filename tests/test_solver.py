@@ -238,6 +238,12 @@ def test_budgets_that_make_no_sense_are_refused(metric: str, value: object) -> N
         Budget(**{metric: value})  # type: ignore[arg-type]
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    budget = Budget(macs=np.float32(0.5), params=np.int64(1000), multiple_of=np.int32(4))
+    assert budget == Budget(macs=0.5, params=1000, multiple_of=4)
+    assert [type(v) for v in (budget.macs, budget.params, budget.multiple_of)] == [float, int, int]
+
+
 def test_an_empty_budget_and_a_bad_multiple_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         Budget()

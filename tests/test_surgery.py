@@ -10,7 +10,7 @@ import pytest
 import torch
 from networks import StandardisedConv2d
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from espalier import carving
 from espalier.graph import Graph, trace
@@ -18,6 +18,7 @@ from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
 from espalier.solver import solve
 from espalier.surgery import load, mask, save, shrink, shrink_, verify
+from espalier.surgery.files import ATTRIBUTES
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
@@ -43,6 +44,54 @@ def test_shrink_leaves_the_model_alone_and_keeps_its_class() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     verify(model, graph, plan, EXAMPLE, budget=budget, fresh=network).require()
+
+
+def test_a_graph_of_another_model_is_refused() -> None:
+    graph, plan, _ = planned(network())
+    wider = build_model("resnet20a", num_classes=10, in_channels=4, image_size=16)
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    for model, words in ((wider, r"'conv1.weight' has shape \(16, 4, 3, 3\)"), (other, "'conv1.weight' is not there")):
+        before = copy.deepcopy(model.state_dict())
+        for act in (shrink, shrink_, mask):
+            with pytest.raises(ValueError, match=f"of another model: {words}.*trace again"):
+                act(model, graph, plan)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="expected a Budget"):
+        verify(network(), graph, plan, EXAMPLE, budget=0.5)  # type: ignore[arg-type]
+
+
+class Gated(nn.Module):
+    """Keeps the width of its child as a number."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.width = channels
+        self.conv = nn.Conv2d(3, 2 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y[:, : self.width] * y[:, self.width :].sigmoid()
+
+
+def gated() -> nn.Module:
+    return nn.Sequential(Gated(12), nn.ReLU(), nn.Conv2d(12, 4, 3))
+
+
+def test_a_module_that_repeats_the_width_of_its_child_is_refreshed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not trace(gated(), EXAMPLE).groups
+
+    def refresh_gated(module: Gated, name: str, kept: object, width: int | None) -> None:
+        module.width = module.conv.out_channels // 2  # the child's own numbers are true already
+
+    monkeypatch.setitem(carving.REFRESH, Gated, refresh_gated)
+    monkeypatch.setitem(ATTRIBUTES, Gated, ("width",))
+    model = gated()
+    graph = trace(model, EXAMPLE)
+    assert [g.size for g in graph.groups] == [12]
+    budget = Budget(macs=0.5)
+    plan = solve(graph, {g.name: np.arange(g.size) + 1.0 for g in graph.groups}, budget)
+    verify(model, graph, plan, EXAMPLE, budget=budget, fresh=gated).require()
+    assert shrink(model, graph, plan)[0].width == len(plan.keep[graph.groups[0].name])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

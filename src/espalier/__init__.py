@@ -14,7 +14,10 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.costs import Cost as Cost
     from espalier.costs import cost as cost
     from espalier.graph import Graph as Graph
+    from espalier.graph import TraceError as TraceError
     from espalier.graph import trace as trace
+    from espalier.methods.base import Method as Method
+    from espalier.methods.base import Process as Process
     from espalier.methods.base import attach as attach
     from espalier.methods.dprp import DPRP as DPRP
     from espalier.methods.magnitude import Magnitude as Magnitude
@@ -26,10 +29,13 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.plan import Plan as Plan
     from espalier.run.compress import Result as Result
     from espalier.run.compress import compress as compress
+    from espalier.run.data import Loaders as Loaders
     from espalier.run.data import load_data as load_data
+    from espalier.run.loop import TrainingDiverged as TrainingDiverged
     from espalier.run.models import build_model as build_model
     from espalier.run.models import load_weights as load_weights
     from espalier.run.onnx import export_onnx as export_onnx
+    from espalier.run.optional import MissingPackage as MissingPackage
     from espalier.run.recipe import Recipe as Recipe
     from espalier.solver import BudgetError as BudgetError
     from espalier.solver import solve as solve
@@ -44,14 +50,20 @@ _HOME = {
     "Cost": "espalier.costs",
     "DPRP": "espalier.methods.dprp",
     "Graph": "espalier.graph",
+    "Loaders": "espalier.run.data",
     "MGP": "espalier.methods.mgp",
     "Magnitude": "espalier.methods.magnitude",
+    "Method": "espalier.methods.base",
+    "MissingPackage": "espalier.run.optional",
     "Plan": "espalier.plan",
+    "Process": "espalier.methods.base",
     "Recipe": "espalier.run.recipe",
     "Result": "espalier.run.compress",
     "SVDOneShot": "espalier.methods.svd_oneshot",
     "TCP": "espalier.methods.tcp",
     "TTLC": "espalier.methods.tt_lc",
+    "TraceError": "espalier.graph",
+    "TrainingDiverged": "espalier.run.loop",
     "attach": "espalier.methods.base",
     "build_model": "espalier.run.models",
     "compress": "espalier.run.compress",

@@ -93,13 +93,18 @@ def _small(tensor: Tensor, indices: dict[int, np.ndarray]) -> Tensor:
 def _refresh_all(
     modules: dict[str, nn.Module], kept: Kept, group_width: dict[str, int] | None, changed: Iterable[Tensor]
 ) -> None:
-    """Refresh every module that holds one of the tensors ``changed``, be it a shared one, or that ``kept`` names itself."""
+    """Refresh every module that holds one of the tensors ``changed``, be it a shared one, or that ``kept`` names itself.
+
+    And every module around one of these, inner ones first: it may keep the width of a child as a number.
+    """
     names = {n.partition("#")[0] for n in kept if "#" in n}
     new = {id(t) for t in changed}
-    for name, module in modules.items():
+    around: set[str] = set()
+    for name, module in reversed(modules.items()):
         held = map(id, (*module._parameters.values(), *module._buffers.values()))
-        if name in names or not new.isdisjoint(held):
+        if name in names or name in around or not new.isdisjoint(held):
             refresh(module, name, kept, (group_width or {}).get(name))
+            around.add(name.rpartition(".")[0])
 
 
 _PIECE = 1 << 20  # elements that are cut at a time: more only makes the copy in between larger

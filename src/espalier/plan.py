@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,9 @@ class Budget:
 
     Values up to 1 are fractions of the dense network, values above 1 are absolute: ``macs`` in multiply-accumulates,
     ``params`` in elements, ``activation_memory`` in bytes of live activations at the traced input.  ``multiple_of``
-    makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX Runtime, 8 and 16
-    run fastest (docs/results.md); ``protect`` lists groups or modules, wildcards allowed, that keep everything.
+    makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX Runtime, 16 runs
+    fastest there, and 8 is the least for a GPU (docs/results.md); ``protect`` lists groups or modules, wildcards allowed, that
+    keep everything.
     """
 
     macs: float | None = None
@@ -83,17 +85,19 @@ class Budget:
         for name, value in self._values().items():
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
                 raise ValueError(
                     f"Budget({name}={value!r}): must be a positive number, up to 1 as a fraction of the dense network "
                     "or above 1 as an absolute amount"
                 )
+            object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
         if all(v is None for v in self._values().values()):
             raise ValueError(
                 "Budget(): give at least one of macs, params, activation_memory, for example Budget(macs=0.5)"
             )
-        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, Integral) or self.multiple_of < 1:
             raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): must be a whole number, 1 or more")
+        object.__setattr__(self, "multiple_of", int(self.multiple_of))
         if isinstance(self.protect, str):
             object.__setattr__(self, "protect", (self.protect,))
 
@@ -129,3 +133,9 @@ def _matches(group: Group, pattern: str) -> bool:
     return any(fnmatch.fnmatch(n, pattern) for n in (group.name, layer)) or any(
         fnmatch.fnmatch(m, pattern) for m in modules
     )
+
+
+def need_budget(budget: Any) -> None:
+    """Raise ``ValueError`` for what is no ``Budget``."""
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget: expected a Budget, for example Budget(macs=0.5), got {type(budget).__name__}")

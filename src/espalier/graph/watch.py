@@ -492,7 +492,7 @@ class Watch(TorchDispatchMode):
         if time.monotonic() > self.deadline:
             raise TraceTimeout(
                 f"tracing exceeded its time limit at {func} in {self.place()}; "
-                "raise `time_limit`, trace at a smaller input, or exclude this module"
+                "raise `time_limit`, or trace at a smaller input"
             )
         try:
             out = shapes.output(func, args, kwargs)
@@ -544,7 +544,9 @@ class Watch(TorchDispatchMode):
     def _apply(self, rule: Callable[..., None], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         try:
             rule(self, func, args, kwargs, out)
-        except (IndexError, KeyError, RuntimeError, TypeError) as error:  # a shape that the rule does not expect
+        except (Mismatch, TraceError):
+            raise
+        except Exception as error:  # a shape that the rule does not expect, or a rule that is wrong
             self.unknown[f"{func._overloadpacket} in {self.place()}: its rule failed, {first_line(error)}"] = None
             self.rules["fixed"](self, func, args, kwargs, out)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from espalier.carving import Kept
 from espalier.costs import Cost, CostModel
 from espalier.graph import Graph, trace
-from espalier.plan import Budget, Plan
+from espalier.plan import Budget, Plan, need_budget
 from espalier.surgery import shrink_
 from espalier.surgery.shrink import bake
 
@@ -191,12 +191,16 @@ WHOLE = Budget(macs=1.0, params=1.0)
 
 
 def budget_for(method: Method, budget: Budget | None) -> Budget:
-    """``budget``, or ``WHOLE`` for a method that can do without one.  Raises: ValueError for the others."""
+    """``budget``, or ``WHOLE`` for a method that can do without one.  Raises: ValueError for the others, and for no method."""
+    if not isinstance(method, Method):
+        name = method.__name__ if isinstance(method, type) else type(method).__name__
+        raise ValueError(f"method: expected a method, for example es.TCP(), got {name}; a class has to be called")
     if budget is None and method.needs_budget:
         raise ValueError(f"{method.name} needs a budget: give Budget(macs=0.5), for example")
-    if budget is not None and not isinstance(budget, Budget):
-        raise ValueError(f"budget: expected a Budget, for example Budget(macs=0.5), got {type(budget).__name__}")
-    return WHOLE if budget is None else budget
+    if budget is None:
+        return WHOLE
+    need_budget(budget)
+    return budget
 
 
 def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, method: Method) -> Process:

@@ -34,7 +34,7 @@ def need_optuna(who: str) -> None:
     """Raises: MissingOptuna with what to do."""
     if importlib.util.find_spec("optuna") is None:
         raise MissingOptuna(
-            f"{who} searches with optuna, which is not installed: pip install 'espalier[search]', or set search=0"
+            f"{who} searches with optuna, which is not installed: pip install optuna scipy, or set search=0"
         )
 
 

@@ -26,7 +26,6 @@ from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
 from espalier.run.evaluate import pick_device
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
-from espalier.run.measure import depthwise
 from espalier.run.models import load_weights
 from espalier.run.optional import import_optional
 from espalier.run.recipe import Recipe
@@ -68,7 +67,7 @@ def run_job(
                 begin_dense(out, config, recipe)
             train_only(network, data, recipe, out=out, on_epoch=on_epoch, on_step=progress.on_step)
         else:
-            options = multiples(config, network)
+            options = multiples(config)
             for multiple in options:
                 try:
                     compress(
@@ -90,15 +89,15 @@ def run_job(
                         raise
 
 
-def multiples(config: Config, network: nn.Module) -> list[int]:
+def multiples(config: Config) -> list[int]:
     """What widths and ranks are multiples of: what was asked for, else what runs fast; the first that the budget allows.
 
     Measured (``benchmarks/results/alignment.json``): at any width, half of the MACs hardly save time in ONNX Runtime, and where
-    convolutions are depthwise they take twice as long as all of them.
+    convolutions are depthwise they take twice as long as all of them.  Multiples of 8 are no faster than of 4 there.
     """
     if "multiple_of" in config["budget"]:
         return [config["budget"]["multiple_of"]]
-    return [8, 4, 1] if depthwise(network) else [4, 1]
+    return [4, 1]
 
 
 def starting_network(config: Config, *, seed: int) -> nn.Module:

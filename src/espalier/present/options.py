@@ -71,7 +71,7 @@ MultipleOf = Annotated[
     int | None,
     _option(
         "--multiple-of",
-        "Widths and ranks are multiples of this, or stay whole. Default: what runs fast, 4, or 8 with depthwise layers.",
+        "Widths and ranks are multiples of this, or stay whole; default 4, which runs fast, or 1 if that is out of reach.",
         "Budget",
         metavar="N",
     ),
@@ -91,7 +91,10 @@ Protect = Annotated[
 Method = Annotated[
     str | None,
     _option(
-        "--method", "tcp (default), dprp, magnitude, svd-oneshot, or none to train only.", "Training", metavar="NAME"
+        "--method",
+        "tcp (default), dprp, tt-lc, mgp, magnitude, svd-oneshot, or none to train only.",
+        "Training",
+        metavar="NAME",
     ),
 ]
 Set = Annotated[

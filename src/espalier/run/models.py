@@ -227,7 +227,11 @@ def model_names() -> list[str]:
 def _unknown(name: str, known: list[str]) -> ValueError:
     close = difflib.get_close_matches(name, dict.fromkeys(known), n=5)
     hint = f"close matches: {', '.join(close)}" if close else f"ours are {', '.join(CIFAR_MODELS)}"
-    absent = "" if len(known) > len(CIFAR_MODELS) else "; networks of torchvision and timm need 'espalier[models]'"
+    absent = (
+        ""
+        if len(known) > len(CIFAR_MODELS)
+        else "; networks of torchvision and timm need these packages, the extra 'models'"
+    )
     return ValueError(f"no network is called {name!r}; {hint}{absent}; your own is package.module:factory")
 
 

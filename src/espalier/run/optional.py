@@ -26,7 +26,8 @@ def import_optional(module: str, *, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise  # the package is there, and something inside it is broken: its own message says more
         raise MissingPackage(
-            f"this needs the package {module.split('.')[0]}, which is not installed: pip install 'espalier[{extra}]'"
+            f"this needs the package {module.split('.')[0]}, which is not installed; it comes with the extra '{extra}': "
+            f"pip install '.[{extra}]' in a clone of Espalier"
         ) from error
 
 

@@ -123,10 +123,8 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         lines.append(f"| {_LABELS[name]}, {COUNTED_WORDS} | {dense[name]:,} | {counted[name]:,}{limit} | {share:.1%} |")
     lines += ["", *_latency_table(metrics["latency"])]
     if metrics["epochs"]:
-        lines += [
-            f"Trained for {metrics['epochs']} epochs in {metrics['seconds']:.0f} s, seed {metrics['seed']}.",
-            "",
-        ]
+        epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
+        lines += [f"Trained for {epochs} in {metrics['seconds']:.0f} s, seed {metrics['seed']}.", ""]
     if metrics["onnx_difference"] is not None:
         lines += [f"`model.onnx` differs from PyTorch by at most {metrics['onnx_difference']:.1e}.", ""]
     lines += _left(metrics["left"])
@@ -157,7 +155,7 @@ def slow_sentence(metrics: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"Slow: depthwise convolutions whose number of channels is no multiple of {LANES}, which ONNX Runtime computes channel "
-        f"by channel; a budget with multiple_of=8 avoids it: {', '.join(layers)}."
+        f"by channel; a budget with multiple_of={LANES} avoids it: {', '.join(layers)}."
     )
 
 

@@ -65,8 +65,8 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] |
         return read_config(folder / CONFIG)
     if present and not force:
         raise ValueError(
-            f"{folder}: already holds a run ({', '.join(present)}); go on with it (resume), begin anew "
-            "and keep the old files in a folder inside (force), or choose another folder"
+            f"{folder}: already holds a run ({', '.join(present)}); go on with it (--resume, resume=True), begin anew "
+            "and keep the old files in a folder inside (--force, force=True), or choose another folder"
         )
     return None
 

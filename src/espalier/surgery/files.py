@@ -199,7 +199,8 @@ def _umask() -> int:
 def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     """Rebuild the small network of ``path`` on ``base``, a fresh model of the class that was compressed; returns ``base``.
 
-    ``ValueError`` if the file is damaged, was not written by ``save``, or belongs to another architecture.
+    ``FileNotFoundError`` if there is none; ``ValueError`` if the file is damaged, was not written by ``save``, or belongs to
+    another architecture.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -18,8 +18,12 @@ from espalier.plan import Plan
 
 
 def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
-    """A copy of ``model``, same class, that holds only what ``plan`` keeps.  ``model`` is not touched."""
+    """A copy of ``model``, same class, that holds only what ``plan`` keeps.  ``model`` is not touched.
+
+    ``ValueError`` if ``plan`` does not belong to ``graph``, or ``graph`` not to ``model``.
+    """
     plan.check(graph)
+    _check_same(model, graph)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     selects = any(f"{n}.index" in kept for n in graph.selects)
     if selects or (kept and graph.baked):  # what changes more than shapes is done on a copy
@@ -48,6 +52,7 @@ def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.opti
     The old ``graph`` no longer describes the model afterwards: trace again.
     """
     plan.check(graph)
+    _check_same(model, graph)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     if kept:
         kept = {t: d for t, d in kept.items() if t not in graph.baked_away}
@@ -71,6 +76,7 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     bias would survive there.
     """
     plan.check(graph)
+    _check_same(model, graph)
     masked = copy_model(model, {})
     removed = {n: np.setdiff1d(np.arange(graph.group(n).size), u) for n, u in plan.keep.items()}
     if any(len(r) for r in removed.values()):
@@ -83,6 +89,21 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
                 rows = torch.from_numpy(s.index[units].reshape(-1)).to(tensors[s.tensor].device)
                 tensors[s.tensor].index_fill_(s.dim, rows, 0.0)
     return masked
+
+
+def _check_same(model: nn.Module, graph: Graph) -> None:
+    """Raise ``ValueError`` if ``graph`` was traced from a model with other tensors."""
+    parameters, buffers = named_tensors(model)
+    own = {n: tuple(t.shape) for n, t in (*parameters.items(), *buffers.items())}
+    made_later = {f"{n}.{kind}" for n in graph.baked for kind in ("weight", "bias")} | {
+        f"{n}.index" for n in graph.selects
+    }
+    for name, shape in graph.shapes.items():
+        if "#" not in name and name not in made_later and own.get(name) != shape:
+            found = f"has shape {own[name]}" if name in own else "is not there"
+            raise ValueError(
+                f"graph: of another model: {name!r} {found}, where it was traced it had {shape}; trace again"
+            )
 
 
 def _select_inputs(model: nn.Module, name: str) -> None:

@@ -20,7 +20,7 @@ from espalier.costs import CostModel, cost
 from espalier.graph import Graph, trace
 from espalier.graph.tracing import call_arguments, private_copy
 from espalier.graph.watch import first_line, tensors_in
-from espalier.plan import Budget, Plan
+from espalier.plan import Budget, Plan, need_budget
 from espalier.solver import unused_blocks
 from espalier.surgery.files import load, save
 from espalier.surgery.shrink import mask, shrink
@@ -77,6 +77,8 @@ def verify(
     reaches every parameter it reached before.
     A forward that breaks after surgery is reported with the line that broke.
     """
+    if budget is not None:
+        need_budget(budget)
     checks: list[Check] = []
 
     def claim(name: str, check: Callable[[], tuple[bool, str]]) -> None:
