@@ -212,6 +212,29 @@ def families() -> str:
     )
 
 
+def options(command: str) -> str:
+    """Every option of a command of ``espalier``, as its ``--help`` has it."""
+    import typer.main
+
+    from espalier.present.cli import app
+
+    program = typer.main.get_command(app)
+    lines: list[list[str | None]] = []
+    for parameter in program.commands[command].params:  # type: ignore[attr-defined]
+        if parameter.name == "help":
+            continue
+        names = ", ".join(
+            f"`{name}`"
+            for name in (
+                (*parameter.opts, *parameter.secondary_opts)
+                if parameter.param_type_name == "option"
+                else [parameter.metavar]
+            )
+        )
+        lines.append([names, parameter.help.replace("|", "\\|")])
+    return table([f"`espalier {command}`", ""], lines)
+
+
 def _by(command: str, content: Mapping[str, Any]) -> str:
     where = content["environment"]
     hardware = where["hardware"]
@@ -222,6 +245,7 @@ def _by(command: str, content: Mapping[str, Any]) -> str:
 
 
 BLOCKS: dict[str, Callable[..., str]] = {
+    "options": options,
     "budgets": budgets,
     "decompositions": decompositions,
     "dprp-overhead": dprp_overhead,

@@ -146,7 +146,7 @@ def _network(run: Run, *, timing: bool) -> str:
     if timing:
         chart, batch = latency_by_layer(run)
         caption = (
-            f"PyTorch, batch {batch}, one thread of the machine that wrote this page; the fastest of runs in turns."
+            f"PyTorch, batch {batch}, one thread of the machine that wrote this page; the fastest of interleaved runs."
         )
         figures.append(_figure(chart, "Time of every layer", caption))
     tones = ("the layer as it was, or with fewer channels", "factorised into several layers", "another kernel")
@@ -212,7 +212,7 @@ def _speed(metrics: dict[str, Any]) -> str:
             before = dense[timing["backend"], timing["batch"]]
             rows.append((where, f"{before:.3g}", f"{timing['milliseconds']:.3g}", f"{timing['speedup']:.2f}×"))
     table = _table(("whole network", "dense, ms", "small, ms", "speed-up"), rows)
-    return f'<h2>Speed</h2><p class="soft">Measured at the end of the run; one thread, the fastest of runs in turns.</p>{table}'
+    return f'<h2>Speed</h2><p class="soft">Measured at the end of the run; one thread, fastest of interleaved runs.</p>{table}'
 
 
 def _origin(run: Run) -> str:

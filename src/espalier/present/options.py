@@ -119,7 +119,7 @@ Optimizer = Annotated[
 ]
 WeightDecay = Annotated[
     float | None,
-    _option("--weight-decay", f"Not on biases and normalisations; default {Recipe.weight_decay}.", "Training"),
+    _option("--weight-decay", f"Except on biases and normalisation layers; default {Recipe.weight_decay}.", "Training"),
 ]
 Warmup = Annotated[
     float | None,
@@ -139,7 +139,12 @@ Distill = Annotated[
 Clip = Annotated[float | None, _option("--clip", "Bound on the norm of the gradient.", "Training", metavar="NORM")]
 Seed = Annotated[
     int | None,
-    _option("--seed", f"Of order, augmentation and initial weights; default {Recipe.seed}.", "Training", metavar="N"),
+    _option(
+        "--seed",
+        f"Seeds batch order, augmentation and initial weights; default {Recipe.seed}.",
+        "Training",
+        metavar="N",
+    ),
 ]
 
 # -- machine
@@ -165,7 +170,7 @@ Device = Annotated[
     str | None,
     _option("--device", f"auto, cpu, cuda, cuda:1, ...; default {Recipe.device}.", "Machine", metavar="NAME"),
 ]
-Threads = Annotated[int | None, _option("--threads", "Threads of the processor.", "Machine", metavar="N")]
+Threads = Annotated[int | None, _option("--threads", "Number of CPU threads.", "Machine", metavar="N")]
 
 # -- run folder
 
@@ -180,7 +185,7 @@ Config = Annotated[
     ),
 ]
 Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Run folder")]
-Force = Annotated[bool, _option("--force", "Replace the run in --out.", "Run folder")]
+Force = Annotated[bool, _option("--force", "Begin anew in --out; the old run moves to a folder inside.", "Run folder")]
 Tensorboard = Annotated[bool, _option("--tensorboard", "Log for TensorBoard as well, in --out.", "Run folder")]
 
 # -- inspect

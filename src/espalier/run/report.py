@@ -179,4 +179,4 @@ def _latency_table(timings: list[dict[str, Any]]) -> list[str]:
             (first["milliseconds"], second["milliseconds"]),
         )
         lines.append(f"| {place} | {times[0]:.3g} | {times[1]:.3g} | {second['speedup']:.2f}x |")
-    return [*lines, "", "One thread of this machine's processor, the fastest of runs in turns.", ""]
+    return [*lines, "", "One thread of this machine's processor, the fastest of several interleaved runs.", ""]
