@@ -9,8 +9,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from espalier import __version__
+from espalier.plan import Budget
 from espalier.present import demo
 from espalier.present.cli import app
+from espalier.present.config import hyper_parameters
 from espalier.run.models import build_model
 
 
@@ -345,6 +347,17 @@ def test_a_setting_that_is_none_is_refused(tiny, tmp_path, text):
     refused(done, "NAME=VALUE")
 
 
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("TRUE", True), ("true", True), ("falsey", "falsey")])
+def test_true_and_false_are_switches_however_they_are_written(text, value):
+    assert hyper_parameters([f"stripes={text}"]) == {"stripes": value}
+
+
+def test_a_setting_cannot_choose_another_method(tiny, tmp_path):
+    done = begin(tiny, tmp_path / "run", "--method", "tcp", "--set", "name=dprp")
+    refused(done, "--set name=dprp", "--method")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unreachable_budget_is_refused_with_the_smallest(tiny, tmp_path):
     done = espalier("compress", "--model", tiny, "--data", "digits", "--macs", 1e-6, "--out", tmp_path / "run")
     refused(done, "smallest reachable")
@@ -394,6 +407,49 @@ def test_resuming_with_another_method_is_refused(tiny, tmp_path):
 def test_a_configuration_that_is_none_is_refused(tmp_path):
     (tmp_path / "config.toml").write_text("= nonsense")
     refused(espalier("compress", "--config", tmp_path / "config.toml", "--out", tmp_path / "r"), "config.toml", "TOML")
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "report"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model = 3", ("model = 3", "table")),
+        ("start = 3", ("start = 3", "table")),
+        ("[[recipe]]\nepochs = 1", ("recipe", "table")),
+        ("[model]\nname = 3", ("[model] name = 3", "text")),
+        ("[model]\nweights = true", ("[model] weights = True", "text")),
+        ("[data]\nname = 5", ("[data] name = 5", "text")),
+        ('[data]\nholdout = "3"', ("[data] holdout = '3'", "whole number")),
+        ("[data]\nimage_size = true", ("[data] image_size = True", "whole number")),
+        ("[budget]\nprotect = 3", ("[budget] protect = 3", "names")),
+        ("[budget]\nprotect = [3]", ("[budget] protect = [3]", "names")),
+        ('[method]\nname = ["tcp"]', ("[method] name = ['tcp']", "text")),
+        ("", ("no configuration",)),
+        ("[model]\n", ("no configuration",)),
+    ],
+)
+def test_a_configuration_with_values_of_another_kind_is_refused(command, text, words, tmp_path):
+    (tmp_path / "config.toml").write_text(text)
+    (tmp_path / "metrics.json").write_text("{}")
+    options = ("--out", tmp_path, "--resume") if command == "compress" else (tmp_path,)
+    refused(espalier(command, *options), str(tmp_path / "config.toml"), *words)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_folder_is_a_configuration(tiny, tmp_path):
+    begin(tiny, tmp_path / "one", "--method", "magnitude")
+    done = espalier("compress", "--config", tmp_path / "one", "--out", tmp_path / "two")
+    assert done.exit_code == 0, done.output
+    assert 'name = "magnitude"' in (tmp_path / "two" / "config.toml").read_text()
+    (tmp_path / "empty").mkdir()
+    done = espalier("compress", "--config", tmp_path / "empty", "--out", tmp_path / "three")
+    refused(done, str(tmp_path / "empty" / "config.toml"), "no such file")
+
+
+@pytest.mark.parametrize("protect", [3, [3], None])
+def test_what_is_protected_is_given_by_name(protect):
+    with pytest.raises(ValueError, match=r"Budget\(protect=.*names"):
+        Budget(macs=0.5, protect=protect)
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -98,8 +98,13 @@ class Budget:
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, Integral) or self.multiple_of < 1:
             raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): must be a whole number, 1 or more")
         object.__setattr__(self, "multiple_of", int(self.multiple_of))
-        if isinstance(self.protect, str):
-            object.__setattr__(self, "protect", (self.protect,))
+        several = isinstance(self.protect, Iterable) and not isinstance(self.protect, str)
+        names = tuple(self.protect) if several else (self.protect,)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"Budget(protect={self.protect!r}): must be names of groups or modules, for example protect=['layer1.*']"
+            )
+        object.__setattr__(self, "protect", names)
 
     def _values(self) -> dict[str, float | None]:
         return {"macs": self.macs, "params": self.params, "activation_memory": self.activation_memory}

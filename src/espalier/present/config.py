@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,20 @@ SECTIONS = ("model", "data", "budget", "method", "recipe")
 Config = dict[str, dict[str, Any]]
 """Section -> name -> value, as in the file; a name that is absent has its default."""
 
+_TEXT = ("text, in quotes", lambda value: isinstance(value, str))
+_WHOLE = ("a whole number", lambda value: type(value) is int)  # true is none
+_NAMES = (
+    "names in quotes",
+    lambda value: all(isinstance(n, str) for n in (value if isinstance(value, list) else [value])),
+)
+_KINDS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "model": {"name": _TEXT, "weights": _TEXT, "num_classes": _WHOLE, "in_channels": _WHOLE, "image_size": _WHOLE},
+    "data": {"name": _TEXT, "dir": _TEXT, "image_size": _WHOLE, "holdout": _WHOLE},
+    "budget": {"protect": _NAMES},
+    "method": {"name": _TEXT},
+}
+"""What a value of the file must be, where the object that it becomes does not check it."""
+
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given, as plain values; paths are made absolute, to be found from anywhere."""
@@ -39,26 +53,41 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def hyper_parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["energy=0.02", "form=channel"]`` as names and values; what is not a TOML value is a string.
+    """``["energy=0.02", "form=channel"]`` as names and values; True and False in any case, else what is not a TOML
+    value is a string.
 
-    Raises: ValueError for what is not NAME=VALUE.
+    Raises: ValueError for what is not NAME=VALUE, and for the method's name.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name or not text:
             raise ValueError(f"--set {pair}: give NAME=VALUE, for example energy=0.02")
+        if name == "name":
+            raise ValueError(f"--set {pair}: is no hyper-parameter; choose the method with --method")
         try:
             found[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            found[name] = text
+            found[name] = {"true": True, "false": False}.get(text.lower(), text)
     return found
 
 
+def read_sections(file: Path) -> Config:
+    """What a ``config.toml`` says, all sections there.  Raises: ValueError for a value that is not what it must be."""
+    tables: Config = {**{name: {} for name in SECTIONS}, **read_config(file)}
+    for section, kinds in _KINDS.items():
+        for name, (kind, fits) in kinds.items():
+            if name in tables[section] and not fits(tables[section][name]):
+                raise ValueError(f"{file}: [{section}] {name} = {tables[section][name]!r}: must be {kind}")
+    return tables
+
+
 def settings(options: Config, *, config: Path | None, out: Path | None, resume: bool) -> Config:
-    """``options`` over the ``config`` file, or over the configuration of the run to resume."""
-    file = config if config is not None else out / CONFIG if resume and out is not None else None
-    below = read_config(file) if file is not None else {}
+    """``options`` over ``config``, a file or a run's folder, or over the configuration of the run to resume."""
+    file = config if config is not None else out if resume else None
+    if file is not None and (config is None or file.is_dir()):
+        file = file / CONFIG
+    below = read_sections(file) if file is not None else {}
     merged = merge({name: dict(below.get(name, {})) for name in SECTIONS}, options)
     if resume and merged["method"].get("name") != below.get("method", {}).get("name"):
         raise ValueError(f"{file}: cannot resume with another method; leave --method out")

@@ -179,9 +179,9 @@ Config = Annotated[
     Path | None,
     _option(
         "--config",
-        "config.toml of a run: does it again; options given here win.",
+        "config.toml of a run, or its folder: does it again; options given here win.",
         "Run folder",
-        metavar="FILE",
+        metavar="PATH",
     ),
 ]
 Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Run folder")]

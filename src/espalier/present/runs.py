@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from espalier.present.config import SECTIONS, Config, make_model
+from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
 from espalier.run.models import load_weights
 from espalier.run.report import COUNTED
-from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_config
+from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
 
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: there is no such run folder")
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder}: holds no run (no {CONFIG}); give a folder that espalier compress wrote")
-    config = {**{name: {} for name in SECTIONS}, **read_config(folder / CONFIG)}
+    config = read_sections(folder / CONFIG)
     if config["method"].get("name") == "none":
         raise ValueError(f"{folder}: this run only trained a dense network; there is nothing to report on")
     if not (folder / METRICS).exists():

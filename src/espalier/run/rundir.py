@@ -88,13 +88,19 @@ def _present(folder: Path) -> list[str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a ``config.toml``.  Raises: ValueError if it is absent or not TOML."""
+    """The tables of a ``config.toml``.  Raises: ValueError if it is absent or not TOML, or holds something else or nothing."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name} = {table!r}: must be a table, [{name}]")
+    if not any(tables.values()):
+        raise ValueError(f"{path}: holds no configuration; take that of another run, or begin this one anew")
+    return tables
 
 
 def write_config(path: Path, tables: Mapping[str, Any]) -> None:
