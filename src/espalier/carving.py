@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ def carve(
 
     ``group_width`` maps modules that lose whole groups (depthwise, ResNeXt, GroupNorm) to the output channels one group
     holds.  Shared parameters stay shared.  Gradients and the state of ``optimizer`` (momentum, second moments) are cut
-    with the parameters, and its parameter lists point to the new ones, so that training simply goes on.
+    with the parameters (one of other shapes, such as Adafactor's, begins anew), and its parameter lists point to the new ones,
+    so that training simply goes on.
     """
     replaced: dict[int, Tensor] = {}
     modules = named_modules(model)
@@ -38,11 +39,12 @@ def carve(
         if tensor.grad is not None:
             small.grad = select(tensor.grad, _on(tensor, indices))
         if optimizer is not None and tensor in optimizer.state:
-            index = _on(tensor, indices)
-            optimizer.state[small] = {
-                k: select(v, index) if isinstance(v, Tensor) and v.shape == tensor.shape else v
-                for k, v in optimizer.state.pop(tensor).items()
-            }
+            index, state = _on(tensor, indices), optimizer.state.pop(tensor)
+            if not has_other_shapes(state, tensor):
+                optimizer.state[small] = {
+                    k: select(v, index) if isinstance(v, Tensor) and v.shape == tensor.shape else v
+                    for k, v in state.items()
+                }
     for module in modules.values():
         for slots in (module._parameters, module._buffers):
             for key, held in slots.items():
@@ -52,6 +54,11 @@ def carve(
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]
     _refresh_all(modules, kept, group_width, replaced.values())
+
+
+def has_other_shapes(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Does an optimiser keep something that cannot be cut with ``parameter``?  Its state then begins anew."""
+    return any(isinstance(v, Tensor) and v.ndim > 0 and v.shape != parameter.shape for v in state.values())
 
 
 def carved(model: nn.Module, kept: Kept, *, group_width: dict[str, int] | None = None) -> nn.Module:

@@ -326,6 +326,10 @@ def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str
     ``u = M v / s``.  In float64, which has the digits that squaring costs, this is less work than an SVD, and the product is
     exact whatever the Gram matrices are off by.  Where the digits do not suffice: ``_with_care``.
     """
+    dtype = s.dtype
+    u, s, v = (
+        f.to(torch.promote_types(dtype, torch.float32)) for f in (u, s, v)
+    )  # bfloat16 has too few digits for this
     gram = (u.mT @ u).double()
     values = s.double()
     factor, failed = torch.linalg.cholesky_ex((v.mT @ v).double())  # T^T, lower
@@ -343,7 +347,7 @@ def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str
         exact = _with_care(u[number], s[number], v[number], name=names[number])
         for field in fields(found):
             getattr(found, field.name)[number] = getattr(exact, field.name)
-    return found
+    return Turn(*(getattr(found, field.name).to(dtype) for field in fields(found)))
 
 
 @torch.no_grad()
@@ -357,11 +361,13 @@ def decompose_batch(matrices: Tensor, *, names: Sequence[str]) -> tuple[Tensor, 
     fresh, basis, good = _eigen(gram.clone(), torch.ones(len(matrices), dtype=torch.bool, device=matrices.device))
     left = basis / fresh[..., None, :]
     good &= _straight(left, fresh, metric=gram)
-    found = matrices @ left.to(matrices), fresh.to(matrices), basis.to(matrices)
+    dtype = torch.promote_types(matrices.dtype, torch.float32)
+    found = matrices.to(dtype) @ left.to(dtype), fresh.to(dtype), basis.to(dtype)
     for number in torch.nonzero(~good).flatten().tolist():
         for factor, exact in zip(found, svd(precise[number], name=names[number]), strict=True):
             factor[number] = exact
-    return found
+    u, s, v = (factor.to(matrices.dtype) for factor in found)
+    return u, s, v
 
 
 def _eigen(cores: Tensor, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:

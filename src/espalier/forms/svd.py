@@ -42,8 +42,10 @@ def stage_weights(left: Tensor, right: Tensor, shape: Sequence[int], form: str) 
     if form == "channel":
         turned = right.T.contiguous()  # as a matrix: copied by blocks, which a permuted weight would not be
         return [turned.view(rank, inputs, height, width), left.reshape(outputs, rank, 1, 1)]
-    first = right.view(inputs, width, rank).permute(2, 0, 1).unsqueeze(2)  # (r, I, 1, kw)
-    second = left.view(outputs, height, rank).permute(0, 2, 1).unsqueeze(3)  # (O, r, kh, 1)
+    # The axis of length 1 comes in before the permutation: behind it, its stride would look like that of channels_last, which
+    # the weight is not, and torch's plain convolution refuses gradients in such a layout.
+    first = right.view(inputs, 1, width, rank).permute(3, 0, 1, 2)  # (r, I, 1, kw)
+    second = left.view(outputs, height, 1, rank).permute(0, 3, 1, 2)  # (O, r, kh, 1)
     return [first, second]
 
 

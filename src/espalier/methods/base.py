@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept
+from espalier.copies import named_tensors
 from espalier.costs import Cost, CostModel
-from espalier.graph import Graph, trace
+from espalier.graph import Graph, hold, trace
 from espalier.plan import Budget, Plan, need_budget
 from espalier.surgery import shrink_
 from espalier.surgery.shrink import bake
+
+FROZEN = "its weight is frozen"  # why a layer is left as it is
+
+
+def is_frozen(model: nn.Module, layer: str) -> bool:
+    """Is the weight of ``layer`` not to be trained?"""
+    return not model.get_parameter(f"{layer}.weight").requires_grad
+
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
@@ -45,12 +56,36 @@ class Status:
     remaining: float  # share of what is to go that is still felt, 1 at the start, 0 when it can be removed
 
 
+_TYPES: dict[str, tuple[type, Callable[[Any], Any], str]] = {
+    "bool": (bool, bool, "true or false"),
+    "int": (Integral, int, "a whole number"),
+    "float": (Real, float, "a number"),
+    "str": (str, str, "a word"),
+}
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, Real) or math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A published method: its hyper-parameters.  ``start`` begins a run on one model."""
 
     name: ClassVar[str]
     trains: ClassVar[bool]  # False: one shot, needs no data
+
+    def __post_init__(self) -> None:
+        """``ValueError`` for a hyper-parameter of another type than it is declared with; numbers of numpy become plain ones."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind, _, optional = str(field.type).partition(" | ")
+            if kind not in _TYPES or (optional == "None" and value is None):
+                continue
+            fits, plain, words = _TYPES[kind]
+            if not isinstance(value, fits) or (isinstance(value, bool) and kind != "bool") or not _finite(value):
+                raise ValueError(f"{type(self).__name__}({field.name}={value!r}): must be {words}")
+            object.__setattr__(self, field.name, plain(value))
 
     @property
     def needs_budget(self) -> bool:
@@ -117,6 +152,12 @@ class Process(ABC):
     def widths(self) -> dict[str, int]:
         """Kept units of every group of the network as it is executed now; of a ladder, its rung."""
         return {g.name: self.rungs.get(g.name, g.size) for g in self.graph.groups}
+
+    def hold_frozen(self) -> None:
+        """Channels that a frozen weight reads stay: it may not fade, and has no gradient that says what they are worth."""
+        frozen = {n for n, p in named_tensors(self.model)[0].items() if not p.requires_grad}
+        read = [g.name for g in self.graph.groups if any(s.tensor in frozen for s in g.consumers)]
+        self.graph = hold(self.graph, read, "is read by frozen weights")
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""

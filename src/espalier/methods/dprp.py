@@ -73,17 +73,18 @@ class DPRP(Method):
     power: float = 2.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.form not in LAYOUTS:
             raise ValueError(f"DPRP(form={self.form!r}): choose one of {', '.join(LAYOUTS)}")
         if self.importance not in SCORES:
             raise ValueError(f"DPRP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
-        if self.energy is not None and not (_number(self.energy) and 0 < self.energy < 1):
+        if self.energy is not None and not 0 < self.energy < 1:
             raise ValueError(f"DPRP(energy={self.energy!r}): the share of energy given up, above 0 and below 1")
         for name in ("start_at", "reach", "every", "smoothing"):
-            if not (_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"DPRP({name}={getattr(self, name)!r}): must be at least 0 and below 1")
         for name in ("orthogonality", "sparsity", "power"):
-            if not (_number(getattr(self, name)) and getattr(self, name) >= 0):
+            if getattr(self, name) < 0:
                 raise ValueError(f"DPRP({name}={getattr(self, name)!r}): must be a number, 0 or more")
         if self.every <= 0 or self.start_at + self.every > self.reach:
             raise ValueError(
@@ -97,10 +98,6 @@ class DPRP(Method):
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Falling:
         return Falling(model, example, budget, self)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Falling(Process):

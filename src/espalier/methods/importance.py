@@ -93,7 +93,7 @@ class Sensitivity:
         self.value = torch.zeros(units.count, device=units.device)
         self.listening = True
         self._batches = torch.zeros((), dtype=torch.int64, device=units.device)
-        self._heard: list[tuple[Consumer, Tensor]] = []
+        self._heard: dict[int, list[tuple[Consumer, Tensor]]] = {}  # by parameter
         readers: dict[nn.Parameter, list[Consumer]] = {}
         for columns in units.consumers:
             readers.setdefault(columns.parameter, []).append(columns)
@@ -112,7 +112,8 @@ class Sensitivity:
         def hook(parameter: Tensor) -> None:
             if self.listening and parameter.grad is not None:
                 product = parameter.detach() * parameter.grad
-                self._heard += [(columns, columns.per_position(product)) for columns in readers]
+                # what is heard last counts: where gradients accumulate, that is the whole gradient of the step
+                self._heard[id(parameter)] = [(columns, columns.per_position(product)) for columns in readers]
 
         return hook
 
@@ -120,13 +121,13 @@ class Sensitivity:
         """Take in what was heard since the last call, unless it is not finite.  Nothing here waits for the device."""
         if not self._heard:
             return
-        squares = self.units.sum(self._heard).square()
+        squares = self.units.sum(part for parts in self._heard.values() for part in parts).square()
         squares = squares / squares.sum().clamp_min(1e-30)
         finite = torch.isfinite(squares).all()
         self._batches += finite
         weight = self._batches.clamp_min(1).reciprocal().clamp_min(1.0 - self.smoothing)
         self.value.lerp_(torch.where(finite, squares, self.value), weight)
-        self._heard = []
+        self._heard = {}
 
     def close(self) -> None:
         for hook in self._hooks:

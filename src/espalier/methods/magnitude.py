@@ -32,6 +32,7 @@ class Magnitude(Method):
     returns: float = 0.5  # 1 is additive; below, diminishing inside a group (``methods.importance.diminishing``)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.score not in SCORES:
             raise ValueError(f"Magnitude(score={self.score!r}): choose one of {', '.join(SCORES)}")
         check_returns(self.returns, where="Magnitude")

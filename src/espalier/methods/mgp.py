@@ -38,7 +38,7 @@ from espalier.graph.inputs import inputs_name
 from espalier.graph.ladders import ladder_name
 from espalier.graph.stripes import striped, stripes_name
 from espalier.layers import PartConv2d
-from espalier.methods.base import Batches, Removed
+from espalier.methods.base import FROZEN, Batches, Removed, is_frozen
 from espalier.methods.importance import Sensitivity
 from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
 from espalier.methods.stripes import Masks, StripeMasks
@@ -70,6 +70,7 @@ class MGP(FadingMethod):
     stripes: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_pace("stagger")
         if not (self.filters or self.inputs or self.shapes or self.stripes):
             raise ValueError("MGP(): all granularities are off; switch on filters, inputs, shapes or stripes")
@@ -88,6 +89,7 @@ class Granular(Fading):
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
         super().__init__(model, example, budget, method)
         self.bake()
+        self.hold_frozen()
         self.graph, self.shapes, self.left = granularities(model, self.graph, example, method)
         self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
         self.stripes = StripeMasks(model, self._striped() if method.stripes else ())
@@ -103,8 +105,9 @@ class Granular(Fading):
         whole = {n for n, p in places.items() if not p.linear}
         kernels = {n: self.model.get_submodule(n).kernel_size for n in (*whole, *parts)}
         spatial = [n for n, _ in self.model.named_modules() if kernels.get(n, (1, 1)) != (1, 1)]
-        found = [n for n in spatial if striped(self.graph, n)]
-        self.left.update({n: "grouped or tied channels" for n in spatial if n not in found})
+        frozen = [n for n in spatial if is_frozen(self.model, n)]
+        found = [n for n in spatial if n not in frozen and striped(self.graph, n)]
+        self.left.update({n: FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found})
         return found
 
     def _rules(self, graph: Graph) -> dict[str, Any]:
@@ -400,11 +403,12 @@ def granularities(
     """The graph with everything that ``method`` may prune, the rungs of every kernel, and layer -> why it stays as it is."""
     places, left = find_places(model, example)
     left = {n: r for n, r in left.items() if not isinstance(model.get_submodule(n), nn.Linear)}
+    left.update({n: FROZEN for n, p in places.items() if not p.linear and is_frozen(model, n)})
     if not method.filters:
         graph = hold(graph, [g.name for g in graph.groups], "filters are switched off")
     elif not method.streams:
         graph = hold(graph, streams(graph), "made by several layers, whose widths must match")
-    convolutions = {n: p for n, p in places.items() if not p.linear}
+    convolutions = {n: p for n, p in places.items() if not p.linear and n not in left}
     if method.inputs:
         wide = [n for n, p in convolutions.items() if p.in_channels >= FEWEST_INPUTS]
         graph = with_inputs(graph, {n: _bytes(places[n]) for n in selectable(graph, wide)})

@@ -49,10 +49,10 @@ class FadingMethod(Method):
         where = type(self).__name__
         for name in ("start_at", "reach", "fade", "every", "chunk", "smoothing", *more):
             value = getattr(self, name)
-            if not 0 <= value < 1 or not math.isfinite(value):
+            if not 0 <= value < 1:
                 raise ValueError(f"{where}({name}={value!r}): must be at least 0 and below 1")
-        if self.fade <= 0 or self.every <= 0:
-            raise ValueError(f"{where}(): fade and every must be above 0")
+        if self.fade <= 0 or self.every <= 0 or self.power <= 0:
+            raise ValueError(f"{where}(): fade, every and power must be above 0")
         if self.start_at + self.fade >= self.reach:
             raise ValueError(
                 f"{where}(start_at={self.start_at}, fade={self.fade}, reach={self.reach}): the budget needs time to "

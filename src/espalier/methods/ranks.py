@@ -20,6 +20,7 @@ from espalier.forms.lowrank import matrix_size
 from espalier.forms.svd import stage_weights
 from espalier.graph import Chain, Graph, with_ladders
 from espalier.graph.ladders import ladder_name
+from espalier.methods.base import FROZEN, is_frozen
 from espalier.plan import Budget
 
 LAYOUTS = ("auto", "channel", "spatial")
@@ -77,6 +78,8 @@ def rank_ladders(model: nn.Module, example: Any, *, graph: Graph, budget: Budget
             "Budget(activation_memory=...): lower ranks do not lower the memory of activations; give macs or params"
         )
     places, left = find_places(model, example)
+    left.update({n: FROZEN for n in places if is_frozen(model, n)})
+    places = {n: p for n, p in places.items() if n not in left}
     forms = {name: layout(place, form) for name, place in places.items()}
     ranks: dict[str, tuple[int, ...]] = {}
     ladders: dict[str, list[Chain]] = {}

@@ -30,6 +30,7 @@ class SVDOneShot(Method):
     form: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.form not in LAYOUTS:
             raise ValueError(f"SVDOneShot(form={self.form!r}): choose one of {', '.join(LAYOUTS)}")
 

@@ -54,6 +54,7 @@ class TCP(FadingMethod):
     returns: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.importance not in SCORES:
             raise ValueError(f"TCP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
         check_returns(self.returns, where="TCP")
@@ -72,6 +73,7 @@ class Tailoring(Fading):
         super().__init__(model, example, budget, method)
         solve(self.graph, {g.name: np.ones(g.size) for g in self.graph.groups}, budget)  # unreachable budgets fail now
         self.bake()
+        self.hold_frozen()
         self._bind(Units(model, self.graph))
         self._begin()
 
@@ -192,6 +194,6 @@ class Tailoring(Fading):
         saved = [state["groups"][g.name] for g in self.graph.groups]
         self._restore(state, {k: torch.cat([r[k] for r in saved]) if saved else v for k, v in self._rows().items()})
         if state["moments"] is not None:
-            self.moments.start(state["moments"])
+            self.moments.start({n: s.to(self.units.device) for n, s in state["moments"].items()})
         if self.done:
             self._silence()

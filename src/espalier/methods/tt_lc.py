@@ -40,7 +40,7 @@ from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, trace, with_ladders
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.base import FROZEN, Batches, Method, Process, Removed, Status, is_frozen
 from espalier.methods.equal import equal_chains
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
@@ -92,10 +92,11 @@ class TTLC(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         wholes = {"iterations": 2, "search": 0, "workers": 1, "held_out": 0, "sweeps": 0, "seed": 0}
         for name, least in wholes.items():
             whole = getattr(self, name)
-            if isinstance(whole, bool) or not isinstance(whole, int) or whole < least:
+            if whole < least:
                 raise ValueError(f"TTLC({name}={whole!r}): must be a whole number, {least} or more")
         for name in ("share", "select", "cycle", "decay", "floor", "beyond", "tt_fraction"):
             value = getattr(self, name)
@@ -103,9 +104,9 @@ class TTLC(Method):
                 raise ValueError(
                     f"TTLC({name}={value!r}): must be above 0 and {'below' if name == 'share' else 'at most'} 1"
                 )
-        if not (math.isfinite(self.pull) and self.pull > 0):
+        if self.pull <= 0:
             raise ValueError(f"TTLC(pull={self.pull!r}): must be a number above 0")
-        if not (math.isfinite(self.growth) and self.growth >= 1):
+        if self.growth < 1:
             raise ValueError(f"TTLC(growth={self.growth!r}): must be a number of 1 or more")
         forms = (self.forms,) if isinstance(self.forms, str) else tuple(self.forms)
         if not forms or not set(forms) <= set(FORMS):
@@ -113,8 +114,6 @@ class TTLC(Method):
         object.__setattr__(self, "forms", forms)
         if self.ranks not in RANKS:
             raise ValueError(f"TTLC(ranks={self.ranks!r}): choose one of {', '.join(RANKS)}")
-        if not isinstance(self.lc, bool):
-            raise ValueError(f"TTLC(lc={self.lc!r}): must be true or false")
 
     @property
     def withholds(self) -> int:
@@ -177,11 +176,10 @@ class TensorCompression(Process):
         places, self.left = find_places(self.model, self.example)
         self.places: dict[str, Place] = {}
         for name, place in places.items():
-            layer = self.model.get_submodule(name)
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.budget.protect):
                 self.left[name] = "protected"
-            elif not layer.weight.requires_grad:
-                self.left[name] = "its weight is frozen"
+            elif is_frozen(self.model, name):
+                self.left[name] = FROZEN
             elif place.kernel == (1, 1) and min(place.in_channels, place.out_channels) < 2:
                 self.left[name] = "too small"
             else:
@@ -440,7 +438,7 @@ class TensorCompression(Process):
             old = self.model.get_submodule(name)
             weights = [parts[name, i] for i in range(len(layer.weights))]
             row = sequential(self.places[name], layer.form, weights, old.bias)  # type: ignore[arg-type]
-            if old.weight.ndim == 4 and old.weight.is_contiguous(memory_format=torch.channels_last):  # type: ignore[operator]
+            if _is_channels_last(old.weight):  # type: ignore[arg-type]
                 row.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             replace(self.model, name, row, optimizer=optimizer)
         self.replaced, self._at = True, progress
@@ -509,6 +507,11 @@ class TensorCompression(Process):
             bases = state["bases"].get(name)
             pair = None if bases is None else (bases[0].cpu(), bases[1].cpu())
             self.factors[name] = Factors(state["chains"][name][0], tuple(w.cpu() for w in weights), pair)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """And not contiguous as well, as a 1x1 kernel is."""
+    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 WARM_UP = 0.1  # share of the first L step in which the rate rises

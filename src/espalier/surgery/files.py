@@ -80,6 +80,8 @@ def structure(model: nn.Module) -> dict[str, Any]:
                 break
         if entry["type"] in BUILDERS and type(module) is BUILDERS[entry["type"]][0]:
             entry["make"] = BUILDERS[entry["type"]][1](module)
+            if frozen := [k for k, p in module.named_parameters(recurse=False) if not p.requires_grad]:
+                entry["frozen"] = frozen
         if name:
             modules[name] = entry
     shapes = {n: list(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -89,6 +91,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
 def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
     """Give ``base``, a fresh dense model, the structure of ``table``, in place; weights are left undefined.
 
+    New modules have the device and the dtype of what they replace, and of their parameters those are frozen that were.
     ``ValueError`` if ``base`` is another architecture, naming the first module that differs.
     """
     if table.get("format") != FORMAT:
@@ -96,6 +99,7 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
             f"structure: format {table.get('format')!r} is not {FORMAT!r}; the file was not written by es.save"
         )
     own = dict(base.named_modules())
+    places: dict[str, Tensor] = {}  # module that was replaced -> a tensor of it
     for name, entry in table["modules"].items():
         module = own.get(name)
         if module is None or type(module).__name__ != entry["type"] or _is_another(module, entry):
@@ -105,8 +109,15 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
                     f"structure: the file has a {entry['type']} at {name!r}, the base model has {found}; "
                     f"give the {table.get('class')} the file was made from"
                 )
-            made = BUILDERS[entry["type"]][0](**_tuples(entry["make"])).to(_device(base))
             parent, _, key = name.rpartition(".")
+            like = _first_weight(module) if module is not None else places.get(parent)
+            like = like if like is not None else _first_weight(base)
+            made = BUILDERS[entry["type"]][0](**_tuples(entry["make"]))
+            if like is not None:
+                made.to(like.device, like.dtype)
+                places[name] = like
+            for frozen in entry.get("frozen", ()):
+                made.get_parameter(frozen).requires_grad_(False)
             parent_module = base.get_submodule(parent)
             if not isinstance(parent_module, nn.Sequential) and not hasattr(parent_module, key):
                 raise ValueError(f"structure: the base model has no place for {name!r}")
@@ -137,9 +148,8 @@ def _is_another(module: nn.Module, entry: dict[str, Any]) -> bool:
     return any(k not in numbers and own[k] != v for k, v in _tuples(entry["make"]).items())
 
 
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+def _first_weight(module: nn.Module) -> Tensor | None:
+    return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +208,8 @@ def _umask() -> int:
 
 def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     """Rebuild the small network of ``path`` on ``base``, a fresh model of the class that was compressed; returns ``base``.
+
+    Device, dtype and memory format are those of ``base``.
 
     ``FileNotFoundError`` if there is none; ``ValueError`` if the file is damaged, was not written by ``save``, or belongs to
     another architecture.

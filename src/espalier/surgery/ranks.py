@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.carving import Kept, carve
+from espalier.carving import Kept, carve, has_other_shapes
 from espalier.forms.lowrank import DAMPING, LowRank, Turn, decompose_batch, orthonormalise_batch
 from espalier.forms.transfer import moved
 
@@ -160,6 +160,8 @@ def _rouse(optimizer: torch.optim.Optimizer | None, layer: LowRank) -> None:
     """Give the factors that have rested the state that they would have, of no step yet; ``s`` takes weight decay over."""
     if optimizer is None:
         return
+    if has_other_shapes(optimizer.state.get(layer.matrix, {}), layer.matrix):
+        optimizer.state.pop(layer.matrix)
     rested = (layer.v if layer.tall else layer.u, layer.s)
     for key, value in optimizer.state.get(layer.matrix, {}).items():
         for parameter in rested:
@@ -219,8 +221,13 @@ class _Transfer:
         places: list[State] = [{} if optimizer is None else optimizer.state.get(p, {}) for p in parameters]
         if optimizer is None or not all(places):
             return
+        if any(has_other_shapes(place, p) for place, p in zip(places, parameters, strict=True)):
+            for parameter in parameters:
+                optimizer.state.pop(parameter)
+            return
         states: list[State] = [{k: self.fetched.get(id(v), v) for k, v in place.items()} for place in places]
         before = [dict(state) for state in states]
+        known = all(k in FIRST + SECOND for s in states for k, v in s.items() if isinstance(v, Tensor) and v.ndim)
         for key in SECOND:
             if all(isinstance(s.get(key), Tensor) for s in states):
                 moments = spread(*(s[key] for s in states))
@@ -235,8 +242,8 @@ class _Transfer:
         for parameter, place, state in zip(parameters, places, states, strict=True):
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
-                    # of optimisers we do not know: in the old basis it would mislead
-                    self.written.append((place[key], value if key in FIRST + SECOND else torch.zeros_like(value)))
+                    # of optimisers we do not know: in the old basis it would mislead, and half of it more still
+                    self.written.append((place[key], value if known else torch.zeros_like(value)))
 
 
 def _scale(
