@@ -128,7 +128,7 @@ def test_torchvision_and_timm_import_in_a_fresh_process():
 
 
 def test_an_absent_package_names_its_extra():
-    with pytest.raises(MissingPackage, match=r"pip install 'espalier\[models\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install '\.\[models\]'"):
         import_optional("no_such_package_at_all.models", extra="models")
 
 
@@ -145,12 +145,33 @@ def everything(**sizes):
 
 def wrong():
     return "a network"
+
+def wants(depth, num_classes, *, width=3):
+    return nn.Linear(depth, num_classes)
+
+def by_place(num_classes, /):
+    return nn.Linear(1, num_classes)
+
+def lacks_a_key():
+    return {}["width"]
+
+def misbuilds():
+    return nn.Conv2d(3, 4, 3, groups=2)
 """
+
+BROKEN = {
+    "half_written": "def net(:\n    pass\n",
+    "raises_at_import": "import os\n\nraise RuntimeError('no licence\\nand more')\n",
+    "lacks_a_package": "import no_such_package_at_all\n",
+    "imports_half_written": "import half_written\n",
+}
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text(OWN)
+    for name, content in BROKEN.items():
+        (tmp_path / f"{name}.py").write_text(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     yield
@@ -170,6 +191,14 @@ def test_a_factory_in_the_current_folder_takes_what_it_names(own_module):
         ("own_networks:plane", "no function 'plane'; it has plain"),
         ("own_network:plain", "no module 'own_network'"),
         ("own_networks.sub:plain", "no module 'own_networks.sub'"),
+        ("own_networks:wants", r"^own_networks:wants: takes depth, .*num_classes, in_channels, image_size.*default"),
+        ("own_networks:by_place", r"^own_networks:by_place: takes num_classes, .*by name"),
+        ("own_networks:lacks_a_key", r"^own_networks:lacks_a_key: KeyError: 'width' \(.*own_networks\.py:20\)$"),
+        ("own_networks:misbuilds", r"^own_networks:misbuilds: ValueError: .*groups \(.*own_networks\.py:23\)$"),
+        ("half_written:net", r"^half_written:net: SyntaxError: .*\(half_written\.py, line 1\)$"),
+        ("imports_half_written:net", r"SyntaxError: .*\(half_written\.py, line 1\) \(.*imports_half_written\.py:1\)$"),
+        ("raises_at_import:net", r"^raises_at_import:net: RuntimeError: no licence \(.*raises_at_import\.py:3\)$"),
+        ("lacks_a_package:net", r"ModuleNotFoundError: .*no_such_package_at_all.* \(.*lacks_a_package\.py:1\)$"),
     ],
 )
 def test_a_wrong_factory_says_what_is_there(own_module, name, message):

@@ -20,6 +20,7 @@ import inspect
 import os
 import pickle
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espalier.graph.watch import first_line, is_users
 from espalier.layers import ChannelPad
 from espalier.run.optional import MissingPackage, import_timm, import_torchvision
 
@@ -199,8 +201,8 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size
     ``in_channels`` and ``image_size`` that it takes by name. Nothing is downloaded.
 
     Raises: ValueError for a name nobody knows (with the closest ones), for a torchvision network asked to
-    take other than 3 channels, and for a factory that does not return an ``nn.Module``; MissingPackage where
-    the network's package is not installed.
+    take other than 3 channels, and for a factory that cannot be called, fails or does not return an ``nn.Module``;
+    MissingPackage where the network's package is not installed.
     """
     origin, _, rest = name.rpartition(":")
     if origin == "torchvision":
@@ -211,7 +213,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size
     if origin:
         return _own_model(origin, rest, sizes)
     if name in CIFAR_MODELS:
-        return _call_factory(CIFAR_MODELS[name], sizes)
+        return CIFAR_MODELS[name](**_taken(CIFAR_MODELS[name], sizes, name))
     if name in _torchvision_names():
         return _torchvision_model(name, num_classes=num_classes, in_channels=in_channels)
     if _timm_knows(name):
@@ -289,22 +291,35 @@ def _timm_model(name: str, *, num_classes: int, in_channels: int, image_size: in
 
 
 def _own_model(module: str, factory: str, sizes: Mapping[str, int]) -> nn.Module:
+    name = f"{module}:{factory}"
     try:
         found = _import_from_here(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the user's module is there and lacks something else
+    except Exception as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is None or not f"{module}.".startswith(f"{absent}."):
+            raise _failed(name, error) from error
         raise ValueError(
-            f"{module}:{factory}: there is no module {error.name!r} in the current folder or among the "
-            "installed packages"
+            f"{name}: there is no module {absent!r} in the current folder or among the installed packages"
         ) from error
     build = getattr(found, factory, None)
     if not callable(build):
         raise _no_factory(module, factory, [key for key, value in vars(found).items() if callable(value)])
-    model = _call_factory(build, sizes)
+    arguments = _taken(build, sizes, name)
+    try:
+        model = build(**arguments)
+    except Exception as error:
+        raise _failed(name, error) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{module}:{factory} must return an nn.Module and returned a {type(model).__name__}")
+        raise ValueError(f"{name} must return an nn.Module and returned a {type(model).__name__}")
     return model
+
+
+def _failed(name: str, error: Exception) -> ValueError:
+    """What went wrong in the user's own code, and at which of its lines."""
+    ours = (__file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename) and f.filename not in ours]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return ValueError(f"{name}: {type(error).__name__}: {first_line(error)}{place}")
 
 
 def _no_factory(module: str, factory: str, callables: list[str]) -> ValueError:
@@ -320,15 +335,21 @@ def _import_from_here(module: str) -> object:
     return importlib.import_module(module)
 
 
-def _call_factory(build: Factory, sizes: Mapping[str, int]) -> nn.Module:
+def _taken(build: Factory, sizes: Mapping[str, int], name: str) -> Mapping[str, int]:
+    """Those of ``sizes`` that ``build`` takes by name."""
     try:
         taken = inspect.signature(build).parameters.values()
-    except ValueError as error:  # a builtin without a signature
-        raise ValueError(f"{build!r} cannot be a factory of networks: {error}") from error
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
-        return build(**sizes)
-    named = {parameter.name for parameter in taken if parameter.kind is not parameter.POSITIONAL_ONLY}
-    return build(**{key: value for key, value in sizes.items() if key in named})
+    except (TypeError, ValueError) as error:  # a builtin without a signature
+        raise ValueError(f"{name}: {build!r} cannot be a factory of networks: {error}") from error
+    named = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} & sizes.keys()
+    needed = [p.name for p in taken if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if lacking := [n for n in needed if n not in named]:
+        raise ValueError(
+            f"{name}: takes {', '.join(lacking)}, which is not passed: a factory gets those of {', '.join(sizes)} that it "
+            "takes by name; give the others a default"
+        )
+    everything = any(p.kind is p.VAR_KEYWORD for p in taken)
+    return {key: value for key, value in sizes.items() if everything or key in named}
 
 
 # ---------------------------------------------------------------- weights
