@@ -1,7 +1,9 @@
 """The command line: what it prints, what it leaves behind, and how it says no."""
 
 import json
+import tomllib
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,10 @@ from espalier.plan import Budget
 from espalier.present import demo
 from espalier.present.cli import app
 from espalier.present.config import hyper_parameters
+from espalier.run.evaluate import pick_device
 from espalier.run.models import build_model
+from espalier.run.recipe import Recipe
+from espalier.run.rundir import to_toml
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +272,29 @@ def test_a_budget_that_makes_no_sense_is_refused(tiny, tmp_path, budget):
     done = espalier("compress", "--model", tiny, "--data", "digits", *budget, "--out", tmp_path / "run")
     refused(done, "Budget(")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_that_no_generator_takes_is_refused(tiny, tmp_path):
+    refused(begin(tiny, tmp_path / "run", "--seed", 2**64), "Recipe(seed=18446744073709551616)", str(2**63 - 1))
+    assert not (tmp_path / "run").exists()
+    assert Recipe(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_a_device_that_holds_no_numbers_is_refused(tiny, tmp_path):
+    refused(begin(tiny, tmp_path / "run", "--device", "meta"), "device 'meta'", "no numbers")
+    with pytest.raises(ValueError, match="meta"):
+        pick_device(torch.device("meta"))
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    recipe = Recipe(
+        epochs=np.int64(3), lr=np.float64(0.1), ema=np.float32(0.5), weight_decay=np.int32(0), seed=np.uint8(7)
+    )
+    plain = {"epochs": 3, "lr": 0.1, "ema": 0.5, "weight_decay": 0, "seed": 7}
+    assert {name: getattr(recipe, name) for name in plain} == plain
+    assert [type(getattr(recipe, name)) for name in plain] == [int, float, float, int, int]
+    table = {"a": np.float64(0.1), "b": np.float32(0.5), "c": np.int64(3), "d": [np.float64(1e-5)], "e": float("inf")}
+    assert tomllib.loads(to_toml(table)) == {"a": 0.1, "b": 0.5, "c": 3, "d": [1e-5], "e": float("inf")}
 
 
 def test_no_budget_at_all_is_refused(tiny, tmp_path):

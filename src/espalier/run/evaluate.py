@@ -28,7 +28,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """``"auto"`` is the GPU if there is one.  Raises: ValueError for a device that is not there."""
+    """``"auto"`` is the GPU if there is one.  Raises: ValueError for a device that is not there or cannot compute."""
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -36,6 +36,8 @@ def pick_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError(f"device {str(name)!r} holds no numbers to compute with; take 'auto', 'cpu' or 'cuda'")
     return torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", so that devices can be compared
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -52,7 +53,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self._whole("epochs", 0)
         self._whole("batch_size", 1)
-        self._whole("seed", 0)
+        self._whole("seed", 0, most=2**63 - 1)  # what TOML and torch's generators hold
         if self.threads is not None:
             self._whole("threads", 1)
         self._choice("optimizer", OPTIMIZERS)
@@ -84,10 +85,12 @@ class Recipe:
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"Recipe(warmup_epochs={self.warmup_epochs}): must end before the {self.epochs} epochs do")
 
-    def _whole(self, name: str, least: int) -> None:
+    def _whole(self, name: str, least: int, *, most: float = math.inf) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"Recipe({name}={value!r}): must be a whole number, {least} or more")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+            bound = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"Recipe({name}={value!r}): must be a whole number, {bound}")
+        object.__setattr__(self, name, int(value))  # not numpy's, which checkpoint and config.toml do not hold
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -104,11 +107,12 @@ class Recipe:
         most: float = math.inf,
     ) -> None:
         value = getattr(self, name)
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or not (least <= value <= most and above < value < below):
             bounds = {"at least": least, "above": above, "below": below, "at most": most}
             wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
             raise ValueError(f"Recipe({name}={value!r}): must be a number {wanted}")
+        object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for TOML or JSON; fields that are ``None`` are left out."""

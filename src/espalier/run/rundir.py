@@ -28,6 +28,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,8 @@ def _key(key: str) -> str:
 def _value(value: Any, key: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
+    if isinstance(value, Real):  # also numpy's, which shows its type
+        return repr(int(value) if isinstance(value, Integral) else float(value))
     if isinstance(value, (str, Path)):
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
