@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from espalier.run import cifar
 from espalier.run.batches import Normalise, crop_and_flip, epoch_seed, stratified_order
-from espalier.run.data import Data, FolderData, Loaders, Split, load_data
+from espalier.run.data import Data, FolderData, Loaders, Split, identity, load_data
 
 # ---------------------------------------------------------------- sources, and what holds for each of them
 
@@ -358,6 +358,22 @@ def test_workers_do_not_change_the_batches(tmp_path):
     assert same(epoch(replace(alone, workers=2), epoch=1), epoch(alone, epoch=1))
 
 
+def test_a_folder_of_images_is_the_same_wherever_it_is(tmp_path):
+    here, there = (load_data(f"imagefolder:{write_images(tmp_path / name)}", image_size=16) for name in "ab")
+    assert identity(here) == identity(there)
+    assert identity(here) != identity(replace(here, image_size=8))
+    assert identity(here) != identity(replace(here, train=here.train[:-1], test=here.test[:-1] + here.train[-1:]))
+
+
+def test_loaders_without_a_length_are_told_apart_by_what_has_one():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(X[0], Y[0])])
+
+    source = Loaders([(X, Y)] * 3, DataLoader(Stream()), num_classes=3)
+    assert identity(source) == {"training batches": 3}
+
+
 def test_a_test_folder_may_lack_a_class_but_not_add_one(tmp_path):
     write_images(tmp_path, classes=("a", "b", "c"), splits=("train",), per_class=1)
     write_images(tmp_path, classes=("b",), splits=("test",), per_class=1)
@@ -422,6 +438,13 @@ def test_a_wrong_label_in_a_later_batch_is_found_when_it_comes():
     next(batches)
     with pytest.raises(ValueError, match="train loader: label 3"):
         next(batches)
+
+
+def test_labels_of_a_batch_are_fetched_from_the_device_at_once(copied):
+    source = Loaders([(X, Y)], [(X, Y)], num_classes=3)
+    copied.clear()
+    next(source.test_batches())
+    assert copied == {"cpu": 1}
 
 
 def test_an_empty_test_loader_is_found_when_it_is_used():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -105,6 +106,32 @@ def test_two_runs_with_one_seed_agree_and_another_seed_differs(digits):
     assert not torch.equal(models[0].head.weight, models[2].head.weight)
 
 
+def test_the_rate_of_the_log_is_the_one_that_the_last_step_took(digits):
+    """A process that moves on in its last step asks for another rate afterwards."""
+    model, used = net(), []
+    process = Halving().start(model, digits.example(), BUDGET)
+    process.rate = lambda progress: 1.0 / (1 + process.steps)
+
+    class Spy(type(process)):
+        def step(self, *, progress, optimizer):
+            used.append(optimizer.param_groups[0]["lr"])
+            return super().step(progress=progress, optimizer=optimizer)
+
+    process.__class__ = Spy
+    history = train(model, digits, recipe(), process=process)
+    assert [e.lr for e in history.epochs] == used[5::6]
+
+
+def test_seeding_touches_the_generators_of_the_runs_device_alone(digits):
+    model = net()
+    with (
+        mock.patch("torch.cuda.manual_seed_all") as every_gpu,
+        mock.patch("torch.cuda._is_in_bad_fork", return_value=False),
+    ):
+        train(model, digits, recipe(epochs=1))
+    every_gpu.assert_not_called()
+
+
 def test_training_leaves_the_callers_random_numbers_alone(digits):
     model = net()
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
@@ -202,6 +229,16 @@ def test_a_teacher_changes_what_is_learned_unless_its_weight_is_zero(digits):
     assert not torch.equal(trained[1.0].head.weight, trained[None].head.weight)
     with pytest.raises(ValueError, match="no trained network"):
         train(net(), digits, recipe(distill=0.5))
+
+
+def test_a_teacher_is_given_back_as_it_was(digits):
+    teacher = net(width=12).train()
+    teacher.bn1.eval()
+    before = copy.deepcopy(teacher)
+    train(net(), digits, recipe(epochs=1, channels_last=True), teacher=teacher)
+    assert [m.training for m in teacher.modules()] == [m.training for m in before.modules()]
+    assert_same(teacher, before)
+    assert teacher.conv2.weight.stride() == before.conv2.weight.stride()
 
 
 def test_averaged_weights_are_cut_with_the_model():
@@ -314,6 +351,85 @@ def test_a_checkpoint_in_the_way_is_never_overwritten(digits, tmp_path):
     assert path.read_bytes() == before
 
 
+def cut(model: nn.Module) -> nn.Module:
+    """Half of its channels gone."""
+    return Halving().start(model, torch.zeros(1, 1, 8, 8), BUDGET).finish()
+
+
+@pytest.mark.parametrize("refused", ["lr", "dtype", "class", "trained parameters", "data"])
+def test_a_refused_resume_leaves_the_model_as_it_was(digits, tmp_path, refused):
+    path, model, data = tmp_path / "c.pt", net(), digits
+    train(cut(net()), digits, recipe(epochs=1), checkpoint=path)
+    if refused == "dtype":
+        content = read_checkpoint(path)
+        content["weights"]["head.weight"] = content["weights"]["head.weight"].double()
+        write_checkpoint(path, content)
+    if refused == "class":
+        model.later = nn.Linear(2, 2)
+    if refused == "trained parameters":
+        model.requires_grad_(False)
+    if refused == "data":
+        data = dataclasses.replace(digits, train=digits.train[64:])
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError):
+        train(model, data, recipe(epochs=1, lr=0.1 if refused == "lr" else 0.05), checkpoint=path, resume=True)
+    assert_same(model, before)
+    assert model.conv1.out_channels == 8
+
+
+@pytest.mark.parametrize("wrong", ["shape of one weight", "format"])
+def test_a_refused_rebuild_leaves_the_model_as_it_was(digits, tmp_path, wrong):
+    path, model = tmp_path / "c.pt", net()
+    train(cut(net()), digits, recipe(epochs=1), checkpoint=path)
+    content = read_checkpoint(path)
+    if wrong == "format":
+        content["structure"]["format"] = "another"
+    else:
+        content["weights"]["head.bias"] = torch.zeros(3)
+    write_checkpoint(path, content)
+    with pytest.raises(ValueError, match=r"format 'another'|head.bias"):
+        rebuild_from_checkpoint(model, path)
+    assert_same(model, net())
+
+
+CHANGES = {
+    "training images": lambda d: {"train": d.train[:-1]},
+    "test images": lambda d: {"test": d.test[:-1]},
+    "held-out images": lambda d: {"holdout": d.test[:5]},
+    "hash": lambda d: {"train": d.train[torch.arange(len(d.train)).flip(0)]},
+    "hash ": lambda d: {"mean": (0.5,)},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_goes_on_with_the_data_that_it_began_with_only(digits, tmp_path, what):
+    path = tmp_path / "c.pt"
+    train(net(), digits, recipe(epochs=1), checkpoint=path)
+    other = dataclasses.replace(digits, **CHANGES[what](digits))
+    with pytest.raises(ValueError, match=f"cannot resume: the data's {what.strip()} was .* and is .* now"):
+        train(net(), other, recipe(epochs=1), checkpoint=path, resume=True)
+
+
+def test_loaders_of_another_length_are_refused_on_resuming(tmp_path):
+    path, batches = tmp_path / "c.pt", [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(3)]
+    train(net(), Loaders(batches, batches, num_classes=10), recipe(epochs=1), checkpoint=path)
+    with pytest.raises(ValueError, match="the data's test batches was 3 and is 2 now"):
+        train(net(), Loaders(batches, batches[1:], num_classes=10), recipe(epochs=1), checkpoint=path, resume=True)
+
+
+def test_a_checkpoint_from_before_data_was_compared_is_resumed(digits, tmp_path):
+    path, whole, second = tmp_path / "c.pt", net(), net()
+    train(whole, digits, recipe())
+    with pytest.raises(Killed):
+        train(net(), digits, recipe(), checkpoint=path, on_epoch=killed_after(2))
+    content = read_checkpoint(path)
+    kept = ("batches in an epoch", "classes", "teacher's weights", "process")
+    content["setting"] = {name: content["setting"][name] for name in kept}
+    write_checkpoint(path, content)
+    train(second, digits, recipe(), checkpoint=path, resume=True)
+    assert_same(whole, second)
+
+
 def test_a_process_on_the_wrong_structure_is_refused(digits, tmp_path):
     path, model = tmp_path / "c.pt", net()
     process = Halving(at=0.0).start(model, digits.example(), BUDGET)
@@ -377,6 +493,20 @@ def test_a_nan_loss_stops_at_its_step_and_the_last_good_checkpoint_stays(digits,
     content = read_checkpoint(path)
     assert content["epoch"] == 1
     assert all(t.isfinite().all() for t in content["weights"].values())
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(digits, tmp_path):
+    class Blind(Net):
+        """NaN for the test images of the second epoch."""
+
+        def forward(self, x):
+            self.tested = getattr(self, "tested", 0) + (not self.training and len(x) == 60)
+            return super().forward(x) * (1.0 if self.training or self.tested < 2 else float("nan"))
+
+    path = tmp_path / "c.pt"
+    with pytest.raises(TrainingDiverged, match=r"epoch 2 at step 6 of 6 .*the test loss is nan.*epoch 1 is kept"):
+        train(Blind(), digits, recipe(), checkpoint=path)
+    assert read_checkpoint(path)["epoch"] == 1
 
 
 def test_a_method_that_stumbles_over_nan_is_not_blamed(digits):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.graph.tracing import private_copy
 from espalier.graph.watch import first_line
 from espalier.surgery.files import rebuild, structure, write_beside
 
@@ -56,10 +57,19 @@ def rebuild_from_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> n
 
     To resume a run with a process: rebuild, start the process on the result, then ``train(...,
     resume=True)``.
+
+    Raises: ValueError if the checkpoint is of another model; ``model`` is as it was then.
     """
-    content = read_checkpoint(path)
-    rebuild(model, content["structure"])
-    load_weights(model, content["weights"], where=str(path))
+    return take_over(model, read_checkpoint(path), where=str(path))
+
+
+def take_over(model: nn.Module, content: dict[str, Any], *, where: str) -> nn.Module:
+    """``rebuild_from_checkpoint`` with what was read from ``where``."""
+    if not same_structure(model, content):
+        # ``rebuild`` finds out on the way whether the structure fits, so it tries on a copy without memory first.
+        check_weights(rebuild(private_copy(model, "meta"), content["structure"]), content["weights"], where=where)
+        rebuild(model, content["structure"])
+    load_weights(model, content["weights"], where=where)
     return model
 
 
@@ -83,7 +93,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Put ``weights`` in, strides included: a copy into another memory format would round differently
-    later."""
+    later.
+
+    Raises: ValueError if they are those of another model, before any is changed.
+    """
+    check_weights(model, weights, where=where)
+    for name, tensor in named_tensors(model).items():
+        tensor.data = weights[name].to(tensor.device)
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
+    """Raises: ValueError if ``weights`` are not those of such a model."""
     own = named_tensors(model)
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
@@ -94,7 +114,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) ->
                 f"{where}: {name} is {weights[name].dtype} {tuple(weights[name].shape)} there, "
                 f"the model's is {tensor.dtype} {tuple(tensor.shape)}"
             )
-        tensor.data = weights[name].to(tensor.device)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -163,11 +182,18 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch, numpy and Python inside; the caller's streams go on afterwards as if nothing had been
-    drawn."""
+    """Seed torch on the CPU and on ``device``, numpy and Python inside; the caller's streams go on afterwards as
+    if nothing had been drawn."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would seed every GPU, and the others' streams be lost
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:

@@ -1,5 +1,6 @@
 """Data sets by name, resident on the device, and the user's own loaders behind the same interface."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from espalier.run.batches import (
 from espalier.run.cifar import LAYOUTS, read_cifar
 from espalier.run.folder import FolderData, read_folder
 
-__all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "load_data", "set_aside"]
+__all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "identity", "load_data", "set_aside"]
 
 _AT_ONCE = 8192  # images augmented in one go: few kernel launches, little memory
 
@@ -255,7 +256,8 @@ class Loaders:
             raise ValueError(f"the {name} loader yields images of {images.dtype}; give normalised floats")
         if len(images) != len(labels):
             raise ValueError(f"the {name} loader yields {len(images)} images with {len(labels)} labels")
-        check_labels(labels, num_classes=self.num_classes, where=f"{name} loader")
+        # Smallest and largest label would be fetched one by one.
+        check_labels(labels.cpu(), num_classes=self.num_classes, where=f"{name} loader")
         images = images.to(self.device, non_blocking=True)
         if channels_last and images.dim() == 4:
             images = images.to(memory_format=torch.channels_last)
@@ -288,6 +290,41 @@ def set_aside(source: Source, images: int) -> Source:
     device = source.train.labels.device
     parts = [source.train[torch.from_numpy(index).to(device)] for index in (kept, aside)]
     return replace(source, train=parts[0], holdout=parts[1])
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What tells other data apart at little cost: how many there are and, unless loaders hide it, a hash of what they are."""
+    splits = {"training": "train", "test": "test", "held-out": "holdout"}
+    if isinstance(source, Loaders):
+        lengths = {name: _length(getattr(source, split)) for name, split in splits.items()}
+        return {f"{name} batches": length for name, length in lengths.items() if length is not None}
+    if not isinstance(source, (Data, FolderData)):
+        return {}
+    found: dict[str, Any] = {f"{name} images": len(getattr(source, split)) for name, split in splits.items()}
+    found["hash"] = _hash(source)
+    return found
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # None, or a DataLoader around an iterable that does not know
+        return None
+
+
+def _hash(source: Data | FolderData) -> str:
+    """Of size, normalisation, augmentation, labels, and some images or all file names; not of where the files are."""
+    augmented = (source.levels, source.pad, source.flip) if isinstance(source, Data) else ()
+    scaled = [float(number) for number in (*source.mean, *source.std)]
+    digest = hashlib.sha256(repr((source.image_size, scaled, augmented)).encode())
+    for split in (source.train, source.test, source.holdout):
+        if isinstance(split, Split):
+            some = split.images[:: len(split) // 64 + 1]
+            for tensor in (split.labels, some):
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr([(path.name, label) for path, label in split]).encode())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- data sets by name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from espalier.run.batches import Source
 from espalier.run.checkpoint import (
     fingerprint,
     load_optimizer_state,
-    load_weights,
     named_tensors,
     optimizer_state,
     random_state,
@@ -31,14 +32,15 @@ from espalier.run.checkpoint import (
     restore_random_state,
     same_structure,
     seeded,
+    take_over,
     write_checkpoint,
 )
-from espalier.run.data import Data, FolderData
+from espalier.run.data import Data, FolderData, identity
 from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device, thread_count
 from espalier.run.recipe import Recipe
 from espalier.run.replay import Replay, recorder_for, running
-from espalier.surgery.files import rebuild, structure
+from espalier.surgery.files import structure
 
 AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
@@ -120,11 +122,12 @@ def train(
 
     ``checkpoint`` is a file that is replaced after every epoch.  With ``resume`` the run goes on from it
     (from the start if there is none yet) and, on the CPU and with the same number of threads, ends bit for
-    bit where the uninterrupted run would have ended.  The caller's random number streams are left as they
-    were.
+    bit where the uninterrupted run would have ended.  The caller's random number streams and ``teacher`` are
+    left as they were.
 
     Raises: ValueError if model, data and recipe do not fit together, or if a checkpoint is in the way or
-    belongs to another run; TrainingDiverged, naming epoch and step, if the loss is no longer finite.
+    belongs to another run, and the weights are as they were then; TrainingDiverged, naming epoch and step, if
+    the loss of training or testing is no longer finite.
     """
     device = pick_device(recipe.device)
     path = None if checkpoint is None else Path(checkpoint)
@@ -136,17 +139,15 @@ def train(
         raise ValueError(f"train: move the model to {device} before the process is started on it")
     with thread_count(recipe.threads), seeded(recipe.seed, device):
         content = read_checkpoint(path) if path is not None and path.exists() else None
-        if content is not None and not same_structure(model, content):
-            if process is not None:
-                raise ValueError(
-                    f"{path}: the model has another structure than this checkpoint; first "
-                    "rebuild_from_checkpoint(model, path), then start the process on it"
-                )
-            rebuild(model, content["structure"])
+        if content is not None and process is not None and not same_structure(model, content):
+            raise ValueError(
+                f"{path}: the model has another structure than this checkpoint; first "
+                "rebuild_from_checkpoint(model, path), then start the process on it"
+            )
         run = _Run(model, data, recipe, device, process, teacher, path)
+        check_fit(model, run.data, recipe, teacher=run.teacher)
         if content is not None:
             run.load(content)
-        check_fit(model, run.data, recipe, teacher=run.teacher)
         while len(run.history.epochs) < recipe.epochs:
             run.epoch(on_step)
             if on_epoch is not None:
@@ -245,19 +246,25 @@ class _Run:
     ) -> None:
         self.distill = _distillation_weight(recipe, teacher)
         self.model = _placed(model, device, recipe)
-        self.teacher = _placed(teacher, device, recipe).eval() if teacher is not None and self.distill else None
+        self.teacher = None
+        if teacher is not None and self.distill:
+            self.teacher = _placed(copy.deepcopy(teacher), device, recipe).eval()
         self.teacher_print = fingerprint(self.teacher)
         self.data = data.to(device) if isinstance(data, Data) else data
         self.recipe, self.device, self.process, self.path = recipe, device, process, path
         self.steps = data.steps(recipe.batch_size)
-        self.optimizer = make_optimizer(model, recipe)
-        self.average = None if recipe.ema is None else AveragedWeights(model, recipe.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        recorder = recorder_for(device, wanted=recipe.graphs)
-        self.replay = None if recorder is None else Replay(self._compute, model, recorder=recorder)
         self.history = History()
         self.done = 0  # steps of the whole run
         self.kept_checkpoint = 0  # the epoch that lies on disk
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what holds the model's tensors."""
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.average = None if self.recipe.ema is None else AveragedWeights(self.model, self.recipe.ema)
+        recorder = recorder_for(self.device, wanted=self.recipe.graphs)
+        self.replay = None if recorder is None else Replay(self._compute, self.model, recorder=recorder)
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -268,13 +275,15 @@ class _Run:
             losses, correct, images, removals = self._pass(on_step)
         seconds = time.perf_counter() - begin
         tested = self._evaluate()
+        if not math.isfinite(tested["loss"]):
+            self._diverged(self.steps, f"the test loss is {tested['loss']}")
         found = Epoch(
             epoch=len(self.history.epochs) + 1,
             loss=losses.mean,
             train_accuracy=100.0 * correct / images,
             accuracy=tested["accuracy"],
             test_loss=tested["loss"],
-            lr=self._rate(self.done - 1),
+            lr=self.optimizer.param_groups[0]["lr"],
             seconds=seconds,
             removals=removals,
         )
@@ -389,7 +398,7 @@ class _Run:
         if self.replay is not None and removed.rebuilt:
             self.replay.forget()
         if self.average is not None:
-            self.average.cut(removed.kept, self.model, renewed=removed.renewed)
+            self.average.cut(removed.kept, self.model, renewed=removed.renewed, turned=removed.turned)
         return int(bool(removed.kept))
 
     # -- looking ---------------------------------------------------------------------------------------------
@@ -450,32 +459,44 @@ class _Run:
             "random": random_state(self.device),
             "history": [asdict(epoch) for epoch in self.history.epochs],
             "recipe": self.recipe.to_dict(),
-            "setting": self._setting(),
+            "setting": self.setting,
         }
         write_checkpoint(self.path, content)
         self.kept_checkpoint = len(self.history.epochs)
 
-    def _setting(self) -> dict[str, Any]:
+    @cached_property
+    def setting(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {
+            **self.data_setting,
             "batches in an epoch": self.steps,
             "classes": self.data.num_classes,
             "teacher's weights": self.teacher_print,
             "process": None if self.process is None else type(self.process).__name__,
         }
 
-    def load(self, content: dict[str, Any]) -> None:
-        where = str(self.path)
-        ours = {**self.recipe.to_dict(), **self._setting()}
-        theirs = {**content["recipe"], **content["setting"]}
+    @cached_property
+    def data_setting(self) -> dict[str, Any]:
+        return {f"the data's {name}": value for name, value in identity(self.data).items()}
+
+    def _compare(self, content: dict[str, Any]) -> None:
+        """Raises: ValueError if the checkpoint is of another run."""
+        ours = {**self.recipe.to_dict(), **self.setting}
+        # Checkpoints used to say nothing of the data.
+        theirs = {**self.data_setting, **content["recipe"], **content["setting"]}
         elsewhere = ("device", "threads", "graphs")
-        for name in ours.keys() | theirs.keys():
+        for name in {**ours, **theirs}:
             if name not in elsewhere and ours.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"{where}: cannot resume: {name} was {theirs.get(name)} and is {ours.get(name)} now; "
+                    f"{self.path}: cannot resume: {name} was {theirs.get(name)} and is {ours.get(name)} now; "
                     "give what the run began with, or begin a new one"
                 )
-        load_weights(self.model, content["weights"], where=where)
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint, of which the model may have the structure already."""
+        self._compare(content)
+        take_over(self.model, content, where=str(self.path))
+        self._begin()
         load_optimizer_state(self.model, self.optimizer, content["optimizer"])
         if self.process is not None:
             self.process.load_state_dict(content["process"])

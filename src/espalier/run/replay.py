@@ -137,7 +137,8 @@ class _CudaRecording:
         self.step = step  # holds what the graph reads
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, stream=stream):
+            # Only this thread must keep to what can be recorded: that of a DataLoader pins memory meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = step()
         except RuntimeError as error:
             raise ValueError(
