@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+import espalier as es
 from espalier import __version__
 from espalier.plan import Budget
 from espalier.present import demo
@@ -17,6 +18,7 @@ from espalier.present.cli import app
 from espalier.present.config import hyper_parameters
 from espalier.run.evaluate import pick_device
 from espalier.run.models import build_model
+from espalier.run.onnx import export_onnx, to_onnx_bytes
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import to_toml
 
@@ -217,6 +219,82 @@ def test_export_writes_onnx_that_computes_the_same(tiny, tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "x.onnx").stat().st_size > 0
     assert "differs from PyTorch by at most" in done.output.replace("\n", " ")
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_from_python_is_exported_once_its_network_and_input_are_said(tiny, tmp_path):
+    pytest.importorskip("onnxruntime")
+    network = build_model(tiny, num_classes=10, in_channels=1)
+    run = tmp_path / "run"
+    es.compress(network, torch.zeros(1, 1, 8, 8), budget=Budget(macs=0.5), method=es.Magnitude(), out=run)
+    for options in ((), ("--model", tiny), ("--input", "1,1,8,8")):
+        refused(espalier("export", run, *options), str(run), "does not say", "--model and --input")
+    done = espalier("export", run, "--model", tiny, "--input", "1,1,8,8")
+    assert done.exit_code == 0, done.output
+    assert (run / "model.onnx").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_an_input_given_for_a_run_leaves_its_classes(tiny, tmp_path, monkeypatch):
+    begin(tiny, tmp_path / "run", "--method", "none")
+    found = []
+    monkeypatch.setattr("espalier.present.cli.open_network", lambda path, config: found.append(config["model"]))
+    monkeypatch.setattr("espalier.present.cli.export_onnx", lambda *_: 0.0)
+    espalier("export", tmp_path / "run", "--input", "1,1,12,12")
+    assert [(m["num_classes"], m["image_size"]) for m in found] == [(10, 12)]
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_run_that_has_not_finished_is_told_to_go_on(command, tiny, tmp_path):
+    begin(tiny, tmp_path / "run", "--method", "none")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    refused(
+        espalier(command, tmp_path / "run"), f"espalier compress --out {tmp_path / 'run'} --resume", "has not finished"
+    )
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_export(tmp_path, monkeypatch):
+    def too_early(*_):
+        raise AssertionError("it was exported")
+
+    monkeypatch.setattr("espalier.run.onnx.exported", too_early)
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.onnx", "is a file, not a folder")):
+        with pytest.raises(ValueError, match=words):
+            export_onnx(nn.Linear(2, 2), path, torch.zeros(1, 2))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match="may not be written"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "new" / "x.onnx", torch.zeros(1, 2))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_an_exporter_says_comes_without_colours(monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def broken(*_):
+        raise RuntimeError("\x1b[96mno rule\x1b[0;1m for this\x1b[0m")
+
+    monkeypatch.setattr("espalier.run.onnx._ATTEMPTS", (("broken", broken, True),))
+    with pytest.raises(ValueError, match=r"broken: no rule for this$"):
+        to_onnx_bytes(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(1e-6, 2e-6), (0.0, 1e-6)])
+def test_a_difference_is_relative_to_outputs_however_small(ours, theirs, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def constant(value):
+        network = nn.Linear(2, 2)
+        nn.init.zeros_(network.weight)
+        nn.init.constant_(network.bias, value)
+        return network
+
+    assert export_onnx(constant(ours), tmp_path / "same.onnx", torch.zeros(1, 2)) == 0.0
+    wrong = to_onnx_bytes(constant(theirs), torch.zeros(1, 2))
+    monkeypatch.setattr("espalier.run.onnx._ATTEMPTS", (("liar", lambda *_: wrong, True),))
+    with pytest.raises(ValueError, match="differ from PyTorch's"):
+        export_onnx(constant(ours), tmp_path / "m.onnx", torch.zeros(1, 2))
 
 
 @pytest.mark.usefixtures("unmeasured")

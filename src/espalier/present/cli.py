@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -210,12 +210,9 @@ def export(
     """Write the network in a run folder, or in a file with --model, as ONNX, and compare it with PyTorch."""
     _check_exists(path)
     merged = settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir())
-    if path.is_dir() and input is None:
-        section = merged["model"]
-        shape = (1, section["in_channels"], section["image_size"], section["image_size"])
-        inputs: tuple[torch.Tensor, ...] = (torch.zeros(shape),)
-    else:
-        merged, inputs = _described(merged, input, num_classes)
+    if path.is_dir():
+        input = _input_of_run(path, merged["model"], input)
+    merged, inputs = _described(merged, input, num_classes)
     target = to or (path / ONNX if path.is_dir() else path.with_suffix(".onnx"))
     difference = export_onnx(open_network(path, merged), target, inputs)
     stdout.print(f"{target}: differs from PyTorch by at most {difference:.1e}", markup=False, soft_wrap=True)
@@ -250,15 +247,22 @@ def _check_exists(path: Path) -> None:
 # -- inputs without data
 
 
+def _input_of_run(path: Path, section: dict[str, Any], given_input: list[str] | None) -> list[str]:
+    """What was given, or the shape of the run's images, as ``--input`` has it."""
+    if not section.keys() >= ({"name"} if given_input else {"name", "in_channels", "image_size"}):
+        raise ValueError(f"{path}: this run does not say its network and input: give --model and --input")
+    return given_input or ["1,{in_channels},{image_size},{image_size}".format(**section)]
+
+
 def _described(
     config: Config, given_input: list[str] | None, num_classes: int | None
 ) -> tuple[Config, tuple[torch.Tensor, ...]]:
-    """A network's section for inputs of the shapes given, and those inputs."""
+    """A network's section for inputs of the shapes given, and those inputs; classes as given, as they stand there, or usual."""
     shape, classes = _usual(config["model"].get("name", ""))
     shapes = [_shape(text) for text in given_input] if given_input else [shape]
     first = shapes[0]
     section = {
-        "num_classes": num_classes or classes,
+        "num_classes": num_classes or config["model"].get("num_classes", classes),
         "in_channels": first[1] if len(first) > 1 else first[0],
         "image_size": first[-1],
     }

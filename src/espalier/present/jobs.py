@@ -36,6 +36,7 @@ from espalier.run.rundir import (
     MODEL,
     begin_folder,
     check_folder,
+    unfinished,
     write_config,
     write_log,
 )
@@ -155,6 +156,8 @@ def with_board(on_epoch: OnEpoch, folder: Path) -> OnEpoch:
 def open_network(path: Path, config: Config) -> nn.Module:
     """The network of a run folder, or of a file of weights with or without structure, in eval mode."""
     file = path / MODEL if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise unfinished(path)
     network = make_model(config)
     if _has_structure(file):
         return load(file, base=network).eval()

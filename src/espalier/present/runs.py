@@ -14,7 +14,7 @@ from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
 from espalier.run.models import load_weights
 from espalier.run.report import COUNTED
-from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS
+from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, unfinished
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
 
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> Run:
     if config["method"].get("name") == "none":
         raise ValueError(f"{folder}: this run only trained a dense network; there is nothing to report on")
     if not (folder / METRICS).exists():
-        raise ValueError(f"{folder}: this run has not finished; go on with: espalier compress --out {folder} --resume")
+        raise unfinished(folder)
     dense, small, note = _networks(folder, config)
     return Run(
         folder=folder,

@@ -7,6 +7,7 @@ import copy
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,10 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *,
     The difference is relative to the largest output, taken over the example and random inputs at batch sizes
     1 and 3. Nothing is written unless it is within ``tolerance``.  ``example`` is what ``trace`` takes.
 
-    Raises: ValueError if no exporter can translate the model, or if ONNX Runtime computes something else;
-    MissingPackage if the extra ``onnx`` is not installed.
+    Raises: ValueError if ``path`` cannot be written, no exporter can translate the model, or ONNX Runtime computes
+    something else; MissingPackage if the extra ``onnx`` is not installed.
     """
+    _check_place(Path(path))
     content, difference = exported(model, example)
     if not difference <= tolerance:  # NaN is not within it either
         raise ValueError(
@@ -37,6 +39,17 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *,
         )
     write_file(Path(path), content)
     return difference
+
+
+def _check_place(path: Path) -> None:
+    """An export takes long; that its file cannot be written is said before."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give the name of a file")
+    folder = next(p for p in path.absolute().parents if p.exists())  # those below it will be made
+    if not folder.is_dir():
+        raise ValueError(f"{path}: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: the folder {folder} may not be written; choose another")
 
 
 def to_onnx_bytes(model: nn.Module, example: Any) -> bytes:
@@ -60,8 +73,11 @@ def exported(model: nn.Module, example: Any) -> tuple[bytes, float]:
                 content = export(private, resized(args, 2) if free else args, free)
             return content, _difference(private, content, args, (1, 3) if free else (None,))
         except Exception as error:  # every exporter fails in its own way; the next one may not
-            problems.append(f"{name}: {first_line(error)}")
+            problems.append(f"{name}: {_COLOUR.sub('', first_line(error))}")
     raise ValueError(f"the model cannot be exported to ONNX; {'; '.join(problems)}")
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def onnx_session(content: bytes, *, threads: int = 1) -> Any:
@@ -107,9 +123,13 @@ def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], batc
             if [t.shape for t in ours] != [t.shape for t in theirs]:
                 raise ValueError("ONNX Runtime returns other shapes than PyTorch")
             for a, b in zip(ours, theirs, strict=True):
-                found = float((a - b).abs().max() / a.abs().max().clamp_min(1.0)) if a.numel() else 0.0
+                found = _relative(a.double(), b.double()) if a.numel() else 0.0
                 worst = found if found != found else max(worst, found)
     return worst
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny))
 
 
 # -- exporters

@@ -72,6 +72,11 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] |
     return None
 
 
+def unfinished(folder: Path) -> ValueError:
+    """What to say where the results of a run are wanted and not there yet."""
+    return ValueError(f"{folder}: this run has not finished; go on with: espalier compress --out {folder} --resume")
+
+
 def begin_folder(folder: Path) -> None:
     """Make the folder.  The files of an older run go to ``old-1`` inside it, or the next free number; no
     other is touched."""
