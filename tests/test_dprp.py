@@ -27,6 +27,7 @@ from espalier.plan import Budget
 from espalier.run import report
 from espalier.run.compress import compress
 from espalier.run.data import Data, load_data
+from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import evaluate
 from espalier.run.loop import make_optimizer, train
 from espalier.run.recipe import Recipe
@@ -479,6 +480,26 @@ def test_momentum_of_dead_values_does_not_explode() -> None:
     before = float(optimizer.state[low.u]["momentum_buffer"].norm())
     turn_factors({"layer": low}, optimizer=optimizer)
     assert float(optimizer.state[low.u]["momentum_buffer"].norm()) < 3 * before
+
+
+def test_averages_follow_their_factors_into_another_basis() -> None:
+    low = disturbed(torch.float64)
+    model = nn.Sequential(low)
+    average = AveragedWeights(model, 0.9)
+    generator = torch.Generator().manual_seed(3)
+    for name, shadow in average.shadow.items():  # as far from the weights as an average of many steps is
+        if name != "0.bias":
+            shadow.add_(1e-4 * shadow.abs().mean() * torch.randn(shadow.shape, generator=generator, dtype=shadow.dtype))
+
+    def composed(factors: dict[str, Tensor]) -> Tensor:
+        return (factors["0.u"] * factors["0.s"]) @ factors["0.v"].T
+
+    before, own = composed(average.shadow), composed({f"0.{n}": p.detach() for n, p in low.named_parameters()})
+    average.cut({}, model, turned=turn_factors({"0": low}))
+    apart = float((before - own).norm())
+    assert apart > 0
+    assert float((composed(average.shadow) - before).norm()) < 0.1 * apart
+    assert not torch.equal(average.shadow["0.u"], low.u)
 
 
 def test_second_moments_swap_places_with_their_columns() -> None:

@@ -268,18 +268,25 @@ class Turn:
         values are both below ``FLOOR`` of the largest, ``D`` is dropped: as turns of next to nothing it would be far too large
         for a first-order step (trained networks have dead filters, and it did make them explode).
         """
-        core = (self.above * ds[..., None, :]) @ self.below
+        fresh, du_of_core, dv_of_core = self._parted((self.above * ds[..., None, :]) @ self.below)
+        return du @ self.left + du_of_core, fresh, dv @ self.right + dv_of_core
+
+    def follow(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Other factors in the old basis, near to these as an average over steps is, in the new one: as a tangent step away."""
+        device = s.device
+        left, right, above, below = (f.to(device) for f in (self.left, self.right, self.above, self.below))
+        fresh, du, dv = self._parted(((above * s) @ below).to(self.s.device))
+        return u @ left + du.to(device), fresh.to(device), v @ right + dv.to(device)
+
+    def _parted(self, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The diagonal of ``U core V^T``, and the rest as turns of ``u`` and of ``v``."""
         fresh = core.diagonal(dim1=-2, dim2=-1).clone()
         core = core - torch.diag_embed(fresh)
         squares = self.s.square()
         pairs = squares[..., :, None] + squares[..., None, :]
         floor = (FLOOR * self.s.amax(-1)[..., None, None]) ** 4
         core = core * pairs / (pairs.square() + floor).clamp_min(torch.finfo(core.dtype).tiny)
-        return (
-            du @ self.left + self.u @ (core * self.s[..., None, :]),
-            fresh,
-            dv @ self.right + self.v @ (core * self.s[..., :, None]).mT,
-        )
+        return fresh, self.u @ (core * self.s[..., None, :]), self.v @ (core * self.s[..., :, None]).mT
 
     def spread(self, du: Tensor, ds: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Second moments in the new basis, the old coordinates taken as uncorrelated; exact where columns only swap."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from espalier.carving import Kept
 from espalier.copies import named_tensors
 from espalier.costs import Cost, CostModel
+from espalier.forms.lowrank import Turn
 from espalier.graph import Graph, hold, trace
 from espalier.plan import Budget, Plan, need_budget
 from espalier.surgery import shrink_
@@ -38,12 +39,14 @@ class Removed:
     """A process has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights.
 
     Tensors in ``renewed`` hold something else than before, though their shapes may be the same: copies begin anew.
+    The factors of the layers in ``turned`` are in another basis, after what is cut has gone: copies follow.
     Unless ``rebuilt`` the model still computes the same on the same tensors.
     """
 
     kept: Kept
     cost: Cost
     renewed: frozenset[str] = frozenset()
+    turned: Mapping[str, Turn] = field(default_factory=dict)
     rebuilt: bool = True
 
 
@@ -77,15 +80,15 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         """``ValueError`` for a hyper-parameter of another type than it is declared with; numbers of numpy become plain ones."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind, _, optional = str(field.type).partition(" | ")
+        for own in fields(self):
+            value = getattr(self, own.name)
+            kind, _, optional = str(own.type).partition(" | ")
             if kind not in _TYPES or (optional == "None" and value is None):
                 continue
             fits, plain, words = _TYPES[kind]
             if not isinstance(value, fits) or (isinstance(value, bool) and kind != "bool") or not _finite(value):
-                raise ValueError(f"{type(self).__name__}({field.name}={value!r}): must be {words}")
-            object.__setattr__(self, field.name, plain(value))
+                raise ValueError(f"{type(self).__name__}({own.name}={value!r}): must be {words}")
+            object.__setattr__(self, own.name, plain(value))
 
     @property
     def needs_budget(self) -> bool:

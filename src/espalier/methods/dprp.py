@@ -184,28 +184,28 @@ class Falling(Process):
 
     def _event(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
         kept = self._drop(optimizer)
-        renewed = self._turn(optimizer)
+        turned, renewed = self._turn(optimizer), frozenset[str]()
         self._took_stock(progress)
         if self.settled:
             self._finished()
         else:
             self._decide(progress)
-            renewed |= self.split(self._falling, optimizer=optimizer)
-        return Removed(kept, self.cost, renewed)
+            renewed = self.split(self._falling, optimizer=optimizer)
+        return Removed(kept, self.cost, renewed, turned)
 
     def _drop(self, optimizer: torch.optim.Optimizer | None) -> Any:
         kept = cut_ranks(self.model, self.targets, optimizer=optimizer)
         self._sensitivity = {n: v[: self.targets[n]] for n, v in self._sensitivity.items()}
         return kept
 
-    def _turn(self, optimizer: torch.optim.Optimizer | None) -> frozenset[str]:
+    def _turn(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Turn]:
         """Factors become singular value decompositions again; those of whole layers are only taken note of."""
         turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
         whole = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
         self._mix({**turns, **{n: turn.seen_from(self._decomposed[n]) for n, turn in whole.items()}})
         self._decomposed = whole
         self.values = {n: turn.s for n, turn in {**turns, **whole}.items()}
-        return _factors(turns)
+        return turns
 
     def split(self, names: Iterable[str], *, optimizer: torch.optim.Optimizer | None) -> frozenset[str]:
         """Whole layers are trained as their factors from here on; returns the names of these."""
@@ -213,13 +213,13 @@ class Falling(Process):
         split_layers(layers, self._decomposed, optimizer=optimizer)
         self._decomposed = {n: turn for n, turn in self._decomposed.items() if n not in layers}
         self._listen()
-        return _factors(layers)
+        return frozenset(f"{n}.{factor}" for n in layers for factor in ("u", "s", "v"))
 
     def _straighten(self, optimizer: torch.optim.Optimizer) -> Removed | None:
         """Between events and after the last one: what the penalty leaves of the drift from orthonormal factors goes."""
         turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
         self._mix(turns)
-        return Removed({}, self.cost, _factors(turns), rebuilt=False) if turns else None
+        return Removed({}, self.cost, turned=turns, rebuilt=False) if turns else None
 
     def _mix(self, turns: Mapping[str, Turn]) -> None:
         """Sensitivities follow their triplets into the new bases."""
@@ -400,11 +400,6 @@ class Falling(Process):
         self._decomposed = {n: Turn.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()}
         self._listen()
         self._took_stock(self._last)
-
-
-def _factors(layers: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the parameters of ``layers``."""
-    return frozenset(f"{n}.{factor}" for n in layers for factor in ("u", "s", "v"))
 
 
 def _dense_twin(model: nn.Module) -> nn.Module:

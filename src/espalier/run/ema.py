@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, select
+from espalier.forms.lowrank import Turn
 
 
 class AveragedWeights:
@@ -30,8 +31,19 @@ class AveragedWeights:
         for name, tensor in _averaged(model):
             self.shadow[name].lerp_(tensor.detach(), 1.0 - decay)
 
-    def cut(self, kept: Kept, model: nn.Module, *, renewed: Collection[str] = ()) -> None:
-        """Follow a removal; a tensor that is ``renewed``, or came into the model with it, starts from its present value."""
+    @torch.no_grad()
+    def cut(
+        self,
+        kept: Kept,
+        model: nn.Module,
+        *,
+        renewed: Collection[str] = (),
+        turned: Mapping[str, Turn] | None = None,
+    ) -> None:
+        """Follow a removal, and factors into the bases that they were ``turned`` to.
+
+        A tensor that is ``renewed``, or came into the model with the removal, starts from its present value.
+        """
         for name in renewed:
             self.shadow.pop(name, None)
         for name, by_dim in kept.items():
@@ -39,6 +51,9 @@ class AveragedWeights:
                 old = self.shadow[name]
                 index = {d: torch.from_numpy(i).to(old.device) for d, i in by_dim.items()}
                 self.shadow[name] = select(old, index)
+        for layer, turn in (turned or {}).items():
+            names = [f"{layer}.{factor}" for factor in ("u", "s", "v")]
+            self.shadow.update(zip(names, turn.follow(*(self.shadow[n] for n in names)), strict=True))
         shadow = self.shadow
         self.shadow = {
             name: shadow[name] if name in shadow and shadow[name].shape == tensor.shape else tensor.detach().clone()
