@@ -97,6 +97,28 @@ def test_what_is_counted_and_not_executed_is_called_that_and_carries_the_limit(f
     assert "counted, not executed" not in page([run], timing=False)
 
 
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (torch.zeros(1, 8), "costs are those of a single input."),
+        (torch.zeros(3, 8), "costs are those of the example input (batch 3)."),
+        ({"input": torch.zeros(3, 8)}, "costs are those of the example input (batch 3)."),
+        ((torch.zeros(3, 8),), "costs are those of the example input (batch 3)."),
+        (torch.zeros(8), "costs are those of the example input."),
+    ],
+)
+def test_the_summary_says_what_the_costs_are_those_of(example, words, tmp_path, monkeypatch):
+    def not_here(*arguments, **options):
+        raise ValueError("not in this test")
+
+    monkeypatch.setattr("espalier.run.report.latency", not_here)
+    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    es.compress(network, example, budget=es.Budget(macs=0.5), method=es.Magnitude(), out=tmp_path / "run")
+    assert words in (tmp_path / "run" / "summary.md").read_text()
+    assert words in page([read_run(tmp_path / "run")], timing=False)
+
+
 def test_kernels_over_time_are_drawn_where_they_changed(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     history = {"kernel": {"layer1.0.conv1": [[0.0, 9], [0.5, 3]], "layer2.0.conv1": [[0.0, 9]]}, "left": {}}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.costs import METRICS as COSTS
 from espalier.costs import Cost
@@ -74,6 +74,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "small": {**outcome.small_result, **asdict(outcome.small), "bytes": small_bytes},
         "fraction": {**outcome.small.fraction_of(outcome.dense), "bytes": small_bytes / dense_bytes},
         "limits": dict(outcome.limits),
+        "example_batch": _batch(outcome.example),
         "counted": None if outcome.counted is None else _counted(outcome.counted, outcome.dense),
         "latency": [asdict(timing) for timing in timings],
         "onnx_difference": difference,
@@ -85,6 +86,15 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "seed": outcome.config["recipe"].get("seed"),
         "versions": outcome.config["versions"],
     }
+
+
+def _batch(example: Any) -> int | None:
+    """``None`` where it does not show: nested inputs, inputs of several sizes or of one dimension."""
+    inputs = (
+        example.values() if isinstance(example, dict) else example if isinstance(example, (tuple, list)) else (example,)
+    )
+    sizes = {len(i) if isinstance(i, Tensor) and i.dim() > 1 else None for i in inputs}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _counted(counted: Cost, dense: Cost) -> dict[str, Any]:
@@ -161,12 +171,19 @@ def slow_sentence(metrics: Mapping[str, Any]) -> str | None:
 
 def _sentence(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not metrics["limits"]:
-        return "No budget: the method found the size. One multiply-add is one MAC; costs are those of a single input."
+        return f"No budget: the method found the size. {basis(metrics)}"
     limits = ", ".join(f"{name} up to {value:,}" for name, value in metrics["limits"].items())
     how = f", {metrics['counted']['note']}" if metrics["counted"] else ""
     multiple = config["budget"].get("multiple_of", 1)
     widths = f"; widths and ranks in multiples of {multiple}, or whole" if multiple > 1 else ""
-    return f"Budget: {limits}{how}{widths}. One multiply-add is one MAC; costs are those of a single input."
+    return f"Budget: {limits}{how}{widths}. {basis(metrics)}"
+
+
+def basis(metrics: Mapping[str, Any]) -> str:
+    """What is counted, and at which input."""
+    batch = metrics.get("example_batch")  # runs from before it was written down do not say it
+    shown = "" if batch is None else f" (batch {batch})"
+    return f"One multiply-add is one MAC; costs are those of {'a single input' if batch == 1 else f'the example input{shown}'}."
 
 
 def _latency_table(timings: list[dict[str, Any]]) -> list[str]:
