@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espalier as es
-from espalier.methods.importance import Sensitivity
+from espalier.methods.importance import Sensitivity, measure
 from espalier.methods.units import Units
 from espalier.surgery.files import rebuild, structure
 
@@ -165,6 +165,21 @@ def test_moments_of_a_resumed_run_are_where_the_model_is(monkeypatch: pytest.Mon
     again.load_state_dict(state)
     model(torch.zeros(2, 1, 8, 8, device="meta"))  # adds to the sums
     assert {s.device.type for s in again.moments.sums.values()} == {"meta"}
+
+
+def test_frozen_weights_are_measured_and_nothing_is_left_behind() -> None:
+    model, other = net(), net()
+    other[3].weight.requires_grad_(False)
+    batches = [(X[:32], Y[:32])]
+    graph = es.trace(model, X[:1])
+    found = [measure(m, graph, "taylor", batches) for m in (model, other)]
+    for group in graph.groups:
+        np.testing.assert_allclose(found[1][group.name], found[0][group.name])
+    with pytest.raises(IndexError):
+        measure(other, graph, "taylor", [(X[:8], Y[:8] + 100)])
+    assert [n for n, p in other.named_parameters() if not p.requires_grad] == ["3.weight"]
+    assert not any(p._post_accumulate_grad_hooks for p in other.parameters())
+    assert all(p.grad is None for p in other.parameters())
 
 
 # -- settings

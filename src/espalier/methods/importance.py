@@ -205,6 +205,19 @@ class Moments:
         return total[: self.units.count]
 
 
+@contextmanager
+def _all_gradients(model: nn.Module) -> Iterator[None]:
+    """Frozen parameters get gradients too; afterwards all have those they had."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, *_ in before:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, trained, gradient in before:
+            parameter.requires_grad_(trained).grad = gradient
+
+
 def measure(
     model: nn.Module,
     graph: Graph,
@@ -233,15 +246,15 @@ def measure(
                 for x, _ in batches:
                     model(x)
             return units.by_group(moments.share())
-        grads = [p.grad for p in model.parameters()]
-        sensitivity = Sensitivity(units, smoothing=1.0)
-        for x, y in batches:
-            model.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            sensitivity.batch_done()
-        sensitivity.close()
-        for parameter, grad in zip(model.parameters(), grads, strict=True):
-            parameter.grad = grad
+        with _all_gradients(model):
+            sensitivity = Sensitivity(units, smoothing=1.0)
+            try:
+                for x, y in batches:
+                    model.zero_grad()
+                    nn.functional.cross_entropy(model(x), y).backward()
+                    sensitivity.batch_done()
+            finally:
+                sensitivity.close()
         return units.by_group(sensitivity.value)
     finally:
         for module, flag in flags:
