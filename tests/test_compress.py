@@ -4,6 +4,7 @@ import copy
 import csv
 import dataclasses
 import json
+import re
 import tomllib
 
 import pytest
@@ -16,6 +17,7 @@ from espalier.costs import cost
 from espalier.graph import trace
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.mgp import MGP
+from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run import compress as compress_room
@@ -157,6 +159,16 @@ def test_a_method_above_the_budget_is_found_out(digits):
 
     with pytest.raises(ValueError, match="above the budget"):
         compress(net(), EXAMPLE, budget=BUDGET, method=Lazy())
+
+
+def test_every_layer_is_in_the_mode_that_it_had(digits):
+    model = net()
+    model.bn1.eval()
+    for data, method in ((EXAMPLE, Magnitude()), (EXAMPLE, SVDOneShot()), (digits, Halving())):
+        small = compress(model, data, budget=BUDGET, method=method, recipe=recipe(epochs=1)).model
+        assert [n for n, m in small.named_modules() if not m.training] == ["bn1"]
+    model.eval()
+    assert not any(m.training for m in compress(model, EXAMPLE, budget=BUDGET, method=SVDOneShot()).model.modules())
 
 
 # -- the folder
@@ -319,6 +331,96 @@ def test_a_run_killed_while_the_results_are_written_is_resumed(digits, trained, 
     assert not (tmp_path / "model.safetensors").exists()
     compress(trained, digits, **job, resume=True)
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "summary.md").exists()
+
+
+def one_shot_job(out, **changes):
+    data = {"method": SVDOneShot(), "budget": Budget(macs=0.8, multiple_of=8), "recipe": recipe(epochs=2), "out": out}
+    return {**data, **changes}
+
+
+def test_a_resumed_run_of_a_one_shot_method_still_says_what_it_left(digits, tmp_path, no_timing):
+    for name in ("whole", "part"):
+        try:
+            compress(net(), digits, **one_shot_job(tmp_path / name, on_epoch=killed_after(1 if name == "part" else 9)))
+        except Killed:
+            compress(net(), digits, **one_shot_job(tmp_path / name), resume=True)
+    left = [json.loads((tmp_path / name / "metrics.json").read_text())["left"] for name in ("whole", "part")]
+    assert left[0] == left[1] != {}
+
+
+def test_a_one_shot_run_that_left_nothing_is_resumed(digits, tmp_path, no_timing):
+    job = {"budget": BUDGET, "method": Magnitude(), "recipe": recipe(epochs=1), "out": tmp_path}
+    compress(net(), digits, **job)
+    (tmp_path / "history.json").unlink(missing_ok=True)
+    compress(net(), digits, **job, resume=True)
+    assert json.loads((tmp_path / "metrics.json").read_text())["left"] == {}
+
+
+@pytest.mark.parametrize("gone", [r"\n\[start\]\ntrained = \w+\nweights = \S+", r"trained = \w+\n"])
+def test_a_configuration_that_does_not_say_how_the_run_began_is_resumed(digits, tmp_path, no_timing, gone):
+    job = {"budget": BUDGET, "method": Magnitude(), "recipe": recipe(epochs=1), "out": tmp_path}
+    compress(net(), digits, **job)
+    config = tmp_path / "config.toml"
+    shorter = re.sub(gone, "", config.read_text())
+    assert shorter != config.read_text()
+    config.write_text(shorter)
+    compress(net(), digits, **job, resume=True)
+
+
+def test_a_run_that_only_trained_is_not_resumed_by_compressing(digits, tmp_path):
+    tables = {"method": {"name": "none"}, "recipe": recipe(epochs=1).to_dict()}
+    rundir.write_config(tmp_path / "config.toml", tables)
+    train(net(), digits, recipe(epochs=1), checkpoint=tmp_path / "checkpoint.pt")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"method.name was none and is magnitude now"):
+        compress(net(), digits, budget=BUDGET, method=Magnitude(), recipe=recipe(epochs=1), out=tmp_path, resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("data", {"name": "cifar10"}, r"data.name was digits and is cifar10 now"),
+        ("data", {"holdout": 40}, r"data.holdout was 0 and is 40 now"),
+        ("data", {"image_size": 16}, r"data.image_size was 8 and is 16 now"),
+        ("model", {"name": "resnet32"}, r"model.name was resnet20 and is resnet32 now"),
+        ("model", {"image_size": 16}, r"model.image_size was 8 and is 16 now"),
+        ("data", {"name": "imagefolder:/elsewhere"}, r"data.name was digits and is imagefolder now"),
+        ("data", {"dir": "/elsewhere"}, None),
+        ("data", {"holdout": 0}, None),
+        ("model", {"weights": "/elsewhere"}, None),
+    ],
+)
+def test_what_the_configuration_says_of_model_and_data_stays(tmp_path, no_timing, table, change, message):
+    said = {
+        "model": {"name": "resnet20", "weights": "/a", "image_size": 8},
+        "data": {"name": "digits", "dir": "/a", "image_size": 8},
+    }
+    job = {"budget": BUDGET, "method": Magnitude(), "out": tmp_path}
+    compress(net(), EXAMPLE, **job, config=said)
+    changed = {**said, table: {**said[table], **change}}
+    if message is None:
+        compress(net(), EXAMPLE, **job, config=changed, resume=True)
+    else:
+        with pytest.raises(ValueError, match=message):
+            compress(net(), EXAMPLE, **job, config=changed, resume=True)
+    compress(net(), EXAMPLE, **job, resume=True)  # says nothing of them
+
+
+def test_a_run_is_resumed_only_with_its_data(digits, tmp_path, no_timing):
+    job = {"budget": BUDGET, "method": Magnitude(), "recipe": recipe(epochs=1), "out": tmp_path}
+    compress(net(), digits, **job)
+    with pytest.raises(ValueError, match="the data's test images was 100 and is 90 now"):
+        compress(net(), dataclasses.replace(digits, test=digits.test[:90]), **job, resume=True)
+
+
+def test_a_configuration_that_toml_cannot_hold_leaves_an_older_run_where_it_is(tmp_path, no_timing):
+    job = {"budget": BUDGET, "method": Magnitude(), "out": tmp_path}
+    compress(net(), EXAMPLE, **job)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="which TOML has no notation for"):
+        compress(net(), EXAMPLE, **job, force=True, config={"model": {"arguments": {"depth": 3}}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_a_run_is_resumed_only_as_it_began(digits, trained, tmp_path, no_timing):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ from espalier.run.rundir import (
     add_widths,
     begin_folder,
     check_folder,
-    write_config,
+    to_toml,
     write_file,
     write_json,
     write_log,
@@ -112,9 +113,10 @@ def compress(
     earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
     job = _Job(model, source, example, budget, method, recipe)
     job.judge(earlier, trained)
+    job.describe(earlier, config or {})
     with seeded(recipe.seed, job.device):
         job.start(folder, resumes=earlier is not None)
-        job.begin(folder, earlier, config or {})
+        job.begin(folder, resumes=earlier is not None)
         job.train(on_epoch, on_step)
     return job.result()
 
@@ -161,8 +163,9 @@ class _Job:
         if isinstance(self.source, Data):
             self.source = self.source.to(self.device)
         self.dense_result = self._tested(reference)
-        if trained is None:
-            self.trained = earlier["start"]["trained"] if earlier else _is_trained(reference, self.source)
+        if trained is None and earlier is not None:
+            trained = earlier.get("start", {}).get("trained")
+        self.trained = _is_trained(reference, self.source) if trained is None else bool(trained)
         if self.trained and self.recipe.distill != 0:
             self.teacher = reference
         check_fit(reference, self.source, self.recipe, teacher=self.teacher)
@@ -186,7 +189,16 @@ class _Job:
             at_once = self.method.start(small, self.example, self.budget, batches=self._few_batches())
             small = at_once.finish()
             self._take_from(at_once)
+        else:
+            self._recall(folder)
         self.small = small
+
+    def _recall(self, folder: Path | None) -> None:
+        """What a method that acted at once has recorded: the checkpoint does not hold it."""
+        file = None if folder is None else folder / HISTORY
+        if file is not None and file.exists():
+            self.course = json.loads(file.read_text(encoding="utf-8"))
+            self.left = self.course.pop("left", {})
 
     def _few_batches(self) -> list[Batch] | None:
         """A few training batches on the device, for methods that measure before they cut."""
@@ -195,14 +207,8 @@ class _Job:
         chosen = self.source.calibration_batches(batch_size=self.recipe.batch_size, batches=8, seed=self.recipe.seed)
         return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
 
-    def begin(
-        self,
-        folder: Path | None,
-        earlier: Mapping[str, Any] | None,
-        more: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Write down what is going to be done, or see that it is what was done so far."""
-        self.folder = folder
+    def describe(self, earlier: Mapping[str, Any] | None, more: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say what is going to be done, and see that it is what was done so far."""
         self.config = {
             **{name: dict(table) for name, table in more.items()},
             "budget": asdict(self.budget) if self.limited else {},
@@ -217,9 +223,14 @@ class _Job:
         }
         if earlier is not None:
             _check_same(earlier, self.config)
-        elif folder is not None:
+
+    def begin(self, folder: Path | None, *, resumes: bool) -> None:
+        """Write down what is going to be done."""
+        self.folder = folder
+        if folder is not None and not resumes:
+            config = to_toml(self.config).encode()  # may refuse, so before an older run is moved aside
             begin_folder(folder)
-            write_config(folder / CONFIG, self.config)
+            write_file(folder / CONFIG, config)
             self._write_plan()
 
     def train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:
@@ -276,7 +287,7 @@ class _Job:
                     f"above the budget of {limit:,}; this is a fault of the method"
                 )
         small_result = self._tested(self.small) if self.source is not None else {}
-        small = self.small.to(self.home).train(self.model.training)
+        small = _in_modes_of(self.model, self.small.to(self.home))
         if self.folder is not None:
             write_results(
                 self.folder,
@@ -361,18 +372,43 @@ def _with_cost(history: History, constant: dict[str, int]) -> History:
     return History(tuple(replace(e, **constant) for e in history.epochs)) if constant else history
 
 
+def _in_modes_of(model: nn.Module, small: nn.Module) -> nn.Module:
+    """Every module of ``small`` in train or eval mode as that of ``model``; what is new, as what it is part of."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():  # what it is part of comes first
+        module.training = modes.setdefault(name, modes[name.rpartition(".")[0]])
+    return small
+
+
+ORIGIN = {"model": ("name", "num_classes", "in_channels", "image_size"), "data": ("name", "holdout", "image_size")}
+"""What a configuration may say of where model and data came from, and has to stay; files may be moved."""
+
+
 def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A run goes on as it began: same budget, method, recipe, and, where it matters, network."""
-    for table in ("budget", "method", "recipe", "start"):
-        then, new = earlier.get(table, {}), _plain(now[table])
-        for key in then.keys() | new.keys():
-            if key in ("device", "threads") or (key == "weights" and not new.get("trained")):
-                continue
+    """A run goes on as it began: same method, budget and recipe, and as far as is known model, data and weights."""
+    for table in ("method", "budget", "recipe", *ORIGIN, "start"):
+        then, new = _said(earlier, table), _said(now, table)
+        for key in _compared(table, then, new):
             if then.get(key) != new.get(key):
                 raise ValueError(
                     f"cannot resume: {table}.{key} was {then.get(key)} and is {new.get(key)} now; "
                     "give what the run began with, or begin a new one"
                 )
+
+
+def _compared(table: str, then: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    if table in ORIGIN:
+        return [key for key in ORIGIN[table] if key in then and key in new]
+    if table == "start":
+        return [key for key in then if key != "weights" or new.get("trained")]
+    return [key for key in {**new, **then} if key not in ("device", "threads")]
+
+
+def _said(config: Mapping[str, Any], table: str) -> dict[str, Any]:
+    said = _plain(config.get(table, {}))
+    if table == "data" and "name" in said:
+        return {"holdout": 0, **said, "name": str(said["name"]).partition(":")[0]}  # imagefolder:PATH
+    return said
 
 
 def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
