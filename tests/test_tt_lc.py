@@ -255,6 +255,13 @@ def test_scoring_a_candidate_waits_once(copied) -> None:
     assert counted.waits == 1
 
 
+def test_a_candidate_is_scored_where_it_is() -> None:
+    """The meta device stands for a GPU: what is not moved to it is refused, and no number comes back."""
+    x, y = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match="meta"):
+        loss_on(net().to("meta"), [(x, y)])
+
+
 # -- the search
 
 
@@ -294,7 +301,16 @@ def test_failed_trials_are_recorded_and_the_search_goes_on() -> None:
     assert len(trials) == 8
     assert trials[0] == {"point": {"a": 1.0}, "score": None, "failed": "ValueError: too large"}
     assert best is not None and -1.5 <= best["a"] <= 0.5
-    assert minimise(lambda point: float("inf"), {"a": (0.0, 1.0)}, first={"a": 0.5}, count=2, seed=0, trials=[]) is None
+
+
+def test_a_search_of_which_all_trials_failed_says_why(tmp_path) -> None:
+    trials: list = []
+    job = {"first": {"a": 0.5}, "count": 2, "seed": 0, "trials": trials, "journal": tmp_path / "search.journal"}
+    with pytest.raises(
+        ValueError, match=r"all 2 trials of the search failed, the first: the score is inf; .*move .*journal"
+    ):
+        minimise(lambda point: float("inf"), {"a": (0.0, 1.0)}, **job)
+    assert len(trials) == 2 and all(trial["failed"] for trial in trials)
 
 
 RANGES, FIRST = {"a": (-2.0, 2.0), "b": (0.0, 1.0)}, {"a": 0.0, "b": 0.5}
@@ -660,6 +676,20 @@ def test_what_cannot_take_a_form_stays_dense_with_its_reason() -> None:
     assert process.forced
     assert isinstance(small.dilated, nn.Sequential) and isinstance(small.kept, nn.Conv2d)
     assert cost(es.trace(small, X)).macs <= 0.75 * process.dense.macs
+
+
+def test_a_layer_called_by_the_name_of_its_input_stays_dense_with_its_reason() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 16, 3), nn.Linear(16, 10)
+
+        def forward(self, x):
+            return self.head(input=self.conv(x).mean((2, 3)))
+
+    places, reasons = find_places(Named(), X)
+    assert list(places) == ["conv"]
+    assert reasons == {"head": "its input is given by name (input=x), other forms take it by position"}
 
 
 def test_only_the_forms_that_are_asked_for_are_used() -> None:

@@ -52,15 +52,15 @@ def find_places(model: nn.Module, example: Any) -> tuple[dict[str, Place], dict[
 
     One forward on meta copies (on the CPU where that fails) says where each layer stands.  Plain ``nn.Conv2d`` and
     ``nn.Linear`` that run exactly once qualify; grouped convolutions, other paddings than zeros, computed weights, and
-    parameters that several modules share do not.
+    parameters that several modules share do not, nor does a layer that is called with ``input=x``.
     """
     for device in ("meta", "cpu"):
         private = private_copy(model, device)
         args, kwargs = call_arguments(example, device)
         layers = {n: m for n, m in private.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
-        calls: dict[str, list[Tensor]] = {name: [] for name in layers}
+        calls: dict[str, list[Any]] = {name: [] for name in layers}
         for name, layer in layers.items():
-            layer.register_forward_pre_hook(lambda _, inputs, seen=calls[name]: seen.append(inputs[0]))  # type: ignore[misc]
+            layer.register_forward_pre_hook(lambda _, args, seen=calls[name]: seen.append(args[0] if args else None))  # type: ignore[misc]
         try:
             with torch.no_grad(), mode(private, training=False):
                 private(*args, **kwargs)
@@ -93,7 +93,7 @@ def _plain(module: nn.Module) -> bool:
     return own and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
-def _unfit(module: nn.Module, seen: list[Tensor], owners: dict[int, int]) -> str:
+def _unfit(module: nn.Module, seen: list[Any], owners: dict[int, int]) -> str:
     """Why a layer stays as it is; empty if it can take another form.  ``owners``: modules per id of a parameter."""
     if not isinstance(module, (nn.Conv2d, nn.Linear)):
         return f"{type(module).__name__} has no other form yet"
@@ -103,6 +103,8 @@ def _unfit(module: nn.Module, seen: list[Tensor], owners: dict[int, int]) -> str
         return "its weight is shared with another module"
     if len(seen) != 1:
         return f"it runs {len(seen)} times in one forward"
+    if seen[0] is None:
+        return "its input is given by name (input=x), other forms take it by position"
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:
             return "grouped convolution"

@@ -34,7 +34,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) ->
     Raises: ValueError if there is no batch.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     momenta = [m.momentum for m in norms]
     seen: dict[nn.Module, int] = {}
 
@@ -63,6 +63,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) ->
                 norm.momentum = momentum
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Give every buffer its content back afterwards."""
@@ -77,18 +81,19 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy in eval mode; of a network with several outputs, that of the first.
+    """Mean cross-entropy in eval mode, where the model is; of a network with several outputs, that of the first.
 
     Raises: ValueError if there are no images, or the loss is not finite.
     """
+    device = _device(model)
     losses: list[Tensor] = []
     images = 0
     with modes_kept(model):
         model.eval()
         for x, y in batches:
-            output = model(x)
+            output = model(x.to(device))
             logits = output[0] if isinstance(output, (tuple, list)) else output
-            losses.append(F.cross_entropy(logits.float(), y, reduction="sum"))
+            losses.append(F.cross_entropy(logits.float(), y.to(device), reduction="sum"))
             images += len(y)
     if not images:
         raise ValueError("there are no images to score on")

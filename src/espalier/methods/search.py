@@ -49,8 +49,8 @@ def minimise(
     workers: int = 1,
     journal: Path | None = None,
     name: str = "search",
-) -> Point | None:
-    """Extend ``trials`` to ``count``, beginning with ``first``, and return the best point; ``None`` if all failed.
+) -> Point:
+    """Extend ``trials`` to ``count``, beginning with ``first``, and return the best point.
 
     A trial that raises ValueError, RuntimeError or ArithmeticError is recorded with its reason and the search goes on.  Every
     trial is proposed from those before it and its number alone, so that an interrupted search ends where it would have ended.
@@ -61,7 +61,7 @@ def minimise(
     More than one of ``workers`` are threads that call ``score`` at the same time.  What a worker is given to try then depends
     on what the others have finished, so that such a search does not repeat bit for bit.
 
-    Raises: ValueError if the journal cannot be read.
+    Raises: ValueError if the journal cannot be read, or if all trials failed.
     """
     study = _study(journal, name)
     if journal is None:
@@ -96,7 +96,10 @@ def minimise(
     finally:
         trials[:] = _finished(study)
     good = [t for t in trials[:count] if t["score"] is not None]
-    return dict(min(good, key=lambda t: float(t["score"]))["point"]) if good else None
+    if not good:
+        again = "" if journal is None else f"; to try them again, move {journal} away"
+        raise ValueError(f"all {count} trials of the search failed, the first: {trials[0]['failed']}{again}")
+    return dict(min(good, key=lambda t: float(t["score"]))["point"])
 
 
 FAILED = "failed"  # attribute of a trial: why; one that failed without it was interrupted, and does not count
