@@ -106,7 +106,7 @@ def test_a_file_that_computes_something_else_is_not_written(onnx, tmp_path, monk
         other[-1].bias.add_(0.5)
     wrong = onnx_room.to_onnx_bytes(other, EXAMPLE)
     monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("liar", lambda *_: wrong, True),))
-    with pytest.raises(ValueError, match=r"differ from PyTorch's by 0\.\d+.*not written"):
+    with pytest.raises(ValueError, match=r"differ from PyTorch's by \d+\.\d+.*not written"):
         export_onnx(small_net(), path, EXAMPLE)
     assert path.read_bytes() == b"older"
 
@@ -127,7 +127,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match=r"espalier\[onnx\]"):
+    with pytest.raises(ValueError, match=r"pip install '.\[onnx\]'"):
         export_onnx(small_net(), tmp_path / "m.onnx", EXAMPLE)
 
 
