@@ -315,7 +315,7 @@ class TensorCompression(Process):
             name=self._name_of_search(wanted, ranges),
         )  # fmt: skip
         self._record_search()
-        return best or {}
+        return best
 
     def _name_of_search(self, wanted: Mapping[str, Tensor], ranges: Ranges) -> str:
         """The C step, and a hash of all that scores depend on: trials on other weights are not those of this search."""
