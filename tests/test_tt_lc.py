@@ -395,7 +395,7 @@ def test_workers_try_at_the_same_time_and_share_what_they_find(tmp_path) -> None
 def test_without_optuna_the_error_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingOptuna, match=r"espalier\[search\].*search=0"):
+    with pytest.raises(MissingOptuna, match=r"pip install optuna scipy.*search=0"):
         es.TTLC().start(net(), X, es.Budget(macs=0.5))
     es.TTLC(search=0).start(net(), X, es.Budget(macs=0.5))
 
