@@ -369,7 +369,7 @@ def test_a_configuration_that_does_not_say_how_the_run_began_is_resumed(digits, 
 
 def test_a_run_that_only_trained_is_not_resumed_by_compressing(digits, tmp_path):
     tables = {"method": {"name": "none"}, "recipe": recipe(epochs=1).to_dict()}
-    rundir.write_config(tmp_path / "config.toml", tables)
+    rundir.begin_folder(tmp_path, tables)
     train(net(), digits, recipe(epochs=1), checkpoint=tmp_path / "checkpoint.pt")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"method.name was none and is magnitude now"):

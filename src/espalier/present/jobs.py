@@ -31,13 +31,11 @@ from espalier.run.optional import import_optional
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import (
     CHECKPOINT,
-    CONFIG,
     LOG,
     MODEL,
     begin_folder,
     check_folder,
     unfinished,
-    write_config,
     write_log,
 )
 from espalier.solver import BudgetError
@@ -112,9 +110,8 @@ def starting_network(config: Config, *, seed: int) -> nn.Module:
 
 def begin_dense(out: Path, config: Config, recipe: Recipe) -> None:
     """The folder of a run that only trains."""
-    begin_folder(out)
     tables = {"model": config["model"], "data": config["data"], "method": {"name": "none"}}
-    write_config(out / CONFIG, {**tables, "recipe": recipe.to_dict()})
+    begin_folder(out, {**tables, "recipe": recipe.to_dict()})
 
 
 def train_only(

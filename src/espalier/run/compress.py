@@ -30,7 +30,6 @@ from espalier.run.recipe import Recipe
 from espalier.run.report import Outcome, write_results
 from espalier.run.rundir import (
     CHECKPOINT,
-    CONFIG,
     HISTORY,
     LOG,
     PLAN,
@@ -38,7 +37,6 @@ from espalier.run.rundir import (
     add_widths,
     begin_folder,
     check_folder,
-    to_toml,
     write_file,
     write_json,
     write_log,
@@ -228,9 +226,7 @@ class _Job:
         """Write down what is going to be done."""
         self.folder = folder
         if folder is not None and not resumes:
-            config = to_toml(self.config).encode()  # may refuse, so before an older run is moved aside
-            begin_folder(folder)
-            write_file(folder / CONFIG, config)
+            begin_folder(folder, self.config)
             self._write_plan()
 
     def train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:

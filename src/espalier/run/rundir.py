@@ -77,9 +77,13 @@ def unfinished(folder: Path) -> ValueError:
     return ValueError(f"{folder}: this run has not finished; go on with: espalier compress --out {folder} --resume")
 
 
-def begin_folder(folder: Path) -> None:
-    """Make the folder.  The files of an older run go to ``old-1`` inside it, or the next free number; no
-    other is touched."""
+def begin_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Make the folder of a run with this configuration.  The files of an older run go to ``old-1`` inside it, or the next free
+    number; no other is touched.
+
+    Raises: ValueError for what TOML cannot hold, before anything is moved.
+    """
+    text = to_toml(config)
     folder.mkdir(parents=True, exist_ok=True)
     present = _present(folder)
     if present:
@@ -87,6 +91,7 @@ def begin_folder(folder: Path) -> None:
         aside.mkdir()
         for name in present:
             (folder / name).rename(aside / name)
+    write_file(folder / CONFIG, text.encode())
 
 
 def _present(folder: Path) -> list[str]:
@@ -107,10 +112,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not any(tables.values()):
         raise ValueError(f"{path}: holds no configuration; take that of another run, or begin this one anew")
     return tables
-
-
-def write_config(path: Path, tables: Mapping[str, Any]) -> None:
-    write_file(path, to_toml(tables).encode())
 
 
 def write_json(path: Path, content: Any) -> None:
