@@ -209,3 +209,16 @@ def test_settings_that_are_numbers_of_numpy_become_plain_ones() -> None:
     method = es.TTLC(pull=np.float32(0.5), iterations=np.int64(4), growth=2)
     assert [type(v) for v in (method.pull, method.iterations, method.growth)] == [float, int, float]
     assert copy.copy(method) == es.TTLC(pull=0.5, iterations=4, growth=2.0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("progress", [float("nan"), 7.0, -0.5])
+def test_progress_that_is_no_share_of_the_run_changes_nothing(method: es.Method, progress: float) -> None:
+    run = es.attach(net(), X[:1], budget=es.Budget(macs=0.5), method=method)
+    optimiser = torch.optim.SGD(run.model.parameters(), lr=0.01)
+    before = copy.deepcopy(run.model.state_dict())
+    with pytest.raises(ValueError, match=rf"step\(progress={progress}\): must be the share of training that is done"):
+        run.step(progress=progress, optimizer=optimiser)
+    after = run.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)

@@ -191,7 +191,10 @@ class Process(ABC):
 
     @abstractmethod
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        """After every optimiser step.  ``progress`` runs from 0 to 1; returns what was removed, if anything was."""
+        """After every optimiser step.  ``progress`` runs from 0 to 1; returns what was removed, if anything was.
+
+        Raises: ValueError for another ``progress`` (``need_progress``).
+        """
 
     @abstractmethod
     def finish(self) -> nn.Module:
@@ -210,10 +213,19 @@ class Process(ABC):
         """Go on from ``state_dict()``; the model must already have the structure it had then."""
 
 
+def need_progress(progress: float) -> None:
+    """Raises: ValueError unless ``progress`` is from 0 to 1, but for the rounding of sums."""
+    if not -1e-6 <= progress <= 1.0 + 1e-6:
+        raise ValueError(
+            f"step(progress={progress!r}): must be the share of training that is done, from 0 to 1: (step + 1) / steps in all"
+        )
+
+
 class AtOnce(Process):
     """A run of a method that does everything when it starts; what follows is ordinary training of the small network."""
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        need_progress(progress)
         return None
 
     def finish(self) -> nn.Module:

@@ -39,7 +39,7 @@ from espalier.forms.lowrank import Turn
 from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import Batches, Method, Process, Removed, Status
+from espalier.methods.base import Batches, Method, Process, Removed, Status, need_progress
 from espalier.methods.ranks import LAYOUTS, RankLadders, energy, rank_ladders, tails
 from espalier.plan import Budget, Plan
 from espalier.solver import solve
@@ -171,6 +171,7 @@ class Falling(Process):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        need_progress(progress)
         self._steps += 1
         if not self.done:
             self._take_in()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.methods.base import Method, Process, Removed, Status
+from espalier.methods.base import Method, Process, Removed, Status, need_progress
 from espalier.methods.importance import Sensitivity
 from espalier.methods.units import Consumer, Units, upload
 from espalier.plan import Budget
@@ -113,6 +113,7 @@ class Fading(Process):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        need_progress(progress)
         self._hold(optimizer)
         if self.done:
             return None

@@ -40,7 +40,7 @@ from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, trace, with_ladders
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import FROZEN, Batches, Method, Process, Removed, Status, is_frozen
+from espalier.methods.base import FROZEN, Batches, Method, Process, Removed, Status, is_frozen, need_progress
 from espalier.methods.equal import equal_chains
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
@@ -221,6 +221,7 @@ class TensorCompression(Process):
         return self.method.share * (self.lc.iterations + 1) / self.method.c_steps
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        need_progress(progress)
         group = optimizer.param_groups[0]
         self._travel += group["lr"] / (1.0 - group.get("momentum", 0.0))
         while not self.replaced and progress >= self._due() - 1e-9:
