@@ -204,6 +204,11 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert rates[:3] == [0.1, 0.2, pytest.approx(0.3)] and rates[9] == rates[10] == 1.0
     assert all(a >= b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.01
     assert learning_rate(recipe(schedule="constant"), 40, 5) == 0.05
+    wsd = [learning_rate(recipe(schedule="wsd", epochs=4, warmup_epochs=0.0), step, 10) for step in range(41)]
+    assert wsd[:21] == [0.05] * 21
+    assert wsd[30] == pytest.approx(0.025)
+    assert wsd[40] == pytest.approx(0.0)
+    assert sorted(wsd, reverse=True) == wsd
 
 
 # -- distillation and averaged weights

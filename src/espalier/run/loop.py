@@ -186,17 +186,21 @@ def check_fit(model: nn.Module, data: Source, recipe: Recipe, *, teacher: nn.Mod
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The rate of step ``step`` (from 0 on): linear warm-up, then the schedule down to 0 at the end of the
-    run."""
+    """The rate of step ``step`` (from 0 on): linear warm-up, then the schedule."""
     total, warm = recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch)
     if step < warm:
         return recipe.lr * (step + 1) / warm
     return recipe.lr * _DECAY[recipe.schedule]((step - warm) / max(total - warm, 1))
 
 
+def _cosine(share: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * share))
+
+
 _DECAY: dict[str, Callable[[float], float]] = {
-    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "cosine": _cosine,
     "constant": lambda share: 1.0,
+    "wsd": lambda share: _cosine(max(2.0 * share - 1.0, 0.0)),
 }
 
 _NORMALISATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

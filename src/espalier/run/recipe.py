@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "wsd")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -17,7 +17,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class Recipe:
     """Hyper-parameters of one training run.
 
-    ``lr`` is reached after a linear warm-up and then follows ``schedule`` down to 0, step by step.
+    ``lr`` is reached after a linear warm-up and then follows ``schedule`` step by step: "cosine" down to 0; "wsd" (warm-up,
+    stable, decay), constant for half of the rest, then a cosine down to 0; or "constant".
     ``momentum`` and ``nesterov`` are SGD's; AdamW keeps its usual betas.  ``weight_decay`` is not applied to
     biases and the parameters of normalisation layers.  ``distill`` weighs the teacher's softened predictions
     against the labels: ``None`` means 0.5 where there is a trained network to learn from, 0 means never.
