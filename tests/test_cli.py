@@ -358,6 +358,18 @@ def test_a_seed_that_no_generator_takes_is_refused(tiny, tmp_path):
     assert Recipe(seed=2**63 - 1).seed == 2**63 - 1
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_the_schedule_of_the_rate_is_an_option(tiny, tmp_path):
+    refused(begin(tiny, tmp_path / "run", "--schedule", "step"), "Recipe(schedule='step')", "cosine, constant, wsd")
+    assert not (tmp_path / "run").exists()
+    for name in ("cosine", "wsd"):
+        done = begin(tiny, tmp_path / name, "--schedule", name, "--method", "none", "--force")
+        assert done.exit_code == 0, done.output
+        assert f'schedule = "{name}"' in (tmp_path / name / "config.toml").read_text()
+    cosine, wsd = (load_file(tmp_path / name / "model.safetensors") for name in ("cosine", "wsd"))
+    assert not all(torch.equal(cosine[name], wsd[name]) for name in cosine)
+
+
 def test_a_device_that_holds_no_numbers_is_refused(tiny, tmp_path):
     refused(begin(tiny, tmp_path / "run", "--device", "meta"), "device 'meta'", "no numbers")
     with pytest.raises(ValueError, match="meta"):

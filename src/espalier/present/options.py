@@ -125,6 +125,15 @@ Warmup = Annotated[
     float | None,
     _option("--warmup", f"Epochs of linear warm-up; default {Recipe.warmup_epochs:g}.", "Training", metavar="EPOCHS"),
 ]
+Schedule = Annotated[
+    str | None,
+    _option(
+        "--schedule",
+        f"Learning rate: cosine, wsd (constant for half of the run, then cosine) or constant; default {Recipe.schedule}.",
+        "Training",
+        metavar="NAME",
+    ),
+]
 LabelSmoothing = Annotated[float | None, _option("--label-smoothing", "From 0 to below 1.", "Training")]
 Ema = Annotated[float | None, _option("--ema", "Decay of averaged weights, for example 0.999.", "Training")]
 Distill = Annotated[
