@@ -80,9 +80,9 @@ class TTLC(Method):
     held_out: int = 1000
     lc: bool = True
     pull: float = 0.1
-    growth: float = 1.5
+    growth: float = 1.2
     cycle: float = 0.3
-    decay: float = 0.93
+    decay: float = 1.0
     forms: tuple[str, ...] = tuple(FORMS)
     ranks: str = "evbmf"
     floor: float = 0.1
