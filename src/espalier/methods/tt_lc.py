@@ -5,7 +5,7 @@ learning-compression framework with an exponential cyclical learning rate in the
 from EVBMF and Bayesian optimisation together.  What follows is our reading, in the paper's order:
 
 1. L steps (``methods/lc``): train on the loss plus ``mu/2 |w - D(theta) - lam/mu|^2``, the rate falling exponentially in each
-   and starting lower in the next;
+   and starting at ``decay`` of the last one's;
 2. ranks: EVBMF of the two channel unfoldings proposes ``(R_i, R_o)`` for every layer, floored because it collapses on some;
 3. forms: the proposal, scaled up and down, makes a ladder of chains per layer - channel and spatial SVD, Tucker-2, TT-Tucker,
    dense - on the front of error against cost; energy beyond the proposal counts less.  The solver takes the rungs that
