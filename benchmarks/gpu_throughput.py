@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ways", help="only these; default: all")
+    parser.add_argument("--ways", help="only these, by their name or its first word; default: all")
     parser.add_argument("--batch", type=int, default=BATCH, help="images per step; default: %(default)s")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         macs = cost(trace(model, torch.zeros(1, 3, 32, 32))).macs
         times = {"floor": 3 * macs * IMAGES / speed}  # a backward costs two forwards
         for way, measure in ways(name, options.seeds, options.batch).items():
-            if options.ways and way.split()[0] not in options.ways.split(","):
+            if options.ways and not {way, way.split()[0]} & set(options.ways.split(",")):
                 continue
             try:
                 times[way] = measure()

@@ -64,6 +64,25 @@ def test_replayed_steps_train_the_same_network(method: Method | None, monkeypatc
     assert all(torch.equal(own[n], v) for n, v in plain.state_dict().items())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("method", [None, es.TCP(), es.MGP(), es.DPRP(), es.TTLC(search=0)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_steps_train_like_run_ones(method: Method | None, precision: str) -> None:
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = network()
+        process = None if method is None else method.start(model.cuda(), EXAMPLE.cuda(), es.Budget(macs=0.5))
+        recipe = Recipe(
+            epochs=6, batch_size=128, lr=0.02, device="cuda", graphs=graphs, precision=precision, channels_last=True
+        )
+        found.append([e.loss for e in train(model, load_data("digits"), recipe, process=process).epochs])
+    run, recorded = found
+    assert recorded[0] == pytest.approx(run[0], rel=2e-2)
+    assert recorded[-1] == pytest.approx(run[-1], rel=0.2)
+    assert len(set(recorded)) == len(recorded)
+
+
 def test_a_penalty_is_added_to_the_gradients_and_hooks_see_both(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(4, 3)
     seen: list[torch.Tensor] = []

@@ -23,7 +23,7 @@ Model = Annotated[
     str | None,
     _option(
         "--model",
-        "resnet20 ... resnet110 (also resnet20a: option-A shortcuts), vgg16_bn, torchvision:NAME, timm:NAME, "
+        "resnet20 ... resnet110 (also resnet20a: option-A shortcuts), cifar_resnet18, vgg16_bn, torchvision:NAME, timm:NAME, "
         "package.module:factory.",
         "Network and data",
         metavar="NAME",

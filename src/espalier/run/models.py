@@ -5,6 +5,7 @@ Names that :func:`build_model` understands:
 =========================  ==========================================================================
 ``resnet20``               CIFAR ResNet with option-B shortcuts (also 32, 44, 56, 110)
 ``resnet20a``              the same with option-A shortcuts (parameter-free)
+``cifar_resnet18``         ResNet-18 with a 3x3 first convolution, for small images
 ``vgg16_bn``               CIFAR VGG-16 with BatchNorm; also ``cifar_vgg16_bn``
 ``torchvision:NAME``       a network of torchvision
 ``timm:NAME``              a network of timm
@@ -136,6 +137,36 @@ def resnet110(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B
     return CifarResNet(110, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
 
 
+class CifarResNet18(nn.Module):
+    """ImageNet's ResNet-18 for small images: a 3x3 first convolution of stride 1 and no pooling after it.
+
+    Takes ``(n, in_channels, h, w)`` of any size from 1x1 on.  Four stages of two blocks with 64 to 512 channels, option-B
+    shortcuts. Source: He et al., Deep Residual Learning for Image Recognition, 2016, table 1, as CIFAR tables use it.
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = _stage(64, 64, blocks=2, stride=1, shortcut="B")
+        self.layer2 = _stage(64, 128, blocks=2, stride=2, shortcut="B")
+        self.layer3 = _stage(128, 256, blocks=2, stride=2, shortcut="B")
+        self.layer4 = _stage(256, 512, blocks=2, stride=2, shortcut="B")
+        self.linear = nn.Linear(512, num_classes)
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
+        return self.linear(out)
+
+
+def cifar_resnet18(num_classes: int = 10, in_channels: int = 3) -> CifarResNet18:
+    """ResNet-18 for CIFAR."""
+    return CifarResNet18(num_classes=num_classes, in_channels=in_channels)
+
+
 # ---------------------------------------------------------------- CIFAR VGG
 
 _VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -189,6 +220,7 @@ CIFAR_MODELS: dict[str, Factory] = {
         f"{build.__name__}a": partial(build, shortcut="A")
         for build in (resnet20, resnet32, resnet44, resnet56, resnet110)
     },
+    "cifar_resnet18": cifar_resnet18,
     "vgg16_bn": vgg16_bn,
     "cifar_vgg16_bn": vgg16_bn,
 }
