@@ -3,6 +3,7 @@
     python -m benchmarks.run queue                     # what is missing, and how long each takes on this device
     python -m benchmarks.run next --minutes 30         # run the most valuable missing ones that fit
     python -m benchmarks.run only NAME[.LABEL] [...]   # run these, all seeds that are missing (or --seeds 0)
+    python -m benchmarks.run next --minutes 9 --side-by-side 6 --graphs     # six at a time, stopped when the time is up
     python -m benchmarks.run time NAME[.LABEL] [...]   # measure the speed-up again, of what was trained here, when all is quiet
     python -m benchmarks.run import accuracy.json      # take over rows of the older format
 
@@ -33,6 +34,7 @@ from torch import nn
 from benchmarks.common import RESULTS, environment, rounded, table, write_results
 from benchmarks.peers import PEERS, lacking
 from benchmarks.recipe import Job, jobs, read_recipes
+from benchmarks.side_by_side import run_side_by_side
 from espalier.costs import Cost, cost
 from espalier.graph import trace
 from espalier.plan import Budget
@@ -67,7 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
                 if {job.name, f"{job.name}.{job.label}"} & set(options.names):
                     time_again(job)
         elif options.command == "next":
-            run_next(missing(read_recipes()), options)
+            device = pick_device(options.device)
+            able = [job for job in missing(read_recipes()) if not refusal(job, device)]
+            run_all = run_together if options.side_by_side > 1 else run_next
+            run_all(able, options)
         else:
             wanted = [
                 job for job in missing(read_recipes()) if {job.name, f"{job.name}.{job.label}"} & set(options.names)
@@ -75,12 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
             known = {n for r, c in read_recipes().items() for n in (r, *(f"{r}.{label}" for label in c["methods"]))}
             if unknown := set(options.names) - known:
                 raise ValueError(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(read_recipes())}")
+            wanted = [job for job in wanted if options.seeds is None or job.seed in options.seeds]
             for job in wanted:
-                if options.seeds is not None and job.seed not in options.seeds:
-                    continue
                 if package := lacking(job.method["name"]):
                     print(f"{job.key}: left out, it needs {package}", flush=True)
-                else:
+            able = [job for job in wanted if not lacking(job.method["name"])]
+            if options.side_by_side > 1:
+                run_together(able, options)
+            else:
+                for job in able:
                     run(job, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -96,6 +104,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--graphs", action="store_true", help="on a GPU: replay steps as CUDA graphs")
         command.add_argument("--data-dir", default=os.environ.get("ESPALIER_DATA_DIR"))
         command.add_argument("--weights-dir", help="where the published weights lie; default: DATA_DIR/weights")
+        if name != "queue":
+            command.add_argument("--side-by-side", type=int, default=1, metavar="N", help="so many runs at a time")
         if name == "next":
             command.add_argument("--minutes", type=float, required=True)
         if name == "only":
@@ -146,13 +156,30 @@ def run_next(waiting: list[Job], options: argparse.Namespace) -> None:
     end, device = time.monotonic() + 60 * options.minutes, pick_device(options.device)
     for job in waiting:
         left = (end - time.monotonic()) / 60
-        if refusal(job, device):
-            continue
         needed = minutes_on(job, device)
         if needed <= left:
             run(job, options)
         else:
             print(f"{job.key}: {needed:.0f} minutes, {left:.0f} are left", flush=True)
+
+
+def run_together(waiting: list[Job], options: argparse.Namespace) -> None:
+    """As many at a time as asked for, the most valuable first; those that run when the time is up go on another time."""
+    flags = {"--device": options.device, "--threads": options.threads, "--data-dir": options.data_dir,
+             "--weights-dir": options.weights_dir}  # fmt: skip
+    common = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+
+    def command(job: Job) -> list[str]:
+        own = [sys.executable, "-m", "benchmarks.run", "only", f"{job.name}.{job.label}", "--seeds", str(job.seed)]
+        return [*own, *common, *(["--graphs"] if options.graphs else [])]
+
+    minutes = getattr(options, "minutes", None)
+    fine = run_side_by_side(
+        waiting, command, places=options.side_by_side, start_file=start_file, logs=WORK / "logs",
+        seconds=None if minutes is None else 60 * minutes,
+    )  # fmt: skip
+    if not fine:
+        raise ValueError(f"not every run came to its end; see {WORK / 'logs'}")
 
 
 _probed: dict[tuple[str, ...], float] = {}

@@ -132,8 +132,8 @@ def gpu_part() -> list[str]:
         columns = list(dict.fromkeys(way for *_, times in rows for way in times))
         parts += [
             "By `python -m benchmarks.gpu_throughput [--batch N]`: seconds of an epoch of dense training, 50,000 images. "
-            "*floor* is the same arithmetic at the speed of a large matrix product, *loop* our training loop, *eager* the bare "
-            "steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds side by side.",
+            "*floor* is the same arithmetic at the speed of a large matrix product, *loop graphs* our training loop with "
+            "`graphs`, *eager* bare steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds side by side.",
             table(
                 ["network", "batch", *columns],
                 [

@@ -216,6 +216,24 @@ def test_next_runs_only_what_fits(bench, capsys, monkeypatch):
     assert "tiny.tcp-seed0: 99 minutes" in capsys.readouterr().out
 
 
+def test_side_by_side_hands_its_options_on(bench, monkeypatch):
+    seen = {}
+
+    def record(waiting, command, *, seconds, **given):
+        seen.update({job.key: command(job) for job in waiting}, seconds=seconds, **given)
+        return True
+
+    monkeypatch.setattr(running, "run_side_by_side", record)
+    running.main(["next", "--minutes", "2", "--device", "cpu", "--side-by-side", "3", "--graphs", "--data-dir", "here"])
+    assert (seen["places"], seen["seconds"]) == (3, 120.0)
+    assert seen["tiny.dense-seed0"][3:] == [
+        "only", "tiny.dense", "--seeds", "0", "--device=cpu", "--threads=1", "--data-dir=here", "--graphs"
+    ]  # fmt: skip
+    monkeypatch.setattr(running, "run_side_by_side", lambda *a, **k: False)
+    with pytest.raises(SystemExit, match="not every run"):
+        running.main(["only", "tiny", "--side-by-side", "2"])
+
+
 def test_a_choice_never_sees_the_test_set(bench):
     content = read_recipe(bench / "tiny.toml")
     job = Job("tiny", "dense", 0, {**content, "data": {"name": "digits", "holdout": 200, "choose_by": "holdout"}})
