@@ -133,7 +133,7 @@ def gpu_part() -> list[str]:
         parts += [
             "By `python -m benchmarks.gpu_throughput [--batch N]`: seconds of an epoch of dense training, 50,000 images. "
             "*floor* is the same arithmetic at the speed of a large matrix product, *loop graphs* our training loop with "
-            "`graphs`, *eager* bare steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds side by side.",
+            "`graphs`, *eager* bare steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds at once.",
             table(
                 ["network", "batch", *columns],
                 [
