@@ -133,7 +133,7 @@ def gpu_part() -> list[str]:
         parts += [
             "By `python -m benchmarks.gpu_throughput [--batch N]`: seconds of an epoch of dense training, 50,000 images. "
             "*floor* is the same arithmetic at the speed of a large matrix product, *loop graphs* our training loop with "
-            "`graphs`, *eager* bare steps, *graph* these captured as a CUDA graph and replayed, *graph x3* three seeds at once.",
+            "`graphs`, *eager* bare steps, *graph* these as a replayed CUDA graph, *graph x3* three seeds together.",
             table(
                 ["network", "batch", *columns],
                 [
@@ -219,23 +219,25 @@ def families_part() -> list[str]:
 def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     """The tables of the headline recipes that have results, without their details."""
     names = [n for n, recipe in recipes.items() if recipe.get("headline") and _any(n, found)]
-    return runs_part(recipes, found, names) if names else "No headline recipe has been run yet."
+    return runs_part(recipes, found, names, gaps=False) if names else "No headline recipe has been run yet."
 
 
 def runs_part(
-    recipes: Mapping[str, Mapping[str, Any]], found: Rows, names: Sequence[str], *, short: bool = True
+    recipes: Mapping[str, Mapping[str, Any]],
+    found: Rows,
+    names: Sequence[str],
+    *,
+    short: bool = True,
+    gaps: bool = True,
 ) -> str:
-    """The tables of the recipes ``names``, with their details or without."""
+    """The tables of the recipes ``names``, with their details or without, and with what has not been run or without."""
     _known(recipes, names)
     lines = []
     for name in names:
         rows = _of(found, name)
-        before = [a for row in rows if (a := row.get("dense_accuracy")) is not None]
-        weights = "weights" in recipes[name]["model"]
-        start = [f"The published weights: {statistics.mode(before):.2f}."] if before and weights else []
-        said = [*_published(recipes[name]), *start]
+        said = [*_published(recipes[name]), *_beginning(recipes[name], rows)]
         lines += [f"**{recipes[name]['title']}** (`{name}`)", *([" ".join(said)] if said else [])]
-        lines.append(recipe_table(recipes[name], rows, short=short) if rows else "Not run yet.")
+        lines.append(recipe_table(recipes[name], rows, short=short, gaps=gaps) if rows else "Not run yet.")
     return "\n\n".join(lines)
 
 
@@ -313,14 +315,15 @@ def _level(rows: Rows) -> float:
     return statistics.mean(r["accuracy"] for r in rows)
 
 
-def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False) -> str:
-    """One line per method, in the recipe's order; a method without a result says so."""
+def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, gaps: bool = True) -> str:
+    """One line per method, in the recipe's order; a method without a result says so, or with ``gaps=False`` is left out."""
     dense = next((_mine(rows, label) for label, m in recipe["methods"].items() if m["name"] == "dense"), [])
     lines = []
     for label in recipe["methods"]:
         mine = _mine(rows, label)
         if not mine:
-            lines.append([label, "not run", *[None] * (4 if short else 6)])
+            if gaps:
+                lines.append([label, "not run", *[None] * (4 if short else 6)])
             continue
         line = [
             label,
@@ -355,6 +358,19 @@ def _any(name: str, found: Rows) -> bool:
 
 def _published(recipe: Mapping[str, Any]) -> list[str]:
     return [f"Published: {recipe['published']}."] if "published" in recipe else []
+
+
+def _beginning(recipe: Mapping[str, Any], rows: Rows) -> list[str]:
+    """How good the trained network was that the methods, or some of them, begin with."""
+    weights, labels = "weights" in recipe["model"], recipe.get("start", {}).get("for", recipe["methods"])
+    before = [a for row in rows if row["label"] in labels and (a := row.get("dense_accuracy")) is not None]
+    if not before or not (weights or "start" in recipe):
+        return []
+    if weights:
+        return [f"The published weights: {statistics.mode(before):.2f}."]
+    who = "all methods" if len(labels) == len(recipe["methods"]) else ", ".join(f"`{label}`" for label in labels)
+    seeds = list({row["seed"]: row["dense_accuracy"] for row in rows if row["label"] in labels}.values())
+    return [f"The trained network that {who} begin with: {_mean(seeds, 2)}."]
 
 
 def _mean(values: list[float], digits: int, *, unit: str = "") -> str | None:

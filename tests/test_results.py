@@ -285,6 +285,26 @@ def test_tables_give_mean_and_spread():
     assert "50.00" in text
     assert "2 of 3" in text
     assert "not run" in text
+    assert "not run" not in tables.recipe_table(recipe, rows, gaps=False)
+
+
+def test_tables_say_what_the_methods_begin_with():
+    recipe = {
+        "title": "t",
+        "model": {"name": "resnet20"},
+        "start": {"epochs": 1, "for": ["magnitude"]},
+        "methods": {"dense": {"name": "dense"}, "magnitude": {"name": "magnitude"}},
+        "budget": {"macs": 0.5},
+        "seeds": [0, 1],
+    }
+    base = {"recipe": "r", "macs_left": 0.5, "params_left": 0.6, "speedup": {}, "accuracy": 80.0}
+    rows = [{**base, "label": "dense", "seed": 0, "dense_accuracy": 10.0}]
+    assert "begin" not in tables.runs_part({"r": recipe}, rows, ["r"])
+    rows += [{**base, "label": "magnitude", "seed": s, "dense_accuracy": a} for s, a in enumerate((91.0, 92.0))]
+    assert "network that `magnitude` begin with: 91.50 ± 0.71." in tables.runs_part({"r": recipe}, rows, ["r"])
+    whole = {**recipe, "start": {"epochs": 1}}
+    assert "The trained network that all methods begin with" in tables.runs_part({"r": whole}, rows[1:], ["r"])
+    assert "published weights: 91.00" in tables.runs_part({"r": {**whole, "model": {"weights": "f"}}}, rows[1:], ["r"])
 
 
 def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
