@@ -99,6 +99,26 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 # -- the LC loop by itself
 
 
+@pytest.mark.parametrize("shape", [(40, 300), (300, 40), (40, 300, 1, 1), (300, 40, 1, 1), (12, 200, 1, 5)])
+def test_no_eigenproblem_is_larger_than_the_shorter_side(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier of 25088 inputs and 4096 outputs took a matrix of 25088 x 25088."""
+    sizes: list[int] = []
+    for name in ("eigh", "eigvalsh"):
+        plain = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda a, plain=plain: (sizes.append(a.shape[-1]), plain(a))[1])
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spectra = measure({"0": weight})["0"]
+    outputs, rest = shape[0], weight[0].numel()
+    inputs, other = shape[1], weight.numel() // shape[1]
+    assert max(sizes) <= max(min(outputs, rest), min(inputs, other))
+    for values, matrix in ((spectra.inputs, weight.transpose(0, 1)), (spectra.outputs, weight)):
+        expected = torch.linalg.svdvals(matrix.reshape(matrix.shape[0], -1)).square()
+        np.testing.assert_allclose(values, expected.numpy(), rtol=1e-9)
+    assert len(spectra.channel) == min(outputs, rest) + 1
+
+
 def test_lc_ends_where_weights_are_their_own_compressed_form() -> None:
     """Least squares under a rank constraint: the gap closes and the loss comes near that of the best rank-2 answer."""
     torch.manual_seed(0)

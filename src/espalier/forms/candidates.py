@@ -32,8 +32,8 @@ class Spectra:
 
     shape: tuple[int, ...]
     energy: float
-    inputs: np.ndarray  # squared singular values of the input unfolding, (I,)
-    outputs: np.ndarray  # and of the output unfolding, (O,)
+    inputs: np.ndarray  # squared singular values of the input unfolding, falling; at least as many as its shorter side
+    outputs: np.ndarray  # and of the output unfolding
     channel: np.ndarray  # held by rank r, (ranks + 1,)
     spatial: np.ndarray  # likewise; empty where the form makes no sense
     tucker: np.ndarray  # held by ranks (a, b), (I + 1, O + 1); empty likewise
@@ -104,14 +104,17 @@ def measure(weights: Mapping[str, Tensor]) -> dict[str, Spectra]:
 def _stacked(shape: tuple[int, ...], stack: Tensor) -> list[Spectra]:
     """``(layers, O, I, kh, kw)``."""
     energies = stack.flatten(1).double().square().sum(1).cpu().numpy()
-    inputs, inner = leading(input_unfolding(stack), stack.shape[2])
-    outputs, outer = leading(output_unfolding(stack), stack.shape[1])
-    ins, outs = _cleaned(inputs), _cleaned(outputs)
-    wide = min(stack.shape[3:]) > 1
-    cores = project_outputs(project_inputs(stack, inner), outer) if wide else None
+    cores: Tensor | None = None
     spatial: np.ndarray | None = None
-    if cores is not None:
+    if min(stack.shape[3:]) > 1:
+        inputs, inner = leading(input_unfolding(stack), stack.shape[2])
+        outputs, outer = leading(output_unfolding(stack), stack.shape[1])
+        cores = project_outputs(project_inputs(stack, inner), outer)
         spatial = torch.stack([spectrum(to_matrix(w, "spatial")) for w in stack]).double().cpu().numpy()
+    else:  # no core and no bases: the spectra are enough, and the shorter side has them
+        outputs = spectrum(output_unfolding(stack))
+        inputs = outputs if math.prod(stack.shape[3:]) == 1 else spectrum(input_unfolding(stack))
+    ins, outs = _cleaned(inputs), _cleaned(outputs)
     most = min(stack.shape[1], math.prod(stack.shape[2:]))
     rows = []
     for i, energy in enumerate(energies):
