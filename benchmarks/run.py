@@ -2,7 +2,7 @@
 
     python -m benchmarks.run queue                     # what is missing, and how long each takes on this device
     python -m benchmarks.run next --minutes 30         # run the most valuable missing ones that fit
-    python -m benchmarks.run only NAME[.LABEL] [...]   # run these, all seeds that are missing (or --seeds 0)
+    python -m benchmarks.run only NAME[.LABEL] [...]   # run these in this order, all seeds that are missing (or --seeds 0)
     python -m benchmarks.run next --minutes 9 --side-by-side 6 --graphs     # six at a time, stopped when the time is up
     python -m benchmarks.run time NAME[.LABEL] [...]   # measure the speed-up again, of what was trained here, when all is quiet
     python -m benchmarks.run import accuracy.json      # take over rows of the older format
@@ -80,16 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             known = {n for r, c in read_recipes().items() for n in (r, *(f"{r}.{label}" for label in c["methods"]))}
             if unknown := set(options.names) - known:
                 raise ValueError(f"no such recipe: {', '.join(sorted(unknown))}; there are {', '.join(read_recipes())}")
-            wanted = [job for job in wanted if options.seeds is None or job.seed in options.seeds]
-            for job in wanted:
-                if package := lacking(job.method["name"]):
-                    print(f"{job.key}: left out, it needs {package}", flush=True)
-            able = [job for job in wanted if not lacking(job.method["name"])]
-            if options.side_by_side > 1:
-                run_together(able, options)
-            else:
-                for job in able:
-                    run(job, options)
+            run_only([job for job in wanted if options.seeds is None or job.seed in options.seeds], options)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -109,6 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name == "next":
             command.add_argument("--minutes", type=float, required=True)
         if name == "only":
+            command.add_argument("--minutes", type=float, help="with --side-by-side: stop when they are over")
             command.add_argument("names", nargs="+", metavar="NAME[.LABEL]")
             command.add_argument("--seeds", type=int, nargs="+", help="only these of the recipe's seeds")
     commands.add_parser("time").add_argument("names", nargs="+", metavar="NAME[.LABEL]")
@@ -163,6 +155,23 @@ def run_next(waiting: list[Job], options: argparse.Namespace) -> None:
             print(f"{job.key}: {needed:.0f} minutes, {left:.0f} are left", flush=True)
 
 
+def run_only(wanted: list[Job], options: argparse.Namespace) -> None:
+    """In the order in which they are named, each run for which there is everything."""
+
+    def place(job: Job) -> int:
+        return min(options.names.index(n) for n in (job.name, f"{job.name}.{job.label}") if n in options.names)
+
+    for job in wanted:
+        if package := lacking(job.method["name"]):
+            print(f"{job.key}: left out, it needs {package}", flush=True)
+    able = sorted((job for job in wanted if not lacking(job.method["name"])), key=place)
+    if options.side_by_side > 1:
+        run_together(able, options)
+    else:
+        for job in able:
+            run(job, options)
+
+
 def run_together(waiting: list[Job], options: argparse.Namespace) -> None:
     """As many at a time as asked for, the most valuable first; those that run when the time is up go on another time."""
     flags = {"--device": options.device, "--threads": options.threads, "--data-dir": options.data_dir,
@@ -173,10 +182,9 @@ def run_together(waiting: list[Job], options: argparse.Namespace) -> None:
         own = [sys.executable, "-m", "benchmarks.run", "only", f"{job.name}.{job.label}", "--seeds", str(job.seed)]
         return [*own, *common, *(["--graphs"] if options.graphs else [])]
 
-    minutes = getattr(options, "minutes", None)
     fine = run_side_by_side(
         waiting, command, places=options.side_by_side, start_file=start_file, logs=WORK / "logs",
-        seconds=None if minutes is None else 60 * minutes,
+        seconds=None if options.minutes is None else 60 * options.minutes,
     )  # fmt: skip
     if not fine:
         raise ValueError(f"not every run came to its end; see {WORK / 'logs'}")

@@ -229,6 +229,10 @@ def test_side_by_side_hands_its_options_on(bench, monkeypatch):
     assert seen["tiny.dense-seed0"][3:] == [
         "only", "tiny.dense", "--seeds", "0", "--device=cpu", "--threads=1", "--data-dir=here", "--graphs"
     ]  # fmt: skip
+    seen.clear()
+    running.main(["only", "tiny.tcp", "tiny.dense", "--side-by-side", "2", "--device", "cpu"])
+    assert [k for k in seen if k.endswith("-seed0")] == ["tiny.tcp-seed0", "tiny.dense-seed0"]  # as named, not as valued
+    assert seen["seconds"] is None
     monkeypatch.setattr(running, "run_side_by_side", lambda *a, **k: False)
     with pytest.raises(SystemExit, match="not every run"):
         running.main(["only", "tiny", "--side-by-side", "2"])
