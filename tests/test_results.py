@@ -231,7 +231,7 @@ def test_side_by_side_hands_its_options_on(bench, monkeypatch):
     ]  # fmt: skip
     seen.clear()
     running.main(["only", "tiny.tcp", "tiny.dense", "--side-by-side", "2", "--device", "cpu"])
-    assert [k for k in seen if k.endswith("-seed0")] == ["tiny.tcp-seed0", "tiny.dense-seed0"]  # as named, not as valued
+    assert [k for k in seen if k.endswith("-seed0")] == ["tiny.tcp-seed0", "tiny.dense-seed0"]
     assert seen["seconds"] is None
     monkeypatch.setattr(running, "run_side_by_side", lambda *a, **k: False)
     with pytest.raises(SystemExit, match="not every run"):
