@@ -7,9 +7,9 @@ Ways: ``loop`` (the library's own ``train``, augmentation included), ``loop grap
 ``Recipe(graphs=True)``), ``eager`` (forward, backward and SGD step alone),
 ``compile`` (``torch.compile``), ``graph`` (the whole step captured once as a CUDA graph, replayed), and ``graph xN`` (N seeds
 side by side, each graph on a stream of its own; seconds are for all N).  ``methods``: what a step with each method takes,
-its penalty and its events included, relative to one without, at ``PLACES`` of a run of ``EPOCHS`` epochs.  ``bf16``, channels
-last, random images that lie on the device.  The floor is the time that the device needs for the same arithmetic
-at its measured matrix speed.
+eager and with graphs, its penalty and its events included, relative to one without, at ``PLACES`` of a run of ``EPOCHS``
+epochs.  ``bf16``, channels last, random images that lie on the device.  The floor is the time that the device needs for the
+same arithmetic at its measured matrix speed.
 Results: ``benchmarks/results/gpu_throughput.json`` and, of the methods, ``gpu_steps.json``; of another batch than 128 with its
 number behind the name.
 """
@@ -39,6 +39,7 @@ from espalier.run.data import Data, Split
 from espalier.run.loop import make_optimizer, train
 from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
+from espalier.run.replay import Replay, recorder_for, running
 
 NETWORKS = ("resnet20", "resnet32", "resnet56", "resnet110", "vgg16_bn")
 IMAGES, BATCH, WARM_UP, STEPS = 50_000, 128, 20, 100
@@ -73,9 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
         found[name] = times
         if not options.ways or "methods" in options.ways.split(","):
             steps[name] = {}
-            for label, method in METHODS.items():
+            for label, method, graphs in ((n, m, g) for g in (False, True) for n, m in METHODS.items()):
+                label += " graphs" if graphs else ""
                 try:
-                    steps[name][label] = method_steps(name, method, batch=options.batch)
+                    steps[name][label] = method_steps(name, method, batch=options.batch, graphs=graphs)
                 except Exception as error:
                     print(f"{name}, {label}: {type(error).__name__}: {error}", flush=True)
                     traceback.print_exc()
@@ -162,8 +164,10 @@ METHODS: dict[str, Method] = {"dprp": DPRP(), "tcp": TCP(), "mgp": MGP(), "tt-lc
 PLACES, EPOCHS = (0.0, 0.2, 0.4, 0.9), 40
 
 
-def method_steps(name: str, method: Method, *, batch: int = BATCH, device: str = "cuda") -> list[float]:
-    """Time of a step at each of ``PLACES``, relative to one without the method at the beginning."""
+def method_steps(
+    name: str, method: Method, *, batch: int = BATCH, device: str = "cuda", graphs: bool = True, steps: int = STEPS
+) -> list[float]:
+    """Time of a step at each of ``PLACES``, relative to one without the method at the beginning; both replayed, or neither."""
     torch.manual_seed(0)
     model = build_model(name, num_classes=10).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
@@ -172,34 +176,53 @@ def method_steps(name: str, method: Method, *, batch: int = BATCH, device: str =
     process: Process | None = None
     optimizer = make_optimizer(model, recipe)
 
-    def timed(start: int, steps: int) -> float:
+    def forward(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            logits = model(x)
+        return F.cross_entropy(logits.float(), y), (logits.detach().argmax(1) == y).sum()
+
+    def recorded(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, right = forward(x, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), right
+
+    recorder = recorder_for(torch.device(device), wanted=graphs)
+    replay = None if recorder is None else Replay(recorded, model, recorder=recorder)
+
+    def step(progress: float) -> None:
+        penalty = process.penalty() if process is not None else 0.0
+        if replay is not None:
+            replay(images, labels, penalty=penalty if isinstance(penalty, torch.Tensor) else None)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            (forward(images, labels)[0] + penalty).backward()
+        optimizer.step()
+        removed = None if process is None else process.step(progress=progress, optimizer=optimizer)
+        if replay is not None and removed is not None and removed.rebuilt:
+            replay.forget()
+
+    def timed(start: int, count: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         begun = time.perf_counter()
-        for number in range(start, start + steps):
-            with torch.autocast(device, torch.bfloat16):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels)
-            if process is not None:
-                loss = loss + process.penalty()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if process is not None:
-                process.step(progress=min((number + 1) / total, 1.0), optimizer=optimizer)
+        for number in range(start, start + count):
+            step(min((number + 1) / total, 1.0))
         if device == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / steps
+        return (time.perf_counter() - begun) / count
 
-    timed(0, WARM_UP)
-    plain = timed(0, STEPS)
-    process = method.start(model, images[:1], Budget(macs=0.5))
-    optimizer = make_optimizer(model, recipe)
-    found = []
-    for place in PLACES:
-        start = round(place * total)
-        timed(start, WARM_UP)  # the jump makes up for what was left out
-        found.append(timed(start + WARM_UP, STEPS) / plain)
+    with running(replay):
+        timed(0, WARM_UP)
+        plain = timed(0, steps)
+        process = method.start(model, images[:1], Budget(macs=0.5))
+        optimizer = make_optimizer(model, recipe)
+        if replay is not None:
+            replay.forget()
+        found = []
+        for place in PLACES:
+            start = round(place * total)
+            timed(start, WARM_UP)  # the jump makes up for what was left out
+            found.append(timed(start + WARM_UP, steps) / plain)
     return found
 
 

@@ -1,6 +1,10 @@
-"""Shared by the tests of methods that train: a small network, batches that a number gives, and one step of training."""
+"""Shared by the tests of methods that train: a small network, batches that a number gives, one step, a recorder."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,7 @@ from torch import Tensor, nn
 
 from espalier.methods.base import Process
 from espalier.run.models import build_model
+from espalier.run.replay import Computed
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 
@@ -48,3 +53,26 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     for module, flag in flags:
         module.training = flag
     return found
+
+
+class Again:
+    """A recorder without a GPU."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def running(self) -> Any:
+        return nullcontext()
+
+    def record(self, step: Callable[[], Computed], parameters: list[nn.Parameter]) -> Any:
+        self.recorded += 1
+        recorder = self
+
+        class Recording:
+            def replay(self) -> Computed:
+                recorder.replayed += 1
+                for parameter in parameters:
+                    parameter.grad = None
+                return step()
+
+        return Recording()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -17,30 +13,7 @@ from espalier.run.data import load_data
 from espalier.run.loop import History, train
 from espalier.run.recipe import Recipe
 from espalier.run.replay import WARM_UP, Computed, Replay, recorder_for
-from tests.steps import EXAMPLE, batch, network
-
-
-class Again:
-    """A recorder without a GPU."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def running(self) -> Any:
-        return nullcontext()
-
-    def record(self, step: Callable[[], Computed], parameters: list[nn.Parameter]) -> Any:
-        self.recorded += 1
-        recorder = self
-
-        class Recording:
-            def replay(self) -> Computed:
-                recorder.replayed += 1
-                for parameter in parameters:
-                    parameter.grad = None
-                return step()
-
-        return Recording()
+from tests.steps import EXAMPLE, Again, batch, network
 
 
 def trained(method: Method | None, *, epochs: int = 3) -> tuple[nn.Module, History]:

@@ -19,6 +19,7 @@ from espalier.plan import Budget
 from espalier.present.config import METHODS
 from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
+from tests.steps import Again
 
 RECIPES = read_recipes()
 
@@ -369,3 +370,15 @@ def test_the_step_that_is_timed_trains():
     step = gpu_throughput.eager_step("resnet20", 32, device="cpu")
     losses = [float(step()) for _ in range(60)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["dprp", "tcp"])
+def test_steps_of_a_method_are_timed_with_and_without_graphs(name, graphs, monkeypatch):
+    recorder = Again()
+    monkeypatch.setattr(gpu_throughput, "recorder_for", lambda device, wanted: recorder if wanted else None)
+    monkeypatch.setattr(gpu_throughput, "WARM_UP", 4)
+    method = gpu_throughput.METHODS[name]
+    found = gpu_throughput.method_steps("resnet20", method, batch=8, device="cpu", graphs=graphs, steps=2)
+    assert len(found) == len(gpu_throughput.PLACES) and min(found) > 0
+    assert (recorder.recorded > 1) == graphs  # anew when layers are split or cut
