@@ -151,9 +151,9 @@ def gpu_part() -> list[str]:
         ]
         parts += [
             "By `python -m benchmarks.gpu_throughput --ways methods`: a training step with a method, its penalty and its "
-            "events included, relative to one without it, before anything is removed; *graphs*: both replayed. Launched one by one, steps this small are spent launching "
-            "kernels, so the time is their number: a factorised layer has more of them than a dense one, and so has one whose "
-            "width is no multiple of 8.",
+            "events included, relative to one without it, before anything is removed; *graphs*: both replayed. Launched one "
+            "by one, steps this small take as long as their kernels are many: a factorised layer has more of them than a "
+            "dense one, and so has one whose width is no multiple of 8.",
             table(["network", "method", *[f"{100 * place:.0f} % of the run" for place in PLACES]], lines),
             _origin([content]),
         ]
