@@ -167,13 +167,15 @@ def run_only(wanted: list[Job], options: argparse.Namespace) -> None:
     able = sorted((job for job in wanted if not lacking(job.method["name"])), key=place)
     if options.side_by_side > 1:
         run_together(able, options)
-    else:
-        for job in able:
-            run(job, options)
+        return
+    if options.minutes is not None:
+        raise ValueError("only --minutes goes with --side-by-side; one run at a time goes on until it is done")
+    for job in able:
+        run(job, options)
 
 
 def run_together(waiting: list[Job], options: argparse.Namespace) -> None:
-    """As many at a time as asked for, the most valuable first; those that run when the time is up go on another time."""
+    """As many at a time as asked for, in their order; those that run when the time is up go on another time."""
     flags = {"--device": options.device, "--threads": options.threads, "--data-dir": options.data_dir,
              "--weights-dir": options.weights_dir}  # fmt: skip
     common = [f"{flag}={value}" for flag, value in flags.items() if value is not None]

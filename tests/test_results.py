@@ -234,6 +234,8 @@ def test_side_by_side_hands_its_options_on(bench, monkeypatch):
     running.main(["only", "tiny.tcp", "tiny.dense", "--side-by-side", "2", "--device", "cpu"])
     assert [k for k in seen if k.endswith("-seed0")] == ["tiny.tcp-seed0", "tiny.dense-seed0"]
     assert seen["seconds"] is None
+    with pytest.raises(SystemExit, match="goes with --side-by-side"):
+        running.main(["only", "tiny.tcp", "--minutes", "2", "--device", "cpu"])
     monkeypatch.setattr(running, "run_side_by_side", lambda *a, **k: False)
     with pytest.raises(SystemExit, match="not every run"):
         running.main(["only", "tiny", "--side-by-side", "2"])
