@@ -99,13 +99,21 @@ def test_strength_rises_when_the_mass_lags_and_falls_when_it_leads() -> None:
     assert process.strength < 1.0
 
 
-def test_resumed_run_is_the_uninterrupted_one() -> None:
+@pytest.mark.parametrize(
+    ("name", "budget", "single"),
+    [("resnet20", Budget(macs=0.5, params=0.6), False), ("resnet20a", Budget(macs=0.05), True)],
+)
+def test_resumed_run_is_the_uninterrupted_one(name: str, budget: Budget, single: bool) -> None:
+    """Also where one channel of a group is left, which a new trace would not call a group."""
+    narrowest = []
+
     def run(stop: int | None) -> tuple[list[Tensor], dict[str, int]]:
-        model = network("resnet20")
-        process = TCP().start(model, EXAMPLE, Budget(macs=0.5, params=0.6))
+        model = network(name)
+        process = TCP().start(model, EXAMPLE, budget)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         for step in range(STEPS):
             if step == stop:
+                narrowest.append(min(g.size for g in process.graph.groups))
                 state = copy.deepcopy(process.state_dict())
                 kept, momentum = model, optimizer.state_dict()
                 limits = process.limits
@@ -125,6 +133,17 @@ def test_resumed_run_is_the_uninterrupted_one() -> None:
         assert again == limits
         assert [p.shape for p in parts] == [p.shape for p in whole]
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert single == (min(narrowest) == 1)
+
+
+def test_a_state_of_another_network_or_version_is_refused() -> None:
+    process = TCP().start(network(), EXAMPLE, Budget(macs=0.5))
+    with pytest.raises(ValueError, match="does not have the structure"):
+        process.load_state_dict(TCP().start(Magnitude().start(network(), EXAMPLE, Budget(macs=0.5)).finish(), EXAMPLE,
+                                            Budget(macs=0.9)).state_dict())  # fmt: skip
+    older = {k: v for k, v in process.state_dict().items() if k != "graph"}
+    with pytest.raises(ValueError, match="older version"):
+        process.load_state_dict(older)
 
 
 def test_training_that_stops_early_is_cut_and_says_so() -> None:

@@ -175,7 +175,10 @@ class Graph:
         return kept
 
     def after(self, units: Mapping[str, np.ndarray]) -> Graph:
-        """The graph of the network that keeps only ``units``: what ``trace`` would find there, without tracing."""
+        """The graph of the network that keeps only ``units``: what ``trace`` would find there, without tracing.
+
+        A group of which one unit is left stays a group; ``trace`` would find none.
+        """
         kept = self.kept(dict(units))
         moved: dict[tuple[str, int], np.ndarray] = {}
         shapes = dict(self.shapes)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import CostModel
+from espalier.graph import files
 from espalier.methods.base import Batches, Removed
 from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity, check_returns, diminishing
 from espalier.methods.pressure import LISTEN_EVERY, Fading, FadingMethod
@@ -179,6 +180,7 @@ class Tailoring(Fading):
         rows = self._rows()
         return {
             **self._numbers(),
+            "graph": files.to_json(self.graph),
             "moments": dict(self.moments.sums) if self.moments.active else None,
             "groups": {
                 g.name: {k: v[a:b].clone() for k, v in rows.items()}
@@ -187,10 +189,15 @@ class Tailoring(Fading):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = {g.name: g.size for g in self.graph.groups}
-        other = {n: len(g["value"]) for n, g in state["groups"].items()}
-        if own != other:
+        if "graph" not in state:
+            raise ValueError("TCP: this state was saved by an older version, which kept less of it; begin the run anew")
+        graph = files.from_json(state["graph"])  # a new trace would not find a group of which one channel is left
+        own = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+        if any(n in own and own[n] != shape for n, shape in graph.shapes.items()):
             raise ValueError("TCP: the model does not have the structure it had when this state was saved")
+        self._silence()
+        self.graph = graph
+        self._bind(Units(self.model, graph))
         saved = [state["groups"][g.name] for g in self.graph.groups]
         self._restore(state, {k: torch.cat([r[k] for r in saved]) if saved else v for k, v in self._rows().items()})
         if state["moments"] is not None:
