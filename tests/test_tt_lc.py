@@ -229,6 +229,18 @@ def test_an_ordinary_step_never_waits_for_the_device(copied) -> None:
     assert forward <= 6 and backward <= 3 + len(process.lc.compressed)  # one pass over all weights, no copy of each
 
 
+def test_the_rate_after_the_replacement_rises_to_its_peak_and_falls_to_nothing() -> None:
+    def rates(**options: float) -> list[float]:
+        process = es.TTLC(search=0, lc=False, share=0.6, **options).start(net(), X, es.Budget(macs=0.4))
+        process.step(progress=0.6, optimizer=torch.optim.SGD(process.model.parameters(), lr=0.1))
+        assert process.replaced
+        return [process.rate(progress) for progress in (0.6, 0.65, 0.7, 0.8, 1.0)]
+
+    plain, settled = rates(), rates(settle=0.5, rise=0.25)
+    assert plain[0] == 1.0 and plain[-1] == pytest.approx(0.0, abs=1e-12)
+    assert settled == pytest.approx([share * rate for share, rate in zip((0, 0.25, 0.5, 0.5, 0.5), plain, strict=True)])
+
+
 def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monkeypatch) -> None:
     """``meta`` stands for a GPU: whatever reads a number of it, or mixes it with the CPU, raises."""
     process = es.TTLC(search=0).start(net(), X, es.Budget(macs=0.4))
@@ -735,7 +747,7 @@ def test_budgets_that_cannot_be_met_fail_at_once() -> None:
 
 WRONG = [
     {"iterations": 1}, {"share": 1.0}, {"pull": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
-    {"forms": "cp"}, {"search": -1}, {"workers": 0}, {"lc": 1},
+    {"forms": "cp"}, {"search": -1}, {"workers": 0}, {"lc": 1}, {"settle": 0.0}, {"rise": 1.0},
 ]  # fmt: skip
 
 

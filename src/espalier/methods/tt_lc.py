@@ -64,6 +64,8 @@ class TTLC(Method):
     ``pull``, ``growth``: how far the penalty alone would move the weights towards ``D(theta)`` in the first L step that has
     one, as an exponent (1: all but ``1/e`` of the way), and its factor from one L step to the next.
     ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
+    ``settle``: peak of the rate after the replacement, relative to where the next L step would have started; ``rise``: share of
+    what is left of the run in which it rises to that.
     ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals; "energy", no proposals, all energy counts the same; or
     "equal", one form and the same fraction of the full rank in all layers, where there is nothing to search.
     ``floor``: least share of the full rank that a proposal may have; ``beyond``: what energy beyond the proposal counts.
@@ -83,6 +85,8 @@ class TTLC(Method):
     growth: float = 1.2
     cycle: float = 0.3
     decay: float = 1.0
+    settle: float = 1.0
+    rise: float = 0.0
     forms: tuple[str, ...] = tuple(FORMS)
     ranks: str = "evbmf"
     floor: float = 0.1
@@ -98,12 +102,14 @@ class TTLC(Method):
             whole = getattr(self, name)
             if whole < least:
                 raise ValueError(f"TTLC({name}={whole!r}): must be a whole number, {least} or more")
-        for name in ("share", "select", "cycle", "decay", "floor", "beyond", "tt_fraction"):
+        for name in ("share", "select", "cycle", "decay", "settle", "floor", "beyond", "tt_fraction"):
             value = getattr(self, name)
             if not 0 < value <= 1 or (name == "share" and value == 1):
                 raise ValueError(
                     f"TTLC({name}={value!r}): must be above 0 and {'below' if name == 'share' else 'at most'} 1"
                 )
+        if not 0 <= self.rise < 1:
+            raise ValueError(f"TTLC(rise={self.rise!r}): must be 0 or more and below 1")
         if self.pull <= 0:
             raise ValueError(f"TTLC(pull={self.pull!r}): must be a number above 0")
         if self.growth < 1:
@@ -211,7 +217,9 @@ class TensorCompression(Process):
         method = self.method
         if self.replaced:
             left = min((progress - self._at) / max(1.0 - self._at, 1e-9), 1.0)
-            return method.decay**self.lc.iterations * 0.5 * (1.0 + math.cos(math.pi * left))
+            peak = method.settle * method.decay**self.lc.iterations
+            risen = min(1.0, left / method.rise) if method.rise else 1.0
+            return risen * peak * 0.5 * (1.0 + math.cos(math.pi * left))
         inside = min(max(progress - self._at, 0.0) / max(self._due() - self._at, 1e-9), 1.0)
         warm = min(1.0, (inside + WARM_UP / 10) / WARM_UP) if self.lc.iterations == 0 else 1.0
         return warm * method.decay**self.lc.iterations * method.cycle**inside
