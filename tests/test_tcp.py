@@ -141,6 +141,8 @@ def test_a_state_of_another_network_or_version_is_refused() -> None:
     with pytest.raises(ValueError, match="does not have the structure"):
         process.load_state_dict(TCP().start(Magnitude().start(network(), EXAMPLE, Budget(macs=0.5)).finish(), EXAMPLE,
                                             Budget(macs=0.9)).state_dict())  # fmt: skip
+    with pytest.raises(ValueError, match="does not have the structure"):  # all its layers are in the larger network
+        TCP().start(network("resnet32a"), EXAMPLE, Budget(macs=0.5)).load_state_dict(process.state_dict())
     older = {k: v for k, v in process.state_dict().items() if k != "graph"}
     with pytest.raises(ValueError, match="older version"):
         process.load_state_dict(older)

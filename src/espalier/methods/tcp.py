@@ -192,8 +192,7 @@ class Tailoring(Fading):
         if "graph" not in state:
             raise ValueError("TCP: this state was saved by an older version, which kept less of it; begin the run anew")
         graph = files.from_json(state["graph"])  # a new trace would not find a group of which one channel is left
-        own = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
-        if any(n in own and own[n] != shape for n, shape in graph.shapes.items()):
+        if self.graph.shapes != graph.shapes:
             raise ValueError("TCP: the model does not have the structure it had when this state was saved")
         self._silence()
         self.graph = graph
