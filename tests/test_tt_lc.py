@@ -236,7 +236,7 @@ def test_the_rate_after_the_replacement_rises_to_its_peak_and_falls_to_nothing()
         assert process.replaced
         return [process.rate(progress) for progress in (0.6, 0.65, 0.7, 0.8, 1.0)]
 
-    plain, settled = rates(), rates(settle=0.5, rise=0.25)
+    plain, settled = rates(settle=1.0, rise=0.0), rates(settle=0.5, rise=0.25)
     assert plain[0] == 1.0 and plain[-1] == pytest.approx(0.0, abs=1e-12)
     assert settled == pytest.approx([share * rate for share, rate in zip((0, 0.25, 0.5, 0.5, 0.5), plain, strict=True)])
 

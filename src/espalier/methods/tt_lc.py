@@ -85,8 +85,8 @@ class TTLC(Method):
     growth: float = 1.2
     cycle: float = 0.3
     decay: float = 1.0
-    settle: float = 1.0
-    rise: float = 0.0
+    settle: float = 0.5
+    rise: float = 0.15
     forms: tuple[str, ...] = tuple(FORMS)
     ranks: str = "evbmf"
     floor: float = 0.1
