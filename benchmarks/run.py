@@ -46,7 +46,7 @@ from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.loop import Epoch, History, train
 from espalier.run.measure import latency
 from espalier.run.models import build_model, load_weights
-from espalier.run.recipe import Recipe
+from espalier.run.recipe import WHERE, Recipe
 from espalier.run.rundir import LOG, METRICS
 from espalier.surgery import load, save
 
@@ -528,9 +528,9 @@ def _imported_key(
         asked = {
             k: v
             for k, v in Recipe.from_dict(content["recipe"]).to_dict().items()
-            if k not in ("seed", "device", "threads", "graphs")
+            if k not in ("seed", *WHERE)
         }
-        ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", "device", "threads", "graphs")}
+        ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", *WHERE)}
         if (
             content["model"]["name"] == row["model"] and ("weights" in content["model"]) == row["trained"]
             and content["data"] == {"name": row["data"]} and dict(content["budget"]) == dict(budget)

@@ -437,7 +437,7 @@ def test_a_run_is_resumed_only_as_it_began(digits, trained, tmp_path, no_timing)
             compress(trained, digits, **{**job, **changed}, resume=True)
     with pytest.raises(ValueError, match=r"start.weights was"):
         compress(net(), digits, **job, trained=True, resume=True)
-    compress(trained, digits, **{**job, "recipe": recipe(epochs=1, threads=2)}, resume=True)
+    compress(trained, digits, **{**job, "recipe": recipe(epochs=1, threads=2, graphs=True)}, resume=True)
 
 
 # -- bad input

@@ -26,7 +26,7 @@ from espalier.run.course import write_figures
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
-from espalier.run.recipe import Recipe
+from espalier.run.recipe import WHERE, Recipe
 from espalier.run.report import Outcome, write_results
 from espalier.run.rundir import (
     CHECKPOINT,
@@ -397,7 +397,7 @@ def _compared(table: str, then: Mapping[str, Any], new: Mapping[str, Any]) -> li
         return [key for key in ORIGIN[table] if key in then and key in new]
     if table == "start":
         return [key for key in then if key != "weights" or new.get("trained")]
-    return [key for key in {**new, **then} if key not in ("device", "threads")]
+    return [key for key in {**new, **then} if key not in WHERE]
 
 
 def _said(config: Mapping[str, Any], table: str) -> dict[str, Any]:

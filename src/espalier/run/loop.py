@@ -38,7 +38,7 @@ from espalier.run.checkpoint import (
 from espalier.run.data import Data, FolderData, identity
 from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device, thread_count
-from espalier.run.recipe import Recipe
+from espalier.run.recipe import WHERE, Recipe
 from espalier.run.replay import Replay, recorder_for, running
 from espalier.surgery.files import structure
 
@@ -488,9 +488,8 @@ class _Run:
         ours = {**self.recipe.to_dict(), **self.setting}
         # Checkpoints used to say nothing of the data.
         theirs = {**self.data_setting, **content["recipe"], **content["setting"]}
-        elsewhere = ("device", "threads", "graphs")
         for name in {**ours, **theirs}:
-            if name not in elsewhere and ours.get(name) != theirs.get(name):
+            if name not in WHERE and ours.get(name) != theirs.get(name):
                 raise ValueError(
                     f"{self.path}: cannot resume: {name} was {theirs.get(name)} and is {ours.get(name)} now; "
                     "give what the run began with, or begin a new one"

@@ -11,6 +11,8 @@ from typing import Any
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant", "wsd")
 PRECISIONS = ("fp32", "bf16", "fp16")
+WHERE = ("device", "threads", "graphs")
+"""Fields that say where a run goes on, not what it is: another machine may resume it."""
 
 
 @dataclass(frozen=True)
