@@ -525,11 +525,7 @@ def _imported_key(
 ) -> str:
     for job in jobs(recipes):
         content = job.content
-        asked = {
-            k: v
-            for k, v in Recipe.from_dict(content["recipe"]).to_dict().items()
-            if k not in ("seed", *WHERE)
-        }
+        asked = {k: v for k, v in Recipe.from_dict(content["recipe"]).to_dict().items() if k not in ("seed", *WHERE)}
         ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", *WHERE)}
         if (
             content["model"]["name"] == row["model"] and ("weights" in content["model"]) == row["trained"]

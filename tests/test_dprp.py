@@ -611,6 +611,25 @@ def test_energy_finds_ranks_without_a_budget_and_gives_up_no_more() -> None:
     assert few.cost.params < many.cost.params <= many.dense.params
 
 
+@pytest.mark.parametrize("importance", ["energy", "whole"])
+def test_what_a_layer_is_worth_is_what_it_was_while_whole_or_what_is_left(importance: str) -> None:
+    model = network()
+    process = DPRP(importance=importance).start(model, EXAMPLE, Budget(macs=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train_step(process, optimizer, 0)
+    process.step(progress=0.1, optimizer=optimizer)
+    split = [n for n, layer in process.layers.items() if not layer.whole]
+    dense = {n: process.scores()[n] for n in split}
+    assert split and len(split) < len(process.layers)
+    train_step(process, optimizer, 1)
+    process.step(progress=0.13, optimizer=optimizer)
+    for name in split:
+        rank, now = process.layers[name].rank, process.scores()[name]
+        assert rank < len(dense[name]) and len(now) == rank
+        left = dense[name][:rank] / (dense[name][:rank].sum() if importance == "energy" else 1.0)
+        assert now == pytest.approx(left, rel=1e-4)
+
+
 def test_energy_and_a_budget_hold_together() -> None:
     process, _ = run(DPRP(energy=0.05), Budget(params=0.3))
     process.finish()
@@ -644,10 +663,13 @@ def test_what_stays_dense_is_listed_with_the_reason() -> None:
     assert list(process.layers) == ["0"]
 
 
-def test_resume_between_two_rank_events_is_the_uninterrupted_run() -> None:
+@pytest.mark.parametrize("importance", ["taylor", "whole"])
+def test_resume_between_two_rank_events_is_the_uninterrupted_run(importance: str) -> None:
+    method = DPRP(importance=importance)
+
     def whole(stop: int | None) -> list[Tensor]:
         model = network()
-        process = DPRP().start(model, EXAMPLE, Budget(macs=0.6, params=0.5))
+        process = method.start(model, EXAMPLE, Budget(macs=0.6, params=0.5))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         for step in range(STEPS):
             if step == stop:
@@ -656,7 +678,7 @@ def test_resume_between_two_rank_events_is_the_uninterrupted_run() -> None:
                 weights = copy.deepcopy(model.state_dict())
                 model = rebuild(network(), json.loads(json.dumps(table)))
                 model.load_state_dict(weights)
-                process = DPRP().start(model, EXAMPLE, Budget(**{m: float(v) for m, v in limits.items()}))
+                process = method.start(model, EXAMPLE, Budget(**{m: float(v) for m, v in limits.items()}))
                 process.load_state_dict(state)
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
                 optimizer.load_state_dict(momentum)

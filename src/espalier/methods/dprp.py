@@ -45,7 +45,7 @@ from espalier.plan import Budget, Plan
 from espalier.solver import solve
 from espalier.surgery import cut_ranks, decompositions, replace, split_layers, turn_factors
 
-SCORES = ("energy", "taylor")
+SCORES = ("energy", "taylor", "whole")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class DPRP(Method):
 
     ``energy``: find ranks without a budget, giving up at most this share of every layer's energy; ``None``: the budget decides.
     ``form``: "channel", "spatial", or "auto" for the faster one of every layer.
-    ``importance``: of a triplet, its share of the layer's "energy", or "taylor", the squared first-order change of the loss.
+    ``importance``: of a triplet, its share of the layer's "energy"; "whole", the same while the layer was whole, whatever it
+    has lost since (from random weights); or "taylor", the squared first-order change of the loss.
     ``start_at``/``reach``: ranks fall in between.  ``every``: from one rank event to the next.
     ``orthogonality``, ``sparsity``: weights of the two penalties.
     """
@@ -132,6 +133,7 @@ class Falling(Process):
         self._sensitivity = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
         self._decomposed = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
         self.values: dict[str, Tensor] = {}  # singular values of every layer at the last event
+        self.shares: dict[str, np.ndarray] = {}  # of energy, by triplet, while a layer was whole
         self._heard: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._listen()
@@ -280,9 +282,13 @@ class Falling(Process):
 
     def scores(self) -> dict[str, np.ndarray]:
         """Importance per triplet of every layer, largest singular value first."""
-        if self.method.importance == "energy" or not self._batches:
-            return {n: energy(self.values[n]) for n in self.layers}
-        return {n: v.double().numpy() for n, v in moved(self._sensitivity, "cpu").items()}
+        if self.method.importance == "taylor" and self._batches:
+            return {n: v.double().numpy() for n, v in moved(self._sensitivity, "cpu").items()}
+        now = {n: energy(self.values[n]) for n in self.layers}
+        if self.method.importance != "whole":
+            return now
+        self.shares.update({n: now[n] for n, layer in self.layers.items() if layer.whole or n not in self.shares})
+        return {n: self.shares[n][: layer.rank] for n, layer in self.layers.items()}
 
     def _listen(self) -> None:
         """Tie hooks to what the layers are trained by now: the gradients are read every ``LISTEN_EVERY`` steps."""
@@ -384,6 +390,7 @@ class Falling(Process):
             "targets": dict(self.targets),
             "given_up": dict(self.given_up),
             "sensitivity": {n: v.clone() for n, v in self._sensitivity.items()},
+            "shares": {n: torch.from_numpy(v) for n, v in self.shares.items()},
             "decomposed": {n: (t.u, t.s, t.v) for n, t in self._decomposed.items()},
         }
 
@@ -398,6 +405,7 @@ class Falling(Process):
         self.limits = dict(state["limits"])
         self.targets, self.given_up = dict(state["targets"]), dict(state["given_up"])
         self._sensitivity = {n: state["sensitivity"][n].to(layer.s.device) for n, layer in self.layers.items()}
+        self.shares = {n: v.cpu().numpy() for n, v in state["shares"].items()}
         self._decomposed = {n: Turn.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()}
         self._listen()
         self._took_stock(self._last)
