@@ -54,7 +54,7 @@ HOME = Path(os.environ.get("ESPALIER_RUNS", RESULTS))
 RUNS = HOME / "runs"
 WORK = HOME / "unfinished"  # checkpoints; git ignores them
 IMAGES = {"digits": 1437, "cifar10": 50000, "cifar100": 50000}
-PROBE_STEPS = 6
+PROBE_STEPS, GPU_PROBE_STEPS = 6, 60
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command == "import":
             print(f"{import_rows(json.loads(options.file.read_text()), read_recipes())} rows taken over")
         elif options.command == "queue":
-            print(queue_table(missing(read_recipes()), options.device))
+            print(queue_table(missing(read_recipes()), options.device, graphs=options.graphs))
         elif options.command == "time":
             for job in jobs(read_recipes()):
                 if {job.name, f"{job.name}.{job.label}"} & set(options.names):
@@ -71,8 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.command == "next":
             device = pick_device(options.device)
             able = [job for job in missing(read_recipes()) if not refusal(job, device)]
-            run_all = run_together if options.side_by_side > 1 else run_next
-            run_all(able, options)
+            if options.side_by_side > 1:  # alone, each takes at least as long beside others
+                fit = [j for j in able if minutes_on(j, device, graphs=options.graphs) <= options.minutes]
+                run_together(fit, options)
+            else:
+                run_next(able, options)
         else:
             wanted = [
                 job for job in missing(read_recipes()) if {job.name, f"{job.name}.{job.label}"} & set(options.names)
@@ -121,11 +124,11 @@ def missing(recipes: dict[str, dict[str, Any]], folder: Path = RUNS) -> list[Job
     return [job for job in jobs(recipes) if not (folder / f"{job.key}.json").exists()]
 
 
-def queue_table(waiting: list[Job], device: str) -> str:
+def queue_table(waiting: list[Job], device: str, *, graphs: bool = False) -> str:
     where, rows, total = pick_device(device), [], 0.0
     for job in waiting:
         reason = refusal(job, where)
-        minutes = None if reason else minutes_on(job, where)
+        minutes = None if reason else minutes_on(job, where, graphs=graphs)
         total += minutes or 0.0
         rows.append([job.key, job.content.get("value", 0), reason or f"{minutes:.0f}"])
     return (
@@ -148,7 +151,7 @@ def run_next(waiting: list[Job], options: argparse.Namespace) -> None:
     end, device = time.monotonic() + 60 * options.minutes, pick_device(options.device)
     for job in waiting:
         left = (end - time.monotonic()) / 60
-        needed = minutes_on(job, device)
+        needed = minutes_on(job, device, graphs=options.graphs)
         if needed <= left:
             run(job, options)
         else:
@@ -192,11 +195,11 @@ def run_together(waiting: list[Job], options: argparse.Namespace) -> None:
         raise ValueError(f"not every run came to its end; see {WORK / 'logs'}")
 
 
-_probed: dict[tuple[str, ...], float] = {}
+_probed: dict[tuple[Any, ...], float] = {}
 
 
-def minutes_on(job: Job, device: torch.device) -> float:
-    """From earlier results on hardware of this name, or from a few steps of dense training now."""
+def minutes_on(job: Job, device: torch.device, *, graphs: bool = False) -> float:
+    """From earlier runs alone on hardware of this name, or from a few steps of dense training now."""
     epochs = job.recipe["epochs"] + (job.content.get("start", {}).get("epochs", 0) if job.starts_trained else 0)
     here = environment()["hardware"]
     same = [
@@ -205,29 +208,31 @@ def minutes_on(job: Job, device: torch.device) -> float:
         if row["epoch_seconds"]
         and row["setting"]["model"]["name"] == job.content["model"]["name"]
         and row["setting"]["data"]["name"] == job.content["data"]["name"]
-        and row["setting"]["recipe"].get("precision") == job.recipe.get("precision")
+        and all(row["setting"]["recipe"].get(k) == job.recipe.get(k) for k in ("precision", "batch_size"))
+        and not row["hardware"].get("gpu_shared")
         and [row["hardware"].get(k) for k in ("cpu", "gpu")] == [here[k] for k in ("cpu", "gpu")]
     ]
     of_method = [row for row in same if row["setting"]["method"]["name"] == job.method["name"]] or same
     seconds = [statistics.median(row["epoch_seconds"]) for row in of_method]
-    return epochs * (statistics.median(seconds) if seconds else _probe(job, device)) / 60
+    return epochs * (statistics.median(seconds) if seconds else _probe(job, device, graphs)) / 60
 
 
-def _probe(job: Job, device: torch.device) -> float:
+def _probe(job: Job, device: torch.device, graphs: bool) -> float:
     """Seconds of an epoch of dense training on random images."""
-    recipe = make_recipe(job, threads=1, device=str(device))
+    recipe = make_recipe(job, threads=1, device=str(device), graphs=graphs)
     data = job.content["data"]["name"]
-    key = (job.content["model"]["name"], data, recipe.precision, str(device))
+    key = (job.content["model"]["name"], data, recipe.precision, recipe.batch_size, str(device), graphs)
+    steps = PROBE_STEPS if device.type == "cpu" else GPU_PROBE_STEPS
     if key not in _probed:
         size, channels = (8, 1) if data == "digits" else (32, 3)
         classes = 100 if data == "cifar100" else 10
         images = torch.rand(recipe.batch_size, channels, size, size)
         labels = torch.randint(classes, (recipe.batch_size,))
-        fake = _Steps([(images, labels)] * PROBE_STEPS, classes)
+        fake = _Steps([(images, labels)] * steps, classes)
         model = build_model(job.content["model"]["name"], num_classes=classes, in_channels=channels, image_size=size)
         quick = dataclasses.replace(recipe, epochs=2, warmup_epochs=0.0, distill=0.0)
         seconds = train(model, fake.loaders(), quick).last.seconds
-        _probed[key] = seconds / PROBE_STEPS * IMAGES[data] / recipe.batch_size
+        _probed[key] = seconds / steps * IMAGES[data] / recipe.batch_size
     return _probed[key]
 
 

@@ -32,7 +32,7 @@ from espalier.run.evaluate import evaluate
 from espalier.run.loop import make_optimizer, train
 from espalier.run.recipe import Recipe
 from espalier.solver import unused_blocks
-from espalier.surgery import cut_ranks, decompositions, load, save, split_layers, turn_factors
+from espalier.surgery import cut_ranks, decompositions, load, save, split_layers, turn_factors, verify
 from espalier.surgery.files import rebuild, structure
 from espalier.surgery.verify import gradients
 from tests.steps import EXAMPLE, batch, network, train_step
@@ -827,6 +827,7 @@ NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, tmp_path: Any) -> None:
     model, inputs = build(name), example(name)
+    dense = copy.deepcopy(model)
     if name not in ("cifar:vgg16_bn", "vgg16_bn", "inception_v3"):  # the last: a head that trains on larger images only
         model.train()
     before = cost(trace(model, inputs))
@@ -846,6 +847,7 @@ def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, 
     reached = cost(trace(small, inputs))
     assert (reached.macs, reached.params) == (process.cost.macs, process.cost.params)
     assert sum(p.numel() for p in small.parameters()) == reached.params <= process.limits["params"] < before.params
+    assert verify(dense, process.graph, process.stayed, inputs, small=small, budget=Budget(params=0.7)).require()
     save(small, tmp_path / "small.safetensors")
     loaded = load(tmp_path / "small.safetensors", base=build(name)).eval()
     y = torch.randn(1, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))

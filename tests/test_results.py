@@ -211,10 +211,33 @@ def test_a_stopped_run_goes_on_and_ends_the_same(bench, monkeypatch, label):
 
 
 def test_next_runs_only_what_fits(bench, capsys, monkeypatch):
-    monkeypatch.setattr(running, "minutes_on", lambda job, device: 1.0 if job.label == "dense" else 99.0)
+    monkeypatch.setattr(running, "minutes_on", lambda job, device, graphs: 1.0 if job.label == "dense" else 99.0)
     running.main(["next", "--minutes", "1.5", "--device", "cpu"])
     assert [p.stem for p in (bench / "runs").iterdir()][:1] == ["tiny.dense-seed0"]
     assert "tiny.tcp-seed0: 99 minutes" in capsys.readouterr().out
+
+
+def test_minutes_are_those_of_runs_alone_with_such_batches_or_probed(bench, monkeypatch):
+    content = read_recipe(bench / "tiny.toml")
+    job = Job("tiny", "dense", 0, content)
+    row = {
+        "setting": job.setting,
+        "epoch_seconds": [60.0],
+        "hardware": dict.fromkeys(("cpu", "gpu"), "this"),
+    }
+    others = [
+        {**row, "epoch_seconds": [6000.0], "hardware": {**row["hardware"], "gpu_shared": True}},
+        {**row, "epoch_seconds": [3.0], "setting": {**row["setting"], "recipe": {**job.recipe, "batch_size": 7}}},
+        {**row, "epoch_seconds": [4.0], "hardware": dict.fromkeys(("cpu", "gpu"), "that")},
+    ]
+    monkeypatch.setattr(running, "environment", lambda: {"hardware": row["hardware"]})
+    monkeypatch.setattr(running, "_probe", lambda job, device, graphs: 120.0 if graphs else 240.0)
+    device = torch.device("cpu")
+    monkeypatch.setattr(running, "results", lambda: dict(enumerate([*others, row])))
+    assert running.minutes_on(job, device) == job.recipe["epochs"]
+    monkeypatch.setattr(running, "results", lambda: dict(enumerate(others)))
+    assert running.minutes_on(job, device) == 4 * job.recipe["epochs"]
+    assert running.minutes_on(job, device, graphs=True) == 2 * job.recipe["epochs"]
 
 
 def test_side_by_side_hands_its_options_on(bench, monkeypatch):
@@ -225,8 +248,10 @@ def test_side_by_side_hands_its_options_on(bench, monkeypatch):
         return True
 
     monkeypatch.setattr(running, "run_side_by_side", record)
+    monkeypatch.setattr(running, "minutes_on", lambda job, device, graphs: 99.0 if job.label == "magnitude" else 1.0)
     running.main(["next", "--minutes", "2", "--device", "cpu", "--side-by-side", "3", "--graphs", "--data-dir", "here"])
     assert (seen["places"], seen["seconds"]) == (3, 120.0)
+    assert "tiny.tcp-seed0" in seen and "tiny.magnitude-seed0" not in seen  # what cannot end in that time is not begun
     assert seen["tiny.dense-seed0"][3:] == [
         "only", "tiny.dense", "--seeds", "0", "--device=cpu", "--threads=1", "--data-dir=here", "--graphs"
     ]  # fmt: skip

@@ -15,6 +15,7 @@ A linear layer has ``channel`` only.  Sources: Zhang et al. 2016 (channel), Jade
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -141,3 +142,32 @@ def sequential(place: Place, form: str, weights: Sequence[Tensor], bias: Tensor 
                 layer.bias.copy_(bias)
         layers.append(layer)
     return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def composed(row: nn.Sequential, like: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, in float64, of the one layer of the geometry of ``like`` that computes what ``row`` computes.
+
+    They are read from the answers to unit inputs, one per element of a filter, so nothing is assumed about how ``row`` was made.
+    """
+    row = copy.deepcopy(row).double().cpu()
+    if isinstance(like, nn.Linear):
+        units = torch.eye(like.in_features, dtype=torch.float64)
+        bias = row(torch.zeros(1, like.in_features, dtype=torch.float64))[0]
+        weight = (row(units) - bias).T
+    else:
+        for stage in row:
+            stage.padding = (0, 0)
+        (kh, kw), (dh, dw) = like.kernel_size, like.dilation
+        size = ((kh - 1) * dh + 1, (kw - 1) * dw + 1)
+        bias = row(torch.zeros(1, like.in_channels, *size, dtype=torch.float64)).reshape(-1)
+        weight = torch.empty(like.out_channels, like.in_channels, kh, kw, dtype=torch.float64)
+        for channel in range(like.in_channels):
+            units = torch.zeros(kh, kw, like.in_channels, *size, dtype=torch.float64)
+            for i, j in itertools.product(range(kh), range(kw)):
+                units[i, j, channel, i * dh, j * dw] = 1.0
+            answers = row(units.flatten(0, 1)).reshape(kh, kw, like.out_channels)
+            weight[:, channel] = (answers - bias).permute(2, 0, 1)
+    if like.bias is None and float(bias.abs().max()) != 0.0:
+        raise ValueError("a row of layers adds a bias that the layer it stands for does not have")
+    return weight, None if like.bias is None else bias

@@ -38,14 +38,14 @@ from espalier.forms.candidates import Spectra, cheapest, full_rank, ladder, meas
 from espalier.forms.chains import cost_of
 from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
-from espalier.graph import Chain, trace, with_ladders
+from espalier.graph import Chain, files, with_ladders
 from espalier.graph.ladders import ladder_name
 from espalier.methods.base import FROZEN, Batches, Method, Process, Removed, Status, is_frozen, need_progress
 from espalier.methods.equal import equal_chains
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
 from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
-from espalier.plan import Budget
+from espalier.plan import Budget, Plan
 from espalier.solver import solve
 from espalier.surgery import replace
 
@@ -452,7 +452,13 @@ class TensorCompression(Process):
             replace(self.model, name, row, optimizer=optimizer)
         self.replaced, self._at = True, progress
         self.factors = {}
-        self.graph = trace(self.model, self.example)
+        ladders = {n: [self.chains[n], dense_chain(self.places[n])] for n in final}
+        self.graph = with_ladders(self.graph, ladders)
+        self.rungs = {ladder_name(n): 1 for n in ladders}
+        self.stayed = Plan(
+            {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups},
+            {g.name: g.size for g in self.graph.groups},
+        )
         return Removed({}, self.cost)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -477,6 +483,7 @@ class TensorCompression(Process):
     def state_dict(self) -> dict[str, Any]:
         return {
             "replaced": self.replaced,
+            "graph": files.to_json(self.graph),
             "forced": self.forced,
             "at": self._at,
             "travel": self._travel,
@@ -500,6 +507,8 @@ class TensorCompression(Process):
             raise ValueError(
                 f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
             )
+        self.graph = files.from_json(state["graph"])  # of the dense network, which is no longer there once it is replaced
+        self.rungs = {g.name: 1 for g in self.graph.groups if g.ladder}
         self.replaced, self.forced = state["replaced"], state["forced"]
         self._at, self._travel = state["at"], state["travel"]
         self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])

@@ -1,12 +1,12 @@
-"""Prove that a small network is what was promised: equal to the masked one, at the planned cost, inside the budget."""
+"""Prove that a small network is what was promised: equal to the masked or the composed one, at its cost, inside the budget."""
 
 from __future__ import annotations
 
 import copy
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from espalier.copies import copy_model
 from espalier.costs import CostModel, cost
+from espalier.forms import composed
 from espalier.graph import Graph, trace
 from espalier.graph.tracing import call_arguments, private_copy
 from espalier.graph.watch import first_line, tensors_in
 from espalier.plan import Budget, Plan, need_budget
 from espalier.solver import unused_blocks
 from espalier.surgery.files import load, save
-from espalier.surgery.shrink import mask, shrink
+from espalier.surgery.shrink import bake, mask, shrink
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def verify(
     """Check the obligations on ``model`` and the small network that ``plan`` makes of it (or on ``small``, if given).
 
     1. the plan that keeps everything changes no bit; 2. small equals masked, in float64, within ``tolerance`` relative to
-    the largest output; 3. planned cost equals the traced cost of the small network, its number of parameters, and torch's
+    the largest output; where ``plan`` has layers in other forms - ``process.graph`` and ``process.stayed`` of a method that
+    factorises - it equals ``model`` with the weights that those forms compose to and all others of ``small``; 3. planned cost equals the traced cost of the small network, its number of parameters, and torch's
     own FLOP counter (activation memory may be less than planned); 4. every limit of ``budget`` holds and no further block
     would fit; 5. saved and loaded onto ``fresh()`` (default: a copy of ``model``) it gives the same bits; 6. backward
     reaches every parameter it reached before.
@@ -88,6 +91,13 @@ def verify(
             passed, detail = False, f"{type(error).__name__}: {first_line(error)}{_line_of(error)}"
         checks.append(Check(name, passed, detail))
 
+    turned = [g.name for g in graph.groups if g.ladder and len(plan.keep.get(g.name, range(g.size))) < g.size]
+    if turned and small is None:
+        raise ValueError(
+            f"verify: the plan gives {len(turned)} layers another form, {turned[0]!r} first, which only the method can do; "
+            "give what its finish() returned as small="
+        )
+    own = trace(model, example) if turned else graph  # weights that are computed are plain before a layer changes its form
     built = shrink(model, graph, plan) if small is None else small
     planned = cost(graph, plan)
 
@@ -113,9 +123,9 @@ def verify(
 
     def budgets() -> tuple[bool, str]:
         assert budget is not None
-        limits = budget.limits(CostModel(graph).cost(graph.sizes))
+        limits = budget.limits(CostModel(own).cost(own.sizes))
         over = [m for m, limit in limits.items() if getattr(planned, m) > limit]
-        left = unused_blocks(graph, plan, budget)
+        left = unused_blocks(graph, plan, replace(budget, **limits))
         text = ", ".join(f"{m} {getattr(planned, m):,} of {limit:,}" for m, limit in limits.items())
         return not over and not left, text + (f"; would still fit: {left[:3]}" if left else "; nothing more fits")
 
@@ -133,13 +143,45 @@ def verify(
         return not lost, f"gradients reach {len(reached)} parameters" + (f", but not {lost[:3]}" if lost else "")
 
     claim("identity", identity)
-    claim("small equals masked", equal)
+    def equal_to_composed() -> tuple[bool, str]:
+        error, scale = difference(_composed(model, own.baked, built), built, example)
+        return error <= tolerance * max(scale, 1e-30), f"largest difference {error:.2e} of {scale:.2e} in float64"
+
+    if turned:
+        claim("small equals composed", equal_to_composed)
+    else:
+        claim("small equals masked", equal)
     claim("planned cost equals built cost", costs)
     if budget is not None:
         claim("budget", budgets)
     claim("save and load", files)
     claim("backward", backward)
     return Proof(tuple(checks))
+
+
+def _composed(model: nn.Module, baked: Iterable[str], small: nn.Module) -> nn.Module:
+    """``model`` with the weights of ``small``, in float64; a row of layers in ``small`` becomes the one it stands for."""
+    whole = copy_model(model, {})
+    for name in baked:
+        bake(whole, name)
+    whole = whole.double()
+    given = small.state_dict()
+    with torch.no_grad():
+        for layer, module in whole.named_modules():
+            row = small.get_submodule(layer) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
+            own = {n: t for n, t in module.state_dict(keep_vars=True).items() if "." not in n}
+            if isinstance(row, nn.Sequential):
+                weight, bias = composed(row, module)  # type: ignore[arg-type]
+                values: dict[str, Any] = {"weight": weight, "bias": bias}
+            else:
+                values = {n: given[f"{layer}.{n}" if layer else n] for n in own}
+            for name, tensor in own.items():
+                if tensor.shape != values[name].shape:
+                    raise ValueError(
+                        f"{layer}.{name} has shape {tuple(values[name].shape)} instead of {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(values[name])
+    return whole
 
 
 def forward(model: nn.Module, example: Any) -> list[Tensor]:
