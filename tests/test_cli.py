@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 import espalier as es
 from espalier import __version__
+from espalier.methods.lc import PenaltyDiverged
 from espalier.plan import Budget
 from espalier.present import demo
 from espalier.present.cli import app
 from espalier.present.config import hyper_parameters
 from espalier.run.evaluate import pick_device
+from espalier.run.loop import TrainingDiverged
 from espalier.run.models import build_model
 from espalier.run.onnx import export_onnx, to_onnx_bytes
 from espalier.run.recipe import Recipe
@@ -598,3 +600,17 @@ def test_a_path_that_is_not_there_is_refused(command, tmp_path):
 def test_a_folder_without_a_network_is_refused(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(espalier("evaluate", tmp_path / "empty"), "config.toml")
+
+
+# -- errors
+
+
+@pytest.mark.parametrize("kind", [ValueError, PenaltyDiverged, TrainingDiverged])
+def test_what_a_user_can_mend_is_one_line_just_as_it_stands(monkeypatch, kind):
+    def fail(*arguments, **given):
+        raise kind("[bold]usermod:boom: LC iteration 3")
+
+    monkeypatch.setattr("espalier.present.config.build_model", fail)
+    done = espalier("inspect", "resnet20")
+    assert done.exit_code == 2
+    assert done.stderr == "error: [bold]usermod:boom: LC iteration 3\n"

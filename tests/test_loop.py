@@ -532,6 +532,24 @@ def test_a_method_that_stumbles_over_nan_is_not_blamed(digits):
         train(model, digits, recipe(), process=process)
 
 
+def test_weights_that_are_not_finite_are_named_with_what_the_method_found(digits):
+    class Names(Halving):
+        def start(self, model, example, budget, *, batches=None):
+            process = super().start(model, example, budget)
+
+            def step(*, progress, optimizer):
+                with torch.no_grad():
+                    model.head.weight[0, 0] = float("inf")
+                raise ValueError("layer 'head': its singular values are not finite")
+
+            process.step = step
+            return process
+
+    model = net()
+    with pytest.raises(TrainingDiverged, match=r"weights are not finite \(layer 'head': its singular"):
+        train(model, digits, recipe(), process=Names().start(model, digits.example(), BUDGET))
+
+
 def test_what_does_not_fit_is_said_before_training(digits):
     with pytest.raises(ValueError, match="7 logits for an image, the data has 10 classes"):
         train(net(classes=7), digits, recipe())

@@ -276,3 +276,22 @@ def test_a_plan_survives_json_and_is_checked_against_its_graph(graph: Graph) -> 
         cost(graph, Plan({"conv1": np.array([0])}, {"conv1": 3}))
     with pytest.raises(ValueError, match="not an Espalier plan"):
         Plan.from_json("{}")
+
+
+class FixedWidth(nn.Module):
+    """Reads its channels with a number written into the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 64, 3, padding=1), nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x.view(x.shape[0], 64, 64).mean(2))
+
+
+def test_an_unreachable_budget_says_what_is_frozen_and_the_line():
+    model = FixedWidth()
+    graph = trace(model, torch.zeros(1, 1, 8, 8))
+    with pytest.raises(BudgetError, match=r"Frozen are channels of .* tensors.*test_solver\.py:\d+"):
+        solve(graph, {g.name: np.ones(g.size) for g in graph.groups}, Budget(macs=0.5))

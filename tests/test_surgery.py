@@ -3,6 +3,8 @@
 import copy
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -321,10 +323,26 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(step, full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"small\.safetensors: cannot be written .*No space.*untouched"):
         save(network(), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_disk_that_is_really_full_is_said_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own: no file of it may become larger than a few blocks."""
+    script = (
+        "import resource, signal, torch; from espalier.surgery import save\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\n"
+        "try:\n    save(torch.nn.Linear(64, 64), 'small.safetensors')\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert said.startswith("small.safetensors: cannot be written (") and said.count("\n") == 1
+    assert os.listdir(tmp_path) == []
 
 
 # -- verify names what fails ------------------------------------------------------------------------------------------

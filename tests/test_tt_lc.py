@@ -23,7 +23,7 @@ from espalier.forms import candidates, dense_chain, find_places
 from espalier.forms.candidates import full_rank, ladder, measure
 from espalier.forms.chains import cost_of
 from espalier.forms.transfer import moved
-from espalier.forms.tucker import Factors, compose, factorise
+from espalier.forms.tucker import compose, factorise
 from espalier.methods import lc as lc_module
 from espalier.methods import tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged

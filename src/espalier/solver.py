@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from espalier.costs import METRICS, Cost, CostModel, CostState
-from espalier.graph import Graph, Group
+from espalier.graph import Frozen, Graph, Group
 from espalier.plan import Budget, Plan
 
 
@@ -63,7 +63,7 @@ def solve(
             lowest[number] = sizes[number]
     highest = _highest(graph, ceiling)
     lowest = np.minimum(lowest, highest)
-    _check_reachable(model, lowest, limits, dense)
+    _check_reachable(model, lowest, limits, dense, graph.frozen)
 
     state = model.at(highest, metrics=limits)
     _remove(state, graph.groups, values, lowest, steps, limits, per_cost)
@@ -93,7 +93,9 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
     return sums, orders
 
 
-def _check_reachable(model: CostModel, lowest: np.ndarray, limits: dict[str, int], dense: Cost) -> None:
+def _check_reachable(
+    model: CostModel, lowest: np.ndarray, limits: dict[str, int], dense: Cost, frozen: Sequence[Frozen]
+) -> None:
     smallest = model.cost(lowest)
     for metric, limit in limits.items():
         reached = getattr(smallest, metric)
@@ -101,9 +103,20 @@ def _check_reachable(model: CostModel, lowest: np.ndarray, limits: dict[str, int
             total = getattr(dense, metric)
             raise BudgetError(
                 f"budget {metric}={limit:,} cannot be met: the smallest reachable is {reached:,} "
-                f"({reached / total:.1%} of {total:,}); raise the budget, protect less, or lower multiple_of",
+                f"({reached / total:.1%} of {total:,}); raise the budget, protect less, or lower multiple_of"
+                + (f". {_frozen_too(frozen)}" if frozen else ""),
                 smallest,
             )
+
+
+def _frozen_too(frozen: Sequence[Frozen]) -> str:
+    """The reason that holds most channels, with where it lies in the model's code."""
+    held: dict[str, int] = {}
+    for channels in frozen:
+        held[channels.reason] = held.get(channels.reason, 0) + channels.count
+    most = max(held, key=lambda reason: held[reason])
+    first = next(c.tensor for c in frozen if c.reason == most)
+    return f"Frozen are channels of {len({c.tensor for c in frozen})} tensors, most of them, {first} first, because: {most}"
 
 
 def block_size(group: Group, multiple_of: int) -> int:

@@ -148,7 +148,7 @@ def sequential(place: Place, form: str, weights: Sequence[Tensor], bias: Tensor 
 def composed(row: nn.Sequential, like: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, in float64, of the one layer of the geometry of ``like`` that computes what ``row`` computes.
 
-    They are read from the answers to unit inputs, one per element of a filter, so nothing is assumed about how ``row`` was made.
+    They are read from its answers to unit inputs, one per element of a filter: nothing is assumed about how ``row`` was made.
     """
     row = copy.deepcopy(row).double().cpu()
     if isinstance(like, nn.Linear):
@@ -157,7 +157,7 @@ def composed(row: nn.Sequential, like: nn.Conv2d | nn.Linear) -> tuple[Tensor, T
         weight = (row(units) - bias).T
     else:
         for stage in row:
-            stage.padding = (0, 0)
+            stage.padding = (0, 0)  # type: ignore[assignment]
         (kh, kw), (dh, dw) = like.kernel_size, like.dilation
         size = ((kh - 1) * dh + 1, (kw - 1) * dw + 1)
         bias = row(torch.zeros(1, like.in_channels, *size, dtype=torch.float64)).reshape(-1)

@@ -97,8 +97,8 @@ class LearningCompression:
             return
         raise PenaltyDiverged(
             f"LC iteration {self.iterations + 1}: the weights move away from their compressed form (gap {gap:.3g}, it was "
-            f"{self._least:.3g}) at mu={self.mu:.3g}; lower the learning rate, mu or growth. The compressed form of iteration "
-            f"{self.iterations} is kept"
+            f"{self._least:.3g}) at mu={self.mu:.3g}; lower the rate, the penalty or its growth (of TTLC: pull, growth). "
+            f"What iteration {self.iterations} compressed the weights to is kept, and so is the last checkpoint"
         )
 
     def state_dict(self) -> dict[str, Any]:

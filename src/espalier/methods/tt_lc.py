@@ -434,6 +434,10 @@ class TensorCompression(Process):
             dense = cost_of(place, dense_chain(place))[0]
             share = 1.0 if form is None else cost_of(place, form)[0] / dense
             self.record("MACs of the layer", {name: share}, progress=progress)
+        # what EVBMF said where the floor took its place
+        self.record(
+            "rank below the floor", {n: float(min(found)) for n, found in self.collapsed.items()}, progress=progress
+        )
 
     # -- 6. replacement ------------------------------------------------------------------------------------------------
 
@@ -507,7 +511,9 @@ class TensorCompression(Process):
             raise ValueError(
                 f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
             )
-        self.graph = files.from_json(state["graph"])  # of the dense network, which is no longer there once it is replaced
+        self.graph = files.from_json(
+            state["graph"]
+        )  # of the dense network, which is no longer there once it is replaced
         self.rungs = {g.name: 1 for g in self.graph.groups if g.ladder}
         self.replaced, self.forced = state["replaced"], state["forced"]
         self._at, self._travel = state["at"], state["travel"]

@@ -12,9 +12,12 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from espalier.methods.lc import PenaltyDiverged
 from espalier.run.loop import TrainingDiverged
 
-USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, TrainingDiverged, torch.OutOfMemoryError)
+USER_ERRORS = (
+    ValueError, OSError, ImportError, MemoryError, TrainingDiverged, PenaltyDiverged, torch.OutOfMemoryError,
+)  # fmt: skip
 """What a user can cause and mend. Everything else is our bug and keeps its traceback."""
 
 stdout = Console(highlight=False)
@@ -35,9 +38,9 @@ class Edge(TyperGroup):
 
 
 def say_error(error: BaseException) -> None:
-    """``error: ...`` on stderr, as it stands: brackets are not markup, long lines are not wrapped."""
+    """``error: ...`` on stderr, as it stands: no markup in brackets, no pictures for words between colons, no wrapping."""
     text = str(error).strip() or type(error).__name__
-    stderr.print(f"error: {text}", markup=False, soft_wrap=True)
+    stderr.print(f"error: {text}", markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
@@ -46,5 +49,5 @@ def stopped(advice: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        stderr.print(f"stopped; {advice}", markup=False, soft_wrap=True)
+        stderr.print(f"stopped; {advice}", markup=False, emoji=False, soft_wrap=True)
         raise typer.Exit(130) from None

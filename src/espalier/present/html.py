@@ -77,10 +77,12 @@ def _run(run: Run, name: str, *, timing: bool, only: bool) -> str:
 
 def _lead(run: Run) -> str:
     metrics = run.metrics
-    trained = f"{metrics['epochs']} epochs in {_duration(metrics['seconds'])}" if metrics["epochs"] else "no training"
-    start = "trained" if run.config.get("start", {}).get("trained") else "untrained"
+    epochs = metrics["epochs"]
+    words = f"{epochs} epoch{'s' if epochs != 1 else ''}"
+    trained = f"{words} in {_duration(metrics['seconds'])}" if epochs else "no training"
+    start = "a trained" if run.config.get("start", {}).get("trained") else "an untrained"
     seed = "" if metrics.get("seed") is None else f", seed {metrics['seed']}"
-    return f'<p class="soft">Method {escape(run.method)}, from a {start} network, {trained}{escape(seed)}.</p>'
+    return f'<p class="soft">Method {escape(run.method)}, from {start} network, {trained}{escape(seed)}.</p>'
 
 
 def _tiles(metrics: dict[str, Any]) -> str:

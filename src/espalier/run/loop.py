@@ -393,9 +393,11 @@ class _Run:
         try:
             progress = self.done / (self.recipe.epochs * self.steps)
             removed = self.process.step(progress=progress, optimizer=self.optimizer)
-        except Exception:
-            self._look_at(losses)  # a method stumbles over NaN before the loop looks: name the cause, not the symptom
-            self._check_weights(losses)
+        except Exception as error:
+            self._look_at(
+                losses
+            )  # a method stumbles over NaN before the loop looks: name the cause, and then the symptom
+            self._check_weights(losses, f" ({first_line(error)})")
             raise
         if removed is None:
             return 0
@@ -412,10 +414,10 @@ class _Run:
         if bad is not None:
             self._diverged(bad[0], f"the loss is {bad[1]}")
 
-    def _check_weights(self, losses: _Losses) -> None:
+    def _check_weights(self, losses: _Losses, symptom: str = "") -> None:
         finite = torch.stack([torch.isfinite(p.detach()).all() for p in self.model.parameters()]).all()
         if not bool(finite):
-            self._diverged(losses.seen, "weights are not finite")
+            self._diverged(losses.seen, f"weights are not finite{symptom}")
 
     def _diverged(self, step: int, what: str) -> None:
         epoch = len(self.history.epochs) + 1

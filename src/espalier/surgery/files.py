@@ -195,6 +195,10 @@ def write_beside(path: Path, write: Callable[[str], None]) -> None:
         write(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        before = "; what was there is untouched" if path.exists() else ""
+        raise OSError(f"{path}: cannot be written ({error}){before}") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

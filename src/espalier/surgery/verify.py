@@ -74,10 +74,11 @@ def verify(
 
     1. the plan that keeps everything changes no bit; 2. small equals masked, in float64, within ``tolerance`` relative to
     the largest output; where ``plan`` has layers in other forms - ``process.graph`` and ``process.stayed`` of a method that
-    factorises - it equals ``model`` with the weights that those forms compose to and all others of ``small``; 3. planned cost equals the traced cost of the small network, its number of parameters, and torch's
-    own FLOP counter (activation memory may be less than planned); 4. every limit of ``budget`` holds and no further block
-    would fit; 5. saved and loaded onto ``fresh()`` (default: a copy of ``model``) it gives the same bits; 6. backward
-    reaches every parameter it reached before.
+    factorises - it equals ``model`` with the weights that those forms compose to and all others of ``small``; 3. planned
+    cost equals the traced cost of the small network, its number of parameters, and torch's own FLOP counter (activation
+    memory may be less than planned); 4. every limit of ``budget`` holds and no further block would fit; 5. saved and loaded
+    onto ``fresh()`` (default: a copy of ``model``) it gives the same bits; 6. backward reaches every parameter it reached
+    before.
     A forward that breaks after surgery is reported with the line that broke.
     """
     if budget is not None:
@@ -97,7 +98,9 @@ def verify(
             f"verify: the plan gives {len(turned)} layers another form, {turned[0]!r} first, which only the method can do; "
             "give what its finish() returned as small="
         )
-    own = trace(model, example) if turned else graph  # weights that are computed are plain before a layer changes its form
+    own = (
+        trace(model, example) if turned else graph
+    )  # weights that are computed are plain before a layer changes its form
     built = shrink(model, graph, plan) if small is None else small
     planned = cost(graph, plan)
 
@@ -125,7 +128,7 @@ def verify(
         assert budget is not None
         limits = budget.limits(CostModel(own).cost(own.sizes))
         over = [m for m, limit in limits.items() if getattr(planned, m) > limit]
-        left = unused_blocks(graph, plan, replace(budget, **limits))
+        left = unused_blocks(graph, plan, replace(budget, **limits))  # type: ignore[arg-type]
         text = ", ".join(f"{m} {getattr(planned, m):,} of {limit:,}" for m, limit in limits.items())
         return not over and not left, text + (f"; would still fit: {left[:3]}" if left else "; nothing more fits")
 
@@ -143,6 +146,7 @@ def verify(
         return not lost, f"gradients reach {len(reached)} parameters" + (f", but not {lost[:3]}" if lost else "")
 
     claim("identity", identity)
+
     def equal_to_composed() -> tuple[bool, str]:
         error, scale = difference(_composed(model, own.baked, built), built, example)
         return error <= tolerance * max(scale, 1e-30), f"largest difference {error:.2e} of {scale:.2e} in float64"
