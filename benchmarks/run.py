@@ -47,7 +47,7 @@ from espalier.run.loop import Epoch, History, train
 from espalier.run.measure import latency
 from espalier.run.models import build_model, load_weights
 from espalier.run.recipe import WHERE, Recipe
-from espalier.run.rundir import LOG, METRICS
+from espalier.run.rundir import HISTORY, LOG, METRICS
 from espalier.surgery import load, save
 
 HOME = Path(os.environ.get("ESPALIER_RUNS", RESULTS))
@@ -383,7 +383,17 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
         "epoch_seconds": [e["seconds"] for e in log],
         "seconds": {"cut": 0.0, "train": metrics["seconds"], "this_call": time.perf_counter() - begun},
         "widths": _widths(small),
+        "course": _course(folder / HISTORY),
     }
+
+
+def _course(path: Path) -> dict[str, Any]:
+    """What a method that factorises has recorded, as far as the documents draw it: ranks at the end, gap after every C step."""
+    if not path.exists():
+        return {}
+    history = json.loads(path.read_text())
+    ends = {kind: {n: points[-1:] for n, points in history.get(kind, {}).items()} for kind in ("rank", "full rank")}
+    return {kind: series for kind, series in {**ends, "gap": history.get("gap", {})}.items() if series}
 
 
 def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from benchmarks.common import RESULTS, ROOT, read_results, table
 from benchmarks.gpu_throughput import PLACES
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
+from espalier.run.charts import as_file
+from espalier.run.course import gap_curve, rank_bars
 
-DOCS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+DOCS, README, FIGURES = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "figures"
 Rows = list[dict[str, Any]]
 
 
@@ -36,8 +39,9 @@ def main() -> None:
         print(runs_part(read_recipes(), list(results().values()), options.names, short=False))
         return
     for path, content in rendered().items():
-        if options.check and path.read_text(encoding="utf-8") != content:
+        if options.check and not (path.exists() and path.read_text(encoding="utf-8") == content):
             sys.exit(f"{path.relative_to(ROOT)} is out of date: python -m benchmarks.tables")
+        path.parent.mkdir(exist_ok=True)
         path.write_text(content, encoding="utf-8")
 
 
@@ -49,10 +53,35 @@ def rendered() -> dict[Path, str]:
         "runs": lambda *names: runs_part(recipes, found, names),
         "across": lambda *names: across_part(recipes, found, names),
         "standing": lambda method: standing_part(recipes, found, method),
+        "course": lambda key: course_part(key, found),
     }
     texts = {path: path.read_text(encoding="utf-8") for path in pages() if path != DOCS}
     filled = {path: fill(text, makers) for path, text in texts.items() if BLOCK.search(text)}
-    return {DOCS: document(recipes, found), **filled}
+    return {DOCS: document(recipes, found), **filled, **figures(texts.values(), found)}
+
+
+def figures(texts: Iterable[str], found: Rows) -> dict[Path, str]:
+    """The pictures of all ``course`` blocks."""
+    drawn = {}
+    for key in {key for text in texts for key in re.findall(r"<!-- results: course (\S+) -->", text)}:
+        for kind, chart in _charts(key, found).items():
+            drawn[FIGURES / f"{key}.{kind}.svg"] = as_file(chart)
+    return drawn
+
+
+def course_part(key: str, found: Rows) -> str:
+    """Ranks at the end and gap over the iterations of one run, for a page in ``docs/methods``."""
+    words = {"ranks": "Rank of every layer at the end", "gap": "Penalty gap after every C step"}
+    return "\n\n".join(f"![{words[kind]}, {key}](../figures/{key}.{kind}.svg)" for kind in _charts(key, found))
+
+
+def _charts(key: str, found: Rows) -> dict[str, str]:
+    rows = [row for row in found if f"{row['recipe']}.{row['label']}-seed{row['seed']}" == key and row.get("course")]
+    if not rows:
+        raise ValueError(f"course {key}: no such run, or it recorded none")
+    course = rows[0]["course"]
+    charts = {"ranks": rank_bars(course.get("rank", {}), course.get("full rank", {})), "gap": gap_curve(course.get("gap", {}))}
+    return {kind: chart for kind, chart in charts.items() if chart}
 
 
 def pages() -> list[Path]:

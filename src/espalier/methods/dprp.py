@@ -239,6 +239,8 @@ class Falling(Process):
         ranks = {n: layer.rank for n, layer in self.layers.items()}
         self.rungs = self.ladders.rungs(ranks)
         self.record("rank", ranks, progress=progress)
+        if "full rank" not in self.history:
+            self.record("full rank", ranks, progress=progress)
 
     # -- 4. which ranks ------------------------------------------------------------------------------------------------
 
