@@ -80,7 +80,10 @@ def _charts(key: str, found: Rows) -> dict[str, str]:
     if not rows:
         raise ValueError(f"course {key}: no such run, or it recorded none")
     course = rows[0]["course"]
-    charts = {"ranks": rank_bars(course.get("rank", {}), course.get("full rank", {})), "gap": gap_curve(course.get("gap", {}))}
+    charts = {
+        "ranks": rank_bars(course.get("rank", {}), course.get("full rank", {})),
+        "gap": gap_curve(course.get("gap", {})),
+    }
     return {kind: chart for kind, chart in charts.items() if chart}
 
 

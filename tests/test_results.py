@@ -234,10 +234,11 @@ def test_minutes_are_those_of_runs_alone_with_such_batches_or_probed(bench, monk
     monkeypatch.setattr(running, "_probe", lambda job, device, graphs: 120.0 if graphs else 240.0)
     device = torch.device("cpu")
     monkeypatch.setattr(running, "results", lambda: dict(enumerate([*others, row])))
-    assert running.minutes_on(job, device) == job.recipe["epochs"]
+    epochs = job.recipe["epochs"] + content["start"]["epochs"]
+    assert running.minutes_on(job, device) == epochs
     monkeypatch.setattr(running, "results", lambda: dict(enumerate(others)))
-    assert running.minutes_on(job, device) == 4 * job.recipe["epochs"]
-    assert running.minutes_on(job, device, graphs=True) == 2 * job.recipe["epochs"]
+    assert running.minutes_on(job, device) == 4 * epochs
+    assert running.minutes_on(job, device, graphs=True) == 2 * epochs
 
 
 def test_side_by_side_hands_its_options_on(bench, monkeypatch):

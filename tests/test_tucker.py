@@ -65,6 +65,23 @@ def test_tensor_train_is_that_of_tensorly() -> None:
     torch.testing.assert_close(tensorly.tt_to_tensor(full), w)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 9])
+@pytest.mark.parametrize("shape", [(12, 7, 3, 3), (6, 10, 5, 3), (8, 8, 2, 4)])
+def test_the_core_and_tt_tucker_are_split_as_by_tensorly(shape: tuple[int, ...], rank: int) -> None:
+    """Tucker-2 by tensorly, its core as a train of two carriages by tensorly, put together by tensorly; and ours."""
+    w = weight(*shape)
+    b, a = 6, 5
+    (core, factors), _ = partial_tucker(w, rank=[b, a], modes=[0, 1], init="svd", n_iter_max=0)
+    matrix = core.permute(1, 2, 3, 0).reshape(a * shape[2], shape[3] * b)
+    split = tensor_train(matrix, rank=[1, rank, 1]).to_tensor()
+    first, second = split_core(core, rank)
+    ours = torch.einsum("taij,btij->baij", first.expand(-1, -1, -1, shape[3]), second.expand(-1, -1, shape[2], -1))
+    theirs = split.reshape(a, shape[2], shape[3], b).permute(3, 0, 1, 2)
+    torch.testing.assert_close(ours, theirs)
+    whole = tensorly.tenalg.multi_mode_dot(theirs, factors, modes=[0, 1])
+    torch.testing.assert_close(compose(factorise(w, "tt", [a, rank, b], sweeps=0)), whole)
+
+
 @pytest.mark.parametrize("form", ["channel", "spatial"])
 def test_truncation_leaves_out_exactly_the_tail(form: str) -> None:
     w = weight(6, 5, 3, 3)
