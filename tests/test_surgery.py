@@ -364,6 +364,21 @@ def test_a_changed_weight_is_found() -> None:
     assert failing(small, model, graph, plan, budget) == {"small equals masked"}
 
 
+def test_a_group_that_keeps_only_what_nothing_reads_is_named() -> None:
+    """Half of its units are read, and the plan keeps the other half."""
+    model = network()
+    graph, plan, _ = planned(model)
+    group = next(g for g in graph.groups if 1 < len(plan.keep[g.name]) < g.size)
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for s in group.consumers:
+            rows = torch.from_numpy(s.index[plan.keep[group.name]].reshape(-1))
+            tensors[s.tensor].index_fill_(s.dim, rows, 0.0)
+    proof = verify(model, graph, plan, EXAMPLE)
+    assert [c.name for c in proof.checks if not c.passed] == ["kept units are alive"]
+    assert group.name in str(proof)
+
+
 def test_a_file_that_loads_as_something_else_is_found() -> None:
     def other() -> nn.Module:
         base = network()

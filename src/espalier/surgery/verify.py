@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,7 +79,7 @@ def verify(
     cost equals the traced cost of the small network, its number of parameters, and torch's own FLOP counter (activation
     memory may be less than planned); 4. every limit of ``budget`` holds and no further block would fit; 5. saved and loaded
     onto ``fresh()`` (default: a copy of ``model``) it gives the same bits; 6. backward reaches every parameter it reached
-    before.
+    before.  Between 2 and 3: no group keeps only units that nothing reads and lost others that something read.
     A forward that breaks after surgery is reported with the line that broke.
     """
     if budget is not None:
@@ -114,6 +115,13 @@ def verify(
         masked = mask(model, graph, plan)
         error, scale = difference(masked, built, example)
         return error <= tolerance * max(scale, 1e-30), f"largest difference {error:.2e} of {scale:.2e} in float64"
+
+    def alive() -> tuple[bool, str]:
+        dead = _dead_groups(model, graph, plan)
+        return (
+            not dead,
+            f"kept are only dead units, of living ones, in {dead[:3]}" if dead else "no group keeps only dead units",
+        )
 
     def costs() -> tuple[bool, str]:
         retraced = CostModel(again := trace(built, example)).cost(again.sizes)
@@ -155,12 +163,31 @@ def verify(
         claim("small equals composed", equal_to_composed)
     else:
         claim("small equals masked", equal)
+    claim("kept units are alive", alive)
     claim("planned cost equals built cost", costs)
     if budget is not None:
         claim("budget", budgets)
     claim("save and load", files)
     claim("backward", backward)
     return Proof(tuple(checks))
+
+
+def _dead_groups(model: nn.Module, graph: Graph, plan: Plan) -> list[str]:
+    """Groups of which units went that something reads, while nothing reads those that stay: the wrong ones were kept."""
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    dead = []
+    for group in graph.groups:
+        kept = plan.keep.get(group.name, np.arange(group.size))
+        read = [s for s in group.consumers if s.tensor in tensors]
+        if group.ladder or len(kept) == group.size or not read:
+            continue
+        energy = np.zeros(group.size)
+        for s in read:
+            weight = tensors[s.tensor].detach().double().cpu().transpose(0, s.dim).flatten(1).square().sum(1).numpy()
+            energy += weight[s.index].reshape(group.size, -1).sum(1)
+        if energy.any() and not energy[kept].any():
+            dead.append(group.name)
+    return dead
 
 
 def _composed(model: nn.Module, baked: Iterable[str], small: nn.Module) -> nn.Module:
