@@ -89,6 +89,8 @@ def test_a_wrong_name_of_a_package_lists_its_close_ones(name):
     [
         ("torchvision:shufflenet_v2_x0_5", 3),
         ("squeezenet1_1", 3),  # a bare name of torchvision
+        ("torchvision:resnet18", 1),
+        ("torchvision:mobilenet_v3_small", 4),
         ("timm:resnet10t", 1),
         ("ghostnet_050", 3),  # a bare name of timm
         ("timm:vit_tiny_patch16_224", 3),  # must be built for the image size
@@ -101,10 +103,23 @@ def test_networks_of_the_packages_are_built_for_the_data(name, channels):
         assert model(torch.randn(2, channels, 64, 64)).shape == (2, 5)
 
 
-def test_torchvision_networks_on_grey_images_say_what_to_do():
+def test_the_first_convolution_answers_grey_images_as_it_did_coloured_ones():
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    coloured = build_model("torchvision:resnet18", num_classes=10).conv1
+    torch.manual_seed(0)
+    grey = build_model("torchvision:resnet18", num_classes=10, in_channels=1).conv1
+    image = torch.randn(4, 1, 32, 32)
+    with torch.no_grad():
+        one, three = grey(image), coloured(torch.randn(4, 3, 32, 32))
+    assert grey.in_channels == 1 and one.shape == three.shape
+    assert float(one.std()) == pytest.approx(float(three.std()), rel=0.1)
+
+
+def test_a_torchvision_network_that_reads_no_flat_images_says_what_to_do():
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="3 input channels and the data has 1; use timm:resnet18"):
-        build_model("resnet18", num_classes=10, in_channels=1)
+    with pytest.raises(ValueError, match="takes 3 input channels and the data has 1; use a network of timm"):
+        build_model("torchvision:r3d_18", num_classes=10, in_channels=1)
 
 
 def test_a_segmentation_network_downloads_no_backbone(monkeypatch):

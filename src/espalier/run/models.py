@@ -296,19 +296,30 @@ def _torchvision_model(name: str, *, num_classes: int, in_channels: int) -> nn.M
     models = importlib.import_module("torchvision.models")
     if name not in models.list_models():
         raise _unknown(name, models.list_models())
-    if in_channels != 3:
-        other = f"timm:{name}" if _timm_knows(name) else "a network of timm"
-        raise ValueError(
-            f"torchvision's {name} takes 3 input channels and the data has {in_channels}; use {other}, "
-            f"which adapts, one of {', '.join(CIFAR_MODELS)}, or your own package.module:factory"
-        )
     taken = inspect.signature(models.get_model_builder(name)).parameters
     options: dict[str, object] = {"num_classes": num_classes}
     if "weights_backbone" in taken:
         options["weights_backbone"] = None  # the default would download a trained backbone
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # what they do anyway, after a warning
-    return models.get_model(name, weights=None, **options)
+    model = models.get_model(name, weights=None, **options)
+    if in_channels != 3:
+        _take_channels(model, in_channels, name)
+    return model
+
+
+def _take_channels(model: nn.Module, count: int, name: str) -> None:
+    """Let the first convolution, which in torchvision reads the image, read ``count`` channels; answers stay as large."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.in_channels != 3 or first.groups != 1:
+        other = f"timm:{name}" if _timm_knows(name) else "a network of timm"
+        raise ValueError(
+            f"torchvision's {name} takes 3 input channels and the data has {count}; use {other}, "
+            f"which adapts, one of {', '.join(CIFAR_MODELS)}, or your own package.module:factory"
+        )
+    turns = torch.arange(count) % 3
+    first.weight = nn.Parameter(first.weight.detach()[:, turns] * (3 / count) ** 0.5)
+    first.in_channels = count
 
 
 def _timm_model(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
