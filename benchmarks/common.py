@@ -24,7 +24,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 # ---------------------------------------------------------------- networks
 
-CIFAR = ("cifar:resnet20", "cifar:resnet20a", "cifar:resnet56", "cifar:resnet56a", "cifar:vgg16_bn")
+CIFAR = (
+    *(f"cifar:resnet{depth}{option}" for depth in (20, 32, 44, 56, 110) for option in ("", "a")), "cifar:vgg16_bn",
+)  # fmt: skip
 TORCHVISION = (
     "alexnet", "vgg11", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2",
     "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s", "mnasnet1_0", "regnet_y_400mf",

@@ -5,6 +5,7 @@ python -m docs.make_zoo > docs/zoo.md
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 
@@ -31,8 +32,8 @@ BETWEEN = """
 ## Reasons
 
 Frozen in every network, and not repeated below: the outputs of the last layer, and the channels of the image. A reason with
-a long tail of layers is usually one residual stream: all layers that write to it or read from it. "Channels" counts outputs
-and inputs of layers.
+a long tail of layers is usually one residual stream: all layers that write to it or read from it. Layers whose names differ
+in numbers only stand as one pattern with their count. "Channels" counts outputs and inputs of layers.
 """
 
 
@@ -81,9 +82,13 @@ def _reasons(name: str, graph: Graph) -> list[str]:
 
 def _reason(row: FrozenRow) -> str:
     where = f" ({row.line})" if row.line and not row.line.startswith("docs/") else ""
-    names = ", ".join(f"`{layer or 'the model'}`" for layer in row.layers[:3])
-    more = f" and {len(row.layers) - 3} more" if len(row.layers) > 3 else ""
-    return f"- {row.channels:,} channels: {row.reason}{where}: {names}{more}"
+    alike: dict[str, list[str]] = {}  # layers whose names differ in numbers only
+    for layer in row.layers:
+        alike.setdefault(re.sub(r"\d+", "*", layer), []).append(layer)
+    names = ", ".join(
+        f"`{of[0] or 'the model'}`" if len(of) == 1 else f"`{pattern}` ({len(of)})" for pattern, of in alike.items()
+    )
+    return f"- {row.channels:,} channels: {row.reason}{where}: {names}"
 
 
 if __name__ == "__main__":
