@@ -221,6 +221,27 @@ def test_recorded_ranks_are_drawn(folder, tmp_path):
     refused(report(tmp_path / "run"), "history.json", "damaged")
 
 
+def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path):
+    """Runs of one epoch of a method that factorises, and of one that leaves out inputs of single layers."""
+
+    def drawn(method, **budget):
+        folder = tmp_path / method.name
+        es.compress(
+            es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8),
+            es.load_data("digits"),
+            budget=es.Budget(**budget),
+            method=method,
+            recipe=es.Recipe(epochs=1, batch_size=256, lr=0.02, device="cpu", threads=1),
+            out=folder,
+            config={"model": RESNET, "data": {"name": "digits"}},
+        )
+        return page([read_run(folder)], timing=False)
+
+    text = drawn(es.SVDOneShot(), macs=0.4)
+    assert re.search(r">rank \d+: 1×3, 3×1<", text) and "from an untrained network, 1 epoch in" in text
+    assert re.search(r">(\d+ of )?\d+, reads \d+<", drawn(es.MGP(filters=False, shapes=False), macs=0.7))
+
+
 # -- charts
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from espalier.graph import trace
 from espalier.graph.summary import overview
+from espalier.layers import PartConv2d
 from espalier.run.measure import layer_latency
 
 
@@ -20,6 +21,7 @@ class Stage:
     inputs: int
     outputs: int
     kernel: tuple[int, ...]  # empty for a linear layer
+    chooses: bool = False  # reads only ``inputs`` of the channels that reach it
 
     @property
     def shape(self) -> str:
@@ -82,5 +84,6 @@ def timed(layers: tuple[Layer, ...], dense: nn.Module, small: nn.Module, *, exam
 
 def _stage(module: nn.Module) -> Stage | None:
     if isinstance(module, _ConvNd):
-        return Stage(module.in_channels, module.out_channels, tuple(module.kernel_size))
+        chooses = isinstance(module, PartConv2d) and module.index is not None
+        return Stage(module.in_channels, module.out_channels, tuple(module.kernel_size), chooses)
     return Stage(module.in_features, module.out_features, ()) if isinstance(module, nn.Linear) else None

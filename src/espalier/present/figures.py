@@ -106,12 +106,14 @@ def _tone(layer: Layer) -> int:
 
 
 def _what_stands_there(layer: Layer) -> str:
-    """``12 of 16``; ``rank 5``; ``3×1, 12 of 16``."""
+    """``12 of 16``; ``rank 5: 1×3, 3×1``; ``3×1, 12 of 16``; ``12 of 16, reads 9`` where inputs were left out as well."""
     if layer.factorised:
         ranks = ", ".join(str(stage.outputs) for stage in layer.small[:-1])
-        return f"rank {ranks}"
+        return f"rank {ranks}: {', '.join(stage.shape for stage in layer.small)}"
     kept = layer.small[-1].outputs if layer.small else 0
     text = f"{kept}" if kept == layer.dense.outputs else f"{kept} of {layer.dense.outputs}"
+    if layer.small and layer.small[0].chooses:
+        text += f", reads {layer.small[0].inputs}"
     return f"{layer.small[0].shape}, {text}" if layer.reshaped else text
 
 
