@@ -362,9 +362,7 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
             _mean([r["accuracy"] for r in mine], 2),
             _share([r["macs_left"] for r in mine]),
             _share([r["params_left"] for r in mine]),
-            None
-            if recipe["methods"][label]["name"] == "dense"
-            else _mean([s for r in mine if (s := _speedup(r))], 2, unit="x"),
+            None if recipe["methods"][label]["name"] == "dense" else _faster(mine),
             f"{len(mine)} of {len(recipe['seeds'])}",
         ]
         if not short:
@@ -377,7 +375,15 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
     if not short:
         head[5:5] = ["training", "cut"]
     asked = ", ".join(f"{k} {100 * v:.4g} %" for k, v in recipe["budget"].items() if k != "multiple_of" and v <= 1)
-    return f"Budget: {asked}.\n\n" + table(head, lines)
+    notes = [f"{r['label']}, seed {r['seed']}: {r['note']}." for r in rows if r.get("note")]
+    return "\n\n".join([f"Budget: {asked}.", table(head, lines), *notes])
+
+
+def _faster(rows: Rows) -> str | None:
+    """Mean speed-up of the runs that were timed with nothing beside them; how many, where that is not all of them."""
+    timed = [s for row in rows if (s := _speedup(row))]
+    few = f" ({len(timed)} timed)" if 0 < len(timed) < len(rows) else ""
+    return None if not timed else f"{_mean(timed, 2, unit='x')}{few}"
 
 
 def _mine(rows: Rows, label: str) -> Rows:
