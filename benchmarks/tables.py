@@ -119,6 +119,7 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     parts += gpu_part()
     parts += structure_part()
     parts += families_part()
+    parts += soak_part()
     waiting = [
         f"- `{n}`{' (needs a GPU)' if r.get('needs') else ''}: {r['title']}"
         for n, r in recipes.items()
@@ -246,6 +247,21 @@ def families_part() -> list[str]:
         lines.append([cell if cell is None else cell.replace("|", "/") for cell in cells])
     head = ["network", "file of timm", "input", "smallest, %", "MACs asked for, %", "outcome"]
     return ["## Networks nobody chose", families(), table(head, lines), _origin([content["environment"]])]
+
+
+def soak_part() -> list[str]:
+    """Random networks that were proven; empty without a result."""
+    content = read_results("soak")
+    if not content:
+        return []
+    seen = content["seen"]
+    text = (
+        f"By `python tests/soak.py {content['networks']} {content['first']} --record`: {content['networks']:,} networks of the "
+        "generator that the tests use (adds, concatenations, splits, groups, shuffles, squeeze-and-excite), each cut at random "
+        f"and proven by `verify`; {len(content['failed'])} failed. Something was removed from {seen['removed something']:,}; "
+        f"{seen.get('frozen by rehearsal', 0):,} had channels that only the rehearsal found to be fixed."
+    )
+    return ["## Random networks", text, _origin([content["environment"]])]
 
 
 def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:

@@ -1,18 +1,29 @@
-"""``python tests/soak.py N [FIRST]``: prove N random networks, seeds FIRST, FIRST + 1, ...; exit code 1 if any fails."""
+"""``python tests/soak.py N [FIRST] [--record]``: prove N random networks, seeds FIRST, FIRST + 1, ...; exit code 1 if one fails.
+
+``--record`` writes what came of it to ``benchmarks/results/soak.json``, which ``docs/results.md`` reads.
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 
 from networks import random_network
 from test_random_networks import prove_case, random_case
 
 
-def main(count: int, first: int = 0) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int)
+    parser.add_argument("first", type=int, nargs="?", default=0)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    count, first = options.count, options.first
     started, failed, seen = time.monotonic(), [], Counter()
     for seed in range(first, first + count):
         pick = random.Random(seed).choice
@@ -32,8 +43,20 @@ def main(count: int, first: int = 0) -> int:
         f"{count} networks from seed {first}: {len(failed)} failed {failed[:20]}; "
         + ", ".join(f"{k} {v}" for k, v in seen.most_common())
     )
+    if options.record:
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
+        from benchmarks.common import environment, write_results
+
+        content = {
+            "networks": count,
+            "first": first,
+            "failed": failed,
+            "seen": dict(seen),
+            "environment": environment(),
+        }
+        write_results("soak", {**content, "seconds": round(time.monotonic() - started)})
     return bool(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main())
