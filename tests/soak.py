@@ -1,4 +1,4 @@
-"""``python tests/soak.py N [FIRST] [--record]``: prove N random networks, seeds FIRST, FIRST + 1, ...; exit code 1 if one fails.
+"""``python tests/soak.py N [FIRST] [--record]``: prove N random networks, of seeds FIRST, FIRST + 1, ...; exit code 1 if not.
 
 ``--record`` writes what came of it to ``benchmarks/results/soak.json``, which ``docs/results.md`` reads.
 """
