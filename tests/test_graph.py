@@ -659,6 +659,29 @@ def test_a_forward_that_fails_is_named() -> None:
         trace(net, IMAGE)
 
 
+class Endless(nn.Module):
+    """Waits for something that never comes, and hides what goes wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        while x is not None:
+            try:
+                sum(range(100))
+            except Exception:
+                continue
+        return x
+
+
+def test_a_loop_without_operations_is_interrupted_and_its_line_named() -> None:
+    with pytest.raises(TraceTimeout, match=r"runs no operation: .*test_graph\.py:\d+"):
+        trace(Endless(), IMAGE, time_limit=0.2)
+    trace(nn.Sequential(nn.Conv2d(3, 4, 3)), IMAGE)  # and nothing of it comes after
+
+
 def test_a_time_limit_is_kept_and_names_the_operation() -> None:
     with pytest.raises(TraceTimeout, match=r"time limit at aten\.convolution.* in stem \[Conv2d\]"):
         trace(residual(), IMAGE, time_limit=0)

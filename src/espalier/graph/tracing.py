@@ -35,6 +35,7 @@ from espalier.graph.watch import (
     state,
     tensors_in,
 )
+from espalier.graph.watchdog import watchdog
 
 MANY = 8  # layers found out one by one before all that are called from the same line are fixed
 _TRIED_OUT = ("view", "_unsafe_view", "split", "slice", "chunk")
@@ -63,6 +64,11 @@ def trace(
     if not isinstance(model, nn.Module):
         raise ValueError(f"trace: expected an nn.Module, got {type(model).__name__}")
     deadline = time.monotonic() + time_limit
+    with watchdog(deadline):
+        return _trace(model, example_inputs, deadline, rehearse)
+
+
+def _trace(model: nn.Module, example_inputs: Any, deadline: float, rehearse: bool) -> Graph:
     lessons = Lessons()
     notes: dict[Any, str] = {}
     device = "meta"
