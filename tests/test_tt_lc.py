@@ -91,6 +91,35 @@ def test_zero_and_constant_weights_need_the_cheapest_rung_only(value, size) -> N
     assert max(spectra.evbmf()) <= 1
 
 
+@pytest.mark.parametrize("size", [(1, 5), (7, 1)])
+def test_a_kernel_along_a_line_may_become_a_tucker(size: tuple[int, int]) -> None:
+    """Of a core of few channels; what the ladder says is lost is what is lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(24, 20, size, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.einsum("oa,aikl->oikl", torch.randn(20, 3).double(), model[0].weight[:3]))
+        weight = torch.einsum(
+            "oikl,ij->ojkl", model[0].weight, torch.randn(24, 4).double() @ torch.randn(4, 24).double()
+        )
+        model[0].weight.copy_(weight + 1e-3 * torch.randn_like(weight))
+    place = find_places(model, torch.zeros(1, 24, 9, 9).double())[0]["0"]
+    rungs, lost = ladder(place, measure({"0": weight})["0"], (4, 3))
+    assert {"tucker", "dense"} <= {form.name for form in rungs} <= {"tucker", "channel", "dense"}
+    number, form = next((i, f) for i, f in enumerate(rungs) if f.name == "tucker" and min(f.widths) >= 3)
+    back = compose(factorise(weight, "tucker", form.widths, sweeps=0))
+    assert float((weight - back).square().sum() / weight.square().sum()) == pytest.approx(lost[number], abs=1e-9)
+    small = (
+        es.TTLC(search=0, forms=("tucker",))
+        .start(
+            nn.Sequential(nn.Conv2d(3, 24, size), nn.Conv2d(24, 20, size)),
+            torch.zeros(1, 3, 15, 15),
+            es.Budget(macs=0.7),
+        )
+        .finish()
+    )
+    assert [tuple(stage.kernel_size) for stage in small[1]] == [(1, 1), size, (1, 1)]
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(ValueError, match=r"features\.0: its weight holds NaN"):
         measure({"features.0": torch.full((4, 4, 3, 3), torch.nan)})
@@ -796,7 +825,7 @@ def test_a_factorised_network_that_computes_something_else_is_named() -> None:
     small = process.finish()
     with pytest.raises(ValueError, match=r"another form, 'conv1:form' first|give what its finish"):
         es.verify(dense, process.graph, process.stayed, images)
-    row = small.get_submodule("layer1.0.conv1")
+    row = small.get_submodule(next(n for n in process.chains if process.places[n].kernel == (3, 3) and n != "conv1"))
     row[0].padding_mode = row[-1].padding_mode = "circular"  # the same cost and weights, another function
     proof = es.verify(dense, process.graph, process.stayed, images, small=small)
     assert [c.name for c in proof.checks if not c.passed] == ["small equals composed"]

@@ -23,6 +23,20 @@ from espalier.forms.transfer import moved
 from espalier.forms.tucker import input_unfolding, leading, output_unfolding, project_inputs, project_outputs, spectrum
 from espalier.graph import Chain
 
+
+def possible(shape: Sequence[int], forms: Collection[str] = FORMS) -> tuple[str, ...]:
+    """Those of ``forms`` that make sense for a weight ``(O, I, kh, kw)``; "channel" where none does.
+
+    A kernel of one element has nothing to split, one along a line no rows and columns; nor is there a core to gain where
+    one side has more channels than all the rest together.
+    """
+    outputs, inputs, *kernel = shape
+    taps = math.prod(kernel)
+    cores = taps > 1 and outputs <= inputs * taps and inputs <= outputs * taps
+    sense = tuple(FORMS) if min(kernel, default=1) > 1 else ("channel", "tucker") if cores else ("channel",)
+    return tuple(f for f in forms if f in sense) or ("channel",)
+
+
 RUNGS = 14  # sizes of each form that a ladder looks at, in equal ratios from rank 1 to whole
 
 
@@ -106,11 +120,12 @@ def _stacked(shape: tuple[int, ...], stack: Tensor) -> list[Spectra]:
     energies = stack.flatten(1).double().square().sum(1).cpu().numpy()
     cores: Tensor | None = None
     spatial: np.ndarray | None = None
-    if min(stack.shape[3:]) > 1:
+    if "tucker" in possible(stack.shape[1:]):
         inputs, inner = leading(input_unfolding(stack), stack.shape[2])
         outputs, outer = leading(output_unfolding(stack), stack.shape[1])
         cores = project_outputs(project_inputs(stack, inner), outer)
-        spatial = torch.stack([spectrum(to_matrix(w, "spatial")) for w in stack]).double().cpu().numpy()
+        if min(stack.shape[3:]) > 1:
+            spatial = torch.stack([spectrum(to_matrix(w, "spatial")) for w in stack]).double().cpu().numpy()
     else:  # no core and no bases: the spectra are enough, and the shorter side has them
         outputs = spectrum(output_unfolding(stack))
         inputs = outputs if math.prod(stack.shape[3:]) == 1 else spectrum(input_unfolding(stack))
@@ -151,29 +166,29 @@ def ladder(
 
     ``tucker`` and ``tt`` take ``ranks = (a, b)`` scaled up and down together; the core of ``tt`` is split at ``fraction`` of
     its full rank.  Only what is on the front stays: dearer in MACs and in weights than all below it, and closer.  Ranks are
-    multiples of ``multiple_of``, or whole.  Only ``forms`` are offered; a layer without spatial extent has ``channel`` alone.
+    multiples of ``multiple_of``, or whole.  Only those of ``forms`` are offered that are ``possible``.
     """
+    forms = possible(_shape(place), forms)
     offers: list[tuple[float, Chain]] = []
-    if "channel" in forms or spectra.core is None:
+    if "channel" in forms:
         for rank in _sizes(len(spectra.channel) - 1, multiple_of):
             offers.append((spectra.channel[rank], chain(place, "channel", [rank])))
-    if spectra.core is not None:
-        if "spatial" in forms:
-            for rank in _sizes(len(spectra.spatial) - 1, multiple_of):
-                offers.append((spectra.spatial[rank], chain(place, "spatial", [rank])))
+    if "spatial" in forms:
+        for rank in _sizes(len(spectra.spatial) - 1, multiple_of):
+            offers.append((spectra.spatial[rank], chain(place, "spatial", [rank])))
+    if "tucker" in forms or "tt" in forms:
         _add_tuckers(offers, place, spectra, ranks, fraction, multiple_of, forms)
     return _front(place, offers)
+
+
+def _shape(place: Place) -> tuple[int, ...]:
+    return (place.out_channels, place.in_channels, *place.kernel)
 
 
 def cheapest(place: Place, *, multiple_of: int = 1, forms: Collection[str] = FORMS) -> list[Chain]:
     """The least that ``ladder`` can offer, and the dense layer; the latter alone if nothing is cheaper."""
     least = snap(1, min(place.in_channels, place.out_channels), multiple_of)
-    flat = min(place.kernel) == 1
-    offers = [
-        (0.0, chain(place, form, [least] * (len(stages) - 1)))
-        for form, stages in FORMS.items()
-        if (form == "channel" if flat else form in forms)
-    ]
+    offers = [(0.0, chain(place, form, [least] * (len(FORMS[form]) - 1))) for form in possible(_shape(place), forms)]
     rungs = _front(place, offers)[0]
     return rungs if len(rungs) == 1 else [rungs[0], rungs[-1]]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from espalier.costs import CostModel
 from espalier.forms import FORMS, Place, chain, dense_chain
-from espalier.forms.candidates import Spectra, full_rank, snap
+from espalier.forms.candidates import Spectra, full_rank, possible, snap
 from espalier.forms.chains import cost_of
 from espalier.graph import Chain, Graph, with_ladders
 from espalier.graph.ladders import ladder_name
@@ -33,8 +33,8 @@ def equal_chains(
 ) -> dict[str, Chain]:
     """Forms of all layers but those that stay dense, because a chain at that fraction would be no cheaper.
 
-    Of ``forms`` that one is taken which holds most energy at the budget, mean over layers; layers without spatial extent have
-    ``channel`` alone.  The core of ``tt`` is split at ``tt_fraction`` of its full rank.
+    Of ``forms`` that one is taken which holds most energy at the budget, mean over layers; layers for which it makes no
+    sense have ``channel``.  The core of ``tt`` is split at ``tt_fraction`` of its full rank.
 
     Raises: BudgetError if rank one everywhere is too dear.
     """
@@ -80,8 +80,7 @@ def _chain(place: Place, form: str, fraction: float, steps: int, tt_fraction: fl
     def rank(whole: int) -> int:
         return min(snap(fraction * whole, whole, multiple_of) + steps * multiple_of, whole)
 
-    if min(kh, kw) == 1:
-        form = "channel"
+    form = possible((outputs, inputs, kh, kw), (form,))[0]
     if form in ("channel", "spatial"):
         made = chain(place, form, [rank(full_rank(place, form))])
     else:
