@@ -244,10 +244,17 @@ def _by(command: str, content: Mapping[str, Any]) -> str:
     )
 
 
+def demo() -> str:
+    """How long the demo takes: ``benchmarks.demo``."""
+    content = read_results("demo")
+    return f"The demo took {content['seconds']:.0f} s; the goal is {content['limit']} s. {_by('demo', content)}"
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "options": options,
     "budgets": budgets,
     "decompositions": decompositions,
+    "demo": demo,
     "dprp-overhead": dprp_overhead,
     "fading-overhead": fading_overhead,
     "families": families,
