@@ -173,6 +173,11 @@ class Process(ABC):
         self.graph = self.graph.after(units)
         return Removed(kept, self.cost)
 
+    def rungs_stay(self) -> None:
+        """The plan of a method that gives layers other forms: of every ladder up to its rung, all channels."""
+        keep = {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups}
+        self.stayed = Plan(keep, {g.name: g.size for g in self.graph.groups})
+
     def record(self, kind: str, values: Mapping[str, float], *, progress: float) -> None:
         """Add a point to ``history`` for every value that has changed."""
         series = self.history.setdefault(kind, {})

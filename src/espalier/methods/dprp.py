@@ -354,8 +354,7 @@ class Falling(Process):
             self._drop_to_the_end()
             self.forced = any(layer.rank < before[n] for n, layer in self.layers.items())
             self._finished()
-        keep = {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups}
-        self.stayed = Plan(keep, {g.name: g.size for g in self.graph.groups})
+        self.rungs_stay()
         for name, layer in self.layers.items():
             if self.rungs[ladder_name(name)] == self.ladders.top(name):
                 plain: nn.Module = layer.dense()

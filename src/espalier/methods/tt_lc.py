@@ -45,7 +45,7 @@ from espalier.methods.equal import equal_chains
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
 from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
-from espalier.plan import Budget, Plan
+from espalier.plan import Budget
 from espalier.solver import solve
 from espalier.surgery import replace
 
@@ -459,10 +459,7 @@ class TensorCompression(Process):
         ladders = {n: [self.chains[n], dense_chain(self.places[n])] for n in final}
         self.graph = with_ladders(self.graph, ladders)
         self.rungs = {ladder_name(n): 1 for n in ladders}
-        self.stayed = Plan(
-            {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups},
-            {g.name: g.size for g in self.graph.groups},
-        )
+        self.rungs_stay()
         return Removed({}, self.cost)
 
     def _weights(self) -> dict[str, Tensor]:
