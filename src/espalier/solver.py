@@ -104,19 +104,22 @@ def _check_reachable(
             raise BudgetError(
                 f"budget {metric}={limit:,} cannot be met: the smallest reachable is {reached:,} "
                 f"({reached / total:.1%} of {total:,}); raise the budget, protect less, or lower multiple_of"
-                + (f". {_frozen_too(frozen)}" if frozen else ""),
+                + _frozen_too(frozen),
                 smallest,
             )
 
 
 def _frozen_too(frozen: Sequence[Frozen]) -> str:
-    """The reason that holds most channels, with where it lies in the model's code."""
+    """The reason that holds most channels, with where it lies in the model's code; outputs of the model are no news."""
+    frozen = [channels for channels in frozen if not channels.reason.startswith("is an output of the model")]
+    if not frozen:
+        return ""
     held: dict[str, int] = {}
     for channels in frozen:
         held[channels.reason] = held.get(channels.reason, 0) + channels.count
     most = max(held, key=lambda reason: held[reason])
     first = next(c.tensor for c in frozen if c.reason == most)
-    return f"Frozen are channels of {len({c.tensor for c in frozen})} tensors, most of them, {first} first, because: {most}"
+    return f". Frozen are channels of {len({c.tensor for c in frozen})} tensors, most of them, {first} first, because: {most}"
 
 
 def block_size(group: Group, multiple_of: int) -> int:
