@@ -508,9 +508,8 @@ class TensorCompression(Process):
             raise ValueError(
                 f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
             )
-        self.graph = files.from_json(
-            state["graph"]
-        )  # of the dense network, which is no longer there once it is replaced
+        # of the dense network, which is no longer there once it is replaced
+        self.graph = files.from_json(state["graph"])
         self.rungs = {g.name: 1 for g in self.graph.groups if g.ladder}
         self.replaced, self.forced = state["replaced"], state["forced"]
         self._at, self._travel = state["at"], state["travel"]

@@ -394,9 +394,8 @@ class _Run:
             progress = self.done / (self.recipe.epochs * self.steps)
             removed = self.process.step(progress=progress, optimizer=self.optimizer)
         except Exception as error:
-            self._look_at(
-                losses
-            )  # a method stumbles over NaN before the loop looks: name the cause, and then the symptom
+            # a method stumbles over NaN before the loop looks: name the cause, and then the symptom
+            self._look_at(losses)
             self._check_weights(losses, f" ({first_line(error)})")
             raise
         if removed is None:

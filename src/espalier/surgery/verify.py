@@ -99,9 +99,8 @@ def verify(
             f"verify: the plan gives {len(turned)} layers another form, {turned[0]!r} first, which only the method can do; "
             "give what its finish() returned as small="
         )
-    own = (
-        trace(model, example) if turned else graph
-    )  # weights that are computed are plain before a layer changes its form
+    # of the model as it is given: a method that factorises makes computed weights plain before it begins
+    own = trace(model, example) if turned else graph
     built = shrink(model, graph, plan) if small is None else small
     planned = cost(graph, plan)
 
@@ -118,10 +117,7 @@ def verify(
 
     def alive() -> tuple[bool, str]:
         dead = _dead_groups(model, graph, plan)
-        return (
-            not dead,
-            f"kept are only dead units, of living ones, in {dead[:3]}" if dead else "no group keeps only dead units",
-        )
+        return not dead, f"only dead units were kept in {dead[:3]}" if dead else "no group keeps only dead units"
 
     def costs() -> tuple[bool, str]:
         retraced = CostModel(again := trace(built, example)).cost(again.sizes)
