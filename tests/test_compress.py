@@ -204,6 +204,7 @@ def test_a_run_folder_holds_the_network_its_metrics_and_what_reproduces_it(digit
     assert metrics["fraction"]["macs"] == result.cost.macs / result.dense.macs
     timed = [(t["backend"], t["batch"], t["name"]) for t in metrics["latency"]]
     assert timed == [(b, n, m) for b in ("torch", "onnxruntime") for n in (1, 64) for m in ("dense", "small")]
+    assert metrics["cut_seconds"] > 0
     assert metrics["notes"] == {} and metrics["onnx_difference"] < 1e-4
 
     config = tomllib.loads((out / "config.toml").read_text())

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -151,6 +152,7 @@ class _Job:
         self.left: dict[str, str] = {}
         self.counted: Cost | None = None
         self.dense_result: dict[str, float] = {}
+        self.cut_seconds = 0.0
 
     def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None) -> None:
         """Evaluate the dense network, and find out whether its small copy can learn from it."""
@@ -176,6 +178,7 @@ class _Job:
         if self.goes_on and self.checkpoint is not None:
             rebuild_from_checkpoint(small, self.checkpoint)
         self.process: Process | None = None
+        begun = time.perf_counter()
         if self.method.trains:
             # Fractions are of the network that the run began with, not of what is left of it by now.
             budget = self._absolute_budget() if self.goes_on and self.limited else self.budget
@@ -189,6 +192,7 @@ class _Job:
             self._take_from(at_once)
         else:
             self._recall(folder)
+        self.cut_seconds += time.perf_counter() - begun
         self.small = small
 
     def _recall(self, folder: Path | None) -> None:
@@ -257,7 +261,9 @@ class _Job:
             )
             self.history = _with_cost(history, constant)
         if self.process is not None:
+            begun = time.perf_counter()
             self.small = self.process.finish()
+            self.cut_seconds += time.perf_counter() - begun
             self._take_from(self.process)
             self._write_plan()
 
@@ -298,6 +304,7 @@ class _Job:
                     dense_result=self.dense_result,
                     small_result=small_result,
                     history=self.history,
+                    cut_seconds=self.cut_seconds,
                     left=self.left,
                     config=self.config,
                 ),

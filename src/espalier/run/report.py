@@ -38,6 +38,7 @@ class Outcome:
     dense_result: Mapping[str, float]  # accuracy and loss; empty without data
     small_result: Mapping[str, float]
     history: History
+    cut_seconds: float  # in the method before and after training
     left: Mapping[str, str]  # layers that the method left as they are, and why
     config: Mapping[str, Any]
 
@@ -83,6 +84,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "slow_widths": slow_widths(outcome.small_model),
         "epochs": len(outcome.history.epochs),
         "seconds": outcome.history.seconds,
+        "cut_seconds": outcome.cut_seconds,
         "seed": outcome.config["recipe"].get("seed"),
         "versions": outcome.config["versions"],
     }
