@@ -101,8 +101,8 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. One "
         "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
         "*Training* is the time of all epochs over that of the dense row; *cut* is what a method needs before and after. Both "
-        "ratios are left out where more ran than the machine had cores, because they would say nothing, training also where an epoch "
-        "took twice as long as another; `python -m benchmarks.run time NAME` measures a speed-up again.",
+        "ratios are left out where more ran than the machine had cores, because they would say nothing, training also where an "
+        "epoch took twice as long as another; `python -m benchmarks.run time NAME` measures a speed-up again.",
     ]
     for name, recipe in recipes.items():
         rows = _of(found, name)
