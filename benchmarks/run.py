@@ -381,7 +381,11 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
         "curve": [e["accuracy"] for e in log],
         "macs_curve": [e["macs"] / metrics["dense"]["macs"] for e in log if "macs" in e],
         "epoch_seconds": [e["seconds"] for e in log],
-        "seconds": {"cut": metrics["cut_seconds"], "train": metrics["seconds"], "this_call": time.perf_counter() - begun},
+        "seconds": {
+            "cut": metrics["cut_seconds"],
+            "train": metrics["seconds"],
+            "this_call": time.perf_counter() - begun,
+        },
         "widths": _widths(small),
         "course": _course(folder / HISTORY),
     }
