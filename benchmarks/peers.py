@@ -1,7 +1,7 @@
 """Other toolkits at the same work: cut a trained network down to a share of its MACs, in place or anew.
 
-Each takes the network, an example, the share and a few training batches, all on the CPU, and returns the network to be
-fine-tuned.
+Each takes the network, an example, the share, the multiple that widths are to be of and a few training batches, all on the
+CPU, and returns the network to be fine-tuned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from espalier.graph import trace
 from espalier.run.batches import Batch
 from espalier.run.evaluate import evaluate
 
-Cut = Callable[[nn.Module, Tensor, float, Sequence[Batch]], nn.Module]
+Cut = Callable[[nn.Module, Tensor, float, int, Sequence[Batch]], nn.Module]
 
 
 def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool = True, **importance: Any) -> Cut:
@@ -31,7 +31,7 @@ def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool =
     ``everywhere``: units of all layers are compared with each other ("global"); if not, every layer loses the same share.
     """
 
-    def cut(model: nn.Module, example: Tensor, share: float, batches: Sequence[Batch]) -> nn.Module:
+    def cut(model: nn.Module, example: Tensor, share: float, multiple: int, batches: Sequence[Batch]) -> nn.Module:
         tp = torch_pruning()
         ignored: list[nn.Module] = [m for n, m in model.named_modules() if n in ("linear", "fc", "classifier")]
         if any(type(m).__name__ == "ChannelPad" for m in model.modules()):
@@ -39,7 +39,7 @@ def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool =
             ignored += [m for n, m in model.named_modules() if n == "conv1" or n.endswith(".conv2")]
         pruner = getattr(tp.pruner, pruner_name)(
             model, example, importance=getattr(tp.importance, importance_name)(**importance), global_pruning=everywhere,
-            iterative_steps=200, pruning_ratio=0.98, ignored_layers=ignored,
+            iterative_steps=200, pruning_ratio=0.98, ignored_layers=ignored, round_to=multiple if multiple > 1 else None,
         )  # fmt: skip
         whole = tp.utils.count_ops_and_params(model, example)[0]
         for _ in range(200):
@@ -51,22 +51,22 @@ def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool =
     return cut
 
 
-def tucker(model: nn.Module, example: Tensor, share: float, batches: Sequence[Batch]) -> nn.Module:
+def tucker(model: nn.Module, example: Tensor, share: float, multiple: int, batches: Sequence[Batch]) -> nn.Module:
     """tensorly's partial Tucker of every 3x3 convolution, ranks one share of the channels, the largest that fits."""
     whole = cost(trace(model, example)).macs
     low, high = 0.0, 1.0
     for _ in range(12):  # ranks are whole numbers: finer than that changes nothing
         middle = (low + high) / 2
-        if cost(trace(_with_tucker(model, middle, decompose=False), example)).macs <= share * whole:
+        if cost(trace(_with_tucker(model, middle, multiple, decompose=False), example)).macs <= share * whole:
             low = middle
         else:
             high = middle
     if low == 0.0:
         raise ValueError("Tucker with rank 1 everywhere does not reach the target")
-    return _with_tucker(model, low, decompose=True)
+    return _with_tucker(model, low, multiple, decompose=True)
 
 
-def _with_tucker(model: nn.Module, ratio: float, *, decompose: bool) -> nn.Module:
+def _with_tucker(model: nn.Module, ratio: float, multiple: int, *, decompose: bool) -> nn.Module:
     small = copy.deepcopy(model)
     for name, module in list(small.named_modules()):
         if (
@@ -76,12 +76,12 @@ def _with_tucker(model: nn.Module, ratio: float, *, decompose: bool) -> nn.Modul
             and module.in_channels > 3
         ):
             parent, _, key = name.rpartition(".")
-            setattr(small.get_submodule(parent), key, _tucker_layers(module, ratio, decompose=decompose))
+            setattr(small.get_submodule(parent), key, _tucker_layers(module, ratio, multiple, decompose=decompose))
     return small
 
 
-def _tucker_layers(conv: nn.Conv2d, ratio: float, *, decompose: bool) -> nn.Sequential:
-    out, inside = (max(1, round(ratio * n)) for n in (conv.out_channels, conv.in_channels))
+def _tucker_layers(conv: nn.Conv2d, ratio: float, multiple: int, *, decompose: bool) -> nn.Sequential:
+    out, inside = (multiple * max(1, round(ratio * n / multiple)) for n in (conv.out_channels, conv.in_channels))
     first = nn.Conv2d(conv.in_channels, inside, 1, bias=False)
     core = nn.Conv2d(inside, out, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=False)  # type: ignore[arg-type]
     last = nn.Conv2d(out, conv.out_channels, 1, bias=conv.bias is not None)
@@ -99,18 +99,18 @@ def _tucker_layers(conv: nn.Conv2d, ratio: float, *, decompose: bool) -> nn.Sequ
     return nn.Sequential(first, core, last)
 
 
-def fastnas(model: nn.Module, example: Tensor, share: float, batches: Sequence[Batch]) -> nn.Module:
+def fastnas(model: nn.Module, example: Tensor, share: float, multiple: int, batches: Sequence[Batch]) -> nn.Module:
     """FastNAS of NVIDIA's ModelOpt: searches widths by accuracy without training, on the last of ``batches``.
 
     The first 50 settle BatchNorm in every candidate; with fewer it warns that scores are wrong, and does not settle it.  Its
-    default divisor of 32 leaves CIFAR's narrow networks next to nothing to choose from: 4.
+    default divisor of 32 leaves CIFAR's narrow networks next to nothing to choose from: 4, or more where ``multiple`` is.
     """
     first = SETTLING if len(batches) > SETTLING else len(batches) // 2
     divisors = {"nn.Conv2d": "channel_divisor", "nn.BatchNorm2d": "feature_divisor", "nn.Linear": "feature_divisor"}
     small, _ = _silently(
         modelopt_prune(),
         model,
-        mode=[("fastnas", {layer: {"*": {key: 4}} for layer, key in divisors.items()})],
+        mode=[("fastnas", {layer: {"*": {key: max(4, multiple)}} for layer, key in divisors.items()})],
         constraints={"flops": f"{100 * share}%"},
         dummy_input=example,
         config={

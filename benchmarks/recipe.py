@@ -10,7 +10,8 @@
 - ``[data]``, ``[budget]``, ``[recipe]`` as in a run's ``config.toml``; ``data.choose_by`` = "holdout" marks a run that is
   there to choose a setting, and never sees the test set;
 - ``[methods.LABEL]`` with the name of a method - ``dense``, one of ``benchmarks.peers.PEERS``, or what ``espalier compress
-  --method`` takes - and its options; a table ``recipe`` inside overrides ``[recipe]``, where equal terms need other epochs.
+  --method`` takes - and its options; a table ``recipe`` inside overrides ``[recipe]``, where equal terms need other epochs,
+  and a table ``budget`` says in multiples of what widths are to be.
 """
 
 from __future__ import annotations
@@ -55,17 +56,21 @@ class Job:
 
     @property
     def method(self) -> dict[str, Any]:
-        return {k: v for k, v in self.content["methods"][self.label].items() if k != "recipe"}
+        return {k: v for k, v in self.content["methods"][self.label].items() if k not in ("recipe", "budget")}
 
     @property
     def recipe(self) -> dict[str, Any]:
         return {**self.content["recipe"], **self.content["methods"][self.label].get("recipe", {})}
 
     @property
+    def budget(self) -> dict[str, Any]:
+        return {**self.content["budget"], **self.content["methods"][self.label].get("budget", {})}
+
+    @property
     def setting(self) -> dict[str, Any]:
         """Everything that the numbers depend on, but the seed."""
-        parts = ("model", "start", "data", "budget")
-        return {**{p: self.content.get(p, {}) for p in parts}, "recipe": self.recipe, "method": self.method}
+        parts = {part: self.content.get(part, {}) for part in ("model", "start", "data")}
+        return {**parts, "budget": self.budget, "recipe": self.recipe, "method": self.method}
 
     @property
     def hash(self) -> str:

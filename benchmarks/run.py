@@ -358,7 +358,7 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
     compress(
         dense,
         data,
-        budget=Budget(**job.content["budget"]),
+        budget=Budget(**job.budget),
         method=method,
         recipe=recipe,
         out=folder,
@@ -409,7 +409,9 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
     if job.method["name"] in PEERS:
         torch.manual_seed(job.seed)
         batches = list(data.calibration_batches(batch_size=min(64, len(data.train) // 80), batches=80, seed=job.seed))
-        model = PEERS[job.method["name"]](model.cpu(), example, job.content["budget"]["macs"], batches)
+        asked = Budget(**job.budget)
+        assert isinstance(asked.macs, float)
+        model = PEERS[job.method["name"]](model.cpu(), example, asked.macs, asked.multiple_of, batches)
     cut = time.perf_counter() - begun
     teacher = copy.deepcopy(dense) if job.starts_trained and recipe.distill != 0 else None
     history = _train(model, data, recipe, folder=WORK / job.key, label=job.label, teacher=teacher)
@@ -548,7 +550,7 @@ def _imported_key(
         ran = {k: v for k, v in row["recipe"].items() if k not in ("seed", *WHERE)}
         if (
             content["model"]["name"] == row["model"] and ("weights" in content["model"]) == row["trained"]
-            and content["data"] == {"name": row["data"]} and dict(content["budget"]) == dict(budget)
+            and content["data"] == {"name": row["data"]} and job.budget == dict(budget)
             and job.method == method and asked == ran and job.seed == row["recipe"]["seed"]
         ):  # fmt: skip
             return job.key

@@ -76,9 +76,12 @@ def test_a_recipe_makes_sense(name):
     assert choice or content["methods"]["dense"] == {"name": "dense"}
     assert any(m["name"] == "magnitude" for m in content["methods"].values())
     for label, method in content["methods"].items():
-        Recipe.from_dict(Job(name, label, 0, content).recipe)
+        job = Job(name, label, 0, content)
+        Recipe.from_dict(job.recipe)
+        Budget(**job.budget)
+        assert method.get("budget", {}).keys() <= {"multiple_of"}, "one table, one size"
         if method["name"] in METHODS:
-            assert method.keys() - {"name", "recipe"} <= {f.name for f in fields(METHODS[method["name"]])}
+            assert method.keys() - {"name", "recipe", "budget"} <= {f.name for f in fields(METHODS[method["name"]])}
         else:
             assert method["name"] in {"dense", "dprp", "tt-lc", "mgp", *PEERS}
 
@@ -363,8 +366,9 @@ def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
     assert "1.75x" in tables.recipe_table(recipe, [rows[0], {**rows[1], "timed": calm}])
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("name", PEERS)
-def test_a_peer_reaches_the_target(name):
+def test_a_peer_reaches_the_target(name, multiple):
     if package := lacking(name):
         pytest.skip(f"without {package}")
     torch.manual_seed(0)
@@ -375,9 +379,11 @@ def test_a_peer_reaches_the_target(name):
     example = torch.zeros(1, 1, 8, 8)
     whole = cost(trace(model, example)).macs
     batches = [(torch.randn(16, 1, 8, 8), torch.arange(16) % 10) for _ in range(60)]
-    small = PEERS[name](model, example, 0.5, batches)
+    small = PEERS[name](model, example, 0.5, multiple, batches)
     assert cost(trace(small, example)).macs <= 0.51 * whole  # torch-pruning counts a little differently
     assert small(example).shape == (1, 10)
+    widths = [m.out_channels for m in small.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(width % multiple == 0 for width in widths)
 
 
 def test_a_peer_that_is_not_installed_is_left_out(bench, capsys, monkeypatch):
