@@ -364,7 +364,15 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
         out=folder,
         resume=(folder / "config.toml").exists(),
         trained=job.starts_trained,
-        config={"model": job.content["model"], "data": job.content["data"]},
+        config={
+            "model": {
+                **job.content["model"],
+                "num_classes": data.num_classes,
+                "in_channels": data.in_channels,
+                "image_size": data.image_size,
+            },
+            "data": job.content["data"],
+        },
         on_epoch=lambda history: say(job.label, history),
     )
     metrics = json.loads((folder / METRICS).read_text())

@@ -169,6 +169,7 @@ def test_the_silhouette_has_a_bar_for_every_layer(folder, html):
     assert shrunk
     for layer in shrunk:
         assert f"{layer.small[0].outputs} of {layer.dense.outputs}" in drawing
+    assert 'class="legend' not in html  # one tone is all there is
 
 
 def test_a_factorised_layer_shows_its_ranks():
@@ -239,6 +240,7 @@ def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path):
 
     text = drawn(es.SVDOneShot(), macs=0.4)
     assert re.search(r">rank \d+: 1×3, 3×1<", text) and "from an untrained network, 1 epoch in" in text
+    assert "factorised into several layers" in text and "another kernel" not in text
     assert re.search(r">(\d+ of )?\d+, reads \d+<", drawn(es.MGP(filters=False, shapes=False), macs=0.7))
 
 

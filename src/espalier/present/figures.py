@@ -28,6 +28,11 @@ from espalier.run.report import COUNTED_WORDS
 
 COST_TONES = {"macs": ("MACs", 0), "params": ("params", 1), "activation_memory": ("memory", 2)}
 PLAIN, FACTORISED, RESHAPED = 0, 1, 2  # tones of layers
+LAYER_TONES = {
+    PLAIN: "the layer as it was, or with fewer channels",
+    FACTORISED: "factorised into several layers",
+    RESHAPED: "another kernel",
+}
 
 
 def budget_bars(run: Run, names: Mapping[str, str]) -> str:
@@ -55,6 +60,12 @@ def network_drawing(run: Run) -> str:
         for lr in _layers(run)
     ]
     return silhouette(levels, title="Outputs of every layer before and after")
+
+
+def layer_key(run: Run) -> dict[int, str]:
+    """What the tones of layers mean, of those that occur; nothing where one tone is all there is."""
+    there = {_tone(layer) for layer in _layers(run)}
+    return {tone: text for tone, text in LAYER_TONES.items() if tone in there and len(there) > 1}
 
 
 def macs_by_layer(run: Run) -> str:

@@ -15,6 +15,7 @@ from espalier.present.figures import (
     budget_bars,
     cost_curves,
     latency_by_layer,
+    layer_key,
     loss_curves,
     macs_by_layer,
     network_drawing,
@@ -151,11 +152,10 @@ def _network(run: Run, *, timing: bool) -> str:
             f"PyTorch, batch {batch}, one thread of the machine that wrote this page; the fastest of interleaved runs."
         )
         figures.append(_figure(chart, "Time of every layer", caption))
-    tones = ("the layer as it was, or with fewer channels", "factorised into several layers", "another kernel")
     key = "".join(
-        f'<span><i style="background:var(--c{tone})"></i>{escape(text)}</span>' for tone, text in enumerate(tones)
+        f'<span><i style="background:var(--c{tone})"></i>{escape(text)}</span>' for tone, text in layer_key(run).items()
     )
-    key = f'<p class="legend soft">{key}</p>'
+    key = f'<p class="legend soft">{key}</p>' if key else ""
     return f'<h2>The network</h2>{key}<div class="figures three">{"".join(figures)}</div>'
 
 
