@@ -1,12 +1,15 @@
 """The report: what it says is what the run measured, nothing comes from outside, and figures show in a real browser."""
 
+import importlib.util
 import itertools
 import json
 import re
 import shutil
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,26 +359,45 @@ MEASURE = """<script>addEventListener("load", () => { const boxes = [...document
   document.body.append(out) })</script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed: the page is not looked at in a browser")
+def looked_at(html: str, folder: Path, width: int) -> tuple[str, list[str]]:
+    """The page after loading, as the browser has it, and what its console said."""
+    file = folder / "page.html"
+    file.write_text(html, encoding="utf-8")
+    if BROWSER is not None:
+        command = [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+            f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", file.as_uri(),
+        ]  # fmt: skip
+    else:
+        command = [sys.executable, "-m", "tests.webengine", str(width), file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+in_a_browser = pytest.mark.skipif(
+    BROWSER is None and importlib.util.find_spec("PySide6") is None,
+    reason="no Chromium is installed, nor PySide6, which has one: the page is not looked at in a browser",
+)
+
+
+@in_a_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_figures_show_in_a_browser_without_errors(html, tmp_path, width):
-    file = tmp_path / "page.html"
-    file.write_text(html.replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", file.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1])
+    shown, console = looked_at(html.replace("</body>", f"{MEASURE}</body>"), tmp_path, width)
+    assert console == []
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', shown)[1])
     assert len(found["boxes"]) >= 7
     assert min(min(box) for box in found["boxes"]) > 20
     assert found["texts"] == 0
     assert found["page"] <= found["screen"]
+
+
+@in_a_browser
+def test_an_error_in_the_console_would_be_seen(html, tmp_path):
+    _, console = looked_at(html.replace("</body>", "<script>nothing.there()</script></body>"), tmp_path, 800)
+    assert len(console) == 1 and "nothing is not defined" in console[0]
 
 
 def test_the_style_closes_what_it_opens(html):
