@@ -23,7 +23,7 @@ from espalier.present.cli import app
 from espalier.present.html import page
 from espalier.present.runs import read_run
 from espalier.run.charts import Line, Pair, decades, frontier, line_chart, pair_bars, silhouette, spread_out, ticks
-from espalier.run.report import COUNTED_NOTE
+from espalier.run.report import COUNTED_NOTE, summary
 from espalier.run.rundir import add_widths
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -61,13 +61,29 @@ def figures(html):
 
 def test_the_numbers_are_those_of_the_metrics(folder, html):
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"<td>{metrics['small']['accuracy']:.2f}</td>" in html
     for side in ("dense", "small"):
-        assert f"<td>{metrics[side]['accuracy']:.2f}</td>" in html
         for cost in ("macs", "params", "activation_memory", "bytes"):
             assert f"<td>{metrics[side][cost]:,}</td>" in html
     for limit in metrics["limits"].values():
         assert f"<td>{limit:,}</td>" in html
     assert "Every limit is kept." in html
+
+
+def test_accuracy_is_compared_with_that_of_a_trained_network_only(folder):
+    run = read_run(folder)
+    trained = replace(run, config={**run.config, "start": {**run.config["start"], "trained": True}})
+    before = f"<td>{run.metrics['dense']['accuracy']:.2f}</td>"
+    alone, after = (page([r], timing=False) for r in (run, trained))
+    assert before in after and " points<" in after and ">dense</text>" in after
+    assert before not in alone and " points<" not in alone and ">dense</text>" not in alone
+    assert "<td>untrained</td>" in alone and "untrained" not in after
+    assert before not in page([run, run], timing=False)
+    text = (folder / "summary.md").read_text()
+    assert "| test accuracy, % | untrained |" in text and "points" not in text
+    assert re.search(
+        r"\| test accuracy, % \| [\d.]+ \| [\d.]+ \| [+-][\d.]+ points \|", summary(run.metrics, trained.config)
+    )
 
 
 def test_a_limit_that_is_exceeded_is_not_called_kept(folder):

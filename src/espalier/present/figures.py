@@ -134,8 +134,7 @@ def _what_stands_there(layer: Layer) -> str:
 def accuracy_curves(run: Run) -> str:
     lines = [_curve(run, "accuracy", "test", 0), _curve(run, "train_accuracy", "training", 1)]
     epochs = [e["epoch"] for e in run.epochs]
-    if "accuracy" in run.metrics["dense"]:
-        dense = run.metrics["dense"]["accuracy"]
+    if (dense := run.dense_accuracy) is not None:
         lines.append(Line("dense", ((epochs[0], dense), (epochs[-1], dense)), 5, dashed=True))
     return line_chart(lines, title="Accuracy by epoch", x_label="epoch", y_label="per cent")
 
@@ -207,7 +206,7 @@ def pareto_plot(runs: Sequence[Run], names: Sequence[str], *, cost: str) -> str:
             dots.append(Dot(name, 100 * share, run.metrics["small"]["accuracy"], methods.index(run.method) % 6))
     if not dots:
         return ""
-    for dense in sorted({run.metrics["dense"]["accuracy"] for run in runs if "accuracy" in run.metrics["dense"]}):
+    for dense in sorted({known for run in runs if (known := run.dense_accuracy) is not None}):
         dots.append(Dot("dense", 100.0, dense, 5, hollow=True))
     x_label = f"{PARETO_AXES[cost]} left, per cent of the dense network"
     return dot_chart(dots, title=f"Accuracy against {cost}", x_label=x_label, y_label="test accuracy, per cent")

@@ -26,7 +26,7 @@ from espalier.present.figures import (
 from espalier.present.runs import Run, read_run
 from espalier.run.charts import figure_style
 from espalier.run.course import gap_curve, kernel_history, rank_bars, rank_history, search_curve
-from espalier.run.report import COUNTED_WORDS, basis, slow_sentence
+from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 
 COST_NAMES = {
@@ -71,7 +71,7 @@ def page(runs: Sequence[Run], *, timing: bool = True) -> str:
 
 def _run(run: Run, name: str, *, timing: bool, only: bool) -> str:
     parts = [] if only else [f'<h2 class="title" id="{escape(name)}">{escape(name)}: {escape(run.title)}</h2>']
-    parts += [_lead(run), _tiles(run.metrics), _asked_and_met(run), _network(run, timing=timing)]
+    parts += [_lead(run), _tiles(run), _asked_and_met(run), _network(run, timing=timing)]
     parts += [_training(run), _speed(run.metrics), _origin(run)]
     return f'<section class="run{" only" if only else ""}">' + "\n".join(filter(None, parts)) + "</section>"
 
@@ -86,12 +86,13 @@ def _lead(run: Run) -> str:
     return f'<p class="soft">Method {escape(run.method)}, from {start} network, {trained}{escape(seed)}.</p>'
 
 
-def _tiles(metrics: dict[str, Any]) -> str:
-    small, dense, fraction = metrics["small"], metrics["dense"], metrics["fraction"]
+def _tiles(run: Run) -> str:
+    metrics, before = run.metrics, run.dense_accuracy
+    small, fraction = metrics["small"], metrics["fraction"]
     tiles = []
     if "accuracy" in small:
-        change = small["accuracy"] - dense["accuracy"]
-        tiles.append((f"{small['accuracy']:.2f} %", f"test accuracy, {_signed(change)} points"))
+        change = "" if before is None else f", {_signed(small['accuracy'] - before)} points"
+        tiles.append((f"{small['accuracy']:.2f} %", f"test accuracy{change}"))
     tiles.append((_percent(fraction["macs"]), "of the MACs are left"))
     tiles.append((_percent(fraction["params"]), "of the parameters are left"))
     for cost, share in (metrics["counted"] or {}).get("fraction", {}).items():
@@ -109,9 +110,11 @@ def _asked_and_met(run: Run) -> str:
     dense, small, limits = metrics["dense"], metrics["small"], metrics["limits"]
     rows = []
     if "accuracy" in small:
-        change = f"{_signed(small['accuracy'] - dense['accuracy'])} points"
-        rows.append(("test accuracy, %", f"{dense['accuracy']:.2f}", f"{small['accuracy']:.2f}", change, ""))
-        rows.append(("test loss", _decimals(dense["loss"]), _decimals(small["loss"]), "", ""))
+        before = run.dense_accuracy
+        change = "" if before is None else f"{_signed(small['accuracy'] - before)} points"
+        known = (UNTRAINED, UNTRAINED) if before is None else (f"{before:.2f}", _decimals(dense["loss"]))
+        rows.append(("test accuracy, %", known[0], f"{small['accuracy']:.2f}", change, ""))
+        rows.append(("test loss", known[1], _decimals(small["loss"]), "", ""))
     counted = metrics["counted"] or {"fraction": {}}
     asked = {cost: f"{limit:,}" for cost, limit in limits.items()}
     for cost, label in COST_NAMES.items():
@@ -247,11 +250,11 @@ def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = []
     for run, name in zip(runs, names, strict=True):
         metrics, fraction = run.metrics, run.metrics["fraction"]
-        small, dense = metrics["small"], metrics["dense"]
+        small, before = metrics["small"], run.dense_accuracy
         fast = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
         rows.append(
             (
-                name, run.title, run.method, f"{dense['accuracy']:.2f}" if "accuracy" in dense else "–",
+                name, run.title, run.method, (UNTRAINED if "accuracy" in small else "–") if before is None else f"{before:.2f}",
                 f"{small['accuracy']:.2f}" if "accuracy" in small else "–",
                 _percent(fraction['macs']), _percent(fraction['params']),
                 f"{fast[-1]['speedup']:.2f}×" if fast else "–", str(metrics["epochs"]),

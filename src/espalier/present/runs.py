@@ -13,7 +13,7 @@ from torch import nn
 from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
 from espalier.run.models import load_weights
-from espalier.run.report import COUNTED
+from espalier.run.report import COUNTED, dense_accuracy
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, unfinished
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
@@ -45,6 +45,11 @@ class Run:
     @property
     def method(self) -> str:
         return str(self.config["method"].get("name", "?"))
+
+    @property
+    def dense_accuracy(self) -> float | None:
+        """``None`` where the dense network was untrained, and its accuracy says nothing."""
+        return dense_accuracy(self.metrics, self.config)
 
 
 def read_run(folder: Path) -> Run:

@@ -114,6 +114,15 @@ def _timings(outcome: Outcome, backend: str) -> list[Timing]:
     return latency(models, tuple(t.detach().cpu() for t in tensors), backend=backend, batch_sizes=BATCH_SIZES)
 
 
+UNTRAINED = "untrained"
+
+
+def dense_accuracy(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:
+    """Of the network that the run began with, in per cent; ``None`` where it was untrained or nothing was tested."""
+    accuracy: float | None = metrics["dense"].get("accuracy")
+    return accuracy if config.get("start", {}).get("trained") else None
+
+
 def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """``metrics.json`` as Markdown."""
     dense, small, fraction = metrics["dense"], metrics["small"], metrics["fraction"]
@@ -122,9 +131,11 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics, config), ""]
     lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
     if "accuracy" in small:
-        change = small["accuracy"] - dense["accuracy"]
-        lines.append(f"| test accuracy, % | {dense['accuracy']:.2f} | {small['accuracy']:.2f} | {change:+.2f} points |")
-        lines.append(f"| test loss | {dense['loss']:.4f} | {small['loss']:.4f} | |")
+        before = dense_accuracy(metrics, config)
+        change = "" if before is None else f"{small['accuracy'] - before:+.2f} points"
+        known = [UNTRAINED] * 2 if before is None else [f"{before:.2f}", f"{dense['loss']:.4f}"]
+        lines.append(f"| test accuracy, % | {known[0]} | {small['accuracy']:.2f} | {change} |")
+        lines.append(f"| test loss | {known[1]} | {small['loss']:.4f} | |")
     counted = metrics["counted"] or {}
     limits = {name: f" (limit {limit:,})" for name, limit in metrics["limits"].items()}
     for name, label in _LABELS.items():
