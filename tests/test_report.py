@@ -386,7 +386,7 @@ def looked_at(html: str, folder: Path, width: int) -> tuple[str, list[str]]:
             f"--window-size={width},900", "--enable-logging=stderr", "--dump-dom", file.as_uri(),
         ]  # fmt: skip
     else:
-        command = [sys.executable, "-m", "tests.webengine", str(width), file.as_uri()]
+        command = [sys.executable, str(Path(__file__).with_name("webengine.py")), str(width), file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

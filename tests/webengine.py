@@ -1,4 +1,4 @@
-"""Chromium out of PySide6, where none is installed: ``python -m tests.webengine WIDTH URL``.
+"""Chromium out of PySide6, where none is installed: ``python tests/webengine.py WIDTH URL``.
 
 Prints the page as it stands after loading, and on standard error a line ``CONSOLE ...`` for every message of its console.
 """
