@@ -30,7 +30,7 @@ from torch import Tensor
 import espalier as es
 from benchmarks import common
 from benchmarks.tcp_overhead import RECIPE, Trainer, network
-from espalier.methods.dprp import DPRP, Falling
+from espalier.methods.dprp import DPRP, DPRPRun
 from espalier.run.evaluate import autocast
 from espalier.surgery import turn_factors
 
@@ -39,7 +39,7 @@ BUDGET = es.Budget(params=0.5)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
-def started(name: str, method: DPRP) -> tuple[Trainer, Falling]:
+def started(name: str, method: DPRP) -> tuple[Trainer, DPRPRun]:
     model = network(name)
     process = method.start(model, EXAMPLE, BUDGET)
     return Trainer(model, process=process), process
@@ -125,7 +125,7 @@ def kept_for_backward(trainer: Trainer) -> int:
     return sum(size for place, size in kept.items() if place not in own)
 
 
-def arrive(trainer: Trainer, process: Falling) -> None:
+def arrive(trainer: Trainer, process: DPRPRun) -> None:
     """Let the ranks fall in as few steps as there are events."""
     progress = process.method.start_at
     while not process.done:
@@ -133,7 +133,7 @@ def arrive(trainer: Trainer, process: Falling) -> None:
         progress += process.method.every
 
 
-def event(trainer: Trainer, process: Falling, *, threads: int, events: int) -> dict[str, float]:
+def event(trainer: Trainer, process: DPRPRun, *, threads: int, events: int) -> dict[str, float]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     layers = {n: layer for n, layer in process.layers.items() if not layer.whole}

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from benchmarks.common import environment, rounded, table, write_results
 from espalier.costs import cost
 from espalier.graph import trace
-from espalier.methods.base import Method, Process
+from espalier.methods.base import Method, Run
 from espalier.methods.dprp import DPRP
 from espalier.methods.mgp import MGP
 from espalier.methods.tcp import TCP
@@ -173,7 +173,7 @@ def method_steps(
     images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
     recipe, total = Recipe(lr=0.01), EPOCHS * IMAGES // batch
-    process: Process | None = None
+    process: Run | None = None
     optimizer = make_optimizer(model, recipe)
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import espalier as es
 from benchmarks import common
-from espalier.methods.base import Process, Removed
+from espalier.methods.base import Removed, Run
 from espalier.run.data import Data
 from espalier.run.evaluate import modes_kept
 from espalier.run.loop import train
@@ -35,7 +35,7 @@ BUDGET = es.Budget(macs=0.5)
 class Witness:
     """Looks at the network before and after every removal of one process."""
 
-    def __init__(self, process: Process, data: Data, images: int) -> None:
+    def __init__(self, process: Run, data: Data, images: int) -> None:
         self.process, self.rows = process, list[dict[str, Any]]()
         self.dense = process.cost.macs
         self.labels = data.test.labels[:images]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import espalier as es
 from benchmarks import common
-from espalier.methods.base import Process
+from espalier.methods.base import Run
 from espalier.methods.pressure import FadingMethod
 from espalier.run.evaluate import autocast
 from espalier.run.loop import distillation, make_optimizer
@@ -62,7 +62,7 @@ def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
 class Trainer:
     """Steps of training on one network, timed; with a process, its part apart."""
 
-    def __init__(self, model: nn.Module, *, process: Process | None = None, teacher: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, *, process: Run | None = None, teacher: nn.Module | None = None) -> None:
         self.model, self.process, self.teacher = model, process, teacher
         self.optimizer = make_optimizer(model, RECIPE)
         self.data = batches()

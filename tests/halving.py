@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from espalier.costs import Cost
-from espalier.methods.base import Method, Process, Removed, Status
+from espalier.methods.base import Method, Removed, Run, Status
 from espalier.plan import Budget
 
 
@@ -22,8 +22,8 @@ class Halving(Method):
     name: ClassVar[str] = "halving"
     trains: ClassVar[bool] = True
 
-    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Any = None) -> HalvingProcess:
-        return HalvingProcess(model, example, budget, self.at)
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Any = None) -> HalvingRun:
+        return HalvingRun(model, example, budget, self.at)
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class HalvingAtOnce(Method):
     name: ClassVar[str] = "halving-at-once"
     trains: ClassVar[bool] = False
 
-    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Any = None) -> HalvingProcess:
-        return HalvingProcess(model, example, budget, 2.0)
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Any = None) -> HalvingRun:
+        return HalvingRun(model, example, budget, 2.0)
 
 
-class HalvingProcess(Process):
+class HalvingRun(Run):
     def __init__(self, model: nn.Module, example: Any, budget: Budget, at: float) -> None:
         super().__init__(model, example, budget)
         self.at, self.halved, self.steps = at, False, 0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.methods.base import Process
+from espalier.methods.base import Run
 from espalier.run.models import build_model
 from espalier.run.replay import Computed
 
@@ -29,7 +29,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
 
 
-def train_step(process: Process, optimizer: torch.optim.Optimizer, step: int) -> None:
+def train_step(process: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
     """One step of the optimiser on ``batch(step)``; the process has not acted yet."""
     x, y = batch(step)
     (F.cross_entropy(process.model(x), y) + process.penalty()).backward()
@@ -37,7 +37,7 @@ def train_step(process: Process, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.zero_grad()
 
 
-def train_through(process: Process, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
+def train_through(process: Run, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
     """A whole run, ``finish`` excepted."""
     for step in range(steps):
         train_step(process, optimizer, step)

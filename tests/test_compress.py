@@ -345,7 +345,7 @@ def test_a_resumed_run_of_a_one_shot_method_still_says_what_it_left(digits, tmp_
             compress(net(), digits, **one_shot_job(tmp_path / name, on_epoch=killed_after(1 if name == "part" else 9)))
         except Killed:
             compress(net(), digits, **one_shot_job(tmp_path / name), resume=True)
-    left = [json.loads((tmp_path / name / "metrics.json").read_text())["left"] for name in ("whole", "part")]
+    left = [json.loads((tmp_path / name / "metrics.json").read_text())["skipped"] for name in ("whole", "part")]
     assert left[0] == left[1] != {}
 
 
@@ -354,7 +354,7 @@ def test_a_one_shot_run_that_left_nothing_is_resumed(digits, tmp_path, no_timing
     compress(net(), digits, **job)
     (tmp_path / "history.json").unlink(missing_ok=True)
     compress(net(), digits, **job, resume=True)
-    assert json.loads((tmp_path / "metrics.json").read_text())["left"] == {}
+    assert json.loads((tmp_path / "metrics.json").read_text())["skipped"] == {}
 
 
 @pytest.mark.parametrize("gone", [r"\n\[start\]\ntrained = \w+\nweights = \S+", r"trained = \w+\n"])

@@ -21,7 +21,7 @@ from espalier.forms.lowrank import DAMPING, orthonormalise
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph import trace
 from espalier.methods import dprp
-from espalier.methods.dprp import DPRP, Falling
+from espalier.methods.dprp import DPRP, DPRPRun
 from espalier.methods.ranks import tails
 from espalier.plan import Budget
 from espalier.run import report
@@ -40,7 +40,7 @@ from tests.steps import EXAMPLE, batch, network, train_step
 STEPS = 60
 
 
-def run(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[Falling, list[dict[str, int]]]:
+def run(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[DPRPRun, list[dict[str, int]]]:
     model = network()
     process = method.start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -558,7 +558,7 @@ def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None
     whole, limits, graph, planned = process.dense, process.limits, process.graph, process.cost
     small = process.finish()
     assert not process.forced
-    assert cost(trace(small, EXAMPLE)) == cost(graph, process.stayed) == planned
+    assert cost(trace(small, EXAMPLE)) == cost(graph, process.plan) == planned
     assert all(getattr(planned, m) <= limit for m, limit in limits.items())
     assert all(getattr(planned, m) > 0.97 * limit for m, limit in limits.items()) or len(limits) > 1
     factored = [m for m in small.modules() if isinstance(m, nn.Sequential) and type(m[0]) is nn.Conv2d and len(m) == 2]
@@ -571,7 +571,7 @@ def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None
 def test_nothing_that_fits_is_left_out() -> None:
     process, _ = run(DPRP(start_at=0.0, every=0.25, reach=0.25), Budget(params=0.5))
     process.finish()  # one decision: no earlier one has bound it
-    assert unused_blocks(process.graph, process.stayed, Budget(params=0.5)) == []
+    assert unused_blocks(process.graph, process.plan, Budget(params=0.5)) == []
 
 
 def test_dropping_changes_no_logit() -> None:
@@ -655,7 +655,7 @@ def test_what_stays_dense_is_listed_with_the_reason() -> None:
         nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2)
     )
     process = DPRP().start(model, EXAMPLE, Budget(macs=0.95, multiple_of=2, protect=["2"]))
-    assert process.left == {
+    assert process.skipped == {
         "1": "grouped convolution",
         "2": "protected by the budget",
         "4": "too small: rank 2 costs as much as the layer itself",
@@ -847,7 +847,7 @@ def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, 
     reached = cost(trace(small, inputs))
     assert (reached.macs, reached.params) == (process.cost.macs, process.cost.params)
     assert sum(p.numel() for p in small.parameters()) == reached.params <= process.limits["params"] < before.params
-    assert verify(dense, process.graph, process.stayed, inputs, small=small, budget=Budget(params=0.7)).require()
+    assert verify(dense, process.graph, process.plan, inputs, small=small, budget=Budget(params=0.7)).require()
     save(small, tmp_path / "small.safetensors")
     loaded = load(tmp_path / "small.safetensors", base=build(name)).eval()
     y = torch.randn(1, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))

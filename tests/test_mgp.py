@@ -18,7 +18,7 @@ from espalier.graph import files, hold, selectable, trace, with_inputs
 from espalier.graph.inputs import inputs_name
 from espalier.graph.ladders import ladder_name
 from espalier.layers import PartConv2d
-from espalier.methods.mgp import FILTERS, INPUTS, MGP, SHAPES, Granular, granularities, kind_of
+from espalier.methods.mgp import FILTERS, INPUTS, MGP, SHAPES, MGPRun, granularities, kind_of
 from espalier.methods.stripes import StripeMasks, living
 from espalier.methods.units import Units
 from espalier.plan import Budget, Plan
@@ -37,7 +37,7 @@ def network(name: str = "resnet20") -> nn.Module:
     return randomise(steps.network(name))
 
 
-def whole_run(model: nn.Module, method: MGP, budget: Budget) -> Granular:
+def whole_run(model: nn.Module, method: MGP, budget: Budget) -> MGPRun:
     process = method.start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     train_through(process, optimizer, steps=STEPS)
@@ -284,7 +284,7 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     assert kinds == {FILTERS, INPUTS, SHAPES}
 
 
-def restarted(process: Granular, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Granular, torch.optim.Optimizer]:
+def restarted(process: MGPRun, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, MGPRun, torch.optim.Optimizer]:
     """Model, process and optimiser made anew from what a checkpoint holds."""
     state, momentum = copy.deepcopy(process.state_dict()), copy.deepcopy(optimizer.state_dict())
     absolute = Budget(**{m: float(v) for m, v in process.limits.items()})
@@ -420,7 +420,7 @@ def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
 
     torch.manual_seed(0)
     process = whole_run(Net(), MGP(), Budget(macs=0.8))
-    assert set(process.left) == {"circular", "grouped", "twice", "even"}
+    assert set(process.skipped) == {"circular", "grouped", "twice", "even"}
     assert process.done
     found = cost(trace(process.model, EXAMPLE))
     assert found.macs == process.cost.macs <= process.limits["macs"]
@@ -589,7 +589,7 @@ def test_masking_the_last_stripes_changes_no_logit() -> None:
 
 
 def test_a_run_with_free_stripes_is_resumed_exactly() -> None:
-    def run(stop: int | None) -> tuple[dict[str, Tensor], Granular]:
+    def run(stop: int | None) -> tuple[dict[str, Tensor], MGPRun]:
         model = network()
         method, budget = MGP(stripes=True), Budget(macs=0.2, params=0.4)
         process = method.start(model, EXAMPLE, budget)

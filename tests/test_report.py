@@ -225,7 +225,7 @@ def test_a_resumed_run_writes_its_widths_over_those_of_the_killed_one(tmp_path):
 
 def test_recorded_ranks_are_drawn(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
-    history = {"rank": {"layer1.0.conv1": [[0.0, 16], [0.5, 9]], "layer2.0.conv1": [[0.0, 32]]}, "left": {}}
+    history = {"rank": {"layer1.0.conv1": [[0.0, 16], [0.5, 9]], "layer2.0.conv1": [[0.0, 32]]}, "skipped": {}}
     (tmp_path / "run" / "history.json").write_text(json.dumps(history))
     html = page([read_run(tmp_path / "run")], timing=False)
     assert "Rank of every layer over time" in html

@@ -86,7 +86,7 @@ def test_a_frozen_layer_is_listed_as_left(method: es.Method) -> None:
     model = net()
     model[3].weight.requires_grad_(False)
     run = es.attach(model, X[:1], budget=es.Budget(macs=0.6), method=method)
-    assert run.left["3"] == "its weight is frozen"
+    assert run.skipped["3"] == "its weight is frozen"
 
 
 def test_what_was_frozen_is_frozen_after_rebuilding() -> None:

@@ -727,7 +727,7 @@ def test_what_cannot_take_a_form_stays_dense_with_its_reason() -> None:
 
     model = Odd()
     process = es.TTLC(search=0).start(model, X, es.Budget(macs=0.75, protect=["kept"]))
-    assert process.left == {
+    assert process.skipped == {
         "circular": "padding mode 'circular'",
         "grouped": "grouped convolution",
         "frozen": "its weight is frozen",
@@ -813,7 +813,7 @@ def one_iteration(model: nn.Module, images: torch.Tensor) -> None:
     process._c_step(0.1)
     small = process.finish()
     assert process.chains
-    proof = es.verify(dense, process.graph, process.stayed, images, small=small, budget=budget).require()
+    proof = es.verify(dense, process.graph, process.plan, images, small=small, budget=budget).require()
     assert [c.name for c in proof.checks][1] == "small equals composed"
 
 
@@ -824,10 +824,10 @@ def test_a_factorised_network_that_computes_something_else_is_named() -> None:
     process._c_step(0.1)
     small = process.finish()
     with pytest.raises(ValueError, match=r"another form, 'conv1:form' first|give what its finish"):
-        es.verify(dense, process.graph, process.stayed, images)
+        es.verify(dense, process.graph, process.plan, images)
     row = small.get_submodule(next(n for n in process.chains if process.places[n].kernel == (3, 3) and n != "conv1"))
     row[0].padding_mode = row[-1].padding_mode = "circular"  # the same cost and weights, another function
-    proof = es.verify(dense, process.graph, process.stayed, images, small=small)
+    proof = es.verify(dense, process.graph, process.plan, images, small=small)
     assert [c.name for c in proof.checks if not c.passed] == ["small equals composed"]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.graph import TraceError as TraceError
     from espalier.graph import trace as trace
     from espalier.methods.base import Method as Method
-    from espalier.methods.base import Process as Process
+    from espalier.methods.base import Run as Run
     from espalier.methods.base import attach as attach
     from espalier.methods.dprp import DPRP as DPRP
     from espalier.methods.magnitude import Magnitude as Magnitude
@@ -56,9 +56,9 @@ _HOME = {
     "Method": "espalier.methods.base",
     "MissingPackage": "espalier.run.optional",
     "Plan": "espalier.plan",
-    "Process": "espalier.methods.base",
     "Recipe": "espalier.run.recipe",
     "Result": "espalier.run.compress",
+    "Run": "espalier.methods.base",
     "SVDOneShot": "espalier.methods.svd_oneshot",
     "TCP": "espalier.methods.tcp",
     "TTLC": "espalier.methods.tt_lc",
@@ -79,11 +79,18 @@ _HOME = {
     "verify": "espalier.surgery",
 }
 
+_RENAMED = {"Process": "Run"}
+
 __all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """Names are imported when first used, so that ``import espalier`` costs nothing."""
+    if name in _RENAMED:
+        import warnings
+
+        warnings.warn(f"es.{name} is called es.{_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _HOME:
         raise AttributeError(f"module 'espalier' has no attribute {name!r}")
     import importlib

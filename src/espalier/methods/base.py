@@ -1,8 +1,9 @@
-"""What every method is: hyper-parameters on a frozen ``Method``, the state of one run on a ``Process``."""
+"""What every method is: hyper-parameters on a frozen ``Method``, the state of one run on a ``Run``."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -101,7 +102,7 @@ class Method(ABC):
         return 0
 
     @abstractmethod
-    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Process:
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Run:
         """Begin on ``model``, which is trained and shrunk in place.
 
         ``example`` is what ``trace`` takes.  ``batches`` are a few training batches for methods that measure something
@@ -109,7 +110,7 @@ class Method(ABC):
         """
 
 
-class Process(ABC):
+class Run(ABC):
     """One run of a method on one model.
 
     In a training loop: ``loss + process.penalty()``, ``optimizer.step()``, then ``process.step(...)``; at the end
@@ -124,14 +125,26 @@ class Process(ABC):
         self.graph: Graph = trace(model if dense is None else dense, example)
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, int] = budget.limits(self.dense)
-        self.stayed: Plan = Plan.dense(self.graph)  # what all removals so far add up to, in units of the first network
+        self.plan: Plan = Plan.dense(self.graph)  # what all removals so far add up to, in units of the first network
         # ladder of ``self.graph`` -> rung that is executed now; the top without an entry
         self.rungs: dict[str, int] = {}
-        self.left: dict[str, str] = {}  # layer that the method leaves as it is -> why
+        self.skipped: dict[str, str] = {}  # layer that the method leaves as it is -> why
         # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
         self.history: dict[str, dict[str, list[list[float]]]] = {}
         self.folder: Path | None = None  # of the run, for a process that stores something of its own on the way
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
+
+    @property
+    def stayed(self) -> Plan:
+        """Old name of ``plan``."""
+        warnings.warn("run.stayed is called run.plan now", DeprecationWarning, stacklevel=2)
+        return self.plan
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Old name of ``skipped``."""
+        warnings.warn("run.left is called run.skipped now", DeprecationWarning, stacklevel=2)
+        return self.skipped
 
     @property
     def cost(self) -> Cost:
@@ -165,10 +178,10 @@ class Process(ABC):
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
         kept = shrink_(self.model, self.graph, Plan(units), optimizer=optimizer)
-        before = {n: self.stayed.keep.get(n, np.arange(self.graph.group(n).size)) for n in units}
-        self.stayed = Plan(
-            {**self.stayed.keep, **{n: before[n][np.asarray(stay)] for n, stay in units.items()}},
-            {**{n: self.graph.group(n).size for n in units}, **self.stayed.sizes},
+        before = {n: self.plan.keep.get(n, np.arange(self.graph.group(n).size)) for n in units}
+        self.plan = Plan(
+            {**self.plan.keep, **{n: before[n][np.asarray(stay)] for n, stay in units.items()}},
+            {**{n: self.graph.group(n).size for n in units}, **self.plan.sizes},
         )
         self.graph = self.graph.after(units)
         return Removed(kept, self.cost)
@@ -176,7 +189,7 @@ class Process(ABC):
     def rungs_stay(self) -> None:
         """The plan of a method that gives layers other forms: of every ladder up to its rung, all channels."""
         keep = {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups}
-        self.stayed = Plan(keep, {g.name: g.size for g in self.graph.groups})
+        self.plan = Plan(keep, {g.name: g.size for g in self.graph.groups})
 
     def record(self, kind: str, values: Mapping[str, float], *, progress: float) -> None:
         """Add a point to ``history`` for every value that has changed."""
@@ -218,6 +231,9 @@ class Process(ABC):
         """Go on from ``state_dict()``; the model must already have the structure it had then."""
 
 
+Process = Run  # its old name, for methods written outside
+
+
 def need_progress(progress: float) -> None:
     """Raises: ValueError unless ``progress`` is from 0 to 1, but for the rounding of sums."""
     if not -1e-6 <= progress <= 1.0 + 1e-6:
@@ -226,7 +242,7 @@ def need_progress(progress: float) -> None:
         )
 
 
-class AtOnce(Process):
+class AtOnce(Run):
     """A run of a method that does everything when it starts; what follows is ordinary training of the small network."""
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
@@ -264,7 +280,7 @@ def budget_for(method: Method, budget: Budget | None) -> Budget:
     return budget
 
 
-def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, method: Method) -> Process:
+def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, method: Method) -> Run:
     """Compress ``model`` inside your own training loop; it is trained and shrunk in place.
 
     Methods that find the size by themselves take no ``budget``.

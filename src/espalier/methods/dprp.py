@@ -39,7 +39,7 @@ from espalier.forms.lowrank import Turn
 from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import Batches, Method, Process, Removed, Status, need_progress
+from espalier.methods.base import Batches, Method, Removed, Run, Status, need_progress
 from espalier.methods.ranks import LAYOUTS, RankLadders, energy, rank_ladders, tails
 from espalier.plan import Budget, Plan
 from espalier.solver import solve
@@ -97,11 +97,11 @@ class DPRP(Method):
     def needs_budget(self) -> bool:
         return self.energy is None
 
-    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Falling:
-        return Falling(model, example, budget, self)
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> DPRPRun:
+        return DPRPRun(model, example, budget, self)
 
 
-class Falling(Process):
+class DPRPRun(Run):
     """One run of DPRP."""
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: DPRP) -> None:
@@ -112,8 +112,8 @@ class Falling(Process):
         if not goes_on:
             self.bake()
         self.ladders: RankLadders = rank_ladders(dense, example, graph=self.graph, budget=budget, form=method.form)
-        self.graph, self.left = self.ladders.graph, dict(self.ladders.left)
-        self.stayed = Plan.dense(self.graph)
+        self.graph, self.skipped = self.ladders.graph, dict(self.ladders.skipped)
+        self.plan = Plan.dense(self.graph)
         even = {g.name: np.ones(g.size) for g in self.graph.groups if g.ladder}
         solve(self.graph, even, self.limits)  # unreachable budgets fail now
         self.settled = False  # the last decision is taken

@@ -50,5 +50,4 @@ class OneShot(AtOnce):
         super().__init__(model, example, budget)
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
-        self.plan = solve(self.graph, importance, budget, per_cost=method.per_cost)
-        self.remove(self.plan.keep, None)
+        self.remove(solve(self.graph, importance, budget, per_cost=method.per_cost).keep, None)

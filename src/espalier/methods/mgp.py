@@ -56,8 +56,8 @@ class MGP(FadingMethod):
     ``stagger``: how much later than the coarser one each finer granularity begins.
     ``stripes``: instead of kernel shapes, free masks of stripes, one kernel position of one filter at a time.  The budget is
     then met as the paper counts it, by MACs and parameters of kept stripes: *counted, not executed*.  The convolutions that
-    are delivered are as dense as before, masked stripes are zeros in them: ``Process.cost`` is what they cost,
-    ``Process.counted`` what is counted.
+    are delivered are as dense as before, masked stripes are zeros in them: ``Run.cost`` is what they cost,
+    ``Run.counted`` what is counted.
     """
 
     name: ClassVar[str] = "mgp"
@@ -77,11 +77,11 @@ class MGP(FadingMethod):
         if self.streams and not self.filters:
             raise ValueError("MGP(streams=True, filters=False): streams go as filters do; switch filters on")
 
-    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Granular:
-        return Granular(model, example, budget, self)
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> MGPRun:
+        return MGPRun(model, example, budget, self)
 
 
-class Granular(Fading):
+class MGPRun(Fading):
     """One run of MGP."""
 
     method: MGP
@@ -90,7 +90,7 @@ class Granular(Fading):
         super().__init__(model, example, budget, method)
         self.bake()
         self.hold_frozen()
-        self.graph, self.shapes, self.left = granularities(model, self.graph, example, method)
+        self.graph, self.shapes, self.skipped = granularities(model, self.graph, example, method)
         self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
         self.stripes = StripeMasks(model, self._striped() if method.stripes else ())
         counted = self.stripes.graph(self.graph)
@@ -107,7 +107,9 @@ class Granular(Fading):
         spatial = [n for n, _ in self.model.named_modules() if kernels.get(n, (1, 1)) != (1, 1)]
         frozen = [n for n in spatial if is_frozen(self.model, n)]
         found = [n for n in spatial if n not in frozen and striped(self.graph, n)]
-        self.left.update({n: FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found})
+        self.skipped.update(
+            {n: FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found}
+        )
         return found
 
     def _rules(self, graph: Graph) -> dict[str, Any]:
@@ -361,7 +363,7 @@ class Granular(Fading):
             "rows": {n: row.clone() for n, row in self._rows().items()},
             "shapes": {n: [[_plain(r) for r in rung] for rung in rungs] for n, rungs in self.shapes.items()},
             "chosen": {n: _plain(r) for n, r in self.chosen.items()},
-            "left": dict(self.left),
+            "skipped": dict(self.skipped),
             "gone": {n: gone.clone() for n, gone in self.stripes.gone.items()},
         }
 
@@ -374,7 +376,7 @@ class Granular(Fading):
         self.graph = graph
         self.shapes = {n: [[Rectangle(*r) for r in rung] for rung in rungs] for n, rungs in state["shapes"].items()}
         self.chosen = {n: Rectangle(*r) for n, r in state["chosen"].items()}
-        self.left = dict(state["left"])
+        self.skipped = dict(state.get("skipped", state.get("left", {})))
         self.stripes.load(state.get("gone", {}))
         self._bind()
         self._restore(state, state["rows"])

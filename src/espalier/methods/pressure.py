@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.methods.base import Method, Process, Removed, Status, need_progress
+from espalier.methods.base import Method, Removed, Run, Status, need_progress
 from espalier.methods.importance import Sensitivity
 from espalier.methods.units import Consumer, Units, upload
 from espalier.plan import Budget
@@ -60,7 +60,7 @@ class FadingMethod(Method):
             )
 
 
-class Fading(Process):
+class Fading(Run):
     """A run in which units fade.  A method says what it listens to, what is outside, and how to carry a removal out."""
 
     method: FadingMethod

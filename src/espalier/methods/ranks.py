@@ -36,7 +36,7 @@ class RankLadders:
     places: Mapping[str, Place]
     forms: Mapping[str, str]
     ranks: Mapping[str, tuple[int, ...]]
-    left: Mapping[str, str]  # layers that stay dense, and why
+    skipped: Mapping[str, str]  # layers that stay dense, and why
 
     def top(self, layer: str) -> int:
         """The dense rung."""
@@ -47,7 +47,7 @@ class RankLadders:
         return int(np.searchsorted(self.ranks[layer], rank)) + 1
 
     def rungs(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Ladder -> rung, as ``solve`` and ``Process.rungs`` take it."""
+        """Ladder -> rung, as ``solve`` and ``Run.rungs`` take it."""
         return {ladder_name(layer): self.rung(layer, rank) for layer, rank in ranks.items()}
 
     def importance(self, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -45,12 +45,12 @@ class Truncated(AtOnce):
         super().__init__(model, example, budget)
         self.bake()
         ladders = rank_ladders(model, example, graph=self.graph, budget=budget, form=method.form)
-        self.graph, self.left = ladders.graph, dict(ladders.left)
+        self.graph, self.skipped = ladders.graph, dict(ladders.skipped)
         layers: dict[str, Any] = {n: model.get_submodule(n) for n in ladders.places}
         factors = {n: svd(to_matrix(m.weight.detach(), ladders.forms[n]), name=n) for n, m in layers.items()}
         scores = ladders.importance({n: energy(s) for n, (_, s, _) in factors.items()})
-        self.stayed = solve(self.graph, scores, self.limits)
-        self.rungs = {n: len(units) for n, units in self.stayed.keep.items() if n in scores}
+        self.plan = solve(self.graph, scores, self.limits)
+        self.rungs = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
         ranks = {}
         with torch.no_grad():
             for name, (u, s, v) in factors.items():

@@ -61,11 +61,11 @@ class TCP(FadingMethod):
         check_returns(self.returns, where="TCP")
         self.check_pace()
 
-    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Tailoring:
-        return Tailoring(model, example, budget, self)
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> TCPRun:
+        return TCPRun(model, example, budget, self)
 
 
-class Tailoring(Fading):
+class TCPRun(Fading):
     """One run of TCP.  Steps 3 and 4, pressure and strength, are in ``methods.pressure``."""
 
     method: TCP

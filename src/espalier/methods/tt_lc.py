@@ -40,7 +40,7 @@ from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
 from espalier.graph import Chain, files, with_ladders
 from espalier.graph.ladders import ladder_name
-from espalier.methods.base import FROZEN, Batches, Method, Process, Removed, Status, is_frozen, need_progress
+from espalier.methods.base import FROZEN, Batches, Method, Removed, Run, Status, is_frozen, need_progress
 from espalier.methods.equal import equal_chains
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
@@ -134,19 +134,17 @@ class TTLC(Method):
     def c_steps(self) -> int:
         return self.iterations if self.lc else 1
 
-    def start(
-        self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None
-    ) -> TensorCompression:
+    def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> TTLCRun:
         """``batches`` estimate BatchNorm for the search, which scores on ``held_out`` of the process, or else on them too.
 
         Without either, as in a loop of one's own, nothing is searched.
         """
         if self.trials:
             need_optuna("TT-LC")
-        return TensorCompression(model, example, budget, self, batches)
+        return TTLCRun(model, example, budget, self, batches)
 
 
-class TensorCompression(Process):
+class TTLCRun(Run):
     """One run of TT-LC."""
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: TTLC, batches: Batches | None) -> None:
@@ -179,21 +177,21 @@ class TensorCompression(Process):
     # -- layers --------------------------------------------------------------------------------------------------------
 
     def _find_layers(self) -> None:
-        places, self.left = find_places(self.model, self.example)
+        places, self.skipped = find_places(self.model, self.example)
         self.places: dict[str, Place] = {}
         for name, place in places.items():
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.budget.protect):
-                self.left[name] = "protected"
+                self.skipped[name] = "protected"
             elif is_frozen(self.model, name):
-                self.left[name] = FROZEN
+                self.skipped[name] = FROZEN
             elif place.kernel == (1, 1) and min(place.in_channels, place.out_channels) < 2:
-                self.left[name] = "too small"
+                self.skipped[name] = "too small"
             else:
                 try:
                     with_ladders(self.graph, {name: [dense_chain(place)]})
                     self.places[name] = place
                 except ValueError as error:
-                    self.left[name] = str(error)
+                    self.skipped[name] = str(error)
         self.stages = {n: "linear" if p.linear else "x".join(map(str, p.output_size)) for n, p in self.places.items()}
 
     def _check_reachable(self) -> None:
@@ -496,7 +494,7 @@ class TensorCompression(Process):
             "collapsed": {n: list(found) for n, found in self.collapsed.items()},
             "trials": [dict(t) for t in self.trials],
             "point": dict(self.point),
-            "left": dict(self.left),
+            "skipped": dict(self.skipped),
             "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
             "limits": dict(self.limits),
         }
@@ -515,7 +513,7 @@ class TensorCompression(Process):
         self._at, self._travel = state["at"], state["travel"]
         self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])
         self.trials = [dict(t) for t in state["trials"]]
-        self.point, self.left = dict(state["point"]), dict(state["left"])
+        self.point, self.skipped = dict(state["point"]), dict(state.get("skipped", state.get("left", {})))
         self.collapsed = {n: (a, b) for n, (a, b) in state["collapsed"].items()}
         self.lc.iterations = state["iterations"]
         if self.replaced:

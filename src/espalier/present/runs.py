@@ -121,7 +121,7 @@ def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
     if not path.exists():
         return {}
     try:
-        kinds = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "left"}
+        kinds = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in ("skipped", "left")}
         return {
             kind: {
                 name: [[float(p), float(v)] for p, v in points if v is not None]

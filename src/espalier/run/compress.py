@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from espalier import __version__
 from espalier.costs import Cost, cost
 from espalier.graph import trace
-from espalier.methods.base import Method, Process, budget_for
+from espalier.methods.base import Method, Run, budget_for
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
@@ -149,7 +149,7 @@ class _Job:
         self.teacher: nn.Module | None = None
         self.plan: Plan | None = None
         self.course: dict[str, Any] = {}
-        self.left: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         self.counted: Cost | None = None
         self.dense_result: dict[str, float] = {}
         self.cut_seconds = 0.0
@@ -177,7 +177,7 @@ class _Job:
         small = copy.deepcopy(self.model).to(self.device)
         if self.goes_on and self.checkpoint is not None:
             rebuild_from_checkpoint(small, self.checkpoint)
-        self.process: Process | None = None
+        self.process: Run | None = None
         begun = time.perf_counter()
         if self.method.trains:
             # Fractions are of the network that the run began with, not of what is left of it by now.
@@ -200,7 +200,7 @@ class _Job:
         file = None if folder is None else folder / HISTORY
         if file is not None and file.exists():
             self.course = json.loads(file.read_text(encoding="utf-8"))
-            self.left = self.course.pop("left", {})
+            self.skipped = self.course.pop("skipped", None) or self.course.pop("left", {})  # older runs: "left"
 
     def _few_batches(self) -> list[Batch] | None:
         """A few training batches on the device, for methods that measure before they cut."""
@@ -267,15 +267,15 @@ class _Job:
             self._take_from(self.process)
             self._write_plan()
 
-    def _take_from(self, process: Process) -> None:
-        self.plan, self.course, self.left = process.stayed, process.history, process.left
+    def _take_from(self, process: Run) -> None:
+        self.plan, self.course, self.skipped = process.plan, process.history, process.skipped
         self.counted = process.counted
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
             write_file(self.folder / PLAN, self.plan.to_json().encode())
-            if self.course or self.left:
-                write_json(self.folder / HISTORY, {**self.course, "left": self.left})
+            if self.course or self.skipped:
+                write_json(self.folder / HISTORY, {**self.course, "skipped": self.skipped})
                 write_figures(self.folder, self.course)
 
     def result(self) -> Result:
@@ -305,7 +305,7 @@ class _Job:
                     small_result=small_result,
                     history=self.history,
                     cut_seconds=self.cut_seconds,
-                    left=self.left,
+                    skipped=self.skipped,
                     config=self.config,
                 ),
             )

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
-from espalier.methods.base import Process
+from espalier.methods.base import Run
 from espalier.plan import Plan
 from espalier.run.batches import Source
 from espalier.run.checkpoint import (
@@ -106,7 +106,7 @@ def train(
     data: Source,
     recipe: Recipe,
     *,
-    process: Process | None = None,
+    process: Run | None = None,
     teacher: nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -244,7 +244,7 @@ class _Run:
         data: Source,
         recipe: Recipe,
         device: torch.device,
-        process: Process | None,
+        process: Run | None,
         teacher: nn.Module | None,
         path: Path | None,
     ) -> None:
@@ -457,7 +457,7 @@ class _Run:
             "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
             "process": None if self.process is None else self.process.state_dict(),
-            "stayed": None if self.process is None else self.process.stayed.to_json(),
+            "stayed": None if self.process is None else self.process.plan.to_json(),
             "course": None if self.process is None else self.process.history,
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -489,6 +489,7 @@ class _Run:
         ours = {**self.recipe.to_dict(), **self.setting}
         # Checkpoints used to say nothing of the data.
         theirs = {**self.data_setting, **content["recipe"], **content["setting"]}
+        theirs["process"] = RENAMED.get(theirs["process"], theirs["process"])
         for name in {**ours, **theirs}:
             if name not in WHERE and ours.get(name) != theirs.get(name):
                 raise ValueError(
@@ -504,7 +505,7 @@ class _Run:
         load_optimizer_state(self.model, self.optimizer, content["optimizer"])
         if self.process is not None:
             self.process.load_state_dict(content["process"])
-            self.process.stayed = Plan.from_json(content["stayed"])
+            self.process.plan = Plan.from_json(content["stayed"])
             self.process.history = content["course"]
         if self.average is not None:
             self.average.load_state_dict(content["average"])
@@ -512,6 +513,10 @@ class _Run:
         self.history = History(tuple(Epoch(**epoch) for epoch in content["history"]))
         self.done, self.kept_checkpoint = content["step"], content["epoch"]
         restore_random_state(content["random"], self.device)
+
+
+# What runs were called in older checkpoints.
+RENAMED = {"Tailoring": "TCPRun", "Falling": "DPRPRun", "Granular": "MGPRun", "TensorCompression": "TTLCRun"}
 
 
 class _Losses:

@@ -39,7 +39,7 @@ class Outcome:
     small_result: Mapping[str, float]
     history: History
     cut_seconds: float  # in the method before and after training
-    left: Mapping[str, str]  # layers that the method left as they are, and why
+    skipped: Mapping[str, str]  # layers that the method left as they are, and why
     config: Mapping[str, Any]
 
 
@@ -79,7 +79,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "counted": None if outcome.counted is None else _counted(outcome.counted, outcome.dense),
         "latency": [asdict(timing) for timing in timings],
         "onnx_difference": difference,
-        "left": dict(outcome.left),
+        "skipped": dict(outcome.skipped),
         "notes": notes,
         "slow_widths": slow_widths(outcome.small_model),
         "epochs": len(outcome.history.epochs),
@@ -150,7 +150,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         lines += [f"Trained for {epochs} in {metrics['seconds']:.0f} s, seed {metrics['seed']}.", ""]
     if metrics["onnx_difference"] is not None:
         lines += [f"`model.onnx` differs from PyTorch by at most {metrics['onnx_difference']:.1e}.", ""]
-    lines += _left(metrics["left"])
+    lines += _skipped(metrics.get("skipped", metrics.get("left", {})))  # older runs: "left"
     lines += [f"{slow}\n"] if (slow := slow_sentence(metrics)) else []
     lines += [f"Missing - {name}: {reason}\n" for name, reason in metrics["notes"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
@@ -164,9 +164,9 @@ _LABELS = {
 }
 
 
-def _left(left: Mapping[str, str]) -> list[str]:
+def _skipped(skipped: Mapping[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
-    for layer, reason in left.items():
+    for layer, reason in skipped.items():
         reasons.setdefault(reason, []).append(layer)
     return [f"Left as they were, {len(names)} ({why}): {', '.join(names)}.\n" for why, names in reasons.items()]
 

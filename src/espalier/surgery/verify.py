@@ -74,7 +74,7 @@ def verify(
     """Check the obligations on ``model`` and the small network that ``plan`` makes of it (or on ``small``, if given).
 
     1. the plan that keeps everything changes no bit; 2. small equals masked, in float64, within ``tolerance`` relative to
-    the largest output; where ``plan`` has layers in other forms - ``process.graph`` and ``process.stayed`` of a method that
+    the largest output; where ``plan`` has layers in other forms - ``process.graph`` and ``process.plan`` of a method that
     factorises - it equals ``model`` with the weights that those forms compose to and all others of ``small``; 3. planned
     cost equals the traced cost of the small network, its number of parameters, and torch's own FLOP counter (activation
     memory may be less than planned); 4. every limit of ``budget`` holds and no further block would fit; 5. saved and loaded
