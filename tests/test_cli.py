@@ -384,7 +384,13 @@ def test_numbers_of_numpy_become_plain_ones():
     )
     plain = {"epochs": 3, "lr": 0.1, "ema": 0.5, "weight_decay": 0, "seed": 7}
     assert {name: getattr(recipe, name) for name in plain} == plain
-    assert [type(getattr(recipe, name)) for name in plain] == [int, float, float, int, int]
+    assert [type(getattr(recipe, name)) for name in plain] == [
+        int,
+        float,
+        float,
+        float,
+        int,
+    ]  # as the field is declared
     table = {"a": np.float64(0.1), "b": np.float32(0.5), "c": np.int64(3), "d": [np.float64(1e-5)], "e": float("inf")}
     assert tomllib.loads(to_toml(table)) == {"a": 0.1, "b": 0.5, "c": 3, "d": [1e-5], "e": float("inf")}
 

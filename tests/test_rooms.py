@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "espalier"
 ORDER = [
+    "settings",  # how a field of settings says what it allows
     "layers",  # our own nn.Module classes
     "copies",
     "carving",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from espalier.present.config import (
     make_data,
     make_model,
     make_recipe,
-    settings,
+    merged_settings,
 )
 from espalier.present.demo import run_demo
 from espalier.present.edge import Edge, stdout, stopped
@@ -34,6 +35,7 @@ from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
 from espalier.run.models import load_weights, model_names
 from espalier.run.onnx import export_onnx
+from espalier.run.recipe import Recipe
 from espalier.run.rundir import ONNX, SUMMARY
 
 app = typer.Typer(
@@ -61,6 +63,7 @@ def main(
 
 
 @app.command()
+@opt.with_settings(recipe=(Recipe,))
 def compress(
     model: opt.Model = None,
     weights: opt.Weights = None,
@@ -76,28 +79,14 @@ def compress(
     protect: opt.Protect = None,
     method: opt.Method = None,
     set: opt.Set = None,
-    epochs: opt.Epochs = None,
-    batch_size: opt.BatchSize = None,
-    lr: opt.Lr = None,
-    optimizer: opt.Optimizer = None,
-    weight_decay: opt.WeightDecay = None,
-    warmup: opt.Warmup = None,
-    schedule: opt.Schedule = None,
-    label_smoothing: opt.LabelSmoothing = None,
-    ema: opt.Ema = None,
-    distill: opt.Distill = None,
-    clip: opt.Clip = None,
-    seed: opt.Seed = None,
-    precision: opt.Precision = None,
-    channels_last: opt.ChannelsLast = None,
-    device: opt.Device = None,
-    threads: opt.Threads = None,
-    graphs: opt.Graphs = None,
+    no_distill: opt.NoDistill = False,
     config: opt.Config = None,
     out: opt.Out = None,
     resume: opt.Resume = False,
     force: opt.Force = False,
     tensorboard: opt.Tensorboard = False,
+    *,
+    settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Train a network and prune it to a budget; leaves a run folder. With --method none, train only."""
     wanted: Config = {
@@ -111,30 +100,12 @@ def compress(
             protect=protect,
         ),
         "method": {**given(name=method), **hyper_parameters(set or [])},
-        "recipe": given(
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup,
-            schedule=schedule,
-            label_smoothing=label_smoothing,
-            ema=ema,
-            distill=None if distill is None else 0.5 * distill,
-            clip_norm=clip,
-            seed=seed,
-            precision=precision,
-            channels_last=channels_last,
-            device=device,
-            threads=threads,
-            graphs=graphs,
-        ),
+        "recipe": {**settings["recipe"], **({"distill": 0.0} if no_distill else {})},
     }
     if out is None:
         raise ValueError("--out is missing: give the folder that receives the run")
     with stopped(f"go on with: espalier compress --out {out} --resume"):
-        merged = settings(wanted, config=config, out=out, resume=resume)
+        merged = merged_settings(wanted, config=config, out=out, resume=resume)
         run_job(merged, out=out, resume=resume, force=force, download=download, board=tensorboard)
     if (out / SUMMARY).exists():
         show_markdown((out / SUMMARY).read_text(encoding="utf-8"), stdout)
@@ -174,27 +145,28 @@ def inspect(
 
 
 @app.command()
+@opt.with_settings(recipe=(Recipe, "precision", "device"))
 def evaluate(
     path: opt.RunOrFile,
     model: opt.Model = None,
     data: opt.Data = None,
     data_dir: opt.DataDir = None,
     image_size: opt.ImageSize = None,
-    precision: opt.Precision = None,
-    device: opt.Device = None,
+    *,
+    settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Accuracy and cost of the network in a run folder, or of a file of weights with --model and --data."""
     _check_exists(path)
     wanted: Config = {
         "model": given(name=model),
         "data": given(name=data, dir=data_dir, image_size=image_size),
-        "recipe": given(precision=precision, device=device),
+        "recipe": settings["recipe"],
     }
-    merged = settings(wanted, config=None, out=path, resume=path.is_dir())
+    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir())
     recipe = make_recipe(merged)
     source = make_data(merged, device=pick_device(recipe.device))
     network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
-    found = evaluate_model(network, source.test_batches(), precision=recipe.precision if precision else "fp32")
+    found = evaluate_model(network, source.test_batches(), precision=settings["recipe"].get("precision", "fp32"))
     used = cost(trace(network, source.example()))
     stdout.print(f"accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}")
     memory = readable_bytes(used.activation_memory)
@@ -211,7 +183,7 @@ def export(
 ) -> None:
     """Write the network in a run folder, or in a file with --model, as ONNX, and compare it with PyTorch."""
     _check_exists(path)
-    merged = settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir())
+    merged = merged_settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir())
     if path.is_dir():
         input = _input_of_run(path, merged["model"], input)
     merged, inputs = _described(merged, input, num_classes)

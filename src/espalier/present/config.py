@@ -82,7 +82,7 @@ def read_sections(file: Path) -> Config:
     return tables
 
 
-def settings(options: Config, *, config: Path | None, out: Path | None, resume: bool) -> Config:
+def merged_settings(options: Config, *, config: Path | None, out: Path | None, resume: bool) -> Config:
     """``options`` over ``config``, a file or a run's folder, or over the configuration of the run to resume."""
     file = config if config is not None else out if resume else None
     if file is not None and (config is None or file.is_dir()):

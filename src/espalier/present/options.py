@@ -1,16 +1,77 @@
 """The command line's options, each in one place: name, type, help, panel.
 
-All of them default to ``None`` - not given - so that a ``--config`` file can stand behind them.
+Options that are fields of a class of settings are made from it (``with_settings``); what a field means and allows is written
+there.  All options default to ``None`` - not given - so that a ``--config`` file can stand behind them.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Optional
 
 import typer
 
-from espalier.run.recipe import Recipe
+from espalier.settings import Setting, settings_of
+
+SHORTER = {"warmup_epochs": "--warmup", "clip_norm": "--clip"}
+"""Second spellings of options that are named after fields."""
+MACHINE = ("precision", "channels_last", "device", "threads", "graphs")
+"""Fields of a recipe that have a panel of their own in the help."""
+
+
+def with_settings(**sections: Sequence[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of a class of settings, or for those named behind it.
+
+    The command receives what was given, section by section, as ``settings``.
+
+    >>> @with_settings(recipe=(Recipe,))                          # doctest: +SKIP
+    ... def compress(model: opt.Model = None, *, settings: Mapping[str, Mapping[str, Any]]) -> None: ...
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        made = {
+            s.name: (section, _parameter(s))
+            for section, (owner, *names) in sections.items()
+            for s in settings_of(owner)
+            if not names or s.name in names
+        }
+
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            found: dict[str, dict[str, Any]] = {section: {} for section in sections}
+            for name, (section, _) in made.items():
+                if (value := values.pop(name)) is not None:
+                    found[section][name] = value
+            command(**values, settings=found)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [p for _, p in made.values()]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return decorate
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    name = f"--{setting.name.replace('_', '-')}"
+    names = [f"{name}/--no-{name[2:]}"] if setting.plain is bool else [name]
+    if setting.name in SHORTER:
+        names.append(SHORTER[setting.name])
+    usual = "" if setting.default in (None, MISSING) or setting.plain is bool else f"; default {setting.default}"
+    info = typer.Option(
+        *names,
+        help=f"{setting.text}{usual}.",
+        rich_help_panel="Machine" if setting.name in MACHINE else "Training",
+        metavar={int: "N", str: "NAME"}.get(setting.plain),
+        show_default=False,
+    )
+    annotation = Annotated[Optional[setting.plain], info]  # type: ignore[name-defined]  # noqa: UP045 - made at run time
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _option(name: str, text: str, panel: str, *, metavar: str | None = None) -> typer.models.OptionInfo:
@@ -106,80 +167,9 @@ Set = Annotated[
         metavar="NAME=VALUE",
     ),
 ]
-Epochs = Annotated[
-    int | None,
-    _option("--epochs", f"Passes over the training images; default {Recipe.epochs}.", "Training", metavar="N"),
+NoDistill = Annotated[
+    bool, typer.Option("--no-distill", help="The same as --distill 0.", rich_help_panel="Training", show_default=False)
 ]
-BatchSize = Annotated[
-    int | None, _option("--batch-size", f"Images per step; default {Recipe.batch_size}.", "Training", metavar="N")
-]
-Lr = Annotated[float | None, _option("--lr", f"Learning rate at its peak; default {Recipe.lr}.", "Training")]
-Optimizer = Annotated[
-    str | None, _option("--optimizer", f"sgd or adamw; default {Recipe.optimizer}.", "Training", metavar="NAME")
-]
-WeightDecay = Annotated[
-    float | None,
-    _option("--weight-decay", f"Except on biases and normalisation layers; default {Recipe.weight_decay}.", "Training"),
-]
-Warmup = Annotated[
-    float | None,
-    _option("--warmup", f"Epochs of linear warm-up; default {Recipe.warmup_epochs:g}.", "Training", metavar="EPOCHS"),
-]
-Schedule = Annotated[
-    str | None,
-    _option(
-        "--schedule",
-        f"Learning rate: cosine, wsd (constant for half of the run, then cosine) or constant; default {Recipe.schedule}.",
-        "Training",
-        metavar="NAME",
-    ),
-]
-LabelSmoothing = Annotated[float | None, _option("--label-smoothing", "From 0 to below 1.", "Training")]
-Ema = Annotated[float | None, _option("--ema", "Decay of averaged weights, for example 0.999.", "Training")]
-Distill = Annotated[
-    bool | None,
-    typer.Option(
-        "--distill/--no-distill",
-        help="Learn from the dense network; default: if it is trained.",
-        rich_help_panel="Training",
-        show_default=False,
-    ),
-]
-Clip = Annotated[float | None, _option("--clip", "Bound on the norm of the gradient.", "Training", metavar="NORM")]
-Seed = Annotated[
-    int | None,
-    _option(
-        "--seed",
-        f"Seeds batch order, augmentation and initial weights; default {Recipe.seed}.",
-        "Training",
-        metavar="N",
-    ),
-]
-
-# -- machine
-
-Precision = Annotated[
-    str | None,
-    _option(
-        "--precision",
-        f"fp32, bf16 or fp16; default {Recipe.precision}. Of training; evaluation is fp32.",
-        "Machine",
-        metavar="NAME",
-    ),
-]
-ChannelsLast = Annotated[
-    bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout; often faster.",
-                              rich_help_panel="Machine", show_default=False),
-]  # fmt: skip
-Graphs = Annotated[
-    bool | None, typer.Option("--graphs/--no-graphs", help="On a GPU: replay training steps as CUDA graphs.",
-                              rich_help_panel="Machine", show_default=False),
-]  # fmt: skip
-Device = Annotated[
-    str | None,
-    _option("--device", f"auto, cpu, cuda, cuda:1, ...; default {Recipe.device}.", "Machine", metavar="NAME"),
-]
-Threads = Annotated[int | None, _option("--threads", "Number of CPU threads.", "Machine", metavar="N")]
 
 # -- run folder
 
