@@ -209,6 +209,14 @@ def test_absolute_limits_and_fractions_mean_the_same(graph: Graph) -> None:
     assert all(np.array_equal(half.keep[n], same.keep[n]) for n in half.keep)
 
 
+def test_a_whole_number_is_a_count_whatever_its_size(graph: Graph) -> None:
+    dense = cost(graph)
+    assert Budget(macs=1).limits(dense) == {"macs": 1}
+    assert Budget(macs=1.0).limits(dense) == {"macs": dense.macs}
+    with pytest.raises(BudgetError, match="1 is a count, a fraction is a float"):
+        solve(graph, scores(graph, 0), Budget(macs=1))
+
+
 def test_a_budget_of_the_dense_cost_keeps_everything(graph: Graph) -> None:
     plan = solve(graph, scores(graph, 0), Budget(macs=1.0, params=1.0, activation_memory=1.0))
     assert cost(graph, plan) == cost(graph)

@@ -68,7 +68,8 @@ class Plan:
 class Budget:
     """What the small network may cost.  Several limits at once must all hold.
 
-    Values up to 1 are fractions of the dense network, values above 1 are absolute: ``macs`` in multiply-accumulates,
+    Floats up to 1.0 are fractions of the dense network, whole numbers are counts, whatever their size (as are floats above 1,
+    rounded down): ``macs=1.0`` is all of them, ``macs=1`` is a single one.  ``macs`` is in multiply-accumulates,
     ``params`` in elements, ``activation_memory`` in bytes of live activations at the traced input.  ``multiple_of``
     makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX Runtime, 16 runs
     fastest there, and 8 is the least for a GPU (docs/results.md); ``protect`` lists groups or modules, wildcards allowed, that
@@ -87,8 +88,8 @@ class Budget:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
                 raise ValueError(
-                    f"Budget({name}={value!r}): must be a positive number, up to 1 as a fraction of the dense network "
-                    "or above 1 as an absolute amount"
+                    f"Budget({name}={value!r}): must be a positive number, a float up to 1.0 as a fraction of the dense "
+                    "network or a whole number as a count"
                 )
             object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
         if all(v is None for v in self._values().values()):
@@ -115,7 +116,8 @@ class Budget:
         for name, value in self._values().items():
             if value is not None:
                 total = getattr(dense, name)
-                resolved[name] = min(math.floor(value * total + 1e-6) if value <= 1 else math.floor(value), total)
+                fraction = isinstance(value, float) and value <= 1.0
+                resolved[name] = min(math.floor(value * total + 1e-6) if fraction else math.floor(value), total)
         return resolved
 
     def protected(self, graph: Graph) -> np.ndarray:

@@ -104,6 +104,7 @@ def _check_reachable(
             raise BudgetError(
                 f"budget {metric}={limit:,} cannot be met: the smallest reachable is {reached:,} "
                 f"({reached / total:.1%} of {total:,}); raise the budget, protect less, or lower multiple_of"
+                + ("; 1 is a count, a fraction is a float: 1.0 is the whole network" if limit == 1 else "")
                 + _frozen_too(frozen),
                 smallest,
             )
