@@ -194,7 +194,7 @@ def test_frozen_weights_are_measured_and_nothing_is_left_behind() -> None:
         (lambda: es.TCP(every="abc"), r"TCP\(every='abc'\): must be a number"),
         (lambda: es.TCP(chunk=[1, 2]), r"TCP\(chunk=\[1, 2\]\): must be a number"),
         (lambda: es.TCP(power=float("nan")), r"TCP\(power=nan\): must be a number"),
-        (lambda: es.TCP(power=-1.0), "power must be above 0"),
+        (lambda: es.TCP(power=-1.0), r"TCP\(power=-1.0\): must be a number above 0"),
         (lambda: es.TTLC(share="half"), r"TTLC\(share='half'\): must be a number"),
         (lambda: es.TTLC(iterations=2.5), r"TTLC\(iterations=2.5\): must be a whole number"),
         (lambda: es.DPRP(form=3), r"DPRP\(form=3\): must be a word"),

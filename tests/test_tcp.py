@@ -251,7 +251,7 @@ def test_diminishing_returns_keep_the_order_and_the_total_and_lift_the_last_unit
 @pytest.mark.parametrize("method", [TCP, Magnitude])
 @pytest.mark.parametrize(
     ("power", "words"),
-    [*[(power, "above 0 and at most 1") for power in (0.0, 1.5, -1.0)], (float("nan"), "a number"), (True, "a number")],
+    [(power, "a number above 0 and at most 1") for power in (0.0, 1.5, -1.0, float("nan"), True)],
 )
 def test_returns_outside_their_range_are_refused(method: type, power: float, words: str) -> None:
     with pytest.raises(ValueError, match=f"returns=.*must be {words}"):

@@ -44,7 +44,8 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for setting in settings_of(self.__class__):
+        owner: Any = type(self)
+        for setting in settings_of(owner):
             value = setting.checked(getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
 

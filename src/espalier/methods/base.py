@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +19,7 @@ from espalier.costs import Cost, CostModel
 from espalier.forms.lowrank import Turn
 from espalier.graph import Graph, hold, trace
 from espalier.plan import Budget, Plan, need_budget
+from espalier.settings import Settings
 from espalier.surgery import shrink_
 from espalier.surgery.shrink import bake
 
@@ -60,36 +59,12 @@ class Status:
     remaining: float  # share of what is to go that is still felt, 1 at the start, 0 when it can be removed
 
 
-_TYPES: dict[str, tuple[type, Callable[[Any], Any], str]] = {
-    "bool": (bool, bool, "true or false"),
-    "int": (Integral, int, "a whole number"),
-    "float": (Real, float, "a number"),
-    "str": (str, str, "a word"),
-}
-
-
-def _finite(value: Any) -> bool:
-    return not isinstance(value, Real) or math.isfinite(value)
-
-
 @dataclass(frozen=True)
-class Method(ABC):
-    """A published method: its hyper-parameters.  ``start`` begins a run on one model."""
+class Method(Settings, ABC):
+    """A published method: its hyper-parameters, declared as ``Settings``.  ``start`` begins a run on one model."""
 
     name: ClassVar[str]
     trains: ClassVar[bool]  # False: one shot, needs no data
-
-    def __post_init__(self) -> None:
-        """``ValueError`` for a hyper-parameter of another type than it is declared with; numbers of numpy become plain ones."""
-        for own in fields(self):
-            value = getattr(self, own.name)
-            kind, _, optional = str(own.type).partition(" | ")
-            if kind not in _TYPES or (optional == "None" and value is None):
-                continue
-            fits, plain, words = _TYPES[kind]
-            if not isinstance(value, fits) or (isinstance(value, bool) and kind != "bool") or not _finite(value):
-                raise ValueError(f"{type(self).__name__}({own.name}={value!r}): must be {words}")
-            object.__setattr__(self, own.name, plain(value))
 
     @property
     def needs_budget(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from espalier.copies import named_modules
 from espalier.graph import Graph
 from espalier.methods.units import Consumer, Units
+from espalier.settings import Fraction, OneOf, described
 
 Score = Callable[[nn.Module, Units], Tensor]
 
@@ -264,10 +265,11 @@ def measure(
 SCORES = (*BY_WEIGHT, "taylor", "share")
 
 
-def check_returns(power: float, *, where: str) -> None:
-    """``ValueError`` unless ``diminishing`` takes ``power``."""
-    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power <= 1:
-        raise ValueError(f"{where}(returns={power!r}): must be above 0 and at most 1, which is additive")
+Returns = Annotated[
+    Fraction,
+    described("below 1 the last units of a group are worth more (``methods.importance.diminishing``); 1 is additive"),
+]
+ScoreName = Annotated[str, OneOf(SCORES), described("how units are ranked; taylor is the sensitivity of the loss")]
 
 
 def diminishing(scores: np.ndarray, power: float) -> np.ndarray:

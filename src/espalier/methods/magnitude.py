@@ -7,13 +7,14 @@ afterwards, which is the training loop's business).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
-from espalier.methods.importance import SCORES, check_returns, diminishing, measure
+from espalier.methods.importance import Returns, ScoreName, diminishing, measure
 from espalier.plan import Budget
+from espalier.settings import described
 from espalier.solver import solve
 
 
@@ -27,15 +28,9 @@ class Magnitude(Method):
 
     name: ClassVar[str] = "magnitude"
     trains: ClassVar[bool] = False
-    score: str = "scale_times_consumer"
-    per_cost: bool = True  # importance per MAC saved, or importance alone
-    returns: float = 0.5  # 1 is additive; below, diminishing inside a group (``methods.importance.diminishing``)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.score not in SCORES:
-            raise ValueError(f"Magnitude(score={self.score!r}): choose one of {', '.join(SCORES)}")
-        check_returns(self.returns, where="Magnitude")
+    score: ScoreName = "scale_times_consumer"
+    per_cost: Annotated[bool, described("importance per MAC saved, or importance alone")] = True
+    returns: Returns = 0.5
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> OneShot:
         return OneShot(model, example, budget, self, batches)

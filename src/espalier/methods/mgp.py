@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
 from espalier.methods.stripes import Masks, StripeMasks
 from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
+from espalier.settings import Share, described
 from espalier.solver import BudgetError, solve
 
 
@@ -51,9 +52,6 @@ from espalier.solver import BudgetError, solve
 class MGP(FadingMethod):
     """Hyper-parameters of multi-granularity pruning; the pace is that of ``FadingMethod``.
 
-    ``filters``, ``inputs``, ``shapes``: which granularities take part.  ``streams``: let channels that several layers make, a
-    residual stream, go as in TCP; their readers then select nothing.
-    ``stagger``: how much later than the coarser one each finer granularity begins.
     ``stripes``: instead of kernel shapes, free masks of stripes, one kernel position of one filter at a time.  The budget is
     then met as the paper counts it, by MACs and parameters of kept stripes: *counted, not executed*.  The convolutions that
     are delivered are as dense as before, masked stripes are zeros in them: ``Run.cost`` is what they cost,
@@ -62,16 +60,21 @@ class MGP(FadingMethod):
 
     name: ClassVar[str] = "mgp"
     trains: ClassVar[bool] = True
-    filters: bool = True
-    inputs: bool = True
-    shapes: bool = True
-    streams: bool = False
-    stagger: float = 0.03
-    stripes: bool = False
+    filters: Annotated[bool, described("coarse: output channels where they are free")] = True
+    inputs: Annotated[bool, described("medium: input channels of single convolutions")] = True
+    shapes: Annotated[bool, described("fine: kernel shapes of whole layers")] = True
+    streams: Annotated[
+        bool,
+        described(
+            "let channels that several layers make, a residual stream, go as in TCP; readers then select nothing"
+        ),
+    ] = False
+    stagger: Annotated[Share, described("how much later than the coarser one each finer granularity begins")] = 0.03
+    stripes: Annotated[bool, described("free masks of stripes instead of kernel shapes: counted, not executed")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_pace("stagger")
+        self.check_pace()
         if not (self.filters or self.inputs or self.shapes or self.stripes):
             raise ValueError("MGP(): all granularities are off; switch on filters, inputs, shapes or stripes")
         if self.streams and not self.filters:

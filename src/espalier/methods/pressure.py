@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,39 +24,32 @@ from espalier.methods.base import Method, Removed, Run, Status, need_progress
 from espalier.methods.importance import Sensitivity
 from espalier.methods.units import Consumer, Units, upload
 from espalier.plan import Budget
+from espalier.settings import Positive, Share, described
 
 
 @dataclass(frozen=True, kw_only=True)
 class FadingMethod(Method):
-    """The hyper-parameters that fading methods share; every duration is a fraction of the whole run.
+    """The hyper-parameters that fading methods share; every duration is a fraction of the whole run."""
 
-    ``start_at``/``reach``: the budget leaves the full cost at ``start_at``; at about ``reach`` everything outside is gone.
-    ``fade``: how long a unit takes from leaving the keep-set to zero.  ``every``: time between two decisions about it.
-    ``chunk``: remove as soon as that share of the current MACs (or parameters) has faded; small values remove often.
-    ``smoothing``: of the importance, over batches.  ``power``: how fast the budget falls at first; 1 is a straight line.
-    """
+    start_at: Annotated[Share, described("when the budget leaves the full cost")] = 0.02
+    reach: Annotated[Share, described("when, about, everything outside is gone")] = 0.5
+    fade: Annotated[float, described("how long a unit takes from leaving the keep-set to zero", gt=0, lt=1)] = 0.06
+    every: Annotated[float, described("time between two decisions about the keep-set", gt=0, lt=1)] = 0.01
+    chunk: Annotated[
+        Share,
+        described(
+            "remove as soon as that share of the current MACs (or parameters) has faded; small values remove often"
+        ),
+    ] = 0.05
+    smoothing: Annotated[Share, described("of the importance, over batches")] = 0.97
+    power: Annotated[Positive, described("how fast the budget falls at first; 1 is a straight line")] = 3.0
 
-    start_at: float = 0.02
-    reach: float = 0.5
-    fade: float = 0.06
-    every: float = 0.01
-    chunk: float = 0.05
-    smoothing: float = 0.97
-    power: float = 3.0
-
-    def check_pace(self, *more: str) -> None:
-        """``ValueError`` unless the fractions, those named in ``more`` as well, make sense together."""
-        where = type(self).__name__
-        for name in ("start_at", "reach", "fade", "every", "chunk", "smoothing", *more):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{where}({name}={value!r}): must be at least 0 and below 1")
-        if self.fade <= 0 or self.every <= 0 or self.power <= 0:
-            raise ValueError(f"{where}(): fade, every and power must be above 0")
+    def check_pace(self) -> None:
+        """``ValueError`` unless the fractions make sense together."""
         if self.start_at + self.fade >= self.reach:
             raise ValueError(
-                f"{where}(start_at={self.start_at}, fade={self.fade}, reach={self.reach}): the budget needs time to "
-                "move; start_at + fade must be below reach"
+                f"{type(self).__name__}(start_at={self.start_at}, fade={self.fade}, reach={self.reach}): the budget needs time "
+                "to move; start_at + fade must be below reach"
             )
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,33 +32,26 @@ from torch import Tensor, nn
 from espalier.costs import CostModel
 from espalier.graph import files
 from espalier.methods.base import Batches, Removed
-from espalier.methods.importance import BY_WEIGHT, SCORES, Moments, Sensitivity, check_returns, diminishing
+from espalier.methods.importance import BY_WEIGHT, Moments, Returns, ScoreName, Sensitivity, diminishing
 from espalier.methods.pressure import LISTEN_EVERY, Fading, FadingMethod
 from espalier.methods.units import Units, upload
 from espalier.plan import Budget
+from espalier.settings import described
 from espalier.solver import solve
 
 
 @dataclass(frozen=True)
 class TCP(FadingMethod):
-    """Hyper-parameters of tailored channel pruning; the pace is that of ``FadingMethod``.
-
-    ``importance``: a name in ``espalier.methods.importance.SCORES``; "taylor" is the sensitivity of the loss.
-    ``per_cost``: weigh importance by what a unit costs, or take it as it is.  ``returns``: below 1, the last units of a group
-    are worth more (``methods.importance.diminishing``).
-    """
+    """Hyper-parameters of tailored channel pruning; the pace is that of ``FadingMethod``."""
 
     name: ClassVar[str] = "tcp"
     trains: ClassVar[bool] = True
-    importance: str = "taylor"
-    per_cost: bool = True
-    returns: float = 1.0
+    importance: ScoreName = "taylor"
+    per_cost: Annotated[bool, described("weigh importance by what a unit costs, or take it as it is")] = True
+    returns: Returns = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.importance not in SCORES:
-            raise ValueError(f"TCP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
-        check_returns(self.returns, where="TCP")
         self.check_pace()
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> TCPRun:
