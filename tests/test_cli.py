@@ -172,7 +172,7 @@ def test_a_run_meets_its_budget_and_leaves_a_folder(tiny, tmp_path):
 def test_evaluate_finds_what_the_run_reported(tiny, tmp_path):
     begin(tiny, tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    done = espalier("evaluate", tmp_path / "run")
+    done = espalier("evaluate", tmp_path / "run", "--trust")
     assert f"accuracy {metrics['small']['accuracy']:.2f} %" in done.output
     assert f"{metrics['small']['macs']:,} MACs" in done.output
 
@@ -180,7 +180,7 @@ def test_evaluate_finds_what_the_run_reported(tiny, tmp_path):
 @pytest.mark.usefixtures("unmeasured")
 def test_the_configuration_repeats_the_run_bit_for_bit(tiny, tmp_path):
     begin(tiny, tmp_path / "one")
-    done = espalier("compress", "--config", tmp_path / "one" / "config.toml", "--out", tmp_path / "two")
+    done = espalier("compress", "--config", tmp_path / "one" / "config.toml", "--out", tmp_path / "two", "--trust")
     assert done.exit_code == 0, done.output
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
@@ -191,7 +191,9 @@ def test_the_configuration_repeats_the_run_bit_for_bit(tiny, tmp_path):
 def test_an_option_wins_over_the_configuration(tiny, tmp_path):
     begin(tiny, tmp_path / "one")
     config = tmp_path / "one" / "config.toml"
-    espalier("compress", "--config", config, "--macs", 0.3, "--method", "magnitude", "--out", tmp_path / "two")
+    espalier(
+        "compress", "--config", config, "--macs", 0.3, "--method", "magnitude", "--out", tmp_path / "two", "--trust"
+    )
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["fraction"]["macs"] <= 0.3
     assert 'name = "magnitude"' in (tmp_path / "two" / "config.toml").read_text()
@@ -208,7 +210,7 @@ def test_training_only_leaves_weights_that_can_be_compressed(tiny, tmp_path):
     small = begin(tiny, tmp_path / "small", "--weights", file, "--method", "magnitude")
     assert small.exit_code == 0, small.output
     reported = json.loads((tmp_path / "small" / "metrics.json").read_text())["dense"]["accuracy"]
-    assert f"accuracy {reported:.2f} %" in espalier("evaluate", tmp_path / "dense").output
+    assert f"accuracy {reported:.2f} %" in espalier("evaluate", tmp_path / "dense", "--trust").output
     found = espalier("evaluate", file, "--model", tiny, "--data", "digits").output
     assert f"accuracy {reported:.2f} %" in found
 
@@ -217,7 +219,7 @@ def test_training_only_leaves_weights_that_can_be_compressed(tiny, tmp_path):
 def test_export_writes_onnx_that_computes_the_same(tiny, tmp_path):
     pytest.importorskip("onnxruntime")
     begin(tiny, tmp_path / "run")
-    done = espalier("export", tmp_path / "run", "--to", tmp_path / "x.onnx")
+    done = espalier("export", tmp_path / "run", "--to", tmp_path / "x.onnx", "--trust")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "x.onnx").stat().st_size > 0
     assert "differs from PyTorch by at most" in done.output.replace("\n", " ")
@@ -242,7 +244,7 @@ def test_an_input_given_for_a_run_leaves_its_classes(tiny, tmp_path, monkeypatch
     found = []
     monkeypatch.setattr("espalier.present.cli.open_network", lambda path, config: found.append(config["model"]))
     monkeypatch.setattr("espalier.present.cli.export_onnx", lambda *_: 0.0)
-    espalier("export", tmp_path / "run", "--input", "1,1,12,12")
+    espalier("export", tmp_path / "run", "--input", "1,1,12,12", "--trust")
     assert [(m["num_classes"], m["image_size"]) for m in found] == [(10, 12)]
 
 
@@ -251,9 +253,8 @@ def test_an_input_given_for_a_run_leaves_its_classes(tiny, tmp_path, monkeypatch
 def test_a_run_that_has_not_finished_is_told_to_go_on(command, tiny, tmp_path):
     begin(tiny, tmp_path / "run", "--method", "none")
     (tmp_path / "run" / "model.safetensors").unlink()
-    refused(
-        espalier(command, tmp_path / "run"), f"espalier compress --out {tmp_path / 'run'} --resume", "has not finished"
-    )
+    done = espalier(command, tmp_path / "run", "--trust")
+    refused(done, f"espalier compress --out {tmp_path / 'run'} --resume", "has not finished")
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_export(tmp_path, monkeypatch):
@@ -321,7 +322,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_run_would_have(tiny,
         done = begin(tiny, tmp_path / "run", *two)
     assert done.exit_code == 130
     assert f"espalier compress --out {tmp_path / 'run'} --resume" in done.stderr
-    resumed = espalier("compress", "--out", tmp_path / "run", "--resume")
+    resumed = espalier("compress", "--out", tmp_path / "run", "--resume", "--trust")
     assert resumed.exit_code == 0, resumed.output
     assert "epoch 2/2" in resumed.output
     assert "epoch 1/2" not in resumed.output
@@ -411,7 +412,7 @@ def test_a_method_that_finds_the_size_needs_no_budget_and_takes_its_settings(tin
     config = (tmp_path / "run" / "config.toml").read_text()
     assert "energy = 0.3" in config
     assert 'form = "channel"' in config
-    again = espalier("compress", "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again")
+    again = espalier("compress", "--config", tmp_path / "run" / "config.toml", "--out", tmp_path / "again", "--trust")
     assert again.exit_code == 0, again.output
 
 
@@ -564,7 +565,7 @@ def test_a_configuration_with_values_of_another_kind_is_refused(command, text, w
 @pytest.mark.usefixtures("unmeasured")
 def test_a_run_folder_is_a_configuration(tiny, tmp_path):
     begin(tiny, tmp_path / "one", "--method", "magnitude")
-    done = espalier("compress", "--config", tmp_path / "one", "--out", tmp_path / "two")
+    done = espalier("compress", "--config", tmp_path / "one", "--out", tmp_path / "two", "--trust")
     assert done.exit_code == 0, done.output
     assert 'name = "magnitude"' in (tmp_path / "two" / "config.toml").read_text()
     (tmp_path / "empty").mkdir()
@@ -583,7 +584,7 @@ def test_a_hyper_parameter_that_does_not_exist_is_refused(tiny, tmp_path):
     begin(tiny, tmp_path / "one")
     config = tmp_path / "one" / "config.toml"
     config.write_text(config.read_text().replace("[recipe]\n", "[recipe]\nspeed = 3\n"))
-    refused(espalier("compress", "--config", config, "--out", tmp_path / "two"), "speed")
+    refused(espalier("compress", "--config", config, "--out", tmp_path / "two", "--trust"), "speed")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(tiny, tmp_path):

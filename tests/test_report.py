@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import espalier as es
 from espalier.forms import find_places
 from espalier.forms.chains import sequential
-from espalier.present.anatomy import layers_of, timed
 from espalier.present.cli import app
 from espalier.present.html import page
 from espalier.present.runs import read_run
+from espalier.run.anatomy import layers_of, timed
 from espalier.run.charts import Line, Pair, decades, frontier, line_chart, pair_bars, silhouette, spread_out, ticks
 from espalier.run.report import COUNTED_NOTE, summary
 from espalier.run.rundir import add_widths

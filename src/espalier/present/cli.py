@@ -33,7 +33,7 @@ from espalier.present.jobs import open_network, run_job
 from espalier.present.show import show_markdown, show_summary
 from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
-from espalier.run.models import load_weights, model_names
+from espalier.run.models import load_weights, model_names, runs_code
 from espalier.run.onnx import export_onnx
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import ONNX, SUMMARY
@@ -85,6 +85,7 @@ def compress(
     resume: opt.Resume = False,
     force: opt.Force = False,
     tensorboard: opt.Tensorboard = False,
+    trust: opt.Trust = False,
     *,
     settings: Mapping[str, dict[str, Any]],
 ) -> None:
@@ -104,8 +105,9 @@ def compress(
     }
     if out is None:
         raise ValueError("--out is missing: give the folder that receives the run")
-    with stopped(f"go on with: espalier compress --out {out} --resume"):
-        merged = merged_settings(wanted, config=config, out=out, resume=resume)
+    own = f" --model {model}" if model is not None and runs_code(model) else " --trust" if trust else ""
+    with stopped(f"go on with: espalier compress --out {out} --resume{own}"):
+        merged = merged_settings(wanted, config=config, out=out, resume=resume, trust=trust)
         run_job(merged, out=out, resume=resume, force=force, download=download, board=tensorboard)
     if (out / SUMMARY).exists():
         show_markdown((out / SUMMARY).read_text(encoding="utf-8"), stdout)
@@ -152,6 +154,7 @@ def evaluate(
     data: opt.Data = None,
     data_dir: opt.DataDir = None,
     image_size: opt.ImageSize = None,
+    trust: opt.Trust = False,
     *,
     settings: Mapping[str, dict[str, Any]],
 ) -> None:
@@ -162,7 +165,7 @@ def evaluate(
         "data": given(name=data, dir=data_dir, image_size=image_size),
         "recipe": settings["recipe"],
     }
-    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir())
+    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust)
     recipe = make_recipe(merged)
     source = make_data(merged, device=pick_device(recipe.device))
     network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
@@ -180,10 +183,11 @@ def export(
     model: opt.Model = None,
     num_classes: opt.NumClasses = None,
     input: opt.Input = None,
+    trust: opt.Trust = False,
 ) -> None:
     """Write the network in a run folder, or in a file with --model, as ONNX, and compare it with PyTorch."""
     _check_exists(path)
-    merged = merged_settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir())
+    merged = merged_settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir(), trust=trust)
     if path.is_dir():
         input = _input_of_run(path, merged["model"], input)
     merged, inputs = _described(merged, input, num_classes)
@@ -199,9 +203,10 @@ def report(
         Path | None, typer.Option("--out", help="Where the page goes; default: into the first run.", metavar="FILE")
     ] = None,
     timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Time every layer now.")] = True,
+    trust: opt.Trust = False,
 ) -> None:
     """Write one HTML page about a run, or about several side by side: opens offline, can be sent and printed."""
-    stdout.print(f"{write_report(runs, out=out, timing=timing)}", markup=False, soft_wrap=True)
+    stdout.print(f"{write_report(runs, out=out, timing=timing, trust=trust)}", markup=False, soft_wrap=True)
 
 
 @app.command()

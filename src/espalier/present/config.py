@@ -20,7 +20,7 @@ from espalier.methods.tcp import TCP
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
 from espalier.run.data import Data, FolderData, load_data
-from espalier.run.models import build_model
+from espalier.run.models import build_model, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 
@@ -33,13 +33,21 @@ Config = dict[str, dict[str, Any]]
 
 _TEXT = ("text, in quotes", lambda value: isinstance(value, str))
 _WHOLE = ("a whole number", lambda value: type(value) is int)  # true is none
+
+
+def _up_to(most: int) -> tuple[str, Callable[[Any], bool]]:
+    """Of what is allocated: a file that came from elsewhere must not fill the memory."""
+    return f"a whole number from 1 to {most:,}", lambda value: type(value) is int and 1 <= value <= most
+
+
+_CLASSES, _CHANNELS, _SIDE = _up_to(1_000_000), _up_to(10_000), _up_to(10_000)
 _NAMES = (
     "names in quotes",
     lambda value: all(isinstance(n, str) for n in (value if isinstance(value, list) else [value])),
 )
 _KINDS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
-    "model": {"name": _TEXT, "weights": _TEXT, "num_classes": _WHOLE, "in_channels": _WHOLE, "image_size": _WHOLE},
-    "data": {"name": _TEXT, "dir": _TEXT, "image_size": _WHOLE, "holdout": _WHOLE},
+    "model": {"name": _TEXT, "weights": _TEXT, "num_classes": _CLASSES, "in_channels": _CHANNELS, "image_size": _SIDE},
+    "data": {"name": _TEXT, "dir": _TEXT, "image_size": _SIDE, "holdout": _WHOLE},
     "budget": {"protect": _NAMES},
     "method": {"name": _TEXT},
 }
@@ -82,16 +90,31 @@ def read_sections(file: Path) -> Config:
     return tables
 
 
-def merged_settings(options: Config, *, config: Path | None, out: Path | None, resume: bool) -> Config:
-    """``options`` over ``config``, a file or a run's folder, or over the configuration of the run to resume."""
+def merged_settings(options: Config, *, config: Path | None, out: Path | None, resume: bool, trust: bool) -> Config:
+    """``options`` over ``config``, a file or a run's folder, or over the configuration of the run to resume.
+
+    Raises: ValueError if the file, which anybody may have written, names code to run, unless ``trust``.
+    """
     file = config if config is not None else out if resume else None
     if file is not None and (config is None or file.is_dir()):
         file = file / CONFIG
     below = read_sections(file) if file is not None else {}
+    if file is not None and not trust and "name" not in options.get("model", {}):
+        check_runs_no_code(below, file)
     merged = merge({name: dict(below.get(name, {})) for name in SECTIONS}, options)
     if resume and merged["method"].get("name") != below.get("method", {}).get("name"):
         raise ValueError(f"{file}: cannot resume with another method; leave --method out")
     return merged
+
+
+def check_runs_no_code(config: Config, file: Path) -> None:
+    """Raises: ValueError if the configuration names a network that would be imported."""
+    name = config["model"].get("name", "")
+    if runs_code(name):
+        raise ValueError(
+            f"{file}: its network {name} is code that would be imported and run; if you know who wrote it, say --trust, "
+            f"or name the network yourself: --model {name}"
+        )
 
 
 def merge(below: Config, above: Config) -> Config:

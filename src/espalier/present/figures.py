@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import torch
 
 from espalier.graph.ladders import ladder_name
-from espalier.present.anatomy import Layer, layers_of, timed
 from espalier.present.progress import short
 from espalier.present.runs import Run
+from espalier.run.anatomy import Layer, timed
 from espalier.run.charts import (
     Dot,
     Level,
@@ -57,14 +56,14 @@ def network_drawing(run: Run) -> str:
     """The silhouette of the network."""
     levels = [
         Level(lr.name, lr.dense.outputs, tuple(s.outputs for s in lr.small), _what_stands_there(lr), _tone(lr))
-        for lr in _layers(run)
+        for lr in run.layers
     ]
     return silhouette(levels, title="Outputs of every layer before and after")
 
 
 def layer_key(run: Run) -> dict[int, str]:
     """What the tones of layers mean, of those that occur; nothing where one tone is all there is."""
-    there = {_tone(layer) for layer in _layers(run)}
+    there = {_tone(layer) for layer in run.layers}
     return {tone: text for tone, text in LAYER_TONES.items() if tone in there and len(there) > 1}
 
 
@@ -78,9 +77,9 @@ def macs_by_layer(run: Run) -> str:
             f"{100 * lr.small_macs / lr.dense_macs:.0f} %" if lr.dense_macs else "–",
             _tone(lr),
         )
-        for lr in _layers(run)
+        for lr in run.layers
     ]
-    total = sum(lr.dense_macs for lr in _layers(run))
+    total = sum(lr.dense_macs for lr in run.layers)
     return pair_bars(
         pairs, title="MACs of every layer before and after", unit=f"MACs, of {short(total)} in all", head="left"
     )
@@ -91,7 +90,7 @@ def latency_by_layer(run: Run) -> tuple[str, int]:
     assert run.dense is not None and run.small is not None
     batch = 64 if run.config["model"]["image_size"] <= 64 else 8
     example = _example(run).expand(batch, -1, -1, -1).contiguous()
-    layers = timed(_layers(run), run.dense, run.small, example=example)
+    layers = timed(run.layers, run.dense, run.small, example=example)
     pairs = [
         Pair(lr.name, lr.dense_ms, lr.small_ms, f"{lr.dense_ms / lr.small_ms:.2f}×" if lr.small_ms else "–", _tone(lr))
         for lr in layers
@@ -99,12 +98,6 @@ def latency_by_layer(run: Run) -> tuple[str, int]:
     before, after = sum(lr.dense_ms for lr in layers), sum(lr.small_ms for lr in layers)
     unit = f"{before:.3g} ms in all, {after:.3g} ms after"
     return pair_bars(pairs, title="Time of every layer before and after", unit=unit, head="speed-up"), batch
-
-
-@lru_cache(maxsize=8)
-def _layers(run: Run) -> tuple[Layer, ...]:
-    assert run.dense is not None and run.small is not None
-    return layers_of(run.dense, run.small, _example(run))
 
 
 def _example(run: Run) -> torch.Tensor:

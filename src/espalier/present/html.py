@@ -38,12 +38,14 @@ COST_NAMES = {
 BACKENDS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
 
-def write_report(folders: Sequence[Path], *, out: Path | None = None, timing: bool = True) -> Path:
+def write_report(folders: Sequence[Path], *, out: Path | None = None, timing: bool = True, trust: bool = False) -> Path:
     """Write the page of the runs in ``folders`` to ``out``, by default into the first of them; returns where it is.
+
+    Without ``trust`` no code runs that a folder names: layers of such networks are drawn, and not timed.
 
     Raises: ValueError for a folder without a finished, undamaged run.
     """
-    content = page([read_run(folder) for folder in folders], timing=timing)
+    content = page([read_run(folder, trust=trust) for folder in folders], timing=timing)
     target = out or folders[0] / REPORT
     write_file(target, content.encode())
     return target
@@ -140,7 +142,7 @@ def _asked_and_met(run: Run) -> str:
 
 
 def _network(run: Run, *, timing: bool) -> str:
-    if run.dense is None or run.small is None:
+    if not run.layers:
         return f'<h2>The network</h2><p class="note">Not drawn: {escape(run.note)}.</p>'
     drawing = network_drawing(run)
     figures = [
@@ -149,7 +151,7 @@ def _network(run: Run, *, timing: bool) -> str:
         ),
         _figure(macs_by_layer(run), "Multiply-adds of every layer", "Pale: dense. Strong: small, and its share."),
     ]
-    if timing:
+    if timing and run.dense is not None and run.small is not None:
         chart, batch = latency_by_layer(run)
         caption = (
             f"PyTorch, batch {batch}, one thread of the machine that wrote this page; the fastest of interleaved runs."
@@ -159,7 +161,8 @@ def _network(run: Run, *, timing: bool) -> str:
         f'<span><i style="background:var(--c{tone})"></i>{escape(text)}</span>' for tone, text in layer_key(run).items()
     )
     key = f'<p class="legend soft">{key}</p>' if key else ""
-    return f'<h2>The network</h2>{key}<div class="figures three">{"".join(figures)}</div>'
+    note = f'<p class="note">Not drawn: the time of every layer; {escape(run.note)}.</p>' if run.note else ""
+    return f'<h2>The network</h2>{note}{key}<div class="figures three">{"".join(figures)}</div>'
 
 
 def _training(run: Run) -> str:

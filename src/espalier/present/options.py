@@ -187,6 +187,11 @@ Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Ru
 Force = Annotated[bool, _option("--force", "Begin anew in --out; the old run moves to a folder inside.", "Run folder")]
 Tensorboard = Annotated[bool, _option("--tensorboard", "Log for TensorBoard as well, in --out.", "Run folder")]
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the code that the folder's config.toml names: only if you know who wrote it."),
+]
+
 # -- inspect
 
 NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Default: CIFAR's 10, else 1000.", min=1)]

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
-from espalier.run.models import load_weights
+from espalier.run.anatomy import Layer, layers_from, layers_of
+from espalier.run.models import load_weights, runs_code
 from espalier.run.report import COUNTED, dense_accuracy
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, unfinished
 
@@ -32,6 +34,7 @@ class Run:
     dense: nn.Module | None  # untrained unless its weights are still there: for its structure
     small: nn.Module | None
     note: str  # why the networks are absent; empty if they are there
+    layers: tuple[Layer, ...]  # empty where neither the metrics nor the networks tell
 
     @property
     def name(self) -> str:
@@ -52,8 +55,10 @@ class Run:
         return dense_accuracy(self.metrics, self.config)
 
 
-def read_run(folder: Path) -> Run:
-    """Raises: ValueError for a folder without a run, a run that has not finished, and files that are damaged."""
+def read_run(folder: Path, *, trust: bool = False) -> Run:
+    """What the folder says; without ``trust`` nothing is imported and run that its files name.
+
+    Raises: ValueError for a folder without a run, a run that has not finished, and files that are damaged."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such run folder")
     if not (folder / CONFIG).exists():
@@ -63,17 +68,23 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder}: this run only trained a dense network; there is nothing to report on")
     if not (folder / METRICS).exists():
         raise unfinished(folder)
-    dense, small, note = _networks(folder, config)
+    dense, small, note = _networks(folder, config, trust=trust)
+    metrics = _metrics(folder / METRICS)
+    layers: tuple[Layer, ...] = metrics["layers"]
+    if not layers and dense is not None and small is not None:  # runs from before they were written down
+        model = config["model"]
+        layers = layers_of(dense, small, torch.zeros(1, model["in_channels"], model["image_size"], model["image_size"]))
     return Run(
         folder=folder,
         config=config,
-        metrics=_metrics(folder / METRICS),
+        metrics=metrics,
         epochs=_log(folder / LOG),
         widths=_widths(folder / WIDTHS),
         history=_history(folder / HISTORY),
         dense=dense,
         small=small,
         note=note,
+        layers=layers,
     )
 
 
@@ -96,10 +107,11 @@ def _metrics(path: Path) -> dict[str, Any]:
         for key in ("limits", "notes", "versions"):
             if not isinstance(found[key], dict):
                 raise TypeError(f"{key} is not a table")
+        found["layers"] = layers_from(found.get("layers", []))
         for key in ("epochs", "seconds"):
             if not isinstance(found[key], (int, float)):
                 raise TypeError(f"{key} is not a number")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged ({what}); repeat the run, its {CONFIG} says how") from error
     return found
@@ -150,12 +162,15 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _networks(folder: Path, config: Config) -> tuple[nn.Module | None, nn.Module | None, str]:
+def _networks(folder: Path, config: Config, *, trust: bool) -> tuple[nn.Module | None, nn.Module | None, str]:
     """Dense and small, on the CPU in eval mode; without them the reason."""
     if "name" not in config["model"]:
         return None, None, f"{CONFIG} does not say which network this was"
     if not (folder / MODEL).exists():
         return None, None, f"there is no {MODEL}"
+    if not trust and runs_code(config["model"]["name"]):
+        name = config["model"]["name"]
+        return None, None, f"{name} is code, which runs only if you say --trust"
     try:
         dense = make_model(config).eval()
     except (ValueError, ImportError) as error:

@@ -242,7 +242,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size
     if name.startswith("timm:"):
         return _timm_model(name[5:], num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    if origin:
+    if runs_code(name):
         return _own_model(origin, rest, sizes)
     if name in CIFAR_MODELS:
         return CIFAR_MODELS[name](**_taken(CIFAR_MODELS[name], sizes, name))
@@ -251,6 +251,11 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size
     if _timm_knows(name):
         return _timm_model(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     raise _unknown(name, [*CIFAR_MODELS, *_torchvision_names(), *_timm_names()])
+
+
+def runs_code(name: str) -> bool:
+    """Whether building ``name`` imports and calls what it names: a factory of the user's own, not a known network."""
+    return ":" in name and not name.startswith(("torchvision:", "timm:"))
 
 
 def model_names() -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from espalier.costs import METRICS as COSTS
 from espalier.costs import Cost
 from espalier.graph.watch import first_line
+from espalier.run.anatomy import layers_of
 from espalier.run.loop import History
 from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
@@ -69,6 +70,11 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
             timings += _timings(outcome, backend)
         except (ValueError, RuntimeError) as error:
             notes[f"latency, {backend}"] = first_line(error)
+    layers: list[dict[str, Any]] = []
+    try:
+        layers = [asdict(layer) for layer in layers_of(outcome.dense_model, outcome.small_model, outcome.example)]
+    except (ValueError, RuntimeError) as error:
+        notes["layers"] = first_line(error)
     dense_bytes, small_bytes = size_on_disk(outcome.dense_model), (folder / MODEL).stat().st_size
     return {
         "dense": {**outcome.dense_result, **asdict(outcome.dense), "bytes": dense_bytes},
@@ -78,6 +84,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "example_batch": _batch(outcome.example),
         "counted": None if outcome.counted is None else _counted(outcome.counted, outcome.dense),
         "latency": [asdict(timing) for timing in timings],
+        "layers": layers,  # so that a report needs no network
         "onnx_difference": difference,
         "skipped": dict(outcome.skipped),
         "notes": notes,

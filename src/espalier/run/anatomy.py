@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,23 +57,40 @@ class Layer:
         return self.small != (self.dense,)
 
 
-def layers_of(dense: nn.Module, small: nn.Module, example: torch.Tensor) -> tuple[Layer, ...]:
+def layers_of(dense: nn.Module, small: nn.Module, example: Any) -> tuple[Layer, ...]:
     """Every convolution and linear layer of ``dense``, in the order of its modules, beside what ``small`` has there."""
+    there = dict(small.named_modules())
     amounts = [{row.name: row for row in overview(trace(model, example)).layers} for model in (dense, small)]
     found = []
     for name, module in dense.named_modules():
         stage = _stage(module)
         if stage is None:
             continue
-        here = small.get_submodule(name)
         macs, params = [], []
         for rows in amounts:
-            inside = [row for n, row in rows.items() if n == name or n.startswith(f"{name}.")]
+            inside = [row for n, row in rows.items() if _inside(n, name)]
             macs.append(sum(row.macs for row in inside))
             params.append(sum(row.params for row in inside))
-        stages = tuple(s for m in here.modules() if (s := _stage(m)) is not None)
+        stages = tuple(s for n, m in there.items() if _inside(n, name) and (s := _stage(m)) is not None)
         found.append(Layer(name, stage, stages, macs[0], macs[1], params[0], params[1]))
     return tuple(found)
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or not module or name.startswith(f"{module}.")
+
+
+def layers_from(rows: list[dict[str, Any]]) -> tuple[Layer, ...]:
+    """Inverse of ``asdict`` on every layer.  Raises: KeyError or TypeError for anything else."""
+
+    def stage(row: dict[str, Any]) -> Stage:
+        return Stage(int(row["inputs"]), int(row["outputs"]), tuple(map(int, row["kernel"])), bool(row["chooses"]))
+
+    amounts = ("dense_macs", "small_macs", "dense_params", "small_params")
+    return tuple(
+        Layer(str(r["name"]), stage(r["dense"]), tuple(map(stage, r["small"])), **{a: int(r[a]) for a in amounts})
+        for r in rows
+    )
 
 
 def timed(layers: tuple[Layer, ...], dense: nn.Module, small: nn.Module, *, example: torch.Tensor) -> tuple[Layer, ...]:
