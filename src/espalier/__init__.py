@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.costs import cost as cost
     from espalier.graph import Graph as Graph
     from espalier.graph import TraceError as TraceError
+    from espalier.graph import find_blocks as find_blocks
     from espalier.graph import trace as trace
+    from espalier.graph import with_blocks as with_blocks
     from espalier.methods.base import Method as Method
     from espalier.methods.base import Run as Run
     from espalier.methods.base import attach as attach
@@ -69,6 +71,7 @@ _HOME = {
     "compress": "espalier.run.compress",
     "cost": "espalier.costs",
     "export_onnx": "espalier.run.onnx",
+    "find_blocks": "espalier.graph",
     "load": "espalier.surgery",
     "load_data": "espalier.run.data",
     "load_weights": "espalier.run.models",
@@ -77,6 +80,7 @@ _HOME = {
     "solve": "espalier.solver",
     "trace": "espalier.graph",
     "verify": "espalier.surgery",
+    "with_blocks": "espalier.graph",
 }
 
 _RENAMED = {"Process": "Run"}

@@ -6,7 +6,7 @@ that number (``graph.ladders``).  So one evaluation is a few small matrix produc
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from espalier.plan import Plan
 
 METRICS = ("macs", "params", "activation_memory")
 
-Touched = tuple[float, int, int, int, float, float, float]
-"""A term seen from one group: coefficient, its three extents, and how many positions each has per unit of the group."""
+FACTORS = 4  # a term is a product of at most so many extents
+Touched = tuple[float, int, int, int, int, float, float, float, float]
+"""A term seen from one group: coefficient, its four extents, and how many positions each has per unit of the group."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class CostModel:
         for number, e in enumerate(graph.extents):
             for group, multiplicity in e.each:
                 self.moving[group].append((number, float(multiplicity)))
+        gates = {b.module: graph.index[b.group] for b in graph.blocks}
+        # per moment the group of the block without which it would not be, or -1
+        self._gate = np.array(
+            [_gate_of(n, gates) for n in (*graph.inside, *[""] * (len(graph.activations) - len(graph.inside)))],
+            dtype=np.int64,
+        )
+        self._gated = {g: np.flatnonzero(self._gate == g) for g in gates.values()}
         moments = np.zeros((len(graph.activations), extents + 1))
         for row, moment in zip(moments, graph.activations, strict=True):
             for size, extent in moment:
@@ -99,17 +107,30 @@ class CostModel:
         return length
 
     def live(self, keep: np.ndarray) -> np.ndarray:
-        """Bytes alive at every moment that could be the peak."""
+        """Bytes alive at every moment that could be the peak; none at those inside of blocks that are left out."""
         live = self._live_fixed + self._live_each @ keep
         for group, table in self._live_tables.items():
             live = live + table[keep[group]]
+        for group, rows in self._gated.items():
+            if keep[group] < 2:
+                live[rows] = 0.0
         return live
 
     def more_live(self, keep: np.ndarray, group: int, units: Any) -> np.ndarray:
         """Bytes that every moment gains when ``group`` gains ``units``, ``(moments,)``; ``(k, moments)`` for ``(k,)``."""
         more: np.ndarray = np.multiply.outer(units, self._live_of[group])
         table = self._live_tables.get(group)
-        return more if table is None else more + table[keep[group] + units] - table[keep[group]]
+        if table is not None:
+            more = more + table[keep[group] + units] - table[keep[group]]
+        for gate, rows in self._gated.items():
+            if gate == group:
+                there = keep.copy()
+                there[gate] = 2
+                whole = self.live(there)[rows]
+                more[..., rows] = np.multiply.outer((keep[gate] + units > 1) * 1.0 - (keep[gate] > 1), whole)
+            elif keep[gate] < 2:
+                more[..., rows] = 0.0
+        return more
 
     def longer(self, keep: np.ndarray, group: int, units: Any) -> dict[int, Any]:
         """What every extent that changes gains when ``group`` gains ``units``, a number or many, each by itself."""
@@ -123,23 +144,23 @@ class CostModel:
         return group in self._tables
 
     def _pack(self, terms: tuple[Term, ...] | list[Term]) -> tuple[np.ndarray, np.ndarray]:
-        """Coefficients ``(terms,)`` and extent numbers ``(3, terms)``, equal products merged."""
+        """Coefficients ``(terms,)`` and extent numbers ``(FACTORS, terms)``, equal products merged."""
         one = len(self._fixed) - 1
         merged: dict[tuple[int, ...], float] = {}
         for t in terms:
-            key = tuple(sorted((*t.extents, *[one] * (3 - len(t.extents)))))
+            key = tuple(sorted((*t.extents, *[one] * (FACTORS - len(t.extents)))))
             merged[key] = merged.get(key, 0.0) + t.coefficient
-        return np.array(list(merged.values())), np.array(list(merged), dtype=np.int64).reshape(-1, 3).T
+        return np.array(list(merged.values())), np.array(list(merged), dtype=np.int64).reshape(-1, FACTORS).T
 
     def _touched(self, packed: tuple[np.ndarray, np.ndarray]) -> list[list[Touched]]:
         """Per group the terms that change with it."""
         touched: list[list[Touched]] = [[] for _ in self.graph.groups]
         depends = [e.groups for e in self.graph.extents] + [set()]
         each: list[dict[int, int]] = [dict(e.each) for e in self.graph.extents] + [{}]
-        for coefficient, (a, b, c) in zip(packed[0].tolist(), packed[1].T.tolist(), strict=True):
-            for group in depends[a] | depends[b] | depends[c]:
-                x, y, z = (float(each[extent].get(group, 0)) for extent in (a, b, c))
-                touched[group].append((coefficient, a, b, c, x, y, z))
+        for coefficient, (a, b, c, d) in zip(packed[0].tolist(), packed[1].T.tolist(), strict=True):
+            for group in depends[a] | depends[b] | depends[c] | depends[d]:
+                w, x, y, z = (float(each[extent].get(group, 0)) for extent in (a, b, c, d))
+                touched[group].append((coefficient, a, b, c, d, w, x, y, z))
         return touched
 
     def cost(self, keep: np.ndarray) -> Cost:
@@ -153,6 +174,13 @@ class CostModel:
     def at(self, keep: np.ndarray, *, metrics: Collection[str] = METRICS) -> CostState:
         """A state that can be moved unit by unit, cheaply, and knows ``metrics``."""
         return CostState(self, keep, metrics)
+
+
+def _gate_of(name: str, gates: Mapping[str, int]) -> int:
+    """Of a module inside of a block the group that says whether the block stays, else -1."""
+    while name and name not in gates:
+        name = name.rpartition(".")[0]
+    return gates.get(name, -1)
 
 
 class CostState:
@@ -184,14 +212,17 @@ class CostState:
         length, growth = self._length, 0.0
         if self._model.has_table(group):
             more = self._model.longer(self.keep, group, units)
-            for coefficient, a, b, c, *_ in self._model.touching[metric][group]:
-                u, v, w = length[a], length[b], length[c]
-                after = (u + more.get(a, 0.0)) * (v + more.get(b, 0.0)) * (w + more.get(c, 0.0))
-                growth += coefficient * (after - u * v * w)
+            for coefficient, a, b, c, d, *_ in self._model.touching[metric][group]:
+                p, q, r, s = length[a], length[b], length[c], length[d]
+                after = (
+                    (p + more.get(a, 0.0)) * (q + more.get(b, 0.0)) * (r + more.get(c, 0.0)) * (s + more.get(d, 0.0))
+                )
+                growth += coefficient * (after - p * q * r * s)
         else:  # in plain Python: a group touches a few terms, and this is what a solver does all the time
-            for coefficient, a, b, c, x, y, z in self._model.touching[metric][group]:
-                u, v, w = length[a], length[b], length[c]
-                growth += coefficient * ((u + units * x) * (v + units * y) * (w + units * z) - u * v * w)
+            for coefficient, a, b, c, d, w, x, y, z in self._model.touching[metric][group]:
+                p, q, r, s = length[a], length[b], length[c], length[d]
+                after = (p + units * w) * (q + units * x) * (r + units * y) * (s + units * z)
+                growth += coefficient * (after - p * q * r * s)
         if metric == "params" and self._model._baked_away:  # there only while nothing at all is removed
             growth += self._model._baked_away * (1.0 * (self._missing == units) - (self._missing == 0))
         return growth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,17 @@ def solve(
     protect: np.ndarray | None = None,
     per_cost: bool = True,
     ceiling: Mapping[str, int] | None = None,
+    floor: Mapping[str, int] | None = None,
 ) -> Plan:
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
     ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
     kept whole.  Of a ladder (``graph.ladders``) it is what each rung adds to the one below; its rungs go from the top, and
     several at once where that gives up less per MAC saved than one by one (from dense to well below break-even rank).
-    ``ceiling`` bounds the count of groups from above: what went in earlier decisions does not come back.
+    Of a block (``graph.blocks``) it is what the block is worth beyond its inner groups, whose units count only while it stays:
+    leaving it out gives up all of them that are left, and saves what they cost by then.
+    ``ceiling`` bounds the count of groups from above: what went in earlier decisions does not come back.  ``floor`` bounds it
+    from below, inside of a block as long as the block stays.
     ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes first,
     whatever it saves.
 
@@ -59,17 +63,46 @@ def solve(
     steps = np.array([block_size(g, multiple_of or 1) for g in graph.groups], dtype=np.int64)
     lowest = np.minimum(steps, sizes)
     for number, group in enumerate(graph.groups):
+        least = (floor or {}).get(group.name, 0)
+        lowest[number] = min(max(lowest[number], -(-least // steps[number]) * steps[number]), sizes[number])
         if group.name not in importance or (protect is not None and protect[number]):
             lowest[number] = sizes[number]
+    blocks = _Inside(graph)
+    for block, inner in blocks.inner.items():  # what has to stay keeps the block around it
+        if protect is not None and any(protect[i] for i in inner):
+            lowest[block] = sizes[block]
     highest = _highest(graph, ceiling)
     lowest = np.minimum(lowest, highest)
     _check_reachable(model, lowest, limits, dense, graph.frozen)
 
     state = model.at(highest, metrics=limits)
-    _remove(state, graph.groups, values, lowest, steps, limits, per_cost)
-    _fill(state, graph.groups, values, steps, highest, limits)
+    _remove(state, graph.groups, values, blocks, lowest, steps, limits, per_cost)
+    _fill(state, graph.groups, values, blocks, steps, highest, limits)
+    for number in range(len(graph.groups)):
+        if blocks.is_gone(number, state.keep):
+            state.keep[number] = highest[number]  # gone with its block, and no decision
     keep = {g.name: np.sort(orders[i][: state.keep[i]]) for i, g in enumerate(graph.groups)}
     return Plan(keep, {g.name: g.size for g in graph.groups})
+
+
+class _Inside:
+    """Which groups are gone with which block."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.inner = {graph.index[b.group]: graph.inner(b) for b in graph.blocks}
+        self.around = {i: block for block, inner in self.inner.items() for i in inner}
+
+    def is_gone(self, group: int, keep: np.ndarray) -> bool:
+        """Is ``group`` inside of a block that is left out?"""
+        return group in self.around and int(keep[self.around[group]]) < 2
+
+    def worth(self, group: int, keep: np.ndarray, sums: list[np.ndarray]) -> float:
+        """Of a block what its inner groups are worth at present, else nothing."""
+        return sum(float(sums[i][keep[i]]) for i in self.inner.get(group, ()))
+
+    def units(self, group: int, keep: np.ndarray) -> int:
+        """Of a block how many units there are in its inner groups, else none."""
+        return sum(int(keep[i]) for i in self.inner.get(group, ()))
 
 
 def _highest(graph: Graph, ceiling: Mapping[str, int] | None) -> np.ndarray:
@@ -80,7 +113,7 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
     """Per group: running sums of importance, best unit first, shape ``(units + 1,)``, and the units in that order."""
     sums, orders = [], []
     for group in graph.groups:
-        scores = np.asarray(importance.get(group.name, np.ones(group.size)), dtype=np.float64)
+        scores = np.asarray(importance.get(group.name, np.zeros(group.size)), dtype=np.float64)
         if scores.shape != (group.size,):
             raise ValueError(f"importance of {group.name!r} has shape {scores.shape}, expected ({group.size},)")
         if not np.isfinite(scores).all() or (scores < 0).any():
@@ -142,6 +175,7 @@ def _remove(
     state: CostState,
     groups: Sequence[Group],
     sums: list[np.ndarray],
+    blocks: _Inside,
     lowest: np.ndarray,
     steps: np.ndarray,
     limits: dict[str, int],
@@ -163,8 +197,9 @@ def _remove(
         """What the best step down gives up per cost saved, and the count it leads to."""
         keep = int(state.keep[group])
         lower = _lower(groups[group], keep, int(steps[group]), int(lowest[group]))
-        worth, saving = sums[group][keep] - sums[group][lower], saved(group, keep - lower)
-        price = saving if per_cost else keep - lower
+        worth = sums[group][keep] - sums[group][lower] + blocks.worth(group, state.keep, sums)
+        saving = saved(group, keep - lower)
+        price = saving if per_cost else keep - lower + blocks.units(group, state.keep)
         if isinstance(lower, int):
             return (float(worth / price) if saving > 0 else math.inf), lower
         keys = np.divide(worth, price, out=np.full(len(lower), math.inf), where=saving > 0)
@@ -176,11 +211,17 @@ def _remove(
             m: 1.0 / (state.excess(limits[m]) if m == "activation_memory" else state.value(m) - limits[m])
             for m in violated
         }
-        heap = [(offer(g)[0], g) for g in range(len(groups)) if state.keep[g] > lowest[g]]
+        heap = [
+            (offer(g)[0], g)
+            for g in range(len(groups))
+            if state.keep[g] > lowest[g] and not blocks.is_gone(g, state.keep)
+        ]
         heapq.heapify(heap)
         now = set(violated)
         while heap and now == violated:
             stale, group = heapq.heappop(heap)
+            if state.keep[group] <= lowest[group] or blocks.is_gone(group, state.keep):
+                continue
             fresh, lower = offer(group)
             if heap and fresh > heap[0][0] and fresh > stale:
                 heapq.heappush(heap, (fresh, group))
@@ -194,6 +235,9 @@ def _remove(
                 if now != violated or (heap and (fresh, group) > heap[0]):
                     heapq.heappush(heap, (fresh, group))
                     break
+            around = blocks.around.get(group)
+            if around is not None and state.keep[around] > lowest[around]:
+                heapq.heappush(heap, (offer(around)[0], around))  # worth less now: its old key is no lower bound
         violated = now
 
 
@@ -201,6 +245,7 @@ def _fill(
     state: CostState,
     groups: Sequence[Group],
     sums: list[np.ndarray],
+    blocks: _Inside,
     steps: np.ndarray,
     highest: np.ndarray,
     limits: dict[str, int],
@@ -215,20 +260,23 @@ def _fill(
         keep = int(state.keep[group])
         upper = _higher(groups[group], keep, int(steps[group]), int(highest[group]))
         growth, fits = _growth(state, group, upper - keep, limits)
-        worth = sums[group][upper] - sums[group][keep]
+        worth = sums[group][upper] - sums[group][keep] + blocks.worth(group, state.keep, sums)
         if isinstance(upper, int):
             return (-float(worth / max(growth, TINY)), upper - keep) if fits else (math.inf, 0)
         keys = np.where(fits, -worth / np.maximum(growth, TINY), math.inf)
         best = int(keys.argmin())
         return float(keys[best]), int(upper[best]) - keep if keys[best] < math.inf else 0
 
-    heap = []
-    for number in range(len(groups)):
-        if state.keep[number] < highest[number]:
-            worth, units = offer(number)
-            if units:
-                heap.append((worth, number))
-    heapq.heapify(heap)
+    heap: list[tuple[float, int]] = []
+
+    def consider(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if state.keep[number] < highest[number] and not blocks.is_gone(number, state.keep):
+                worth, units = offer(number)
+                if units:
+                    heapq.heappush(heap, (worth, number))
+
+    consider(range(len(groups)))
     while heap:
         stale, number = heapq.heappop(heap)
         fresh, units = offer(number)
@@ -238,6 +286,7 @@ def _fill(
             heapq.heappush(heap, (fresh, number))
             continue
         state.move(number, units)
+        consider(blocks.inner.get(number, ()))
         if state.keep[number] < highest[number]:
             heapq.heappush(heap, (fresh, number))
 
@@ -264,11 +313,12 @@ def unused_blocks(graph: Graph, plan: Plan, budget: Budget, *, ceiling: Mapping[
     model = CostModel(graph)
     limits = budget.limits(model.cost(graph.sizes))
     state = model.at(plan.counts(graph), metrics=limits)
+    blocks = _Inside(graph)
     return [
         group.name
         for number, group in enumerate(graph.groups)
         for keep in [int(state.keep[number])]
-        if keep < highest[number]
+        if keep < highest[number] and not blocks.is_gone(number, state.keep)
         for more in [_higher(group, keep, block_size(group, budget.multiple_of), int(highest[number])) - keep]
         if np.any(_growth(state, number, more, limits)[1])
     ]

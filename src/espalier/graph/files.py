@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
+from espalier.graph.graph import Block, Extent, Frozen, Graph, Group, Site, Slice, Span, Term
 
 
 def to_json(graph: Graph) -> str:
@@ -33,6 +33,8 @@ def from_json(text: str) -> Graph:
         "parameters": tuple(Term(**_tuples_in(t)) for t in plain["parameters"]),
         "shapes": {n: tuple(s) for n, s in plain["shapes"].items()},
         "group_width": plain["group_width"],
+        "spans": tuple(Span(**_tuples_in(s)) for s in plain.get("spans", ())),
+        "blocks": tuple(Block(**_tuples_in(b)) for b in plain.get("blocks", ())),
     })  # fmt: skip
 
 

@@ -94,6 +94,39 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Span:
+    """One call of a module that gives the shape that it is given: what could be left out, as far as shapes tell."""
+
+    module: str
+    live: tuple[
+        tuple[float, int], ...
+    ]  # bytes alive when it was called, its input included: (bytes per position, extent)
+    made: tuple[float, int]  # its output
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block that may be left out (``graph.blocks``).
+
+    With the parameters ``silent`` at zero its branch adds nothing, and the block computes ``left``, a name in
+    ``graph.blocks.LEFT``, of its input.
+    """
+
+    module: str
+    silent: tuple[str, ...]
+    left: str = "Identity"
+
+    @property
+    def group(self) -> str:
+        """The group of the graph that says whether it stays."""
+        return f"{self.module}:block"
+
+    def holds(self, name: str) -> bool:
+        """Is the module or tensor ``name`` part of it?"""
+        return name == self.module or name.startswith(f"{self.module}.")
+
+
+@dataclass(frozen=True)
 class Chain:
     """One way to compute a layer: one or more convolutions in a row.  Plain numbers, so that any form can be planned.
 
@@ -140,6 +173,11 @@ class Graph:
     unknown: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
     selects: tuple[str, ...] = ()  # convolutions that may select their inputs (``graph.inputs``)
+    inside: tuple[
+        str, ...
+    ] = ()  # per moment of ``activations``: the module without which it would not be; none further
+    spans: tuple[Span, ...] = ()
+    blocks: tuple[Block, ...] = ()  # that may be left out (``graph.blocks``)
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -155,8 +193,21 @@ class Graph:
     def sizes(self) -> np.ndarray:
         return np.array([g.size for g in self.groups], dtype=np.int64)
 
+    def absent(self, units: Mapping[str, np.ndarray]) -> tuple[Block, ...]:
+        """The blocks that a plan which keeps ``units`` leaves out."""
+        return tuple(b for b in self.blocks if len(units.get(b.group, (0, 1))) == 1 < self.group(b.group).size)
+
+    def inner(self, block: Block) -> list[int]:
+        """Numbers of the groups that are gone with ``block``: nothing outside of it holds a part of them."""
+        return [
+            number
+            for number, g in enumerate(self.groups)
+            if g.name != block.group
+            and (all(block.holds(s.tensor) for s in g.slices) if g.slices else block.holds(g.name.partition(":")[0]))
+        ]
+
     def kept(self, units: dict[str, np.ndarray]) -> Kept:
-        """Indices that stay in every tensor when ``units[group]`` (sorted unit numbers) stay."""
+        """Indices that stay in every tensor when ``units[group]`` (sorted unit numbers) stay; none for what is left out."""
         gone: dict[tuple[str, int], np.ndarray] = {}
         for name, stay in units.items():
             group = self.group(name)
@@ -170,15 +221,22 @@ class Graph:
                     mask = gone[s.tensor, s.dim] = np.zeros(self.shapes[s.tensor][s.dim], dtype=bool)
                 mask[s.index[lost]] = True
         kept: Kept = {}
+        absent = self.absent(units)
         for (tensor, dim), mask in gone.items():
+            if any(b.holds(tensor) for b in absent):
+                continue
             kept.setdefault(tensor, {})[dim] = (~mask).nonzero()[0]
         return kept
 
     def after(self, units: Mapping[str, np.ndarray]) -> Graph:
         """The graph of the network that keeps only ``units``: what ``trace`` would find there, without tracing.
 
-        A group of which one unit is left stays a group; ``trace`` would find none.
+        A group of which one unit is left stays a group; ``trace`` would find none.  So do groups inside of a block that is
+        left out, but nothing depends on them any more.
         """
+        absent = self.absent(units)
+        if absent:
+            return self._without(absent).after(units)
         kept = self.kept(dict(units))
         moved: dict[tuple[str, int], np.ndarray] = {}
         shapes = dict(self.shapes)
@@ -208,6 +266,44 @@ class Graph:
             parameters=tuple(t for t in self.parameters if t.name not in gone),
             baked=(),
             baked_away=(),
+        )
+
+    def _without(self, absent: Sequence[Block]) -> Graph:
+        """The graph in which nothing costs or holds anything that is inside ``absent``; their groups have one unit left."""
+
+        def gone(name: str) -> bool:
+            return any(b.holds(name) for b in absent)
+
+        inside = (*self.inside, *[""] * (len(self.activations) - len(self.inside)))
+        moments = [(m, n) for m, n in zip(self.activations, inside, strict=True) if not gone(n)]
+        left_out = {b.group for b in absent}
+        numbers = {self.index[n] for n in left_out}
+        groups = [
+            replace(
+                g,
+                size=1 if g.name in left_out else g.size,
+                slices=tuple(s for s in g.slices if not gone(s.tensor)),
+                ladder=g.ladder[:1] if g.name in left_out else g.ladder,
+            )
+            for g in self.groups
+        ]
+        tables = [tuple((g, lengths[:2] if g in numbers else lengths) for g, lengths in e.table) for e in self.extents]
+        return replace(
+            self,
+            groups=tuple(groups),
+            extents=tuple(replace(e, table=t) for e, t in zip(self.extents, tables, strict=True)),
+            sites=tuple(s for s in self.sites if not gone(s.module)),
+            parameters=tuple(t for t in self.parameters if not gone(t.name)),
+            frozen=tuple(f for f in self.frozen if not gone(f.tensor)),
+            activations=tuple(m for m, _ in moments),
+            inside=tuple(n for _, n in moments),
+            spans=tuple(s for s in self.spans if not gone(s.module)),
+            shapes={n: s for n, s in self.shapes.items() if not gone(n)},
+            group_width={n: w for n, w in self.group_width.items() if not gone(n)},
+            baked=tuple(n for n in self.baked if not gone(n)),
+            baked_away=tuple(n for n in self.baked_away if not gone(n)),
+            selects=tuple(n for n in self.selects if not gone(n)),
+            blocks=tuple(b for b in self.blocks if b not in absent),
         )
 
     def summary(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier.carving import carve
 from espalier.copies import copied, named_modules, named_tensors
-from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
+from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Span, Term
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
@@ -25,6 +26,7 @@ from espalier.graph.watch import (
     Lessons,
     Mismatch,
     Place,
+    RawSpan,
     Reason,
     Rehearsal,
     TraceError,
@@ -161,6 +163,7 @@ def _watch(
     unused = [n for n in watch.parameters if n not in watch.seen]
     if unused:
         sites, memory, records = list(watch.sites), watch.memory, list(watch.records)
+        spans = list(watch.spans)
         try:
             with mode(private, training=True):
                 watch.run(private, args, kwargs)
@@ -173,7 +176,7 @@ def _watch(
                 f"{unused[0]} and {len(unused) - 1} other parameters have no part in the eval-mode forward, and the train-mode "
                 f"forward failed on the example input, so what they need was not seen: {first_line(error)}: {place}"
             )
-        watch.sites, watch.memory, watch.records = sites, memory, records
+        watch.sites, watch.memory, watch.records, watch.spans = sites, memory, records, spans
     return watch, output
 
 
@@ -360,7 +363,7 @@ def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple
             extents.append(Extent(*key))
         return known[key]
 
-    activations, ran = _moments(watch, extent)
+    activations, inside, ran, spans = _moments(watch, extent)
     sites = tuple(
         Site(
             s.module, s.kind, Term(s.module, s.coefficient, tuple(extent(f) for f in s.factors)), *ran.get(s.clock, ())
@@ -408,6 +411,8 @@ def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple
             sites=sites,
             parameters=tuple(parameters),
             activations=activations,
+            inside=inside,
+            spans=spans,
             shapes=shapes,
             group_width=dict(watch.whole_groups),
             baked=tuple(watch.baked),
@@ -447,17 +452,21 @@ def _equal_components(rows: np.ndarray, begin: np.ndarray) -> list[np.ndarray]:
     return [by_kind[i] for i in np.argsort(first)]
 
 
-def _largest(table: np.ndarray) -> np.ndarray:
-    """Rows that no other row covers in every column: what only they can be is the peak; shape ``(some, columns)``."""
+def _largest(table: np.ndarray, inside: Sequence[str]) -> list[int]:
+    """Rows that no other row covers in every column: what only they can be is the peak.
+
+    A row does not count for those outside of its span, which may be left out.
+    """
     order = np.argsort(-table.sum(1), kind="stable")
     stays: list[int] = []
-    largest = np.empty_like(table)
+    by_span: dict[str, list[int]] = {}
     for number in order.tolist():
-        row = table[number]
-        if not (largest[: len(stays)] >= row).all(1).any():
-            largest[len(stays)] = row
+        row, name = table[number], inside[number]
+        outer = [n for n in by_span if not n or n == name or name.startswith(f"{n}.")]
+        if not any((table[by_span[n]] >= row).all(1).any() for n in outer):
             stays.append(number)
-    return table[sorted(stays)]
+            by_span.setdefault(name, []).append(number)
+    return sorted(stays)
 
 
 def _group_name(slices: list[Slice]) -> str:
@@ -470,41 +479,76 @@ def _group_name(slices: list[Slice]) -> str:
 Moment = tuple[tuple[float, int], ...]  # (bytes per position, extent, or -1 for plain bytes)
 
 
-def _moments(watch: Watch, extent: Any) -> tuple[tuple[Moment, ...], dict[int, tuple[Moment, tuple[float, int]]]]:
+def _moments(
+    watch: Watch, extent: Any
+) -> tuple[tuple[Moment, ...], tuple[str, ...], dict[int, tuple[Moment, tuple[float, int]]], tuple[Span, ...]]:
     """Live bytes at every allocation, as linear forms of extents; moments that can never be the peak are dropped.
 
-    Also, at the clock of every convolution and matrix product, what was alive and what was made.
+    And the span in which each happens; at the clock of every convolution and matrix product, what was alive and what was
+    made; and every span, with what was alive when it was called.
     """
     births, deaths = watch.memory.births, watch.memory.deaths
+    once = Counter(s.module for s in watch.spans)
+    spans = sorted((s for s in watch.spans if once[s.module] == 1), key=lambda s: (s.begin, -s.end))
     events: list[tuple[int, int, int]] = []
     form: list[tuple[int, float]] = []
+
+    def formed(vector: np.ndarray | None, size: float) -> tuple[int, float]:
+        return (-1, size) if vector is None else (extent(vector), size / len(vector))
+
     for number, (at, _, vector, size) in enumerate(births):
-        form.append((-1, size) if vector is None else (extent(vector), size / len(vector)))
+        form.append(formed(vector, size))
         events.append((at, 0, number))
         if number in deaths:
             events.append((deaths[number], 1, number))
     # a tensor released while operation t runs its successor is released after t allocated: births of t come first
     events.sort(key=lambda e: (e[0], e[1]))
+    where_at = _innermost(spans, [at for at, *_ in events])
     live: dict[int, float] = {}
     sites = {s.clock for s in watch.sites}
     ran: dict[int, tuple[Moment, tuple[float, int]]] = {}
-    moments: dict[tuple[tuple[int, float], ...], None] = {}
+    moments: dict[tuple[str, tuple[tuple[int, float], ...]], None] = {}
+    called: list[Span] = []
     for position, (at, kind, number) in enumerate(events):
+        while len(called) < len(spans) and spans[len(called)].begin < at:
+            called.append(_span(spans[len(called)], live, formed))
         where, size = form[number]
         live[where] = live.get(where, 0.0) + (size if kind == 0 else -size)
         if kind == 0 and at in sites:
             ran[at] = tuple((v, k) for k, v in live.items() if v > 0), (size, where)
-        peak = position + 1 == len(events) or events[position + 1][1] == 1
-        if kind == 0 and peak:
-            moments[tuple(sorted((k, v) for k, v in live.items() if v > 0))] = None
-    table = np.zeros((len(moments), max((k for m in moments for k, _ in m), default=-1) + 2))
-    for row, moment in zip(table, moments, strict=True):
+        ends = position + 1 == len(events)
+        # where a span begins or ends there may be a peak of the network without it
+        if kind == 0 and (ends or events[position + 1][1] == 1 or where_at[position] != where_at[position + 1]):
+            moments[where_at[position], tuple(sorted((k, v) for k, v in live.items() if v > 0))] = None
+    called += [_span(s, live, formed) for s in spans[len(called) :]]
+    table = np.zeros((len(moments), max((k for _, m in moments for k, _ in m), default=-1) + 2))
+    for row, (_, moment) in zip(table, moments, strict=True):
         for column, size in moment:
             row[column] += size  # -1, plain bytes, is the last column
-    table = _largest(table)
+    inside = [name for name, _ in moments]
+    stays = _largest(table, inside)
     last = table.shape[1] - 1
-    peaks = tuple(tuple((float(row[k]), -1 if k == last else k) for k in row.nonzero()[0].tolist()) for row in table)
-    return peaks, ran
+    peaks = tuple(
+        tuple((float(row[k]), -1 if k == last else k) for k in row.nonzero()[0].tolist()) for row in table[stays]
+    )
+    return peaks, tuple(inside[i] for i in stays), ran, tuple(called)
+
+
+def _span(raw: RawSpan, live: dict[int, float], formed: Any) -> Span:
+    where, size = formed(raw.labels, raw.bytes)
+    return Span(raw.module, tuple((v, k) for k, v in live.items() if v > 0), (size, where))
+
+
+def _innermost(spans: list[RawSpan], clocks: list[int]) -> list[str]:
+    """For every clock, in order, the innermost of ``spans``, which are sorted and nested, or "" outside of all."""
+    found, stack, coming = [], [], 0
+    for at in clocks:
+        while coming < len(spans) and spans[coming].begin < at:
+            stack.append(spans[coming])
+            coming += 1
+        stack = [s for s in stack if s.end >= at]
+        found.append(stack[-1].module if stack else "")
+    return found
 
 
 # -- the rehearsal -----------------------------------------------------------------------------------------------------

@@ -86,6 +86,16 @@ class RawSite:
     baked: bool = False
 
 
+class RawSpan(NamedTuple):
+    """One call of a module, with modules inside, that gives the shape that it is given."""
+
+    module: str
+    begin: int  # clock before its first operation
+    end: int  # and after its last
+    labels: np.ndarray | None  # of its output
+    bytes: float
+
+
 PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
 Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the operation, of its output); None: nobody saw
 
@@ -277,6 +287,7 @@ class Watch(TorchDispatchMode):
         self.records: list[Record] = []
         self.memory = Memory()
         self.whole_groups: dict[str, int] = {}  # module -> how many channels one of its groups holds
+        self.spans: list[RawSpan] = []
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
         self.seen: set[str] = set()  # parameters that were used
         self.unknown: dict[str, None] = {}
@@ -467,10 +478,20 @@ class Watch(TorchDispatchMode):
         if self.lessons.modules and self.module_name in self.lessons.modules:
             reason = self.lessons.modules[self.module_name]
             self.freezes += [(m.reshape(-1), reason) for t in tensors_in(args) for m in state(t).layers]
+        begin = self.clock
         try:
-            return module._call_impl(*args, **kwargs)
+            result = module._call_impl(*args, **kwargs)
+            if self.rehearsal is None and module._modules and args:
+                self._note_span(begin, args[0], result)
+            return result
         finally:
             self._stack.pop()
+
+    def _note_span(self, begin: int, given: Any, result: Any) -> None:
+        if isinstance(given, Tensor) and isinstance(result, Tensor) and given.shape == result.shape:
+            vector = self._vector_of(state(result).layers)
+            size = float(result.untyped_storage().nbytes())
+            self.spans.append(RawSpan(self.module_name, begin, self.clock, vector, size))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

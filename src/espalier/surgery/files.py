@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from espalier.carving import put_in_place
 from espalier.forms import LowRank
+from espalier.graph.blocks import LEFT
 from espalier.layers import ChannelPad, PaddedConv2d, PartConv2d
 
 FORMAT = "espalier/1"
@@ -65,6 +66,7 @@ BUILDERS: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
     ),
     "Sequential": (nn.Sequential, lambda m: {}),
     "LowRank": (LowRank, _low_rank_arguments),
+    **{name: (kind, lambda m: {}) for name, kind in LEFT.items()},  # in place of blocks
 }
 """Module types that surgery puts in place of others, and how to make them again."""
 

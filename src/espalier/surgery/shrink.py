@@ -13,6 +13,7 @@ from espalier.carving import Kept, carve, carved, put_in_place
 from espalier.copies import copy_model, named_tensors
 from espalier.forms.shapes import padding_of
 from espalier.graph import Graph
+from espalier.graph.blocks import LEFT
 from espalier.layers import PaddedConv2d, PartConv2d
 from espalier.plan import Plan
 
@@ -26,7 +27,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     _check_same(model, graph)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     selects = any(f"{n}.index" in kept for n in graph.selects)
-    if selects or (kept and graph.baked):  # what changes more than shapes is done on a copy
+    if selects or graph.absent(plan.keep) or (kept and graph.baked):  # what changes more than shapes is done on a copy
         return _shrunk_copy(model, graph, plan)
     return carved(model, kept, group_width=graph.group_width)
 
@@ -46,15 +47,21 @@ def _shrunk_copy(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
 
 
 def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> Kept:
-    """Shrink ``model`` in place and return what stayed of every tensor.
+    """Shrink ``model`` in place and return what stayed of every tensor that is still there.
 
+    Blocks that the plan leaves out give way to what is left of them, ``graph.blocks.LEFT``.
     Gradients and the state of ``optimizer`` are cut along, its parameter lists are brought up to date; training goes on.
     The old ``graph`` no longer describes the model afterwards: trace again.
     """
     plan.check(graph)
     _check_same(model, graph)
+    absent = graph.absent(plan.keep)
+    for block in absent:
+        replace(model, block.module, LEFT[block.left](), optimizer=optimizer)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
-    if kept:
+    if absent:
+        graph = graph.after({b.group: np.arange(1) for b in absent})
+    if kept or absent:
         kept = {t: d for t, d in kept.items() if t not in graph.baked_away}
         rest = dict(kept)
         for name in graph.baked:
@@ -72,8 +79,8 @@ def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.opti
 def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A copy of full size in which the removed units have no effect: their inputs to every consumer are zero.
 
-    This is what the small model must equal.  Zeroing at the consumers rather than at the producers matters: a BatchNorm
-    bias would survive there.
+    Blocks that are left out are silent.  This is what the small model must equal.  Zeroing at the consumers rather than at the
+    producers matters: a BatchNorm bias would survive there.
     """
     plan.check(graph)
     _check_same(model, graph)
@@ -81,13 +88,17 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     removed = {n: np.setdiff1d(np.arange(graph.group(n).size), u) for n, u in plan.keep.items()}
     if any(len(r) for r in removed.values()):
         for name in graph.baked:
-            bake(masked, name)
+            if not any(b.holds(name) for b in graph.absent(plan.keep)):
+                bake(masked, name)
     tensors: dict[str, Tensor] = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, units in removed.items():
             for s in graph.group(name).consumers:
                 rows = torch.from_numpy(s.index[units].reshape(-1)).to(tensors[s.tensor].device)
                 tensors[s.tensor].index_fill_(s.dim, rows, 0.0)
+        for block in graph.absent(plan.keep):
+            for name in block.silent:
+                tensors[name].zero_()
     return masked
 
 
