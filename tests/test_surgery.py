@@ -364,6 +364,19 @@ def test_a_changed_weight_is_found() -> None:
     assert failing(small, model, graph, plan, budget) == {"small equals masked"}
 
 
+def test_a_network_that_was_trained_since_is_proven_with_its_own_weights() -> None:
+    model = network()
+    graph, plan, budget = planned(model)
+    small = shrink(model, graph, plan)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert verify(model, graph, plan, EXAMPLE, small=small, trained=True, budget=budget).require()
+    small.layer1[0].conv1.stride = (2, 2)  # something that no removal does
+    proof = verify(model, graph, plan, EXAMPLE, small=small, trained=True, budget=budget)
+    assert "small equals masked" in {c.name for c in proof.checks if not c.passed}
+
+
 def test_a_group_that_keeps_only_what_nothing_reads_is_named() -> None:
     """Half of its units are read, and the plan keeps the other half."""
     model = network()

@@ -152,21 +152,23 @@ def composed(row: nn.Sequential, like: nn.Conv2d | nn.Linear) -> tuple[Tensor, T
     """
     row = copy.deepcopy(row).double().cpu()
     if isinstance(like, nn.Linear):
-        units = torch.eye(like.in_features, dtype=torch.float64)
-        bias = row(torch.zeros(1, like.in_features, dtype=torch.float64))[0]
+        inputs = int(row[0].in_features)  # type: ignore[arg-type]
+        units = torch.eye(inputs, dtype=torch.float64)
+        bias = row(torch.zeros(1, inputs, dtype=torch.float64))[0]
         weight = (row(units) - bias).T
     else:
         for stage in row:
             stage.padding = (0, 0)  # type: ignore[assignment]
         (kh, kw), (dh, dw) = like.kernel_size, like.dilation
         size = ((kh - 1) * dh + 1, (kw - 1) * dw + 1)
-        bias = row(torch.zeros(1, like.in_channels, *size, dtype=torch.float64)).reshape(-1)
-        weight = torch.empty(like.out_channels, like.in_channels, kh, kw, dtype=torch.float64)
-        for channel in range(like.in_channels):
-            units = torch.zeros(kh, kw, like.in_channels, *size, dtype=torch.float64)
+        inputs, outputs = int(row[0].in_channels), int(row[-1].out_channels)  # type: ignore[arg-type]
+        bias = row(torch.zeros(1, inputs, *size, dtype=torch.float64)).reshape(-1)
+        weight = torch.empty(outputs, inputs, kh, kw, dtype=torch.float64)
+        for channel in range(inputs):
+            units = torch.zeros(kh, kw, inputs, *size, dtype=torch.float64)
             for i, j in itertools.product(range(kh), range(kw)):
                 units[i, j, channel, i * dh, j * dw] = 1.0
-            answers = row(units.flatten(0, 1)).reshape(kh, kw, like.out_channels)
+            answers = row(units.flatten(0, 1)).reshape(kh, kw, outputs)
             weight[:, channel] = (answers - bias).permute(2, 0, 1)
     if like.bias is None and float(bias.abs().max()) != 0.0:
         raise ValueError("a row of layers adds a bias that the layer it stands for does not have")

@@ -71,6 +71,15 @@ def paddings(
     return (rows, columns), (before - columns, behind - columns, above - rows, below - rows)
 
 
+def rectangle_of(small: nn.Conv2d, dense: nn.Conv2d) -> Rectangle:
+    """The part of the kernel of ``dense`` that ``cut_kernel`` left in ``small``: the inverse of ``paddings``."""
+    left, _, top, _ = small.shift if isinstance(small, PartConv2d) else (0, 0, 0, 0)
+    ends = zip(padding_of(small), (top, left), padding_of(dense), pair(dense.dilation), strict=True)
+    row, column = ((before - own - extra) // d for own, extra, before, d in ends)
+    height, width = pair(small.kernel_size)
+    return Rectangle(row, row + height - 1, column, column + width - 1)
+
+
 def shapes(place: Place) -> list[list[Rectangle]]:
     """Per rung of a ladder the rectangles it stands for: all of one area, only those that need no uneven padding if there
     are any; the whole kernel last."""

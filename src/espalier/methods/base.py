@@ -100,7 +100,8 @@ class Run(ABC):
         self.graph: Graph = trace(model if dense is None else dense, example)
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, int] = budget.limits(self.dense)
-        self.plan: Plan = Plan.dense(self.graph)  # what all removals so far add up to, in units of the first network
+        self._so_far: Plan | None = None  # until something is removed
+        self._dense_graph: Graph | None = None  # ``graph`` when the first removal began
         # ladder of ``self.graph`` -> rung that is executed now; the top without an entry
         self.rungs: dict[str, int] = {}
         self.skipped: dict[str, str] = {}  # layer that the method leaves as it is -> why
@@ -108,6 +109,15 @@ class Run(ABC):
         self.history: dict[str, dict[str, list[list[float]]]] = {}
         self.folder: Path | None = None  # of the run, for a process that stores something of its own on the way
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
+
+    @property
+    def plan(self) -> Plan:
+        """What all removals so far add up to, in units of ``dense_graph``."""
+        return Plan.dense(self.dense_graph) if self._so_far is None else self._so_far
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._so_far = plan
 
     @property
     def stayed(self) -> Plan:
@@ -120,6 +130,11 @@ class Run(ABC):
         """Old name of ``skipped``."""
         warnings.warn("run.left is called run.skipped now", DeprecationWarning, stacklevel=2)
         return self.skipped
+
+    @property
+    def dense_graph(self) -> Graph:
+        """The graph of the network that the run began with, in whose units ``plan`` counts: ``es.verify`` takes both."""
+        return self.graph if self._dense_graph is None else self._dense_graph
 
     @property
     def cost(self) -> Cost:
@@ -152,6 +167,7 @@ class Run(ABC):
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
+        self._dense_graph = self.dense_graph
         kept = shrink_(self.model, self.graph, Plan(units), optimizer=optimizer)
         before = {n: self.plan.keep.get(n, np.arange(self.graph.group(n).size)) for n in units}
         self.plan = Plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from espalier.copies import copy_model
 from espalier.costs import CostModel, cost
 from espalier.forms import composed
+from espalier.forms.shapes import rectangle_of
 from espalier.graph import Graph, trace
 from espalier.graph.tracing import call_arguments, private_copy
 from espalier.graph.watch import first_line, tensors_in
@@ -67,17 +68,21 @@ def verify(
     example: Any,
     *,
     small: nn.Module | None = None,
+    trained: bool = False,
     budget: Budget | None = None,
+    fills: bool = True,
     fresh: Callable[[], nn.Module] | None = None,
     tolerance: float = 1e-8,
 ) -> Proof:
     """Check the obligations on ``model`` and the small network that ``plan`` makes of it (or on ``small``, if given).
 
     1. the plan that keeps everything changes no bit; 2. small equals masked, in float64, within ``tolerance`` relative to
-    the largest output; where ``plan`` has layers in other forms - ``process.graph`` and ``process.plan`` of a method that
-    factorises - it equals ``model`` with the weights that those forms compose to and all others of ``small``; 3. planned
+    the largest output; where ``small`` has been ``trained`` since, or ``plan`` has layers in other forms (``run.dense_graph``
+    and ``run.plan`` of a method), it equals ``model`` masked, with the weights of ``small`` in their places and those that
+    other forms compose to; 3. planned
     cost equals the traced cost of the small network, its number of parameters, and torch's own FLOP counter (activation
-    memory may be less than planned); 4. every limit of ``budget`` holds and no further block would fit; 5. saved and loaded
+    memory may be less than planned); 4. every limit of ``budget`` holds and, with ``fills``, no further block would fit (a
+    run gives up units while its budget is still falling, and they do not come back); 5. saved and loaded
     onto ``fresh()`` (default: a copy of ``model``) it gives the same bits; 6. backward reaches every parameter it reached
     before.  Between 2 and 3: no group keeps only units that nothing reads and lost others that something read.
     A forward that breaks after surgery is reported with the line that broke.
@@ -134,8 +139,10 @@ def verify(
         assert budget is not None
         limits = budget.limits(CostModel(own).cost(own.sizes))
         over = [m for m, limit in limits.items() if getattr(planned, m) > limit]
-        left = unused_blocks(graph, plan, replace(budget, **limits))  # type: ignore[arg-type]
         text = ", ".join(f"{m} {getattr(planned, m):,} of {limit:,}" for m, limit in limits.items())
+        if not fills:
+            return not over, text
+        left = unused_blocks(graph, plan, replace(budget, **limits))  # type: ignore[arg-type]
         return not over and not left, text + (f"; would still fit: {left[:3]}" if left else "; nothing more fits")
 
     def files() -> tuple[bool, str]:
@@ -153,16 +160,12 @@ def verify(
 
     claim("identity", identity)
 
-    def equal_to_composed() -> tuple[bool, str]:
-        whole = shrink(model, graph, Plan({b.group: np.arange(1) for b in graph.absent(plan.keep)}))
-        baked = [n for n in own.baked if not any(b.holds(n) for b in graph.absent(plan.keep))]
-        error, scale = difference(_composed(whole, baked, built), built, example)
+    def equal_by_itself() -> tuple[bool, str]:
+        error, scale = difference(_whole(model, graph, plan, built, own.baked), built, example)
         return error <= tolerance * max(scale, 1e-30), f"largest difference {error:.2e} of {scale:.2e} in float64"
 
-    if turned:
-        claim("small equals composed", equal_to_composed)
-    else:
-        claim("small equals masked", equal)
+    itself = turned or (trained and small is not None)
+    claim("small equals composed" if turned else "small equals masked", equal_by_itself if itself else equal)
     claim("kept units are alive", alive)
     claim("planned cost equals built cost", costs)
     if budget is not None:
@@ -190,29 +193,61 @@ def _dead_groups(model: nn.Module, graph: Graph, plan: Plan) -> list[str]:
     return dead
 
 
-def _composed(model: nn.Module, baked: Iterable[str], small: nn.Module) -> nn.Module:
-    """``model`` with the weights of ``small``, in float64; a row of layers in ``small`` becomes the one it stands for."""
-    whole = copy_model(model, {})
+def _whole(model: nn.Module, graph: Graph, plan: Plan, small: nn.Module, baked: Iterable[str]) -> nn.Module:
+    """``model`` in float64, in which what ``plan`` removes is read by nobody and all else has the weights of ``small``.
+
+    A row of layers in ``small`` becomes the one it stands for, and a kernel that was cut lies in the one it was cut from.
+    """
+    absent = graph.absent(plan.keep)  # silent in ``mask``; ``small`` has nothing of them
+    plain = copy_model(model, {})
     for name in baked:
-        bake(whole, name)
-    whole = whole.double()
-    given = small.state_dict()
+        here = not any(b.holds(name) for b in absent)
+        if here and type(small.get_submodule(name)) is not type(plain.get_submodule(name)):
+            bake(plain, name)
+    whole = mask(plain, graph, plan).double()
+    kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     with torch.no_grad():
         for layer, module in whole.named_modules():
-            row = small.get_submodule(layer) if isinstance(module, (nn.Conv2d, nn.Linear)) else None
             own = {n: t for n, t in module.state_dict(keep_vars=True).items() if "." not in n}
-            if isinstance(row, nn.Sequential):
-                weight, bias = composed(row, module)  # type: ignore[arg-type]
-                values: dict[str, Any] = {"weight": weight, "bias": bias}
-            else:
-                values = {n: given[f"{layer}.{n}" if layer else n] for n in own}
+            if any(b.holds(layer) for b in absent):
+                continue
+            values, kernel = _as_in(small, layer, module, own)
             for name, tensor in own.items():
-                if tensor.shape != values[name].shape:
-                    raise ValueError(
-                        f"{layer}.{name} has shape {tuple(values[name].shape)} instead of {tuple(tensor.shape)}"
-                    )
-                tensor.copy_(values[name])
+                full = f"{layer}.{name}" if layer else name
+                if kernel and name == "weight":
+                    tensor.zero_()  # around the part that is left
+                _put(tensor, values.get(name), {**kept.get(full, {}), **(kernel if name == "weight" else {})}, full)
     return whole
+
+
+def _as_in(
+    small: nn.Module, layer: str, module: nn.Module, own: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor | None], dict[int, np.ndarray]]:
+    """The tensors that ``small`` has for ``layer``, and which part of the kernel of ``module`` its weight is."""
+    if not own:
+        return {}, {}
+    found = small.get_submodule(layer)
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(found, nn.Sequential):
+        weight, bias = composed(found, module)
+        return {"weight": weight, "bias": bias}, {}
+    part: dict[int, np.ndarray] = {}
+    if isinstance(module, nn.Conv2d) and isinstance(found, nn.Conv2d) and found.kernel_size != module.kernel_size:
+        r = rectangle_of(found, module)
+        part = {2: np.arange(r.top, r.bottom + 1), 3: np.arange(r.left, r.right + 1)}
+    return found.state_dict(), part
+
+
+def _put(tensor: Tensor, value: Tensor | None, place: Mapping[int, np.ndarray], name: str) -> None:
+    """Write ``value`` where ``place`` says, dimension by dimension; everywhere along those it does not name."""
+    where = [torch.from_numpy(place[d]) if d in place else torch.arange(n) for d, n in enumerate(tensor.shape)]
+    shape = tuple(map(len, where))
+    if value is None or value.shape != shape:
+        found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+        raise ValueError(f"{name} {found} instead of {shape}")
+    if not place:
+        tensor.copy_(value)
+    else:
+        tensor[torch.meshgrid(*(w.to(tensor.device) for w in where), indexing="ij")] = value.to(tensor)
 
 
 def forward(model: nn.Module, example: Any) -> list[Tensor]:
