@@ -20,6 +20,7 @@ from espalier.forms import LowRank, find_places
 from espalier.forms.lowrank import DAMPING, orthonormalise
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph import trace
+from espalier.graph.ladders import ladder_name
 from espalier.methods import dprp
 from espalier.methods.dprp import DPRP, DPRPRun
 from espalier.methods.ranks import tails
@@ -603,6 +604,65 @@ def test_dropping_changes_no_logit() -> None:
     assert max(drops) < 1e-5
 
 
+@pytest.mark.parametrize("budget", [Budget(macs=0.4), Budget(macs=0.5, params=0.3)], ids=str)
+def test_decided_once_all_layers_walk_together_to_ranks_that_were_known_at_the_first_event(budget: Budget) -> None:
+    model = network()
+    process = DPRP(once=True, power=1.0).start(model, EXAMPLE, budget)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    costs = []
+    for step in range(STEPS):
+        train_step(process, optimizer, step)
+        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        if process.final and not costs:
+            first = dict(process.final)
+        costs += [process.cost.params] if process.final else []
+    split = {n for n, layer in process.layers.items() if not layer.whole}
+    assert split and {n: process.layers[n].rank for n in split} == {n: first[n] for n in split}
+    assert all(a >= b for a, b in pairwise(costs)) and len(set(costs)) >= 5
+    half = costs[STEPS // 4]  # in the middle between start_at and reach
+    assert 0.3 < (costs[0] - half) / (costs[0] - costs[-1]) < 0.7
+    used = [getattr(process.cost, m) / limit for m, limit in process.limits.items()]
+    assert max(used) <= 1.0 and max(used) >= 0.97
+
+
+def test_decided_once_no_layer_falls_below_its_share_of_equal_ranks() -> None:
+    """One layer whose energy is all in one triplet would be left with it, by additive energy."""
+    method = DPRP(once=True, importance="energy", floor=0.5)
+    model = network()
+    name = "layer2.0.conv2"
+    with torch.no_grad():
+        weight = model.get_parameter(f"{name}.weight")
+        weight[:, :, 1, 1] += torch.ones_like(weight[:, :, 1, 1]) * 10
+    process = method.start(model, EXAMPLE, Budget(params=0.4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train_step(process, optimizer, 0)
+    process.step(progress=0.1, optimizer=optimizer)
+    equal = process.ladders.equal(process.limits, share=0.5)
+    least = {n: process.ladders.rung(n, process.final[n]) for n in process.layers}
+    assert all(least[n] >= equal[ladder_name(n)] for n in least)
+    assert least[name] == equal[ladder_name(name)] > 1
+
+
+def test_equal_ranks_are_the_largest_equal_fraction_that_fits() -> None:
+    process = DPRP().start(network(), EXAMPLE, Budget(params=0.4))
+    ranks = process.ladders.ranks
+    rungs = process.ladders.equal(process.limits)
+    fraction = max(rungs[ladder_name(n)] / len(r) for n, r in ranks.items() if len(r) > 20)
+    assert all(rungs[ladder_name(n)] <= max(1, fraction * len(r) + 1) for n, r in ranks.items())
+    process.rungs = rungs
+    assert process.cost.params <= process.limits["params"]
+    process.rungs = {ladder_name(n): min(rungs[ladder_name(n)] + 1, len(r)) for n, r in ranks.items()}
+    assert process.cost.params > process.limits["params"]
+
+
+def test_decided_once_energy_is_that_of_whole_layers() -> None:
+    process, _ = run(DPRP(once=True, energy=0.3), Budget(macs=1.0))
+    assert process.final and any(not layer.whole for layer in process.layers.values())
+    for name, layer in process.layers.items():
+        if not layer.whole:
+            assert layer.rank == process.final[name] < process.history["full rank"][name][0][1]
+
+
 def test_energy_finds_ranks_without_a_budget_and_gives_up_no_more() -> None:
     few, _ = run(DPRP(energy=0.3), Budget(macs=1.0))
     many, _ = run(DPRP(energy=0.05), Budget(macs=1.0))
@@ -663,9 +723,8 @@ def test_what_stays_dense_is_listed_with_the_reason() -> None:
     assert list(process.layers) == ["0"]
 
 
-@pytest.mark.parametrize("importance", ["taylor", "whole"])
-def test_resume_between_two_rank_events_is_the_uninterrupted_run(importance: str) -> None:
-    method = DPRP(importance=importance)
+@pytest.mark.parametrize("method", [DPRP(), DPRP(importance="whole"), DPRP(once=True)], ids=["taylor", "whole", "once"])
+def test_resume_between_two_rank_events_is_the_uninterrupted_run(method: DPRP) -> None:
 
     def whole(stop: int | None) -> list[Tensor]:
         model = network()

@@ -11,8 +11,10 @@ our reading, in the paper's order:
    with at least 16 for ``r_l``: of the smallest ranks the pull would be too strong for usual learning rates;
 3. rank events, from ``start_at`` to ``reach`` every ``every``: drop what has faded; re-orthonormalise exactly, with the
    optimiser's state (``surgery.turn_factors``), as every ``TURN_EVERY`` steps until the end; decide the next ranks;
-4. which ranks: at most a share of ``energy`` is given up over the whole run, or the most important triplets inside a budget
-   that moves from the full cost to the target, fast at first (``power``), by the shared ``solver``, or both;
+4. which ranks: at most a share of ``energy`` is given up over the whole run, or the most important triplets inside the
+   budget, by the shared ``solver``, or both.  The cost falls from the full one to the target, fast at first (``power``).  With
+   ``once`` the final ranks are found at the first event, on whole layers, and approached from there; otherwise every event
+   decides anew on what the last one left;
 5. until the next event the values outside the new ranks fade to zero in a straight line, so that dropping them changes nothing;
 6. at the end every layer is the cheaper of dense and factorised, as plain layers.
 
@@ -25,7 +27,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from espalier.carving import put_in_place
-from espalier.costs import cost
+from espalier.costs import Cost, CostModel, cost
 from espalier.forms import LowRank
 from espalier.forms.lowrank import Turn
 from espalier.forms.transfer import moved
@@ -42,6 +44,7 @@ from espalier.graph.ladders import ladder_name
 from espalier.methods.base import Batches, Method, Removed, Run, Status, need_progress
 from espalier.methods.ranks import LAYOUTS, RankLadders, energy, rank_ladders, tails
 from espalier.plan import Budget, Plan
+from espalier.settings import Fraction, OneOf, Share, described
 from espalier.solver import solve
 from espalier.surgery import cut_ranks, decompositions, replace, split_layers, turn_factors
 
@@ -50,47 +53,48 @@ SCORES = ("energy", "taylor", "whole")
 
 @dataclass(frozen=True)
 class DPRP(Method):
-    """Hyper-parameters of dynamic rank pruning; every duration is a fraction of the whole run.
-
-    ``energy``: find ranks without a budget, giving up at most this share of every layer's energy; ``None``: the budget decides.
-    ``form``: "channel", "spatial", or "auto" for the faster one of every layer.
-    ``importance``: of a triplet, its share of the layer's "energy"; "whole", the same while the layer was whole, whatever it
-    has lost since (from random weights); or "taylor", the squared first-order change of the loss.
-    ``start_at``/``reach``: ranks fall in between.  ``every``: from one rank event to the next.
-    ``orthogonality``, ``sparsity``: weights of the two penalties.
-    """
+    """Hyper-parameters of dynamic rank pruning; every duration is a fraction of the whole run."""
 
     name: ClassVar[str] = "dprp"
     trains: ClassVar[bool] = True
-    energy: float | None = None
-    form: str = "auto"
-    importance: str = "taylor"
-    start_at: float = 0.1
-    reach: float = 0.6
-    every: float = 0.02
-    orthogonality: float = 1.0
-    sparsity: float = 1e-4
-    smoothing: float = 0.97
-    power: float = 2.0
+    energy: Annotated[
+        float | None,
+        described("find ranks without a budget, giving up at most this share of every layer's energy", gt=0, lt=1),
+    ] = None
+    form: Annotated[str, OneOf(LAYOUTS), described("of the factors; auto is the faster one of every layer")] = "auto"
+    importance: Annotated[
+        str,
+        OneOf(SCORES),
+        described(
+            "of a triplet: its share of the layer's energy; whole, the same while the layer was whole, whatever it has lost "
+            "since; or taylor, the squared first-order change of the loss"
+        ),
+    ] = "taylor"
+    once: Annotated[
+        bool,
+        described("find the final ranks at the first event and walk there; later only whole layers are aimed anew"),
+    ] = False
+    returns: Annotated[
+        Fraction, described("with once: a rank that holds a share h of its layer is worth h ** returns; 1 is additive")
+    ] = 0.5
+    floor: Annotated[
+        float,
+        described("with once: no rank falls below that share of what equal fractions in all layers leave", ge=0, le=1),
+    ] = 0.5
+    start_at: Annotated[Share, described("when ranks begin to fall")] = 0.1
+    reach: Annotated[Share, described("when they stand")] = 0.6
+    every: Annotated[float, described("time between two rank events", gt=0, lt=1)] = 0.02
+    orthogonality: Annotated[float, described("weight of the pull to orthonormal factors", ge=0)] = 1.0
+    sparsity: Annotated[float, described("weight of the penalty on singular values", ge=0)] = 1e-4
+    smoothing: Annotated[Share, described("of the importance, over batches")] = 0.97
+    power: Annotated[float, described("how fast the cost falls at first; 1 is a straight line", ge=0)] = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in LAYOUTS:
-            raise ValueError(f"DPRP(form={self.form!r}): choose one of {', '.join(LAYOUTS)}")
-        if self.importance not in SCORES:
-            raise ValueError(f"DPRP(importance={self.importance!r}): choose one of {', '.join(SCORES)}")
-        if self.energy is not None and not 0 < self.energy < 1:
-            raise ValueError(f"DPRP(energy={self.energy!r}): the share of energy given up, above 0 and below 1")
-        for name in ("start_at", "reach", "every", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"DPRP({name}={getattr(self, name)!r}): must be at least 0 and below 1")
-        for name in ("orthogonality", "sparsity", "power"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"DPRP({name}={getattr(self, name)!r}): must be a number, 0 or more")
-        if self.every <= 0 or self.start_at + self.every > self.reach:
+        if self.start_at + self.every > self.reach:
             raise ValueError(
-                f"DPRP(start_at={self.start_at}, every={self.every}, reach={self.reach}): every must be above 0, and "
-                "start_at + every not above reach: ranks need one interval to fall"
+                f"DPRP(start_at={self.start_at}, every={self.every}, reach={self.reach}): start_at + every must not be above "
+                "reach: ranks need one interval to fall"
             )
 
     @property
@@ -129,6 +133,7 @@ class DPRPRun(Run):
             n: m for n in self.ladders.places if isinstance(m := model.get_submodule(n), LowRank)
         }
         self.targets = {n: layer.rank for n, layer in self.layers.items()}  # what fades lies above
+        self.final: dict[str, int] = {}  # ranks at the end, once they are found
         self.given_up = dict.fromkeys(self.layers, 0.0)  # share of its energy that each layer has lost so far
         self._sensitivity = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
         self._decomposed = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
@@ -248,6 +253,10 @@ class DPRPRun(Run):
         """Set the ranks that the next event is to arrive at."""
         self._next = progress + self.method.every
         self.settled = self._next >= self.method.reach
+        if self.method.once:
+            self._find_final()
+            self._walk(0.0 if self.settled else self._left_at(self._next))
+            return
         wanted = self._by_energy(min((self._next - self.method.start_at) / self._span, 1.0))
         limits = self.limits if self.settled else self.limits_at(self._next)
         self._aim(wanted, limits)
@@ -258,8 +267,55 @@ class DPRPRun(Run):
 
     def limits_at(self, progress: float) -> dict[str, int]:
         """The budget now: from the dense cost to the target, fast at first (after Zhu & Gupta 2017)."""
-        left = (1.0 - min(max((progress - self.method.start_at) / self._span, 0.0), 1.0)) ** self.method.power
+        left = self._left_at(progress)
         return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
+
+    def _left_at(self, progress: float) -> float:
+        """Share of what the cost has to fall that is still to fall."""
+        done: float = min(max((progress - self.method.start_at) / self._span, 0.0), 1.0)
+        return (1.0 - done) ** self.method.power
+
+    def _find_final(self) -> None:
+        """Ranks at the end, from whole layers; of those that are split the ranks found before stand."""
+        stands = {n: r for n, r in self.final.items() if not self.layers[n].whole}
+        free = {n: scores for n, scores in self.scores().items() if n not in stands}
+        plan = solve(
+            self.graph,
+            self.ladders.importance(free, returns=self.method.returns),
+            self.limits,
+            ceiling=self.ladders.rungs({**self._by_energy(1.0), **stands}),
+            floor=self.ladders.equal(self.limits, share=self.method.floor),
+        )
+        for name in free:
+            rung = len(plan.keep[ladder_name(name)])
+            full = self.layers[name].rank
+            self.final[name] = full if rung == self.ladders.top(name) else self.ladders.ranks[name][rung - 1]
+
+    def _walk(self, left: float) -> None:
+        """Targets on the way to the final ranks: in all layers the same share of it, the least at which the cost is down to
+        what the schedule has ``left`` of its fall."""
+        end = self.ladders.rungs(self.final)
+        costs = CostModel(self.graph)
+
+        def rungs(share: float) -> dict[str, int]:
+            tops = {ladder_name(n): self.ladders.top(n) for n in self.layers}
+            return {n: top - math.floor(share * (top - end[n]) + 0.5) for n, top in tops.items()}
+
+        def cost_at(share: float) -> Cost:
+            there = rungs(share)
+            return costs.cost(np.array([there.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
+
+        last = cost_at(1.0)
+        allowed = {m: getattr(last, m) + (getattr(self.dense, m) - getattr(last, m)) * left for m in self.limits}
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            there = cost_at(middle)
+            fits = all(getattr(there, m) <= limit for m, limit in allowed.items())
+            low, high = (low, middle) if fits else (middle, high)
+        for name, rung in ((n, rungs(high)[ladder_name(n)]) for n in self.layers):
+            if rung < self.ladders.top(name):
+                self.targets[name] = min(self.ladders.ranks[name][rung - 1], self.layers[name].rank)
 
     def _by_energy(self, share: float) -> dict[str, int]:
         """The smallest ranks that give up at most ``share`` of what may be given up in all; now's without ``energy``."""
@@ -370,7 +426,11 @@ class DPRPRun(Run):
     def _drop_to_the_end(self) -> None:
         self._drop(None)
         self._turn(None)
-        self._aim(self._by_energy(1.0), self.limits)
+        if self.method.once:
+            self._find_final()
+            self.targets = dict(self.final)
+        else:
+            self._aim(self._by_energy(1.0), self.limits)
         self.split(self._falling, optimizer=None)
         self._drop(None)
         self._took_stock(self._last)
@@ -389,6 +449,7 @@ class DPRPRun(Run):
             "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
             "limits": dict(self.limits),
             "targets": dict(self.targets),
+            "final": dict(self.final),
             "given_up": dict(self.given_up),
             "sensitivity": {n: v.clone() for n, v in self._sensitivity.items()},
             "shares": {n: torch.from_numpy(v) for n, v in self.shares.items()},
@@ -405,6 +466,7 @@ class DPRPRun(Run):
         self.dense = type(self.dense)(*state["dense"])
         self.limits = dict(state["limits"])
         self.targets, self.given_up = dict(state["targets"]), dict(state["given_up"])
+        self.final = dict(state["final"])
         self._sensitivity = {n: state["sensitivity"][n].to(layer.s.device) for n, layer in self.layers.items()}
         self.shares = {n: v.cpu().numpy() for n, v in state["shares"].items()}
         self._decomposed = {n: Turn.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()}
@@ -442,5 +504,6 @@ PARTS = 8  # the penalty of a layer is counted at one step in so many
 LARGE = 64  # rank above which the pull to orthonormal factors is counted more rarely still
 WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer grows as ranks fall
 TURN_EVERY = 200  # steps after which factors are orthonormal again at the latest
+BISECTIONS = 30  # for the share of the way to the final ranks
 LISTEN_EVERY = 4  # steps between two readings of the gradients
 _NUMBERS = ("settled", "done", "forced", "_next", "_last", "_steps", "_batches")

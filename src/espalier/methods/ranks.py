@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.costs import CostModel
 from espalier.forms import Place, chain, dense_chain, find_places, sequential
 from espalier.forms.chains import cost_of
 from espalier.forms.lowrank import matrix_size
@@ -24,6 +25,7 @@ from espalier.methods.base import FROZEN, is_frozen
 from espalier.plan import Budget
 
 LAYOUTS = ("auto", "channel", "spatial")
+BISECTIONS = 20
 COMPOSING = 0.06  # of the MACs of a layer that composing its weight may cost at full rank ...
 USUAL_BATCH = 128  # ... and at this batch
 
@@ -50,14 +52,39 @@ class RankLadders:
         """Ladder -> rung, as ``solve`` and ``Run.rungs`` take it."""
         return {ladder_name(layer): self.rung(layer, rank) for layer, rank in ranks.items()}
 
-    def importance(self, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What every rung adds, from a score per triplet, largest singular value first."""
+    def importance(self, scores: Mapping[str, np.ndarray], *, returns: float = 1.0) -> dict[str, np.ndarray]:
+        """What every rung adds, from a score per triplet, largest singular value first.
+
+        A rung that holds the share ``h`` of its layer's total is worth ``total * h ** returns``: below 1, what a layer loses
+        last is dearest, so that none is emptied because its energy lies in few triplets.
+        """
         found = {}
         for layer, values in scores.items():
             sums = np.concatenate([[0.0], np.cumsum(values)])
+            if returns != 1.0 and sums[-1] > 0:
+                sums = sums[-1] * (sums / sums[-1]) ** returns
             at = np.minimum([0, *self.ranks[layer], len(values)], len(values))
             found[ladder_name(layer)] = np.diff(sums[at])
         return found
+
+    def equal(self, limits: Mapping[str, int], *, share: float = 1.0) -> dict[str, int]:
+        """Ladder -> ``share`` of its rung where every layer has the same fraction of its factorised rungs: the largest fraction
+        within ``limits``, by bisection; one rung at least."""
+        costs = CostModel(self.graph)
+
+        def rungs(fraction: float) -> dict[str, int]:
+            return {ladder_name(n): max(1, int(fraction * len(ranks))) for n, ranks in self.ranks.items()}
+
+        def fits(fraction: float) -> bool:
+            at = rungs(fraction)
+            cost = costs.cost(np.array([at.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
+            return all(getattr(cost, metric) <= limit for metric, limit in limits.items())
+
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return rungs(share * low)
 
     def plain(self, layer: str, factors: tuple[Tensor, Tensor, Tensor], *, bias: Tensor | None) -> nn.Sequential:
         """Two plain layers in a row; both take a square root of ``s``, so that further training treats them alike."""
