@@ -675,7 +675,8 @@ def made_here(d: Draft) -> None:
     x, c = v.name, d.number(v)
     rest = "".join(f", {x}.shape[{i + 2}]" for i in range(len(v.space)))
     zeros = d.pick([
-        f"torch.zeros_like({x})", f"{x}.new_zeros({x}.shape[0], {c}{rest})", f"torch.zeros({x}.shape[0], {c}{rest}, dtype={x}.dtype)",
+        f"torch.zeros_like({x})", f"{x}.new_zeros({x}.shape[0], {c}{rest})",
+        f"torch.zeros({x}.shape[0], {c}{rest}, dtype={x}.dtype)",
         f"{x}.new_ones({x}.shape)",
     ])  # fmt: skip
     made = d.add(zeros, v.kind, v.width, v.space)

@@ -1,4 +1,4 @@
-"""``python -m tests.soak_programs N [FIRST] [--record]``: prove N random programs, of seeds FIRST, FIRST + 1, ...; exit code 1 if not.
+"""``python -m tests.soak_programs N [FIRST] [--record]``: prove N random programs, of seeds FIRST, ...; exit code 1 if not.
 
 Three plans each - about a quarter of the units gone, half of what the MACs can lose, one unit left of every group - in eval and
 in train mode.  ``--record`` adds what came of it to ``benchmarks/results/soak_programs.json``, which ``docs/results.md`` reads.
@@ -41,9 +41,9 @@ TOLERANCE = 1e-8  # of the largest output, in float64
 
 @dataclass
 class Outcome:
-    """What became of one program: ``kind`` is "proven", "whole", "wrong", "crash" or "cost"; ``removable`` a share of the MACs."""
+    """What became of one program; ``removable`` is a share of the MACs."""
 
-    kind: str
+    kind: str  # "proven", "whole", "wrong", "crash" or "cost"
     text: str = ""
     removable: float = 0.0
     why: list[str] = field(default_factory=list)

@@ -529,8 +529,8 @@ def test_an_operation_without_a_rule_is_listed_with_its_line_and_freezes_what_it
 
 
 def test_a_rule_that_is_wrong_freezes_what_it_touches_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(watch: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        state(args[0]).layers[0].unsqueeze(0)  # type: ignore[attr-defined]  # labels are arrays, not tensors
+    def wrong(watch: Any, call: Any) -> None:
+        state(call.first).layers[0].unsqueeze(0)  # type: ignore[attr-defined]  # labels are arrays, not tensors
 
     monkeypatch.setitem(RULES, torch.ops.aten._fft_r2c, wrong)
     graph, _, _ = prove(Net(lambda m, x: m.c(torch.fft.rfft2(m.a(x)).real), a=conv(3, 16), c=pair(16)), IMAGE, macs=0.9)

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.copies import named_modules, tensors_of_modules
 from espalier.graph import shapes
+from espalier.graph.call import Call, tensors_of
 
 Layer = np.ndarray  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
 
@@ -138,20 +139,6 @@ NOTHING = State()
 
 def state(tensor: Tensor) -> State:
     return getattr(tensor, "_espalier", NOTHING)
-
-
-def tensors_of(args: Any, kwargs: Any = None) -> list[Tensor]:
-    """The tensors among the arguments or results of an ATen operation, which are flat or lists."""
-    if isinstance(args, Tensor):
-        return [args]
-    found = []
-    values = args if isinstance(args, (tuple, list)) else (args,)
-    for value in (*values, *kwargs.values()) if kwargs else values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [t for t in value if isinstance(t, Tensor)]
-    return found
 
 
 def parted(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -564,12 +551,12 @@ class Watch(TorchDispatchMode):
 
     def _apply(self, rule: Callable[..., None], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         try:
-            rule(self, func, args, kwargs, out)
+            rule(self, Call(func, args, kwargs, out))
         except (Mismatch, TraceError):
             raise
         except Exception as error:  # a shape that the rule does not expect, or a rule that is wrong
             self.unknown[f"{func._overloadpacket} in {self.place()}: its rule failed, {first_line(error)}"] = None
-            self.rules["fixed"](self, func, args, kwargs, out)
+            self.rules["fixed"](self, Call(func, args, kwargs, out))
 
     def freeze_operands(self, args: Any, kwargs: Any, text: str) -> None:
         for tensor in tensors_in((args, kwargs)):

@@ -1,0 +1,179 @@
+"""Operations element by element, copies, and what happens to an operation without a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from espalier.graph.call import Call
+from espalier.graph.rules.table import RULES, align, aten, derived_from, pending_of, rule, settle
+from espalier.graph.watch import (
+    COMPUTED,
+    PLAIN,
+    Layer,
+    RawSite,
+    Watch,
+    compact,
+    state,
+    varying,
+)
+
+# -- element-wise ------------------------------------------------------------------------------------------------------
+
+
+def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> list[Layer]:
+    """Layers of an element-wise result of ``shape``: matching dimensions tie, a fixed partner freezes."""
+    first = state(operands[0]).layers if operands else ()
+    if len(first) == 1 and first[0].size > 1 and all(t.shape == shape and _is_alike(t, first[0]) for t in operands):
+        for other in operands[1:]:  # a residual sum, as most are
+            watch.tie(first[0], state(other).layers[0])
+        return [compact(first[0])]
+    ndim = len(shape)
+    merged: list[Layer] = []
+    shapes = [(1,) * (ndim - t.ndim) + tuple(t.shape) for t in operands]
+    for tensor in operands:
+        for layer in state(tensor).layers:
+            layer = align(layer, ndim)
+            dims = varying(layer)
+            if not dims and any(
+                other is not tensor and max(s, default=1) > 1 for other, s in zip(operands, shapes, strict=True)
+            ):
+                watch.freeze([layer], "is a single channel that is broadcast")
+                continue
+            if _meets_fixed(tensor, dims, operands, shapes, ndim):
+                watch.freeze([layer], "is combined element by element with a tensor of fixed size")
+                continue
+            for i, known in enumerate(merged):
+                if set(varying(known)) & set(dims) or (not dims and not varying(known)):
+                    watch.tie(known, layer)
+                    if known.shape != layer.shape:
+                        known = np.broadcast_to(known, np.broadcast_shapes(known.shape, layer.shape))
+                    merged[i] = compact(known)
+                    break
+            else:
+                merged.append(layer)
+    return merged
+
+
+def _is_alike(tensor: Tensor, layer: Layer) -> bool:
+    """Are the channels of ``tensor`` where those of ``layer`` are, and nowhere else?"""
+    layers = state(tensor).layers
+    return len(layers) == 1 and layers[0].shape == layer.shape
+
+
+def _meets_fixed(
+    tensor: Tensor, dims: tuple[int, ...], operands: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], ndim: int
+) -> bool:
+    """Another operand is as long as this one along its channels, but no channels of its own are known there."""
+    for other, size in zip(operands, shapes, strict=True):
+        if other is not tensor:
+            theirs = [align(m, ndim) for m in state(other).layers]
+            if any(size[d] > 1 and not any(m.shape[d] > 1 for m in theirs) for d in dims):
+                return True
+    return False
+
+
+KEEPS_ZERO = {
+    getattr(aten, name)
+    for name in (
+        "mul", "mul_", "div", "div_", "neg", "neg_", "abs", "abs_", "sign", "sgn", "round", "trunc", "relu", "relu_", "tanh",
+        "leaky_relu", "gelu", "silu", "hardswish", "erf", "sin", "atan", "square", "asinh", "sinh",
+    )
+}  # fmt: skip
+"""Operations that make zero of a parameter that is zero (of a quotient: of its first operand)."""
+
+
+def computed(call: Call, operands: Sequence[Tensor]) -> bool:
+    """Could the result be other than zero where a parameter among ``operands`` is zero?"""
+    packet = call.packet
+    quotient = packet in (aten.div, aten.div_)
+    return packet not in KEEPS_ZERO or (quotient and any(state(t).layers for t in operands[1:]))
+
+
+def pointwise(watch: Watch, call: Call) -> None:
+    operands, outs = call.operands, call.outs
+    derived = derived_from(operands)
+    if derived == PLAIN and computed(call, operands):
+        derived = COMPUTED
+    shape = outs[0].shape if outs else ()
+    if len(operands) == 1 and operands[0].shape == shape:
+        known = state(operands[0])
+        for o in outs:
+            watch.put(o, known.layers, derived=derived, pending=known.pending)
+        return
+    layers = combine(watch, operands, shape)
+    pending = pending_of(operands)
+    if not derived:
+        settle(watch, operands)
+        pending = ()
+    for o in outs:
+        watch.put(o, layers, derived=derived, pending=pending)
+
+
+RULES["pointwise"] = pointwise
+rule(
+    "hardswish", "hardswish_", "_prelu_kernel", "where", "copy_", "celu", "celu_", "elu", "elu_", "softplus", "mish", "mish_",
+    "hardsigmoid_", "hardtanh", "hardtanh_", "threshold", "threshold_", "log_sigmoid_forward", "rrelu_with_noise", "selu",
+    "leaky_relu", "leaky_relu_", "logit", "hardshrink", "softshrink", "masked_fill", "masked_fill_", "relu6", "silu", "silu_",
+    "lerp", "addcmul", "addcdiv", "dropout", "feature_dropout", "maximum", "minimum",
+)(pointwise)  # fmt: skip
+
+
+@rule("clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout", "empty_like",
+      "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli_", "bernoulli", "fill_", "zero_",
+      "uniform_", "normal_", "fill", "_reshape_alias_copy", "positive")  # fmt: skip
+def same(watch: Watch, call: Call) -> None:
+    """The result has the channels of the first operand."""
+    known = state(call.first)
+    for o in call.outs:
+        watch.put(o, known.layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("as_strided_")
+def restrided(watch: Watch, call: Call) -> None:
+    """In place: the same elements in the same shape with other strides (adaptive pooling to 1x1 ends so)."""
+    if all(
+        len(call["size"]) == m.ndim and all(s in (1, n) for s, n in zip(m.shape, call["size"], strict=True))
+        for m in state(call.out).layers
+    ):
+        return
+    unknown(watch, call)
+
+
+def unknown(watch: Watch, call: Call) -> None:
+    """No rule: freeze every label that gets here, and list the operation."""
+    operands = call.operands
+    if any(state(t).layers for t in operands):
+        watch.freeze_operands(call.args, call.kwargs, f"{call.packet} has no rule")
+        watch.unknown[f"{call.packet} in {watch.place()}"] = None
+    if operands:
+        constant_macs(watch, call)
+    for o in call.outs:
+        watch.put(o)
+
+
+RULES["unknown"] = unknown
+
+
+def fixed(watch: Watch, call: Call) -> None:
+    """A rehearsal has shown that this line, or the module it is in, works for one size only."""
+    watch.freeze_operands(call.args, call.kwargs, watch.reason())
+    constant_macs(watch, call)
+    derived = derived_from(call.operands)
+    for o in call.outs:
+        watch.put(o, derived=derived)
+
+
+RULES["fixed"] = fixed
+
+
+def constant_macs(watch: Watch, call: Call) -> None:
+    """MACs of an operation whose sizes are fixed, from torch's own table of closed forms."""
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry.get(call.packet)
+    if count is not None:
+        macs = count(*call.args, **call.kwargs, out_val=call.out) // 2
+        watch.sites.append(RawSite(watch.module_name, str(call.packet), None, int(macs), (), watch.clock))

@@ -1,0 +1,227 @@
+"""Convolutions and matrix products: where channels are made and where they end."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor, nn
+
+from espalier.graph.call import Call
+from espalier.graph.rules.elementwise import combine
+from espalier.graph.rules.table import align, derived_from, pending_of, rule, settle
+from espalier.graph.watch import (
+    COMPUTED,
+    Layer,
+    RawSite,
+    Reason,
+    State,
+    Watch,
+    state,
+    varying,
+)
+
+# -- convolutions and matrix products ----------------------------------------------------------------------------------
+
+GROUPS_TAKEN_WHOLE = 4  # from this many groups on, a convolution loses whole groups; below, it loses positions in all
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+def convolution(watch: Watch, call: Call) -> None:
+    """Weight ``(O, I/g, ...)``, transposed ``(I, O/g, ...)``: outputs are made, inputs are consumed."""
+    x, weight, bias, out = call["input"], call["weight"], call["bias"], call.out
+    transposed, groups = call.get("transposed", False), call["groups"]
+    channels = watch.vector(x, 1 if x.ndim == weight.ndim else 0)
+    known = state(weight)
+    rows, cols = watch.vector(weight, 0), watch.vector(weight, 1)
+    bake = ""
+    if known.pending:
+        module = watch.module
+        if isinstance(module, nn.Conv2d) and "weight" in module._parameters and not transposed and not known.source:
+            bake = watch.module_name
+            watch.baked[bake] = None
+            cols = baked_columns(watch, module, cols)
+        else:
+            settle(watch, [weight])
+    if known.derived == COMPUTED and not bake:
+        watch.freeze([rows if transposed else cols], "belongs to a weight that is computed")
+    made = cols if transposed else rows
+    if groups > 1:
+        made = grouped(watch, channels, rows, cols, groups, transposed)
+    else:
+        consumed = rows if transposed else cols
+        watch.tie(channels, consumed)
+        watch.consume(consumed)
+    if isinstance(bias, Tensor):
+        watch.tie(made, watch.vector(bias, 0))
+    positions = x if transposed else out
+    spatial = math.prod(positions.shape[2 - (x.ndim != weight.ndim) :]) * (x.shape[0] if x.ndim == weight.ndim else 1)
+    watch.sites.append(
+        RawSite(
+            watch.module_name,
+            "transposed convolution" if transposed else "convolution",
+            known.source,
+            int(spatial * math.prod(weight.shape[2:])),
+            (rows, cols),
+            watch.clock,
+            baked=bool(bake),
+        )
+    )
+    shape = [1] * out.ndim
+    shape[1 if x.ndim == weight.ndim else 0] = -1
+    watch.put(call.out, [made.reshape(shape)] if np.count_nonzero(made) else [])
+
+
+def baked_columns(watch: Watch, module: nn.Module, cols: np.ndarray) -> np.ndarray:
+    """Input labels of a weight that is computed: those of the raw parameter, which went through a statistic."""
+    raw = getattr(module, "weight", None)
+    if isinstance(raw, Tensor) and state(raw).source is not None:
+        return watch.vector(raw, 1)
+    return cols
+
+
+def grouped(
+    watch: Watch, channels: np.ndarray, rows: np.ndarray, cols: np.ndarray, groups: int, transposed: bool
+) -> np.ndarray:
+    """Tie what a grouped convolution needs to stay one; returns the labels of its output channels.
+
+    Many groups (depthwise, ResNeXt): a unit is a whole group, inputs and outputs together, and ``groups`` shrinks.
+    Few groups (ResNeSt's 2): a unit is one position in every group, ``groups`` stays.
+    """
+    inside = channels.size // groups
+    outside = (cols.size * groups if transposed else rows.size) // groups
+    x = channels.reshape(groups, inside)
+    module = watch.module
+    if watch.rehearsal is None:
+        whole = inside == 1 or groups >= GROUPS_TAKEN_WHOLE
+    else:
+        whole = watch.module_name in watch.rehearsal.whole_groups
+    owned = isinstance(
+        module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    )
+    if whole and not (owned and module.groups == groups):
+        made = np.tile(cols, groups) if transposed else rows
+        watch.freeze([channels, rows, cols], "a functional convolution fixes the number of groups")
+        return made
+    if whole:
+        watch.tie(x, x[:, :1])
+        watch.whole_groups[watch.module_name] = outside
+        if transposed:  # weight (I, O/g): rows follow the inputs, columns stay
+            watch.tie(rows.reshape(groups, inside), x)
+            watch.freeze([cols], "is shared by all groups of a transposed convolution")
+            watch.consume(rows)
+            return x[:, 0].repeat(outside)
+        watch.tie(rows.reshape(groups, outside), x[:, :1])
+        watch.freeze([cols], "is shared by the groups of a convolution")
+        return rows
+    watch.tie(x, x[:1])
+    if transposed:
+        watch.tie(rows.reshape(groups, inside), x)
+        watch.consume(rows)
+        return np.tile(cols, groups)
+    watch.tie(cols, x[0])
+    watch.consume(cols)
+    watch.tie(rows.reshape(groups, outside), rows.reshape(groups, outside)[:1])
+    return rows
+
+
+@rule("mm", "bmm", "matmul", "dot", "mv")
+def matmul(watch: Watch, call: Call) -> None:
+    a, b = call.args
+    derived = derived_from([a, b])
+    if derived and min(a.ndim, b.ndim) == 1:
+        weight_times_vector(watch, a, b, call.out, derived)
+    else:
+        watch.put(call.out, contract(watch, a, b, call.out), derived=derived)
+
+
+def weight_times_vector(watch: Watch, a: Tensor, b: Tensor, out: Tensor, derived: int) -> None:
+    """A statistic of a weight, such as its largest singular value: it ends up in every element of the weight."""
+    watch.tie(watch.vector(a, -1), watch.vector(b, 0))
+    reason = Reason("a weight is divided by a statistic over these channels", watch.place())
+    layers, pending = [], list(pending_of([a, b]))
+    for layer in (*state(a).layers, *state(b).layers):
+        if layer.ndim == 2 and layer.shape[1] == 1:
+            layers.append(layer.reshape(-1))
+        else:
+            pending.append((layer.reshape(1, -1), reason))
+    watch.put(out, layers, derived=derived, pending=tuple(pending))
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(watch: Watch, call: Call) -> None:
+    added, a, b = call.args[:3]
+    watch.put(call.out, contract(watch, a, b, call.out))
+    watch.put(call.out, combine(watch, [call.out, added], call.out.shape))
+
+
+@rule("linear")
+def linear(watch: Watch, call: Call) -> None:
+    weight, known = call["weight"], state(call["weight"])
+    flipped = weight.t()
+    layers = tuple(m.T for m in known.layers)
+    flipped._espalier = State(layers, source=known.source, derived=known.derived, pending=known.pending)  # type: ignore[attr-defined]
+    watch.put(call.out, contract(watch, call.first, flipped, call.out))
+    if call["bias"] is not None:
+        watch.put(call.out, combine(watch, [call.out, call["bias"]], call.out.shape))
+
+
+def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
+    """``a (..., m, k) @ b (..., k, n)``: labels along ``k`` meet and end here, the others go through."""
+    ka, kb = a.ndim - 1, max(b.ndim - 2, 0)
+    ends_b = [m for m in state(b).layers if m.shape[kb] > 1]
+    # of a single channel that was flattened every position is an input
+    alone = [m for m in state(a).layers if not varying(m) and (a.shape[ka] == 1 or ends_b)]
+    ends_a = [m for m in state(a).layers if m.shape[ka] > 1] + alone
+    weight = b if state(b).derived else a if state(a).derived else None
+    if weight is None and (ends_a or ends_b):
+        watch.freeze([*ends_a, *ends_b], "is contracted with another activation")
+        inner = np.zeros(a.shape[ka], dtype=np.int64)
+    else:
+        inner = alone[0].reshape(-1).repeat(a.shape[ka]) if alone else watch.vector(a, ka)
+        other = watch.vector(b, kb)
+        watch.tie(inner, other)
+        if weight is not None:
+            settle(watch, [weight])
+            if state(weight).derived == COMPUTED:
+                watch.freeze([other if weight is b else inner], "belongs to a weight that is computed")
+            watch.consume(other if weight is b else inner)
+        inner = other if weight is b else inner
+    layers = []
+    for m in state(a).layers:
+        if not any(m is e for e in ends_a) and m.ndim == out.ndim:
+            layers.append(m)
+    outer = np.zeros(0, dtype=np.int64)
+    for m in state(b).layers:
+        if not any(m is e for e in ends_b):
+            moved = align(m, out.ndim) if b.ndim > 1 else m
+            layers.append(moved)
+            if weight is b:
+                outer = m.reshape(-1)
+    macs = out.numel() * a.shape[ka]
+    factors = tuple(f for f in (outer, inner) if f.size > 1)
+    if weight is not b:
+        rest = [m.reshape(-1) for m in layers]
+        factors = (inner, *rest)[:3] if inner.size > 1 else tuple(rest[:3])
+    count = math.prod(len(f) for f in factors)
+    if not count or macs % count:
+        factors, count = (), 1
+    watch.sites.append(
+        RawSite(
+            watch.module_name,
+            "matrix product",
+            state(weight).source if weight is not None else None,
+            macs // count,
+            factors,
+            watch.clock,
+        )
+    )
+    return layers
+
+
+@rule("embedding")
+def embedding(watch: Watch, call: Call) -> None:
+    table, out = call.first, call.out
+    watch.freeze([m for m in state(table).layers if m.shape[0] > 1], "is looked up by index")
+    vec = watch.vector(table, 1)
+    watch.put(call.out, [vec.reshape([1] * (out.ndim - 1) + [-1])] if vec.any() else [])

@@ -1,0 +1,269 @@
+"""Views, cuts, concatenations, permutations: executed on the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espalier.graph.call import Call
+from espalier.graph.rules.elementwise import combine
+from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
+from espalier.graph.watch import (
+    Layer,
+    State,
+    Watch,
+    compact,
+    narrowed,
+    state,
+    varying,
+)
+from espalier.layers import ChannelPad
+
+# -- views: executed on the labels -------------------------------------------------------------------------------------
+
+
+def on_labels(call: Call, layer: Layer) -> Any:
+    """What the operation makes of a layer in the place of its first operand: an array, or several."""
+    whole = torch.from_numpy(layer if layer.flags.writeable else layer.copy()).expand(call.first.shape)
+    made = call.op(whole, *call.args[1:], **call.kwargs)
+    return made.numpy() if isinstance(made, Tensor) else [m.numpy() for m in made]
+
+
+def executed(watch: Watch, call: Call) -> None:
+    """Run the operation itself on the labels."""
+    known = state(call.first)
+    layers = [compact(on_labels(call, layer)) for layer in known.layers]
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+rule("squeeze", "flip", "repeat", "unfold", "roll")(executed)
+
+
+@rule("permute", "transpose", "t", "unsqueeze", "movedim")
+def turned(watch: Watch, call: Call) -> None:
+    """Dimensions change places, channels do not."""
+    turn = TURNS.get(call.packet)
+    if turn is None or call.kwargs:
+        executed(watch, call)
+        return
+    tensor, known = call.first, state(call.first)
+    layers = [turn(align(layer, tensor.ndim), *call.args[1:]) for layer in known.layers]
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+TURNS: dict[Any, Callable[..., Layer]] = {
+    aten.t: np.transpose,
+    aten.transpose: np.swapaxes,
+    aten.permute: np.transpose,
+    aten.unsqueeze: np.expand_dims,
+}
+
+
+@rule("expand")
+def expand(watch: Watch, call: Call) -> None:
+    known = state(call.first)
+    layers = [align(layer, call.out.ndim) for layer in known.layers]
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
+    """What reshaping ``shape`` to ``new`` makes of a layer: written out only in the dimensions that its channels share.
+
+    Neighbouring dimensions are taken together until both sides have the same product; where the labels do not change
+    along any of them, they need no copy of a weight's or an activation's size.
+    """
+    if 0 in shape:
+        return np.broadcast_to(layer, shape).reshape(new)
+    before, after = (np.cumprod([1, *sizes]) for sizes in (shape, new))
+    expanded: list[int] = []
+    final: list[int] = []
+    for product in np.intersect1d(before, after):
+        i, j = (int(np.searchsorted(p, product, side="right")) - 1 for p in (before, after))
+        changes = any(n > 1 for n in layer.shape[len(expanded) : i])
+        expanded += shape[len(expanded) : i] if changes else [1] * (i - len(expanded))
+        final += new[len(final) : j] if changes else [1] * (j - len(final))
+    return np.broadcast_to(layer, expanded).reshape(final)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def view(watch: Watch, call: Call) -> None:
+    """Merging dimensions only flows; splitting the channel axis says that one factor stays fixed, which one is tried out.
+
+    First guess: the last factor shrinks (``view(b, groups, c // groups, h, w)``), then the first
+    (``view(b, c // 4, 2, 2, h, w)``), then none.  A rehearsal decides, see ``trace``.
+    """
+    tensor, known = call.first, state(call.first)
+    layers = []
+    for layer in known.layers:
+        result = compact(reshaped(align(layer, tensor.ndim), tensor.shape, call.out.shape))
+        dims = varying(result)
+        level = watch.level()
+        if level and len(dims) <= 1:
+            watch.freeze([result], "a view fixes the number of channels")
+        elif len(dims) > max(1, len(varying(layer))):
+            if level >= 2:
+                watch.freeze([result], "a view splits the channels in a way that does not follow their number")
+            else:
+                shrinking = dims[-1] if level == 0 else dims[0]
+                for dim in dims:
+                    if dim != shrinking:
+                        watch.tie(result, narrowed(result, dim))
+        layers.append(result)
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(watch: Watch, call: Call) -> None:
+    """``(C*r*r, H, W) -> (C, H*r, W*r)``"""
+    block = watch.vector(call.first, -3).reshape(-1, call["upscale_factor"] ** 2)
+    watch.tie(block, block[:, :1])
+    _put_along(watch, call.out, -3, block[:, 0])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(watch: Watch, call: Call) -> None:
+    """``(C, H*r, W*r) -> (C*r*r, H, W)``"""
+    _put_along(watch, call.out, -3, watch.vector(call.first, -3).repeat(call["downscale_factor"] ** 2))
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(watch: Watch, call: Call) -> None:
+    block = watch.vector(call.first, 1).reshape(call["groups"], -1)
+    watch.tie(block, block[:1])
+    _put_along(watch, call.out, 1, block.T.reshape(-1))
+
+
+def _put_along(watch: Watch, out: Tensor, dim: int, labels: np.ndarray) -> None:
+    """``out`` has ``labels`` along ``dim`` and no others."""
+    shape = [1] * out.ndim
+    shape[dim] = -1
+    watch.put(out, [labels.reshape(shape)] if labels.any() else [])
+
+
+def chunked(watch: Watch, layer: Layer, dim: int, size: int) -> None:
+    """``layer`` is cut along ``dim`` into equal pieces: they stay equal only if their channels go together."""
+    if watch.level() >= 1:
+        watch.freeze([layer], "is cut at a fixed width")
+        return
+    pieces = np.split(layer, range(size, layer.shape[dim], size), dim)
+    for piece in pieces[1:]:
+        watch.tie(pieces[0], piece)
+
+
+@rule("slice", "narrow")
+def slice_(watch: Watch, call: Call) -> None:
+    tensor, known = call.first, state(call.first)
+    out, dim = call.out, call["dim"] % max(tensor.ndim, 1)
+    start, step = call["start"], call.get("step", 1)
+    layers = []
+    for layer in known.layers:
+        if layer.shape[dim] > 1 and out.shape[dim] != tensor.shape[dim]:
+            size, total = out.shape[dim], tensor.shape[dim]
+            start = (start or 0) % total
+            if step == 1 and call.packet is aten.slice and size and total % size == 0 and start % size == 0:
+                chunked(watch, layer, dim, size)
+            else:
+                watch.mix(layer, [dim], "is sliced at a fixed index")
+            layer = on_labels(call, layer)
+        layers.append(compact(layer))
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+def split(watch: Watch, call: Call) -> None:
+    tensor, known = call.first, state(call.first)
+    unbinds = call.packet is aten.unbind
+    out, dim = call.out, call["dim"] % tensor.ndim
+    pieces: list[list[Layer]] = [[] for _ in out]
+    for layer in known.layers:
+        if layer.shape[dim] > 1:
+            if unbinds:
+                watch.mix(layer, [dim], "is unbound one by one")
+            elif len({o.shape[dim] for o in out}) == 1:
+                if len(out) > 1:
+                    chunked(watch, layer, dim, out[0].shape[dim])
+            else:
+                watch.mix(layer, [dim], "is split at fixed widths")
+            cut = on_labels(call, layer)
+        else:
+            cut = [layer.squeeze(dim) if unbinds else layer] * len(out)
+        for piece, part in zip(pieces, cut, strict=True):
+            piece.append(compact(part))
+    for o, layers in zip(out, pieces, strict=True):
+        watch.put(o, layers, derived=known.derived, pending=known.pending)
+
+
+@rule("select")
+def select(watch: Watch, call: Call) -> None:
+    tensor, known = call.first, state(call.first)
+    dim = call["dim"] % tensor.ndim
+    layers = []
+    for layer in known.layers:
+        watch.mix(layer, [dim], "is selected by a fixed index")
+        layers.append(compact(np.asarray(np.broadcast_to(layer, tensor.shape).take(call["index"], dim))))
+    watch.put(call.out, layers, derived=known.derived, pending=known.pending)
+
+
+@rule("cat", "concat", "concatenate")
+def cat(watch: Watch, call: Call) -> None:
+    tensors = [t for t in call.first if t.numel() or t.ndim == call.out.ndim]
+    dim = call["dim"] % call.out.ndim
+    watch.put(call.out, join(watch, tensors, dim), derived=derived_from(tensors), pending=pending_of(tensors))
+
+
+def join(watch: Watch, tensors: Sequence[Tensor], dim: int) -> list[Layer]:
+    """Layers after concatenation: labels line up along ``dim`` and must agree along every other dimension."""
+    if not any(state(t).layers for t in tensors):
+        return []
+    along = [any(layer.shape[dim] > 1 for layer in state(t).layers) for t in tensors]
+    single = [t.shape[dim] == 1 and any(not varying(m) for m in state(t).layers) for t in tensors]
+    if any(along) or (any(single) and all(len(state(t).layers) <= 1 for t in tensors)):
+        new = np.concatenate([watch.vector(t, dim) for t in tensors])
+        shape = [1] * tensors[0].ndim
+        shape[dim] = -1
+        return [new.reshape(shape)] if np.count_nonzero(new) else []
+    base = tensors[0]
+    narrow = [t.narrow(dim, 0, 1) for t in tensors]
+    for short, full in zip(narrow, tensors, strict=True):
+        short._espalier = State(state(full).layers)  # type: ignore[attr-defined]
+    return combine(watch, narrow, base.narrow(dim, 0, 1).shape)
+
+
+@rule("stack")
+def stack(watch: Watch, call: Call) -> None:
+    tensors, dim = call.first, call["dim"] % call.out.ndim
+    layers = combine(watch, tensors, tensors[0].shape)
+    derived = derived_from(tensors)
+    watch.put(call.out, [np.expand_dims(layer, dim) for layer in layers], derived=derived, pending=pending_of(tensors))
+
+
+@rule("index_select")
+def numbered(watch: Watch, call: Call) -> None:
+    """What is read by number cannot move."""
+    watch.freeze_operands(call.args, call.kwargs, "channels are selected by number")
+    watch.put(call.out, derived=derived_from([call.first]))
+
+
+@rule("constant_pad_nd")
+def pad(watch: Watch, call: Call) -> None:
+    """Spatial padding belongs to its channel; new channels are known only where a ``ChannelPad`` makes them."""
+    tensor, amounts, known = call.first, call["pad"], state(call.first)
+    layers = []
+    for layer in known.layers:
+        amount = {tensor.ndim - 1 - i: tuple(amounts[2 * i : 2 * i + 2]) for i in range(len(amounts) // 2)}
+        padded = [d for d in varying(layer) if amount.get(d, (0, 0)) != (0, 0)]
+        if padded == [1] and isinstance(watch.module, ChannelPad) and len(varying(layer)) == 1:
+            name = watch.module_name
+            before = watch.axis_labels(f"{name}#before", 0, watch.module.before)
+            after = watch.axis_labels(f"{name}#after", 0, watch.module.after)
+            vec = np.concatenate([before, layer.reshape(-1), after])
+            layer = vec.reshape([1, -1] + [1] * (tensor.ndim - 2))
+        elif padded:
+            watch.freeze([layer], "channels are padded by a fixed number")
+            continue
+        layers.append(layer)
+    watch.put(call.out, layers, derived=known.derived, pending=known.pending)
