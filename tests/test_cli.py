@@ -278,8 +278,8 @@ def test_what_an_exporter_says_comes_without_colours(monkeypatch):
     def broken(*_):
         raise RuntimeError("\x1b[96mno rule\x1b[0;1m for this\x1b[0m")
 
-    monkeypatch.setattr("espalier.run.onnx._ATTEMPTS", (("broken", broken, True),))
-    with pytest.raises(ValueError, match=r"broken: no rule for this$"):
+    monkeypatch.setattr("espalier.run.onnx._EXPORTERS", (("broken", broken),))
+    with pytest.raises(ValueError, match=r"broken: no rule for this; broken with a fixed batch: no rule for this$"):
         to_onnx_bytes(nn.Linear(2, 2), torch.zeros(1, 2))
 
 
@@ -295,7 +295,7 @@ def test_a_difference_is_relative_to_outputs_however_small(ours, theirs, tmp_pat
 
     assert export_onnx(constant(ours), tmp_path / "same.onnx", torch.zeros(1, 2)) == 0.0
     wrong = to_onnx_bytes(constant(theirs), torch.zeros(1, 2))
-    monkeypatch.setattr("espalier.run.onnx._ATTEMPTS", (("liar", lambda *_: wrong, True),))
+    monkeypatch.setattr("espalier.run.onnx._EXPORTERS", (("liar", lambda *_: wrong),))
     with pytest.raises(ValueError, match="differ from PyTorch's"):
         export_onnx(constant(ours), tmp_path / "m.onnx", torch.zeros(1, 2))
 

@@ -105,7 +105,7 @@ def test_a_file_that_computes_something_else_is_not_written(onnx, tmp_path, monk
     with torch.no_grad():
         other[-1].bias.add_(0.5)
     wrong = onnx_room.to_onnx_bytes(other, EXAMPLE)
-    monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("liar", lambda *_: wrong, True),))
+    monkeypatch.setattr(onnx_room, "_EXPORTERS", (("liar", lambda *_: wrong),))
     with pytest.raises(ValueError, match=r"differ from PyTorch's by \d+\.\d+.*not written"):
         export_onnx(small_net(), path, EXAMPLE)
     assert path.read_bytes() == b"older"
@@ -115,11 +115,11 @@ def test_an_exporter_that_fails_makes_room_for_the_next(onnx, monkeypatch):
     def broken(*_):
         raise RuntimeError("no rule for this\nand a page of advice")
 
-    attempts = onnx_room._ATTEMPTS
-    monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("broken", broken, True), attempts[1]))
+    exporters = onnx_room._EXPORTERS
+    monkeypatch.setattr(onnx_room, "_EXPORTERS", (("broken", broken), exporters[1]))
     assert onnx_session(onnx_room.to_onnx_bytes(small_net(), EXAMPLE)) is not None
-    monkeypatch.setattr(onnx_room, "_ATTEMPTS", (("broken", broken, True),))
-    with pytest.raises(ValueError, match=r"broken: no rule for this$"):
+    monkeypatch.setattr(onnx_room, "_EXPORTERS", (("broken", broken),))
+    with pytest.raises(ValueError, match=r"broken: no rule for this; broken with a fixed batch: no rule for this$"):
         onnx_room.to_onnx_bytes(small_net(), EXAMPLE)
 
 
@@ -135,3 +135,57 @@ def test_onnx_runtime_is_timed_too(onnx):
     found = latency({"dense": small_net(), "small": small_net()}, EXAMPLE, backend="onnxruntime", repeats=3)
     assert [(t.name, t.batch) for t in found] == [("dense", 1), ("small", 1), ("dense", 64), ("small", 64)]
     assert all(t.milliseconds > 0 for t in found)
+
+
+def test_names_open_sizes_opset_and_metadata_are_as_asked(onnx, tmp_path):
+    path = tmp_path / "m.onnx"
+    image = torch.randn(1, 3, 32, 32)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    export_onnx(
+        net,
+        path,
+        image,
+        input_names=["image"],
+        output_names=["features"],
+        opset=17,
+        dynamic=("batch", "height", "width"),
+        metadata={"classes": "cat,dog"},
+    )
+    found = onnx.load(path)
+    assert [o.version for o in found.opset_import if not o.domain] == [17]
+    assert {p.key: p.value for p in found.metadata_props} == {
+        "espalier_version": espalier.__version__,
+        "classes": "cat,dog",
+    }
+    wide = torch.randn(2, 3, 40, 48)
+    [theirs] = onnx_session(path.read_bytes()).run(["features"], {"image": wide.numpy()})
+    assert np.allclose(theirs, net(wide).detach().numpy(), atol=1e-5)
+
+
+def test_what_cannot_be_written_as_asked_is_refused(onnx, tmp_path):
+    file = tmp_path / "m.onnx"
+    fixed = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
+    for options, words in (
+        ({"dynamic": ("depth",)}, "'depth' is none of batch, height, width"),
+        ({"input_names": ["a", "b"]}, "2 input names were given for 1 inputs"),
+        ({"dynamic": ("batch", "height")}, "cannot be exported"),  # its linear layer knows one size of image
+    ):
+        with pytest.raises(ValueError, match=words):
+            export_onnx(fixed, file, torch.zeros(1, 3, 8, 8), **options)
+    with pytest.raises(ValueError, match=r"the second argument is the file to write.*got a Tensor"):
+        export_onnx(fixed, torch.zeros(1, 3, 8, 8), file)
+    assert not file.exists()
+
+
+def test_files_are_timed_beside_models_and_alone(onnx, tmp_path):
+    path = tmp_path / "m.onnx"
+    export_onnx(small_net(), path, EXAMPLE)
+    options = {"backend": "onnxruntime", "batch_sizes": (1,), "repeats": 3}
+    assert [t.name for t in latency({"file": path, "model": small_net()}, EXAMPLE, **options)] == ["file", "model"]
+    assert [t.name for t in latency(path, **options)] == ["model"]
+    with pytest.raises(ValueError, match="is no ONNX file"):
+        latency(Path(__file__), **options)
+    with pytest.raises(ValueError, match="PyTorch does not run files"):
+        latency(path, EXAMPLE)
+    with pytest.raises(ValueError, match="give an example input"):
+        latency(small_net(), **options)

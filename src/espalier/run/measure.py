@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from espalier.run.evaluate import thread_count
-from espalier.run.onnx import feeds, onnx_session, positional, resized, to_onnx_bytes
+from espalier.run.onnx import feeds, onnx_session, positional, read_onnx, resized, to_onnx_bytes
+from espalier.run.optional import import_optional
 from espalier.surgery.files import save
 
 WARM_UP = 3  # calls of every model before the clock counts
@@ -53,9 +56,13 @@ def slow_widths(model: nn.Module) -> list[str]:
     return [n for n, m in depthwise(model).items() if m.in_channels % LANES]
 
 
+Model = nn.Module | str | os.PathLike[str]
+"""A network, or the path of an ONNX file, which "onnxruntime" times as it is."""
+
+
 def latency(
-    models: Mapping[str, nn.Module],
-    example: Any,
+    models: Model | Mapping[str, Model],
+    example: Any = None,
     *,
     backend: str = "torch",
     batch_sizes: Sequence[int] = (1, 64),
@@ -67,23 +74,31 @@ def latency(
 
     In turns, because a machine's speed drifts: every round times every model once, and the fastest rounds are
     compared.  What else a machine does only adds time, and on a busy one medians mean nothing: for one and the
-    same network, 0.07 and 0.23 ms were seen.  ``backend`` is "torch" (where ``example`` is; eval mode) or
-    "onnxruntime" (CPU).  A batch size takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have
-    passed.  ``example`` is a tensor or a tuple of tensors, batch first; it is repeated to the batch sizes.
+    same network, 0.07 and 0.23 ms were seen.  ``backend`` is "torch" (where ``example`` is; eval mode), "onnxruntime" or
+    "openvino" (CPU, float32).  A batch size takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have
+    passed.  ``example`` is a tensor or a tuple of tensors, batch first; it is repeated to the batch sizes, and may be left out
+    where all ``models`` are files.  One model without a name is called "model".
 
-    Raises: ValueError for an unknown backend or numbers below 1; MissingPackage without the backend's extra.
+    Raises: ValueError for an unknown backend, numbers below 1 or a file that is no ONNX; MissingPackage without the backend's
+    extra.
+
+    >>> import torch, espalier as es
+    >>> [timing] = es.latency(torch.nn.Linear(8, 4), torch.zeros(1, 8), batch_sizes=(1,), repeats=3)
+    >>> (timing.name, timing.batch, timing.milliseconds > 0)
+    ('model', 1, True)
     """
     if backend not in _BACKENDS:
-        raise ValueError(f"latency(backend={backend!r}): choose {' or '.join(_BACKENDS)}")
+        raise ValueError(f"latency(backend={backend!r}): choose one of {', '.join(_BACKENDS)}")
     numbers = {"repeats": repeats, "threads": threads, "batch_sizes": min(batch_sizes, default=0)}
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"latency({name}): must be 1 or more")
-    if not models:
+    named = dict(models) if isinstance(models, Mapping) else {"model": models}
+    if not named:
         raise ValueError("latency: there is no model to time")
     found = []
     with thread_count(threads):
-        makers = {name: _BACKENDS[backend](model, example, threads) for name, model in models.items()}
+        makers = {name: _BACKENDS[backend](model, example, threads) for name, model in named.items()}
         for batch in batch_sizes:
             fastest = _race({name: make(batch) for name, make in makers.items()}, repeats, seconds)
             first = next(iter(fastest.values()))
@@ -174,8 +189,15 @@ def _time(call: Call, loops: int) -> float:
     return (time.perf_counter() - begin) / loops
 
 
-def _torch_maker(model: nn.Module, example: Any, threads: int) -> Callable[[int], Call]:
+Maker = Callable[[int], Call]  # from a batch size to what is timed
+
+
+def _torch_maker(model: Model, example: Any, threads: int) -> Maker:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{os.fspath(model)}: PyTorch does not run files of ONNX; time it in onnxruntime or openvino")
     args: tuple[Tensor, ...] = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    if not all(isinstance(a, Tensor) for a in args):
+        raise ValueError("latency: give an example input, a tensor or a tuple of tensors, batch first")
     device = args[0].device
     private = copy.deepcopy(model).to(device).eval()
 
@@ -193,9 +215,9 @@ def _torch_maker(model: nn.Module, example: Any, threads: int) -> Callable[[int]
     return make
 
 
-def _onnx_maker(model: nn.Module, example: Any, threads: int) -> Callable[[int], Call]:
-    args = positional(example)
-    session = onnx_session(to_onnx_bytes(model, example), threads=threads)
+def _onnx_maker(model: Model, example: Any, threads: int) -> Maker:
+    session = onnx_session(_onnx_content(model, example), threads=threads)
+    args = _zeros(session.get_inputs()) if example is None else positional(example)
 
     def make(batch: int) -> Call:
         inputs = feeds(session, resized(args, batch))
@@ -204,7 +226,55 @@ def _onnx_maker(model: nn.Module, example: Any, threads: int) -> Callable[[int],
     return make
 
 
-_BACKENDS: dict[str, Callable[[nn.Module, Any, int], Callable[[int], Call]]] = {
+def _openvino_maker(model: Model, example: Any, threads: int) -> Maker:
+    openvino = import_optional("openvino", extra="openvino")
+    content = _onnx_content(model, example)
+    args = _zeros(onnx_session(content).get_inputs()) if example is None else positional(example)
+    # The default precision is bf16 where the processor has it: another network than the one that is timed elsewhere.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    core = openvino.Core()
+
+    def make(batch: int) -> Call:
+        inputs = [a.numpy() for a in resized(args, batch)]
+        plain = core.read_model(io.BytesIO(content))
+        plain.reshape({port: list(a.shape) for port, a in zip(plain.inputs, inputs, strict=True)})
+        request = core.compile_model(plain, "CPU", settings).create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)
+
+    return make
+
+
+def _onnx_content(model: Model, example: Any) -> bytes:
+    if isinstance(model, nn.Module):
+        if example is None:
+            raise ValueError("latency: give an example input, a tensor or a tuple of tensors, batch first")
+        return to_onnx_bytes(model, example)
+    return read_onnx(Path(model))
+
+
+def _zeros(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """An input of the shape that a file asks for; what it leaves open is 1, but sizes of images, of which nothing is known."""
+    found = []
+    for port in inputs:
+        sizes = [n if isinstance(n, int) else 1 if place == 0 else None for place, n in enumerate(port.shape)]
+        if None in sizes:
+            raise ValueError(f"latency: the file leaves the shape of {port.name!r} open, {port.shape}: give an example input")
+        found.append(torch.zeros([int(n or 1) for n in sizes], dtype=_ONNX_TYPES[port.type]))
+    return tuple(found)
+
+
+_ONNX_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+_BACKENDS: dict[str, Callable[[Model, Any, int], Maker]] = {
     "torch": _torch_maker,
     "onnxruntime": _onnx_maker,
+    "openvino": _openvino_maker,
 }

@@ -9,29 +9,72 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from espalier import __version__
 from espalier.graph.watch import first_line, tensors_in
 from espalier.run.optional import import_optional
 from espalier.run.rundir import write_file
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *, tolerance: float = 1e-4) -> float:
+FREE = ("batch", "height", "width")
+"""Sizes of the inputs that a file may leave open, by the dimension they stand at: 0, -2, -1."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a network is written as ONNX; the defaults leave the batch size open and name a single input ``input``."""
+
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    opset: int | None = None  # of the exporter by default
+    dynamic: Sequence[str] = ("batch",)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.dynamic) - set(FREE):
+            raise ValueError(f"export_onnx(dynamic={list(self.dynamic)!r}): {sorted(unknown)[0]!r} is none of {', '.join(FREE)}")
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Any,
+    *,
+    tolerance: float = 1e-4,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    dynamic: Sequence[str] = ("batch",),
+    metadata: Mapping[str, str] | None = None,
+) -> float:
     """Write ``model`` as ONNX with a free batch size, and return the largest difference from PyTorch.
 
-    The difference is relative to the largest output, taken over the example and random inputs at batch sizes
-    1 and 3. Nothing is written unless it is within ``tolerance``.  ``example`` is what ``trace`` takes.
+    The difference is relative to the largest output, taken over the example and random inputs, at batch sizes
+    1 and 3, and where ``dynamic`` has "height" or "width" at another size as well. Nothing is written unless it is within
+    ``tolerance``.  ``example`` is what ``trace`` takes.
+
+    ``input_names`` and ``output_names`` name inputs and outputs in order; ``opset`` is the version of ONNX's operators, the
+    exporter's by default; ``dynamic`` lists what stays open, of "batch", "height" and "width".  ``metadata`` goes into the
+    file's ``metadata_props``; the version of Espalier is always there.
 
     Raises: ValueError if ``path`` cannot be written, no exporter can translate the model, or ONNX Runtime computes
     something else; MissingPackage if the extra ``onnx`` is not installed.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"export_onnx: the second argument is the file to write, the third the example; got a {type(path).__name__} "
+            "second: export_onnx(model, 'model.onnx', example)"
+        )
     _check_place(Path(path))
-    content, difference = exported(model, example)
+    form = Form(input_names, output_names, opset, tuple(dynamic), dict(metadata or {}))
+    content, difference = exported(model, example, form)
     if not difference <= tolerance:  # NaN is not within it either
         raise ValueError(
             f"ONNX Runtime's outputs differ from PyTorch's by {difference:.2g}, more than {tolerance:g}; "
@@ -39,6 +82,19 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *,
         )
     write_file(Path(path), content)
     return difference
+
+
+def read_onnx(path: Path) -> bytes:
+    """The content of an ONNX file.  Raises: ValueError for what is none."""
+    onnx = import_optional("onnx", extra="onnx")
+    try:
+        content = path.read_bytes()
+        onnx.checker.check_model(onnx.load_model_from_string(content))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # protobuf and the checker have errors of their own
+        raise ValueError(f"{path}: is no ONNX file ({first_line(error)})") from error
+    return content
 
 
 def _check_place(path: Path) -> None:
@@ -60,21 +116,35 @@ def to_onnx_bytes(model: nn.Module, example: Any) -> bytes:
     return exported(model, example)[0]
 
 
-def exported(model: nn.Module, example: Any) -> tuple[bytes, float]:
+def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[bytes, float]:
     """The ONNX file and its largest difference from PyTorch, from the first exporter whose file runs."""
     import_optional("onnx", extra="onnx")
     import_optional("onnxruntime", extra="onnx")
     private = copy.deepcopy(model).cpu().eval()
-    args = positional(example)
+    args, form = positional(example), form or Form()
+    if form.input_names is not None and len(form.input_names) != len(args):
+        raise ValueError(f"export_onnx: {len(form.input_names)} input names were given for {len(args)} inputs")
     problems = []
-    for name, export, free in _ATTEMPTS:
+    for name, export, free in _attempts(form):
         try:
             with _quiet():
-                content = export(private, resized(args, 2) if free else args, free)
-            return content, _difference(private, content, args, (1, 3) if free else (None,))
+                content = _described(export(private, resized(args, 2) if free else args, free, form), form)
+            return content, _difference(private, content, args, free)
         except Exception as error:  # every exporter fails in its own way; the next one may not
             problems.append(f"{name}: {_COLOUR.sub('', first_line(error))}")
     raise ValueError(f"the model cannot be exported to ONNX; {'; '.join(problems)}")
+
+
+def _described(content: bytes, form: Form) -> bytes:
+    """The file with its metadata."""
+    onnx = import_optional("onnx", extra="onnx")
+    model = onnx.load_model_from_string(content)
+    version = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if form.opset not in (None, version):
+        raise ValueError(f"writes opset {version}, not {form.opset}")
+    onnx.helper.set_model_props(model, {"espalier_version": __version__, **form.metadata})
+    found: bytes = model.SerializeToString()
+    return found
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -109,12 +179,14 @@ def resized(args: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
     return tuple(a.repeat(-(-batch // len(a)), *[1] * (a.dim() - 1))[:batch].contiguous() for a in args)
 
 
-def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], batches: tuple[int | None, ...]) -> float:
+def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], free: tuple[str, ...]) -> float:
     session = onnx_session(content)
     random = torch.Generator().manual_seed(0)
     worst = 0.0
-    for batch in batches:
+    for batch, grown in ((1, False), (3, True)) if "batch" in free else ((None, False), (None, True)):
         given = args if batch is None else resized(args, batch)
+        if grown:
+            given = _larger(given, free)
         noise = tuple(torch.randn(a.shape, generator=random).to(a.dtype) if a.is_floating_point() else a for a in given)
         for inputs in (given, noise):
             with torch.no_grad():
@@ -128,6 +200,17 @@ def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], batc
     return worst
 
 
+GROWN = 32  # pixels by which an open height or width is larger at the second look: whatever strides there are divide it
+
+
+def _larger(args: tuple[Tensor, ...], free: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Images of another height or width, where these are open."""
+    more = [GROWN if side in free else 0 for side in ("width", "height")]
+    if not any(more):
+        return args
+    return tuple(nn.functional.pad(a, (0, more[0], 0, more[1])) if a.dim() >= 4 else a for a in args)
+
+
 def _relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny))
 
@@ -135,38 +218,66 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 # -- exporters
 
 
-def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: bool) -> bytes:
+def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: Form) -> bytes:
     import_optional("onnxscript", extra="onnx")
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} for _ in args) if free else None
-    names = _names(args)
-    program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=names)
+    open_sizes = {name: torch.export.Dim(name) for name in free}
+    shapes = tuple({d: open_sizes[n] for d, n in _open(a, free).items()} for a in args) if free else None
+    program = torch.onnx.export(
+        model,
+        args,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        verbose=False,
+        input_names=_names(args, form),
+        output_names=form.output_names,
+        opset_version=form.opset,
+    )
     if program is None:
         raise RuntimeError("nothing was returned")
     return program.model_proto.SerializeToString()
 
 
-def _by_tracing(model: nn.Module, args: tuple[Tensor, ...], free: bool) -> bytes:
+def _by_tracing(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: Form) -> bytes:
     file = io.BytesIO()
-    names = _names(args)
-    axes = {name: {0: "batch"} for name in names} if free else None
-    torch.onnx.export(model, args, file, dynamo=False, input_names=names, dynamic_axes=axes)  # type: ignore[arg-type]
+    names = _names(args, form)
+    axes = {name: _open(a, free) for name, a in zip(names, args, strict=True)} if free else None
+    torch.onnx.export(
+        model,
+        args,
+        file,  # type: ignore[arg-type]
+        dynamo=False,
+        input_names=names,
+        output_names=form.output_names,
+        opset_version=form.opset,
+        dynamic_axes=axes,
+    )
     return file.getvalue()
 
 
-def _names(args: tuple[Tensor, ...]) -> list[str]:
+def _open(tensor: Tensor, free: tuple[str, ...]) -> dict[int, str]:
+    """Dimension -> name of what stays open in this input; height and width only where it is an image."""
+    places = {"batch": 0, "height": tensor.dim() - 2, "width": tensor.dim() - 1}
+    return {places[name]: name for name in free if name == "batch" or tensor.dim() >= 4}
+
+
+def _names(args: tuple[Tensor, ...], form: Form) -> list[str]:
+    if form.input_names is not None:
+        return list(form.input_names)
     return ["input"] if len(args) == 1 else [f"input{number}" for number in range(len(args))]
 
 
-_Export = Callable[[nn.Module, tuple[Tensor, ...], bool], bytes]
+_Export = Callable[[nn.Module, tuple[Tensor, ...], tuple[str, ...], Form], bytes]
+
 
 # The older exporter translates some networks that the newer does not; PyTorch will drop it.
-_ATTEMPTS: tuple[tuple[str, _Export, bool], ...] = (
-    ("torch.export", _by_export, True),
-    ("tracing", _by_tracing, True),
-    ("torch.export with a fixed batch", _by_export, False),
-    ("tracing with a fixed batch", _by_tracing, False),
-)
+_EXPORTERS: tuple[tuple[str, _Export], ...] = (("torch.export", _by_export), ("tracing", _by_tracing))
+
+
+def _attempts(form: Form) -> Iterator[tuple[str, _Export, tuple[str, ...]]]:
+    """Exporters in turn, with the sizes that each leaves open."""
+    yield from ((name, export, tuple(form.dynamic)) for name, export in _EXPORTERS)
+    if tuple(form.dynamic) == ("batch",):  # only what nobody asked for is given up
+        yield from ((f"{name} with a fixed batch", export, ()) for name, export in _EXPORTERS)
 
 
 @contextlib.contextmanager
