@@ -1,9 +1,13 @@
 """Measured time and size, and ONNX files that compute what PyTorch computes."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import espalier
 from espalier.run import measure
 from espalier.run import onnx as onnx_room
 from espalier.run.measure import latency, size_on_disk
