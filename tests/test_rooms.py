@@ -21,6 +21,7 @@ ORDER = [
     "surgery",
     "methods",
     "run",
+    "deploy",  # files that run without Espalier
     "present",
 ]
 FACADE = "espalier"  # __init__.py and __main__.py: may see every room, no room may see them

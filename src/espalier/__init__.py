@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # the same table for type checkers
     from espalier.costs import Cost as Cost
     from espalier.costs import cost as cost
+    from espalier.deploy.int8 import export_int8 as export_int8
+    from espalier.deploy.torch_files import export_torch as export_torch
     from espalier.graph import Graph as Graph
     from espalier.graph import TraceError as TraceError
     from espalier.graph import find_blocks as find_blocks
@@ -29,11 +31,13 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.methods.tt_lc import TTLC as TTLC
     from espalier.plan import Budget as Budget
     from espalier.plan import Plan as Plan
+    from espalier.present.ship import load_run as load_run
     from espalier.run.compress import Result as Result
     from espalier.run.compress import compress as compress
     from espalier.run.data import Loaders as Loaders
     from espalier.run.data import load_data as load_data
     from espalier.run.loop import TrainingDiverged as TrainingDiverged
+    from espalier.run.measure import latency as latency
     from espalier.run.models import build_model as build_model
     from espalier.run.models import load_weights as load_weights
     from espalier.run.onnx import export_onnx as export_onnx
@@ -70,10 +74,14 @@ _HOME = {
     "build_model": "espalier.run.models",
     "compress": "espalier.run.compress",
     "cost": "espalier.costs",
+    "export_int8": "espalier.deploy.int8",
     "export_onnx": "espalier.run.onnx",
+    "export_torch": "espalier.deploy.torch_files",
+    "latency": "espalier.run.measure",
     "find_blocks": "espalier.graph",
     "load": "espalier.surgery",
     "load_data": "espalier.run.data",
+    "load_run": "espalier.present.ship",
     "load_weights": "espalier.run.models",
     "save": "espalier.surgery",
     "shrink": "espalier.surgery",

@@ -30,11 +30,11 @@ from espalier.present.demo import run_demo
 from espalier.present.edge import Edge, stdout, stopped
 from espalier.present.html import write_report
 from espalier.present.jobs import open_network, run_job
+from espalier.present.ship import described, exported, exported_int8, input_of_run, times, times_table
 from espalier.present.show import show_markdown, show_summary
 from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
-from espalier.run.models import load_weights, model_names, runs_code
-from espalier.run.onnx import export_onnx
+from espalier.run.models import load_weights, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import ONNX, SUMMARY
 
@@ -135,7 +135,7 @@ def inspect(
         inputs: tuple[torch.Tensor, ...] = (source.example(),)
         wanted = fit_model_to(wanted, source)
     else:
-        wanted, inputs = _described(wanted, input, num_classes)
+        wanted, inputs = described(wanted, input, num_classes)
     network = make_model(wanted)
     if weights is not None:
         load_weights(network, weights)
@@ -183,17 +183,48 @@ def export(
     model: opt.Model = None,
     num_classes: opt.NumClasses = None,
     input: opt.Input = None,
+    input_names: opt.InputNames = None,
+    output_names: opt.OutputNames = None,
+    opset: opt.Opset = None,
+    dynamic: opt.Dynamic = None,
+    int8: opt.Int8 = False,
+    calibrate: opt.Calibrate = 4,
+    most_lost: opt.MostLost = 1.0,
+    data: opt.Data = None,
+    data_dir: opt.DataDir = None,
     trust: opt.Trust = False,
 ) -> None:
-    """Write the network in a run folder, or in a file with --model, as ONNX, and compare it with PyTorch."""
+    """Write the network in a run folder, or in a file with --model, for another program, and compare it with PyTorch."""
     _check_exists(path)
-    merged = merged_settings({"model": given(name=model)}, config=None, out=path, resume=path.is_dir(), trust=trust)
-    if path.is_dir():
-        input = _input_of_run(path, merged["model"], input)
-    merged, inputs = _described(merged, input, num_classes)
+    wanted: Config = {"model": given(name=model), "data": given(name=data)}
+    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust)
     target = to or (path / ONNX if path.is_dir() else path.with_suffix(".onnx"))
-    difference = export_onnx(open_network(path, merged), target, inputs)
-    stdout.print(f"{target}: differs from PyTorch by at most {difference:.1e}", markup=False, soft_wrap=True)
+    if int8:
+        target = to or target.with_suffix(".int8.onnx")
+        said = exported_int8(path, merged, target, batches=calibrate, most_lost=most_lost, data_dir=data_dir)
+    else:
+        if path.is_dir():
+            input = input_of_run(path, merged["model"], input)
+        merged, inputs = described(merged, input, num_classes)
+        form = given(input_names=input_names, output_names=output_names, opset=opset, dynamic=dynamic)
+        said = exported(path, merged, target, inputs, form=form)
+    stdout.print(said, markup=False, soft_wrap=True)
+
+
+@app.command()
+def time(
+    networks: Annotated[
+        list[str], typer.Argument(help="Run folders, .onnx files or names of networks.", metavar="NETWORK...")
+    ],
+    runtime: opt.Runtime = "onnxruntime",
+    threads: opt.TimeThreads = 1,
+    batch: opt.Batch = None,
+    input: opt.Input = None,
+    trust: opt.Trust = False,
+) -> None:
+    """Milliseconds of one forward, of several networks in turns; the first is what the others are compared with."""
+    found = times(networks, runtime=runtime, threads=threads, batches=batch or [1], given=input or [], trust=trust)
+    stdout.print(times_table(found))
 
 
 @app.command()
@@ -221,44 +252,3 @@ def demo(
 def _check_exists(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path}: there is no such run folder or file")
-
-
-# -- inputs without data
-
-
-def _input_of_run(path: Path, section: dict[str, Any], given_input: list[str] | None) -> list[str]:
-    """What was given, or the shape of the run's images, as ``--input`` has it."""
-    if not section.keys() >= ({"name"} if given_input else {"name", "in_channels", "image_size"}):
-        raise ValueError(f"{path}: this run does not say its network and input: give --model and --input")
-    return given_input or ["1,{in_channels},{image_size},{image_size}".format(**section)]
-
-
-def _described(
-    config: Config, given_input: list[str] | None, num_classes: int | None
-) -> tuple[Config, tuple[torch.Tensor, ...]]:
-    """A network's section for inputs of the shapes given, and those inputs; classes as given, as they stand there, or usual."""
-    shape, classes = _usual(config["model"].get("name", ""))
-    shapes = [_shape(text) for text in given_input] if given_input else [shape]
-    first = shapes[0]
-    section = {
-        "num_classes": num_classes or config["model"].get("num_classes", classes),
-        "in_channels": first[1] if len(first) > 1 else first[0],
-        "image_size": first[-1],
-    }
-    inputs = tuple(torch.zeros(s) for s in shapes)
-    return {**config, "model": {**config["model"], **section}}, inputs
-
-
-def _usual(model: str) -> tuple[tuple[int, ...], int]:
-    """Input shape and classes that a network of this name usually has: CIFAR's or ImageNet's."""
-    return ((1, 3, 32, 32), 10) if model in model_names() else ((1, 3, 224, 224), 1000)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ValueError(f"--input {text}: give the shape as numbers, batch first, for example 1,3,224,224")
-    return shape

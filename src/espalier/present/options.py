@@ -204,4 +204,41 @@ AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
 # -- evaluate, export
 
 RunOrFile = Annotated[Path, typer.Argument(help="A run folder, or a file of weights.", metavar="PATH")]
-To = Annotated[Path | None, typer.Option("--to", help="Where the ONNX file goes; default: beside.", metavar="FILE")]
+To = Annotated[
+    Path | None,
+    typer.Option(
+        "--to",
+        help="Where the file goes; its ending says what: .onnx, .pt2 or .pt; default: ONNX, beside.",
+        metavar="FILE",
+    ),
+]
+InputNames = Annotated[
+    list[str] | None,
+    typer.Option("--input-name", help="Name of an input in the ONNX file; repeat in order.", metavar="NAME"),
+]
+OutputNames = Annotated[
+    list[str] | None, typer.Option("--output-name", help="Name of an output, likewise.", metavar="NAME")
+]
+Opset = Annotated[
+    int | None,
+    typer.Option("--opset", help="Version of ONNX's operators; default: the exporter's.", metavar="N", min=9),
+]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic", help="A size to leave open: batch, height or width; repeatable; default batch.", metavar="NAME"
+    ),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="In eight bits, calibrated and judged on the run's data.")]
+Calibrate = Annotated[
+    int, typer.Option("--calibrate", help="For --int8: batches of 64 images to calibrate with.", metavar="N", min=1)
+]
+MostLost = Annotated[
+    float, typer.Option("--most-lost", help="For --int8: points of accuracy that may be lost; else nothing is written.")
+]
+
+# -- time
+
+Runtime = Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino or torch.", metavar="NAME")]
+TimeThreads = Annotated[int, typer.Option("--threads", help="Number of CPU threads.", metavar="N")]
+Batch = Annotated[list[int] | None, typer.Option("--batch", help="Batch size; repeatable; default 1.", metavar="N")]

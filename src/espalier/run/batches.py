@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espalier.run.preprocessing import Preprocessing
+
 Batch = tuple[Tensor, Tensor]
 """Normalised float32 images ``(n, c, h, w)`` and int64 labels ``(n,)``, both on the source's device."""
 
@@ -31,6 +33,10 @@ class Source(Protocol):
     @property
     def has_holdout(self) -> bool:
         """Whether training images were set aside to choose by."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """From a picture to an input; ``None`` where only the user knows."""
 
     def steps(self, batch_size: int) -> int:
         """Batches in one epoch of :meth:`train_batches`."""

@@ -307,6 +307,7 @@ class _Job:
                     cut_seconds=self.cut_seconds,
                     skipped=self.skipped,
                     config=self.config,
+                    preprocessing=None if self.source is None else getattr(self.source, "preprocessing", None),
                 ),
             )
         return Result(

@@ -27,8 +27,15 @@ from espalier.run.batches import (
 )
 from espalier.run.cifar import LAYOUTS, read_cifar
 from espalier.run.folder import FolderData, read_folder
+from espalier.run.preprocessing import Preprocessing
 
 __all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "identity", "load_data", "set_aside"]
+
+CLASSES = {
+    "digits": tuple("0123456789"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+"""Names of the classes of data sets that are known by name."""
 
 _AT_ONCE = 8192  # images augmented in one go: few kernel launches, little memory
 
@@ -94,6 +101,20 @@ class Data:
     @property
     def has_holdout(self) -> bool:
         return len(self.holdout) > 0
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What turns a picture into an input of a network that was trained on this."""
+        return Preprocessing(
+            channels=self.in_channels,
+            height=self.image_size,
+            width=self.image_size,
+            levels=self.levels,
+            mean=tuple(map(float, self.mean)),
+            std=tuple(map(float, self.std)),
+            resize=f"none: pictures of {self.image_size}x{self.image_size}",
+            classes=CLASSES.get(self.name, ()),
+        )
 
     def to(self, device: str | torch.device) -> "Data":
         """The same data on another device."""
@@ -194,6 +215,10 @@ class Loaders:
     def _named(self) -> dict[str, Any]:
         loaders = {"train": self.train, "test": self.test, "holdout": self.holdout}
         return {name: loader for name, loader in loaders.items() if loader is not None}
+
+    @property
+    def preprocessing(self) -> None:
+        """Unknown: the loaders do it."""
 
     @property
     def in_channels(self) -> int:

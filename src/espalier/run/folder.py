@@ -22,6 +22,7 @@ from espalier.run.batches import (
     stratified_order,
 )
 from espalier.run.optional import import_optional
+from espalier.run.preprocessing import Preprocessing
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MANY = 2000  # images from which worker processes are worth their start
@@ -59,6 +60,20 @@ class FolderData:
     @property
     def has_holdout(self) -> bool:
         return bool(self.holdout)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What turns a picture into an input of a network that was trained on this."""
+        return Preprocessing(
+            channels=self.in_channels,
+            height=self.image_size,
+            width=self.image_size,
+            levels=255,
+            mean=tuple(map(float, self.mean)),
+            std=tuple(map(float, self.std)),
+            resize="the central square of 7/8 of the shorter side, bilinear",
+            classes=self.classes,
+        )
 
     def steps(self, batch_size: int) -> int:
         return full_batches(len(self.train), batch_size)

@@ -258,7 +258,9 @@ def _zeros(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     for port in inputs:
         sizes = [n if isinstance(n, int) else 1 if place == 0 else None for place, n in enumerate(port.shape)]
         if None in sizes:
-            raise ValueError(f"latency: the file leaves the shape of {port.name!r} open, {port.shape}: give an example input")
+            raise ValueError(
+                f"latency: the file leaves the shape of {port.name!r} open, {port.shape}: give an example input"
+            )
         found.append(torch.zeros([int(n or 1) for n in sizes], dtype=_ONNX_TYPES[port.type]))
     return tuple(found)
 

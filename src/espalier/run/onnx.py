@@ -22,7 +22,6 @@ from espalier.graph.watch import first_line, tensors_in
 from espalier.run.optional import import_optional
 from espalier.run.rundir import write_file
 
-
 FREE = ("batch", "height", "width")
 """Sizes of the inputs that a file may leave open, by the dimension they stand at: 0, -2, -1."""
 
@@ -38,8 +37,8 @@ class Form:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if unknown := set(self.dynamic) - set(FREE):
-            raise ValueError(f"export_onnx(dynamic={list(self.dynamic)!r}): {sorted(unknown)[0]!r} is none of {', '.join(FREE)}")
+        for unknown in sorted(set(self.dynamic) - set(FREE)):
+            raise ValueError(f"export_onnx(dynamic={list(self.dynamic)!r}): {unknown!r} is none of {', '.join(FREE)}")
 
 
 def export_onnx(
@@ -72,7 +71,7 @@ def export_onnx(
             f"export_onnx: the second argument is the file to write, the third the example; got a {type(path).__name__} "
             "second: export_onnx(model, 'model.onnx', example)"
         )
-    _check_place(Path(path))
+    check_place(Path(path))
     form = Form(input_names, output_names, opset, tuple(dynamic), dict(metadata or {}))
     content, difference = exported(model, example, form)
     if not difference <= tolerance:  # NaN is not within it either
@@ -97,7 +96,7 @@ def read_onnx(path: Path) -> bytes:
     return content
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
     """An export takes long; that its file cannot be written is said before."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the name of a file")

@@ -16,7 +16,8 @@ from espalier.run.anatomy import layers_of
 from espalier.run.loop import History
 from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
-from espalier.run.rundir import METRICS, MODEL, ONNX, SUMMARY, write_file, write_json
+from espalier.run.preprocessing import Preprocessing
+from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, write_file, write_json
 from espalier.surgery import save
 
 BATCH_SIZES = (1, 64)
@@ -42,6 +43,7 @@ class Outcome:
     cut_seconds: float  # in the method before and after training
     skipped: Mapping[str, str]  # layers that the method left as they are, and why
     config: Mapping[str, Any]
+    preprocessing: Preprocessing | None = None  # from a picture to an input, where the data says it
 
 
 def write_results(folder: Path, outcome: Outcome) -> None:
@@ -51,6 +53,8 @@ def write_results(folder: Path, outcome: Outcome) -> None:
     translation - is said in the metrics and the summary; the run is not lost for it.
     """
     save(outcome.small_model, folder / MODEL)
+    if outcome.preprocessing is not None:
+        write_file(folder / PREPROCESSING, outcome.preprocessing.to_json().encode())
     metrics = measured(folder, outcome)
     write_json(folder / METRICS, metrics)
     write_file(folder / SUMMARY, summary(metrics, outcome.config).encode())
@@ -61,7 +65,8 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
     notes: dict[str, str] = {}
     difference = None
     try:
-        difference = export_onnx(outcome.small_model, folder / ONNX, outcome.example)
+        said = {} if outcome.preprocessing is None else outcome.preprocessing.metadata()
+        difference = export_onnx(outcome.small_model, folder / ONNX, outcome.example, metadata=said)
     except ValueError as error:
         notes["model.onnx"] = str(error)
     timings: list[Timing] = []

@@ -8,6 +8,7 @@
 ``widths.csv``                kept units of every group after every epoch, while a method is at work
 ``model.safetensors``         the small network: weights and structure
 ``model.onnx``                the same for ONNX Runtime, if the extra is installed
+``preprocessing.json``        what turns a picture into an input, where the data says it
 ``plan.json``                 which units stayed
 ``history.json``              what the method recorded on its way (ranks, kernels), to plot
 ``ranks.svg``, ``gap.svg``,   figures of that: rank of every layer, penalty gap by LC iteration, trials of the search; where
@@ -43,10 +44,11 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
     "summary.md",
 )
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
-WIDTHS, REPORT = "widths.csv", "report.html"
+WIDTHS, REPORT, PREPROCESSING = "widths.csv", "report.html", "preprocessing.json"
 RANKS, GAP, SEARCH = "ranks.svg", "gap.svg", "search.svg"
 FILES = (
     CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, HISTORY, JOURNAL, RANKS, GAP, SEARCH, METRICS, SUMMARY, REPORT,
+    PREPROCESSING,
 )  # fmt: skip
 
 

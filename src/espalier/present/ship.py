@@ -1,0 +1,194 @@
+"""Out of a run folder: its network, as a file that runs without Espalier, and how long it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from espalier.deploy.int8 import export_int8
+from espalier.deploy.torch_files import export_torch
+from espalier.present.config import (
+    SECTIONS,
+    Config,
+    check_runs_no_code,
+    fit_model_to,
+    make_data,
+    make_model,
+    read_sections,
+)
+from espalier.present.jobs import open_network
+from espalier.run.evaluate import pick_device
+from espalier.run.measure import Timing, latency
+from espalier.run.models import model_names
+from espalier.run.onnx import export_onnx
+from espalier.run.rundir import CONFIG, PREPROCESSING
+
+CALIBRATION = 64  # images in one batch to calibrate with
+
+
+def load_run(folder: str | os.PathLike[str], *, trust: bool = False) -> nn.Module:
+    """The small network of a finished run, in eval mode; the folder may have been moved.
+
+    It is rebuilt from its structure and the network that the run names.  A network that would be imported, ``module:factory``,
+    is refused unless ``trust``: the folder may come from anybody.
+
+    Raises: ValueError if ``folder`` holds no finished run, or does not say which network it was.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        what = "there is no such folder" if not path.exists() else f"holds no run (no {CONFIG})"
+        raise ValueError(f"{path}: {what}; give a folder that espalier compress or es.compress(out=...) wrote")
+    config = read_sections(path / CONFIG)
+    if not config["model"].keys() >= {"name", "num_classes", "in_channels", "image_size"}:
+        raise ValueError(
+            f"{path}: does not say which network it was, as it was given in Python; build that one and load into it: "
+            f"es.load({str(path / 'model.safetensors')!r}, base=your_model)"
+        )
+    if not trust:
+        check_runs_no_code(config, path / CONFIG)
+    return open_network(path, config)
+
+
+def exported(
+    path: Path,
+    config: Config,
+    target: Path,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    form: Mapping[str, Any],
+) -> str:
+    """Write the network in ``path`` to ``target``; what its ending says, and how far it is from PyTorch, in a sentence."""
+    network = open_network(path, config)
+    if target.suffix == ".onnx":
+        difference = export_onnx(network, target, inputs, metadata=metadata_of(path), **form)
+    else:
+        if given := [f"--{name.replace('_', '-')}" for name, value in form.items() if value]:
+            raise ValueError(f"{', '.join(given)}: of ONNX files only; {target} is none")
+        difference = export_torch(network, target, inputs)
+    return f"{target}: differs from PyTorch by at most {difference:.1e}"
+
+
+def exported_int8(
+    path: Path, config: Config, target: Path, *, batches: int, most_lost: float, data_dir: Path | None
+) -> str:
+    """The same in eight bits, calibrated and judged on the data of the run."""
+    if "name" not in config["data"]:
+        raise ValueError(
+            f"{path}: does not say what data it was trained on; give --data, to calibrate and to judge with"
+        )
+    if data_dir is not None:
+        config = {**config, "data": {**config["data"], "dir": str(data_dir)}}
+    source = make_data(config, device=pick_device("cpu"))
+    network = open_network(path, fit_model_to(config, source))
+    found = export_int8(
+        network,
+        target,
+        source.calibration_batches(batch_size=CALIBRATION, batches=batches),
+        source.test_batches(),
+        most_lost=most_lost,
+    )
+    last = found.timings[-1]
+    return (
+        f"{target}: {found.accuracy:.2f} % in eight bits, {found.float_accuracy:.2f} % in float; "
+        f"{last.milliseconds:.3g} ms, {last.speedup:.2f}x as fast"
+    )
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What the run says of its input, for the metadata of a file that is made from it."""
+    file = (path if path.is_dir() else path.parent) / PREPROCESSING
+    if not file.exists():
+        return {}
+    said = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items() if name != "format"
+    }
+
+
+def times(
+    names: Sequence[str], *, runtime: str, threads: int, batches: Sequence[int], given: Sequence[str], trust: bool
+) -> list[Timing]:
+    """Run folders, ONNX files and names of networks, timed in turns at the input of the first that says one."""
+    found = [_timed(name, given, trust=trust) for name in names]
+    shapes = [shape_of(text) for text in given[:1]] or [shape for _, shape in found if shape is not None]
+    example = torch.zeros(shapes[0]) if shapes else None
+    models = dict(zip(names, (model for model, _ in found), strict=True))
+    return latency(models, example, backend=runtime, threads=threads, batch_sizes=batches)
+
+
+def _timed(name: str, given: Sequence[str], *, trust: bool) -> tuple[nn.Module | Path, tuple[int, ...] | None]:
+    """What ``name`` stands for, and the shape of its input where that is known."""
+    path = Path(name)
+    if path.is_dir():
+        network = load_run(path, trust=trust)
+        section = read_sections(path / CONFIG)["model"]
+        return network, (1, section["in_channels"], section["image_size"], section["image_size"])
+    if path.suffix == ".onnx":
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file")
+        return path, None
+    if path.is_file():
+        raise ValueError(
+            f"{path}: weights alone have no structure; give a run folder, an .onnx file or a network's name"
+        )
+    config, inputs = described({**{section: {} for section in SECTIONS}, "model": {"name": name}}, given, None)
+    return make_model(config).eval(), tuple(inputs[0].shape)
+
+
+def times_table(timings: Sequence[Timing]) -> Table:
+    """One row per network and batch size."""
+    table = Table("network", "batch", "ms", "speed-up", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for timing in timings:
+        table.add_row(timing.name, str(timing.batch), f"{timing.milliseconds:.3g}", f"{timing.speedup:.2f}x")
+    return table
+
+
+# -- inputs without data
+
+
+def input_of_run(path: Path, section: Mapping[str, Any], given_input: list[str] | None) -> list[str]:
+    """What was given, or the shape of the run's images, as ``--input`` has it."""
+    if not section.keys() >= ({"name"} if given_input else {"name", "in_channels", "image_size"}):
+        raise ValueError(f"{path}: this run does not say its network and input: give --model and --input")
+    return given_input or ["1,{in_channels},{image_size},{image_size}".format(**section)]
+
+
+def described(
+    config: Config, given_input: Sequence[str] | None, num_classes: int | None
+) -> tuple[Config, tuple[torch.Tensor, ...]]:
+    """A network's section for inputs of the shapes given, and those inputs; classes as given, as they stand there, or usual."""
+    shape, classes = _usual(config["model"].get("name", ""))
+    shapes = [shape_of(text) for text in given_input] if given_input else [shape]
+    first = shapes[0]
+    section = {
+        "num_classes": num_classes or config["model"].get("num_classes", classes),
+        "in_channels": first[1] if len(first) > 1 else first[0],
+        "image_size": first[-1],
+    }
+    inputs = tuple(torch.zeros(s) for s in shapes)
+    return {**config, "model": {**config["model"], **section}}, inputs
+
+
+def _usual(model: str) -> tuple[tuple[int, ...], int]:
+    """Input shape and classes that a network of this name usually has: CIFAR's or ImageNet's."""
+    return ((1, 3, 32, 32), 10) if model in model_names() else ((1, 3, 224, 224), 1000)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """``1,3,224,224`` as numbers.  Raises: ValueError for anything else."""
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(f"--input {text}: give the shape as numbers, batch first, for example 1,3,224,224")
+    return shape

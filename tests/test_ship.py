@@ -1,0 +1,144 @@
+"""Out of the house: a run's network as files that run without Espalier, in eight bits too, and how long it takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import espalier as es
+from espalier.deploy.int8 import export_int8
+from espalier.present.cli import app
+
+ONE_EPOCH = es.Recipe(epochs=1, batch_size=256, threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run on the digits, moved to another place."""
+    made = tmp_path_factory.mktemp("runs") / "made"
+    es.compress(
+        es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8),
+        es.load_data("digits"),
+        budget=es.Budget(macs=0.5, multiple_of=4),
+        method=es.MGP(),
+        recipe=ONE_EPOCH,
+        out=made,
+        config={
+            "model": {"name": "resnet20", "num_classes": 10, "in_channels": 1, "image_size": 8},
+            "data": {"name": "digits"},
+        },
+    )
+    moved = made.parent / "elsewhere"
+    made.rename(moved)
+    return moved
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def test_a_run_folder_gives_its_network_from_anywhere(folder):
+    small = es.load_run(folder)
+    again = es.load(
+        folder / "model.safetensors", base=es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    ).eval()
+    x = torch.randn(2, 1, 8, 8)
+    assert not small.training
+    assert torch.equal(small(x), again(x))
+
+
+def test_what_is_no_run_says_what_to_give(tmp_path, folder):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        es.load_run(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no run \(no config.toml\)"):
+        es.load_run(tmp_path)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.toml").write_text("[recipe]\nepochs = 1\n")
+    with pytest.raises(ValueError, match=r"given in Python.*es.load\("):
+        es.load_run(plain)
+    (plain / "config.toml").write_text('[model]\nname = "os:abort"\nnum_classes = 2\nin_channels = 1\nimage_size = 8\n')
+    with pytest.raises(ValueError, match="would be imported and run"):
+        es.load_run(plain)
+
+
+def test_the_folder_says_how_a_picture_becomes_an_input(folder):
+    onnx = pytest.importorskip("onnx")
+    said = json.loads((folder / "preprocessing.json").read_text())
+    data = es.load_data("digits")
+    assert (said["levels"], said["mean"], said["std"]) == (16, list(data.mean), list(data.std))
+    assert said["classes"] == list("0123456789")
+    in_file = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
+    assert json.loads(in_file["mean"]) == list(data.mean)
+    assert in_file["espalier_version"] == es.__version__
+    assert run("export", folder, "--to", folder / "again.onnx", "--input-name", "digit").exit_code == 0
+    again = onnx.load(folder / "again.onnx")
+    assert again.graph.input[0].name == "digit"
+    assert json.loads({p.key: p.value for p in again.metadata_props}["classes"]) == list("0123456789")
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".pt"])
+def test_a_file_of_pytorch_runs_without_espalier(folder, tmp_path, ending):
+    file = tmp_path / f"model{ending}"
+    assert run("export", folder, "--to", file).exit_code == 0
+    x = torch.randn(3, 1, 8, 8)
+    torch.save({"x": x, "y": es.load_run(folder)(x).detach()}, tmp_path / "pair.pt")
+    load = {".pt2": "torch.export.load(f).module()", ".pt": "torch.jit.load(f)"}[ending]
+    code = (
+        "import sys, torch\n"
+        "sys.modules['espalier'] = None\n"  # an import of it would fail
+        f"f, pair = {str(file)!r}, torch.load({str(tmp_path / 'pair.pt')!r})\n"
+        f"assert torch.allclose({load}(pair['x']), pair['y'], atol=1e-5)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_a_file_of_pytorch_is_what_its_ending_says(tmp_path):
+    net, x = nn.Linear(8, 4), torch.zeros(1, 8)
+    with pytest.raises(ValueError, match=r"end it in .pt2 \(torch.export\) or in .pt"):
+        es.export_torch(net, tmp_path / "model.bin", x)
+    with pytest.raises(ValueError, match="second argument is the file"):
+        es.export_torch(net, x, tmp_path / "model.pt2")
+
+    class Random(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    with pytest.raises(ValueError, match=r"was not written; .*differs from the network"):
+        es.export_torch(Random(), tmp_path / "model.pt", x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_eight_bits_are_calibrated_judged_and_refused_where_they_lose_too_much(folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    data, net = es.load_data("digits"), es.load_run(folder)
+    batches = list(data.calibration_batches(batch_size=64, batches=2))
+    test = list(data.test_batches())
+    file = tmp_path / "int8.onnx"
+    found = export_int8(net, file, batches, test, most_lost=100.0)
+    assert file.exists()
+    assert [t.name for t in found.timings] == ["float", "int8"]
+    assert found.float_accuracy == pytest.approx(
+        100 * sum(int((net(x).argmax(1) == y).sum()) for x, y in test) / sum(len(y) for _, y in test), abs=0.3
+    )
+    refused = tmp_path / "refused.onnx"
+    with pytest.raises(ValueError, match="by more than -101 points"):
+        export_int8(net, refused, batches, test, most_lost=-101.0)
+    assert not refused.exists()
+    with pytest.raises(ValueError, match="at least one batch"):
+        export_int8(net, refused, [], test)
+
+
+def test_networks_are_timed_in_turns_from_the_command_line(folder):
+    found = run("time", folder, folder / "model.onnx", "--batch", "1")
+    assert found.exit_code == 0, found.output
+    lines = [line.split() for line in found.output.strip().splitlines()]
+    assert lines[0] == ["network", "batch", "ms", "speed-up"]
+    assert [line[0].rpartition("/")[2] for line in lines[1:]] == ["elsewhere", "model.onnx"]
+    assert lines[1][-1] == "1.00x"
+    assert "weights alone have no structure" in run("time", folder / "model.safetensors").output
+    assert "there is no such file" in run("time", folder / "none.onnx").output
