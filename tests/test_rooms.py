@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "espalier"
 ORDER = [
     "settings",  # how a field of settings says what it allows
+    "seals",  # checksums
     "layers",  # our own nn.Module classes
     "copies",
     "carving",

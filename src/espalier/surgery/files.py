@@ -1,15 +1,24 @@
 """Save and load small networks: weights and structure in one safetensors file, nothing pickled.
 
 The structure is a table of module name -> type and numbers, for the module types whose numbers surgery may change.  A fresh
-dense model plus that table gives the small one, whatever made it small.
+dense model plus that table gives the small one, whatever made it small.  What else decides on outputs - an eps, a slope, a
+stride - stands in the table to be compared: it must be the same in the fresh model.
+
+A file may come from anywhere.  It sets numbers that the type of a module declares, and nothing else; nothing is allocated
+before its sizes are those of the tensors in the file; and a model that it does not fit is left as it was.
 """
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
-from espalier.carving import put_in_place
+from espalier.carving import put_in_place, refresh
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
+from espalier.graph.watch import first_line
 from espalier.layers import ChannelPad, PaddedConv2d, PartConv2d
+from espalier.seals import DAMAGED, SEAL, seal
 
 FORMAT = "espalier/1"
 
@@ -76,32 +88,157 @@ def structure(model: nn.Module) -> dict[str, Any]:
     modules: dict[str, Any] = {}
     for name, module in model.named_modules():
         entry: dict[str, Any] = {"type": type(module).__name__}
-        for kind in type(module).__mro__:
-            if kind in ATTRIBUTES:
-                entry["numbers"] = {k: getattr(module, k) for k in ATTRIBUTES[kind]}
-                break
+        if numbers := {k: getattr(module, k) for k in _declared(module)}:
+            entry["numbers"] = numbers
+        made: dict[str, Any] = {}
         if entry["type"] in BUILDERS and type(module) is BUILDERS[entry["type"]][0]:
-            entry["make"] = BUILDERS[entry["type"]][1](module)
+            made = entry["make"] = BUILDERS[entry["type"]][1](module)
             if frozen := [k for k, p in module.named_parameters(recurse=False) if not p.requires_grad]:
                 entry["frozen"] = frozen
-        if name:
-            modules[name] = entry
+        if compared := {k: v for k, v in _compared(module).items() if k not in numbers and k not in made}:
+            entry["settings"] = compared
+        modules[name] = entry
+    top = modules.pop("")
     shapes = {n: list(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    return {"format": FORMAT, "class": type(model).__name__, "modules": modules, "shapes": shapes}
+    return {
+        "format": FORMAT,
+        "class": type(model).__name__,
+        "modules": modules,
+        "shapes": shapes,
+        "settings": top.get("settings", {}),
+        "numbers": top.get("numbers", {}),
+    }
+
+
+# -- what a module says of itself -------------------------------------------------------------------------------------
+
+
+def _declared(module: nn.Module) -> tuple[str, ...]:
+    """Names of the numbers that follow the widths: those of its type, and the whole numbers that code of one's own keeps."""
+    kind = next((k for k in type(module).__mro__ if k in ATTRIBUTES), None)
+    if kind is not None:
+        return tuple(k for k in ATTRIBUTES[kind] if hasattr(module, k))
+    if not _is_own(type(module)):
+        return ()
+    return tuple(k for k, v in _public(module) if _is_whole(v))
+
+
+def _compared(module: nn.Module) -> dict[str, Any]:
+    """What decides on outputs and never follows the widths: numbers, words and functions that a module keeps."""
+    unseen = next((names for kind, names in _TRAINING_ONLY.items() if isinstance(module, kind)), ())
+    own = _is_own(type(module))
+    found = {k: _said(v) for k, v in _public(module) if k not in unseen and not (own and _is_whole(v))}
+    return {k: v for k, v in found.items() if v is not _NOTHING}
+
+
+_TRAINING_ONLY: dict[type, tuple[str, ...]] = {_DropoutNd: ("p",), _NormBase: ("momentum",)}
+_NEITHER = frozenset(["training", "inplace", "grad_checkpointing"])  # outputs do not depend on them
+_NOTHING: Any = object()
+
+
+def _public(module: nn.Module) -> list[tuple[str, Any]]:
+    """What stands on the module itself and is a setting of it.
+
+    Not what its forward writes: that counts calls or remembers them.  What begins with "drop" is for training alone.
+    """
+    written = _written(type(module))  # type: ignore[arg-type]
+    return [
+        (k, v)
+        for k, v in vars(module).items()
+        if not k.startswith(("_", "drop")) and k not in _NEITHER and k not in written
+    ]
+
+
+def _is_own(kind: type) -> bool:
+    """A module type that is neither PyTorch's nor ours."""
+    return not kind.__module__.startswith(("torch.nn.", "espalier."))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (type(value) in (tuple, list) and bool(value) and all(type(v) is int for v in value))
+
+
+def _said(value: Any) -> Any:
+    """``value`` as JSON gives it back; ``_NOTHING`` where it is no plain value, or names a place on this machine."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return repr(value)  # also NaN, which is not equal to itself
+    if isinstance(value, str):
+        return _NOTHING if os.sep in value else value
+    if isinstance(value, (list, tuple)):
+        items = [_said(v) for v in value]
+        return _NOTHING if any(i is _NOTHING for i in items) else items
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return _NOTHING
+
+
+@functools.cache
+def _written(kind: type) -> frozenset[str]:
+    """Attributes that ``forward``, or a method that it calls, writes."""
+    methods: dict[str, types.CodeType] = {}
+    for base in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        methods |= {k: v.__code__ for k, v in vars(base).items() if isinstance(v, types.FunctionType)}
+    found: set[str] = set()
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        code = methods.get(waiting.pop())
+        if code is None:
+            continue
+        found |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
+        waiting += [n for n in code.co_names if n in methods and n not in seen]
+        seen.update(code.co_names)
+    return frozenset(found)
+
+
+# -- onto a fresh model -----------------------------------------------------------------------------------------------
+
+_LARGEST = 2**31  # of a size; a width, a stride or a padding above it is none
 
 
 def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
     """Give ``base``, a fresh dense model, the structure of ``table``, in place; weights are left undefined.
 
     New modules have the device and the dtype of what they replace, and of their parameters those are frozen that were.
-    ``ValueError`` if ``base`` is another architecture, naming the first module that differs.
+    ``ValueError`` if ``base`` is another architecture, naming the first module that differs; ``base`` is as it was then.
     """
-    if table.get("format") != FORMAT:
-        raise ValueError(
-            f"structure: format {table.get('format')!r} is not {FORMAT!r}; the file was not written by es.save"
-        )
+    with untouched_on_error(base):
+        for name, device in _reshape(base, table).items():
+            tensor = _tensor(base, name)
+            if device.type != "meta":
+                _replace(base, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))
+    return base
+
+
+@contextmanager
+def untouched_on_error(model: nn.Module) -> Iterator[None]:
+    """Whatever is raised inside, ``model`` holds the modules, tensors and numbers that it held; values are not looked after."""
+    before = [(m, dict(m.__dict__)) for m in model.modules()]
+    slots = [(m, {k: dict(m.__dict__[k]) for k in _SLOTS}) for m, _ in before]
+    try:
+        yield
+    except BaseException:
+        for (module, state), (_, kept) in zip(before, slots, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            for key, entries in kept.items():
+                state[key].clear()
+                state[key].update(entries)
+        raise
+
+
+_SLOTS = ("_parameters", "_buffers", "_modules")
+
+
+def _reshape(base: nn.Module, table: Mapping[str, Any]) -> dict[str, torch.device]:
+    """``rebuild`` with new tensors on meta, which takes no memory; returns their names and where they belong."""
+    _check_form(table)
     own = dict(base.named_modules())
     places: dict[str, Tensor] = {}  # module that was replaced -> a tensor of it
+    made: dict[str, torch.device] = {}
     for name, entry in table["modules"].items():
         module = own.get(name)
         if module is None or type(module).__name__ != entry["type"] or _is_another(module, entry):
@@ -114,31 +251,147 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
             parent, _, key = name.rpartition(".")
             like = _first_weight(module) if module is not None else places.get(parent)
             like = like if like is not None else _first_weight(base)
-            made = BUILDERS[entry["type"]][0](**_tuples(entry["make"]))
+            new = _made(entry, name)
             if like is not None:
-                made.to(like.device, like.dtype)
+                new.to(like.dtype)
                 places[name] = like
             for frozen in entry.get("frozen", ()):
-                made.get_parameter(frozen).requires_grad_(False)
-            parent_module = base.get_submodule(parent)
-            if not isinstance(parent_module, nn.Sequential) and not hasattr(parent_module, key):
+                if frozen not in new._parameters:
+                    raise ValueError(f"structure: {name!r} has no parameter {frozen!r}")
+                new.get_parameter(frozen).requires_grad_(False)
+            parent_module = own.get(parent)
+            if module is None and (parent_module is None or not (parent in made or key in parent_module._modules)):
                 raise ValueError(f"structure: the base model has no place for {name!r}")
             if module is None:
-                parent_module.add_module(key, made)
+                assert parent_module is not None
+                parent_module.add_module(key, new)
             else:
-                put_in_place(base, module, made)
+                put_in_place(base, module, new)
+            made[name] = torch.device("cpu") if like is None else like.device
             own = dict(base.named_modules())
-            module = made
-        for key, value in entry.get("numbers", {}).items():
-            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+            module = new
+        else:
+            _check_settings(module, entry.get("settings", {}), name, table)
+        _set_numbers(module, entry.get("numbers", {}), name)
+    _check_settings(base, table.get("settings", {}), "", table)
+    _set_numbers(base, table.get("numbers", {}), "")
     extra = [n for n in dict(base.named_modules()) if n and n not in table["modules"]]
     if extra:
         raise ValueError(f"structure: the base model has modules the file does not know, for example {extra[0]!r}")
-    for name, tensor in [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]:
+    fresh: dict[str, torch.device] = {}
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         shape = table["shapes"].get(name)
+        home = made.get(name.rpartition(".")[0])
         if shape is not None and list(tensor.shape) != shape:
-            _replace(base, name, torch.zeros(shape, dtype=tensor.dtype, device=tensor.device))
-    return base
+            if home is not None:
+                raise ValueError(f"structure: {name} is {shape} there, and its layer says {list(tensor.shape)}")
+            if len(shape) != tensor.ndim:
+                raise ValueError(
+                    f"structure: {name} has {len(shape)} dimensions there and {tensor.ndim} in the base model"
+                )
+            fresh[name] = tensor.device
+            _replace(base, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+        elif home is not None:
+            fresh[name] = home
+    _check_numbers(base)
+    return fresh
+
+
+def _check_form(table: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for what ``structure`` does not give."""
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        form = table.get("format") if isinstance(table, dict) else None
+        raise ValueError(f"structure: format {form!r} is not {FORMAT!r}; the file was not written by es.save")
+    for part in ("modules", "shapes"):
+        if not isinstance(table.get(part), dict):
+            raise ValueError(f"structure: damaged, it has no table of {part}")
+    for name, entry in table["modules"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+            raise ValueError(f"structure: damaged, the entry of {name!r} has no type")
+        for part in ("numbers", "make", "settings"):
+            if not isinstance(entry.get(part, {}), dict):
+                raise ValueError(f"structure: damaged, {part} of {name!r} is no table")
+    for name, shape in table["shapes"].items():
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < _LARGEST for n in shape):
+            raise ValueError(f"structure: damaged, the shape of {name!r} is {str(shape)[:50]}")
+
+
+def _made(entry: Mapping[str, Any], name: str) -> nn.Module:
+    """The module that the file wants at ``name``, on meta."""
+    if entry["type"] not in BUILDERS:
+        raise ValueError(f"structure: {name!r} is to be a {entry['type']}, which no file can make")
+    kind, arguments = BUILDERS[entry["type"]][0], _tuples(entry["make"])
+    known = inspect.signature(kind).parameters.keys() - {"device", "dtype"}
+    for key, value in arguments.items():
+        if key not in known or not _is_plain(value):
+            raise ValueError(f"structure: {name!r}: a {entry['type']} cannot be made with {key}={str(value)[:50]}")
+    try:
+        with torch.device("meta"):
+            return kind(**arguments)
+    except Exception as error:  # whatever a constructor thinks of such arguments
+        raise ValueError(f"structure: {name!r}: no such {entry['type']} can be made ({first_line(error)})") from error
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return len(value) < 16 and all(type(v) is int and abs(v) < _LARGEST for v in value)
+    return value is None or isinstance(value, (bool, str)) or (type(value) is int and 0 <= value < _LARGEST)
+
+
+def _check_settings(module: nn.Module, there: Mapping[str, Any], name: str, table: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if ``module`` computes something else than the one that was saved."""
+    here = _compared(module)
+    for key, value in there.items():
+        if key in here and here[key] != value:
+            where = f"{name}.{key}" if name else key
+            raise ValueError(
+                f"structure: {where} is {_shown(value)} in the file and {_shown(here[key])} in the base model; "
+                f"give the {table.get('class')} the file was made from, with the same settings"
+            )
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:60]
+
+
+def _set_numbers(module: nn.Module, numbers: Mapping[str, Any], name: str) -> None:
+    """Numbers that follow the widths, each of the kind that stands there."""
+    declared = _declared(module)
+    for key, value in numbers.items():
+        if key not in declared:
+            raise ValueError(f"structure: {key!r} of {name!r} is no number that a {type(module).__name__} declares")
+        own, new = getattr(module, key), tuple(value) if isinstance(value, list) else value
+        if not _same_kind(own, new, signed=_is_own(type(module))):
+            raise ValueError(f"structure: {key} of {name!r} cannot be {str(value)[:50]} where it was {own}")
+        if own != new:
+            setattr(module, key, list(new) if isinstance(own, list) else new)
+
+
+def _same_kind(own: Any, new: Any, *, signed: bool) -> bool:
+    if isinstance(new, str) or isinstance(own, str):
+        return bool(own == new) or (isinstance(own, str) and isinstance(new, tuple))  # "same" may become numbers
+    several = isinstance(own, (tuple, list))
+    if several != isinstance(new, tuple):
+        return False
+    numbers = new if several else (new,)
+    return all(type(n) is int and (-_LARGEST if signed else 0) <= n < _LARGEST for n in numbers)
+
+
+def _check_numbers(model: nn.Module) -> None:
+    """Numbers that repeat the shape of a tensor do repeat it."""
+    for name, module in model.named_modules():
+        before = {k: getattr(module, k) for k in _declared(module)}
+        if isinstance(module, nn.GroupNorm) and (module.num_groups < 1 or module.num_channels % module.num_groups):
+            raise ValueError(f"structure: {name!r} has {module.num_channels} channels in {module.num_groups} groups")
+        if isinstance(module, _ConvNd) and tuple(module.kernel_size) != tuple(module.weight.shape[2:]):
+            raise ValueError(
+                f"structure: {name!r} has kernels of {list(module.weight.shape[2:])}, not {module.kernel_size}"
+            )
+        refresh(module, name, {}, None)
+        for key, value in before.items():
+            if getattr(module, key) != value:
+                right = getattr(module, key)
+                raise ValueError(f"structure: {key} of {name!r} is {value} there, and its tensors say {right}")
 
 
 def _is_another(module: nn.Module, entry: dict[str, Any]) -> bool:
@@ -147,7 +400,7 @@ def _is_another(module: nn.Module, entry: dict[str, Any]) -> bool:
     if "make" not in entry or arguments is None or type(module) is not kind:
         return False
     own, numbers = arguments(module), entry.get("numbers", {})
-    return any(k not in numbers and own[k] != v for k, v in _tuples(entry["make"]).items())
+    return any(k not in numbers and (k not in own or own[k] != v) for k, v in _tuples(entry["make"]).items())
 
 
 def _first_weight(module: nn.Module) -> Tensor | None:
@@ -156,6 +409,15 @@ def _first_weight(module: nn.Module) -> Tensor | None:
 
 def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    found: Tensor | None = module._parameters.get(key)
+    found = module._buffers[key] if found is None else found
+    assert found is not None
+    return found
 
 
 def _replace(model: nn.Module, name: str, value: Tensor) -> None:
@@ -173,7 +435,7 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str] | None = None) -> None:
-    """Write weights and structure of ``model`` to one safetensors file.
+    """Write weights and structure of ``model`` to one safetensors file, with a checksum.
 
     Written beside and then renamed: a full disk leaves an existing file as it was.  ``extra`` are further metadata strings.
     """
@@ -184,7 +446,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str
     seen = {t.data_ptr() for t in tensors.values() if t.numel()}
     if len(seen) < sum(1 for t in tensors.values() if t.numel()):
         tensors = {n: t.clone() for n, t in tensors.items()}
-    metadata = {"espalier": json.dumps(structure(model)), **(extra or {})}
+    metadata = {"espalier": json.dumps({**structure(model), "sealed": True}), **(extra or {})}
+    metadata[SEAL] = seal([metadata, tensors])
     write_beside(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -215,28 +478,62 @@ def _umask() -> int:
 def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     """Rebuild the small network of ``path`` on ``base``, a fresh model of the class that was compressed; returns ``base``.
 
-    Device, dtype and memory format are those of ``base``.
+    Device, dtype and memory format are those of ``base``; one on meta, which has no memory, gets the file's tensors on the CPU.
 
     ``FileNotFoundError`` if there is none; ``ValueError`` if the file is damaged, was not written by ``save``, or belongs to
-    another architecture.
+    another architecture or to other settings of it.  ``base`` is as it was then.
     """
+    table, tensors = _read(path)
+    try:
+        with untouched_on_error(base):
+            fresh = _reshape(base, table)
+            own = dict([*base.named_parameters(), *base.named_buffers()])
+            _check_tensors(own, tensors)
+            for name, tensor in own.items():
+                home = fresh.get(name, tensor.device)
+                if tensor.is_meta:
+                    value = tensors[name].to("cpu" if home.type == "meta" else home, tensor.dtype)
+                    _replace(base, name, value)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in fresh and not own[name].is_meta:
+                own[name].copy_(tensor)
+    return base
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Structure and tensors, as they were written."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if "espalier" not in metadata:
                 raise ValueError(f"{path}: holds weights but no Espalier structure; load it as an ordinary checkpoint")
-            table = json.loads(metadata["espalier"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    rebuild(base, table)
-    own = dict([*base.named_parameters(), *base.named_buffers()])
+    try:
+        table = json.loads(metadata["espalier"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, its structure cannot be read ({first_line(error)})") from error
+    written = metadata.pop(SEAL, None)
+    # A file from before there were checksums has none.
+    if (written is not None or (isinstance(table, dict) and "sealed" in table)) and written != seal(
+        [metadata, tensors]
+    ):
+        raise ValueError(f"{path}: {DAMAGED}")
+    return table, tensors
+
+
+def _check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless ``tensors`` fit, one by one."""
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
-        raise ValueError(
-            f"{path}: weights do not fit the base model; missing {missing[:5]}, unexpected {unexpected[:5]}"
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-    return base
+        raise ValueError(f"weights do not fit the base model; missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, tensor in own.items():
+        there = tensors[name]
+        if there.shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(there.shape)} in the file, its structure says {tuple(tensor.shape)}")
+        if there.is_floating_point() != tensor.is_floating_point() or there.is_complex() != tensor.is_complex():
+            raise ValueError(f"{name} is {there.dtype} in the file and {tensor.dtype} in the base model")
