@@ -20,7 +20,7 @@ from espalier.forms import LowRank, find_places
 from espalier.forms.lowrank import DAMPING, orthonormalise
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph import trace
-from espalier.graph.ladders import ladder_name
+from espalier.graph.alternatives import alternatives_name
 from espalier.methods import dprp
 from espalier.methods.dprp import DPRP, DPRPRun
 from espalier.methods.ranks import tails
@@ -33,7 +33,7 @@ from espalier.run.evaluate import evaluate
 from espalier.run.loop import make_optimizer, train
 from espalier.run.recipe import Recipe
 from espalier.solver import unused_blocks
-from espalier.surgery import cut_ranks, decompositions, load, save, split_layers, turn_factors, verify
+from espalier.surgery import change_bases, cut_ranks, decompositions, load, save, split_layers, verify
 from espalier.surgery.files import rebuild, structure
 from espalier.surgery.verify import gradients
 from tests.steps import EXAMPLE, batch, network, train_step
@@ -348,7 +348,7 @@ def disturbed(dtype: torch.dtype = torch.float32) -> LowRank:
 def test_turning_is_exact_and_leaves_orthonormal_factors() -> None:
     low = disturbed()
     before = low.weight.double()
-    turn_factors({"layer": low})
+    change_bases({"layer": low})
     assert float((low.weight.double() - before).norm() / before.norm()) < 1e-6
     for factor in (low.u, low.v):
         off = factor.T @ factor - torch.eye(low.rank)
@@ -387,7 +387,7 @@ def test_the_optimiser_steps_to_the_same_weight_after_turning(kind: str) -> None
     twin = copy.deepcopy(low)
     other = make[kind](twin.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    turn_factors({"layer": twin}, optimizer=other)
+    change_bases({"layer": twin}, optimizer=other)
     assert torch.allclose(twin.weight, low.weight, atol=1e-12)
     expected, found = next_step(low, optimizer), next_step(twin, other)
     assert float(expected.norm()) > 0
@@ -411,7 +411,7 @@ def test_layers_turned_together_are_turned_as_alone_whatever_the_rest_is_like(th
     kept = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        turns = turn_factors(layers)
+        turns = change_bases(layers)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(kept)
@@ -465,7 +465,7 @@ def test_a_bad_layer_in_a_batch_is_the_one_that_is_named() -> None:
     with torch.no_grad():
         layers["1"].u[2, 3] = float("inf")
     with pytest.raises(ValueError, match="1: its weight"):
-        turn_factors(layers)
+        change_bases(layers)
 
 
 def test_momentum_of_dead_values_does_not_explode() -> None:
@@ -479,7 +479,7 @@ def test_momentum_of_dead_values_does_not_explode() -> None:
     for parameter in (low.u, low.s, low.v):
         optimizer.state[parameter]["momentum_buffer"] = torch.randn_like(parameter)
     before = float(optimizer.state[low.u]["momentum_buffer"].norm())
-    turn_factors({"layer": low}, optimizer=optimizer)
+    change_bases({"layer": low}, optimizer=optimizer)
     assert float(optimizer.state[low.u]["momentum_buffer"].norm()) < 3 * before
 
 
@@ -496,7 +496,7 @@ def test_averages_follow_their_factors_into_another_basis() -> None:
         return (factors["0.u"] * factors["0.s"]) @ factors["0.v"].T
 
     before, own = composed(average.shadow), composed({f"0.{n}": p.detach() for n, p in low.named_parameters()})
-    average.cut({}, model, turned=turn_factors({"0": low}))
+    average.cut({}, model, turned=change_bases({"0": low}))
     apart = float((before - own).norm())
     assert apart > 0
     assert float((composed(average.shadow) - before).norm()) < 0.1 * apart
@@ -637,21 +637,21 @@ def test_decided_once_no_layer_falls_below_its_share_of_equal_ranks() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     train_step(process, optimizer, 0)
     process.step(progress=0.1, optimizer=optimizer)
-    equal = process.ladders.equal(process.limits, share=0.5)
-    least = {n: process.ladders.rung(n, process.final[n]) for n in process.layers}
-    assert all(least[n] >= equal[ladder_name(n)] for n in least)
-    assert least[name] == equal[ladder_name(name)] > 1
+    equal = process.alternatives.equal(process.limits, share=0.5)
+    least = {n: process.alternatives.option(n, process.final[n]) for n in process.layers}
+    assert all(least[n] >= equal[alternatives_name(n)] for n in least)
+    assert least[name] == equal[alternatives_name(name)] > 1
 
 
 def test_equal_ranks_are_the_largest_equal_fraction_that_fits() -> None:
     process = DPRP().start(network(), EXAMPLE, Budget(params=0.4))
-    ranks = process.ladders.ranks
-    rungs = process.ladders.equal(process.limits)
-    fraction = max(rungs[ladder_name(n)] / len(r) for n, r in ranks.items() if len(r) > 20)
-    assert all(rungs[ladder_name(n)] <= max(1, fraction * len(r) + 1) for n, r in ranks.items())
-    process.rungs = rungs
+    ranks = process.alternatives.ranks
+    options = process.alternatives.equal(process.limits)
+    fraction = max(options[alternatives_name(n)] / len(r) for n, r in ranks.items() if len(r) > 20)
+    assert all(options[alternatives_name(n)] <= max(1, fraction * len(r) + 1) for n, r in ranks.items())
+    process.taken = options
     assert process.cost.params <= process.limits["params"]
-    process.rungs = {ladder_name(n): min(rungs[ladder_name(n)] + 1, len(r)) for n, r in ranks.items()}
+    process.taken = {alternatives_name(n): min(options[alternatives_name(n)] + 1, len(r)) for n, r in ranks.items()}
     assert process.cost.params > process.limits["params"]
 
 

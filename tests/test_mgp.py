@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from benchmarks.common import ZOO, build
 from benchmarks.common import example as zoo_example
 from espalier.costs import CostModel, cost
-from espalier.forms import cut_kernel, find_places, rectangles, shape_chain, shapes
+from espalier.forms import cut_kernel, find_places, rectangles, shape_sequence, shapes
 from espalier.graph import files, hold, selectable, trace, with_inputs
+from espalier.graph.alternatives import alternatives_name
 from espalier.graph.inputs import inputs_name
-from espalier.graph.ladders import ladder_name
 from espalier.layers import PartConv2d
 from espalier.methods.mgp import FILTERS, INPUTS, MGP, SHAPES, MGPRun, granularities, kind_of
 from espalier.methods.stripes import StripeMasks, living
@@ -84,10 +84,10 @@ def cut_to_every_rectangle(layer: nn.Conv2d, x: torch.Tensor) -> None:
 
 def test_rectangles_that_need_no_uneven_padding_come_first() -> None:
     places, _ = find_places(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), torch.zeros(1, 4, 8, 8))
-    found = [sorted({str(r) for r in rung}) for rung in shapes(places["0"])]
+    found = [sorted({str(r) for r in option}) for option in shapes(places["0"])]
     assert found == [["1x1"], ["1x2", "2x1"], ["1x3", "3x1"], ["2x2"], ["2x3", "3x2"], ["3x3"]]
-    assert [len(rung) for rung in shapes(places["0"])] == [1, 12, 2, 4, 4, 1]
-    assert [shape_chain(places["0"], rung).copies > 0 for rung in shapes(places["0"])] == [0, 1, 0, 1, 1, 0]
+    assert [len(option) for option in shapes(places["0"])] == [1, 12, 2, 4, 4, 1]
+    assert [shape_sequence(places["0"], option).copies > 0 for option in shapes(places["0"])] == [0, 1, 0, 1, 1, 0]
 
 
 def test_cutting_a_kernel_carries_momentum_along() -> None:
@@ -108,17 +108,17 @@ def test_cutting_a_kernel_carries_momentum_along() -> None:
 
 
 def joint(model: nn.Module, example: Tensor, method: MGP) -> tuple[object, dict]:
-    graph, rungs, _ = granularities(model, trace(model, example), example, method)
-    return graph, rungs
+    graph, options, _ = granularities(model, trace(model, example), example, method)
+    return graph, options
 
 
-def carried_out(model, graph, rungs, plan: Plan, draw: np.random.Generator, *, masked: bool):
+def carried_out(model, graph, options, plan: Plan, draw: np.random.Generator, *, masked: bool):
     """The network of a plan: small, or of full size with zeros."""
     channels = Plan({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
     made = mask(model, graph, channels) if masked else shrink(model, graph, channels)
-    for layer, found in rungs.items():
-        rung = found[len(plan.keep[ladder_name(layer)]) - 1]
-        rectangle = rung[int(draw.integers(len(rung)))]
+    for layer, found in options.items():
+        option = found[len(plan.keep[alternatives_name(layer)]) - 1]
+        rectangle = option[int(draw.integers(len(option)))]
         weight = made.get_submodule(layer).weight
         if masked:
             with torch.no_grad():
@@ -132,7 +132,7 @@ def carried_out(model, graph, rungs, plan: Plan, draw: np.random.Generator, *, m
 @pytest.mark.parametrize("streams", [False, True])
 def test_random_plans_over_all_granularities_cost_and_compute_what_was_planned(name: str, streams: bool) -> None:
     model, example = randomise(build_model(name, num_classes=10)), torch.zeros(2, 3, 32, 32)
-    graph, rungs = joint(model, example, MGP(streams=streams))
+    graph, options = joint(model, example, MGP(streams=streams))
     assert cost(graph) == cost(trace(model, example))
     draw = np.random.default_rng(0)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -140,14 +140,14 @@ def test_random_plans_over_all_granularities_cost_and_compute_what_was_planned(n
         keep = {}
         for group in graph.groups:
             count = int(draw.integers(1, group.size + 1))
-            order = np.arange(group.size) if group.ladder else draw.permutation(group.size)
+            order = np.arange(group.size) if group.options else draw.permutation(group.size)
             keep[group.name] = np.sort(order[:count])
         plan = Plan(keep)
-        small = carried_out(model, graph, rungs, plan, np.random.default_rng(turn), masked=False)
+        small = carried_out(model, graph, options, plan, np.random.default_rng(turn), masked=False)
         found, planned = cost(trace(small, example)), cost(graph, plan)
         assert (found.macs, found.params) == (planned.macs, planned.params)
         assert found.activation_memory <= planned.activation_memory
-        zeroed = carried_out(model, graph, rungs, plan, np.random.default_rng(turn), masked=True)
+        zeroed = carried_out(model, graph, options, plan, np.random.default_rng(turn), masked=True)
         one, other = logits(zeroed.double(), x), logits(small.double(), x)
         assert (one - other).abs().max() <= 1e-9 * one.abs().max()
 
@@ -251,7 +251,7 @@ def test_arrives_at_the_budget_without_force(method: MGP, tmp_path) -> None:
     assert not process.forced
     found = cost(trace(model, EXAMPLE))
     assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
-    slack = 0.1 if method.shapes and not method.inputs else 0.02  # one rung of a kernel is much
+    slack = 0.1 if method.shapes and not method.inputs else 0.02  # one option of a kernel is much
     assert (1 - slack) * process.limits["macs"] <= found.macs <= process.limits["macs"]
     save(model, tmp_path / "small.safetensors")
     again = load(tmp_path / "small.safetensors", base=dense)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import espalier as es
 from espalier.forms import find_places
-from espalier.forms.chains import sequential
+from espalier.forms.sequences import sequential
 from espalier.present.cli import app
 from espalier.present.html import page
 from espalier.present.runs import read_run

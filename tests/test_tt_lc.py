@@ -19,9 +19,9 @@ from torch import nn
 import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
-from espalier.forms import candidates, dense_chain, find_places
-from espalier.forms.candidates import full_rank, ladder, measure
-from espalier.forms.chains import cost_of
+from espalier.forms import candidates, dense_sequence, find_places
+from espalier.forms.candidates import full_rank, measure, options_at
+from espalier.forms.sequences import cost_of
 from espalier.forms.transfer import moved
 from espalier.forms.tucker import compose, factorise
 from espalier.methods import lc as lc_module
@@ -56,7 +56,7 @@ def digits():
     return load_data("digits")
 
 
-# -- the ladder of one layer
+# -- the alternatives of one layer
 
 
 @pytest.mark.parametrize("multiple_of", [1, 8])
@@ -67,12 +67,12 @@ def test_rungs_rise_in_every_cost_and_lose_what_a_fit_loses(ranks, multiple_of) 
     weight = model[0].weight.detach()
     spectra = measure({"0": weight})["0"]
     for fraction in (0.3, 0.8):
-        rungs, lost = ladder(place, spectra, ranks, fraction=fraction, multiple_of=multiple_of)
-        costs = [cost_of(place, c) for c in rungs]
-        assert rungs[-1] == dense_chain(place) and lost[-1] == 0
+        options, lost = options_at(place, spectra, ranks, fraction=fraction, multiple_of=multiple_of)
+        costs = [cost_of(place, c) for c in options]
+        assert options[-1] == dense_sequence(place) and lost[-1] == 0
         assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(costs))
         assert (np.diff(lost) < 0).all()
-        for form, share in zip(rungs[:-1], lost[:-1], strict=True):
+        for form, share in zip(options[:-1], lost[:-1], strict=True):
             back = compose(factorise(weight, form.name, form.widths, sweeps=0))
             assert float((weight - back).square().sum() / weight.square().sum()) == pytest.approx(share, abs=1e-9)
             assert all(r % multiple_of == 0 or r in (16, 32) for r in form.widths)
@@ -85,15 +85,15 @@ def test_zero_and_constant_weights_need_the_cheapest_rung_only(value, size) -> N
     nn.init.constant_(model[0].weight, value)
     place = find_places(model, torch.zeros(1, 6, 9, 9))[0]["0"]
     spectra = measure({"0": model[0].weight})["0"]
-    rungs, lost = ladder(place, spectra, (1, 1))
-    assert len(rungs) > 1
+    options, lost = options_at(place, spectra, (1, 1))
+    assert len(options) > 1
     assert lost[0] == pytest.approx(0.0, abs=1e-5)
     assert max(spectra.evbmf()) <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 5), (7, 1)])
 def test_a_kernel_along_a_line_may_become_a_tucker(size: tuple[int, int]) -> None:
-    """Of a core of few channels; what the ladder says is lost is what is lost."""
+    """Of a core of few channels; what the list says is lost is what is lost."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(24, 20, size, bias=False)).double()
     with torch.no_grad():
@@ -103,9 +103,9 @@ def test_a_kernel_along_a_line_may_become_a_tucker(size: tuple[int, int]) -> Non
         )
         model[0].weight.copy_(weight + 1e-3 * torch.randn_like(weight))
     place = find_places(model, torch.zeros(1, 24, 9, 9).double())[0]["0"]
-    rungs, lost = ladder(place, measure({"0": weight})["0"], (4, 3))
-    assert {"tucker", "dense"} <= {form.name for form in rungs} <= {"tucker", "channel", "dense"}
-    number, form = next((i, f) for i, f in enumerate(rungs) if f.name == "tucker" and min(f.widths) >= 3)
+    options, lost = options_at(place, measure({"0": weight})["0"], (4, 3))
+    assert {"tucker", "dense"} <= {form.name for form in options} <= {"tucker", "channel", "dense"}
+    number, form = next((i, f) for i, f in enumerate(options) if f.name == "tucker" and min(f.widths) >= 3)
     back = compose(factorise(weight, "tucker", form.widths, sweeps=0))
     assert float((weight - back).square().sum() / weight.square().sum()) == pytest.approx(lost[number], abs=1e-9)
     small = (
@@ -474,7 +474,7 @@ def test_compress_meets_the_budget_and_learns(digits, budget, tmp_path) -> None:
     limits = budget.limits(result.dense)
     for metric, limit in limits.items():
         assert getattr(result.cost, metric) <= limit
-    # one rung more of something would not fit: the budget is used up to the step of a ladder
+    # one option more of something would not fit: the budget is used up to the step of a group of alternatives
     assert max(getattr(result.cost, m) / limit for m, limit in limits.items()) > 0.85
     assert result.accuracy is not None and result.accuracy > 60
     if budget.multiple_of == 8:
@@ -642,10 +642,10 @@ def test_equal_ranks_are_one_fraction_and_use_the_budget_up(form, budget) -> Non
     model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
     process = es.TTLC(ranks="equal", forms=(form,)).start(model, X, budget)
     spectra = measure(process.lc.wanted())
-    chains = process._choose(spectra, {})
-    assert {c.name for n, c in chains.items() if process.places[n].kernel == (3, 3)} == {form}
+    sequences = process._choose(spectra, {})
+    assert {c.name for n, c in sequences.items() if process.places[n].kernel == (3, 3)} == {form}
     low, high = 0.0, 1.0  # what every rank says of the fraction: it is rounded, 1 at the least, or one more than that
-    for name, taken in chains.items():
+    for name, taken in sequences.items():
         wholes = [full_rank(process.places[name], taken.name)]
         if taken.name in ("tucker", "tt"):
             wholes = [process.places[name].in_channels, process.places[name].out_channels]
@@ -653,8 +653,8 @@ def test_equal_ranks_are_one_fraction_and_use_the_budget_up(form, budget) -> Non
             low, high = max(low, (rank - 1.5) / whole if rank > 2 else 0.0), min(high, (rank + 0.5) / whole)
     assert low <= high
     wide = [n for n, p in process.places.items() if p.kernel == (3, 3) and p.in_channels > 1]
-    assert set(wide) <= chains.keys()  # all of them, none dense
-    process.chains = chains
+    assert set(wide) <= sequences.keys()  # all of them, none dense
+    process.sequences = sequences
     process.finish()
     used = max(getattr(process.cost, m) / limit for m, limit in process.limits.items())
     assert 0.99 < used <= 1
@@ -756,7 +756,7 @@ def test_a_layer_called_by_the_name_of_its_input_stays_dense_with_its_reason() -
 def test_only_the_forms_that_are_asked_for_are_used() -> None:
     process = es.TTLC(search=0, forms=("tt",)).start(net(), X, es.Budget(macs=0.4))
     process.finish()
-    assert {c.name for n, c in process.chains.items() if process.places[n].kernel != (1, 1)} == {"tt"}
+    assert {c.name for n, c in process.sequences.items() if process.places[n].kernel != (1, 1)} == {"tt"}
 
 
 def test_collapsed_proposals_are_floored_and_reported() -> None:
@@ -812,7 +812,7 @@ def one_iteration(model: nn.Module, images: torch.Tensor) -> None:
     process = es.TTLC(search=0, sweeps=1).start(model, images, budget)
     process._c_step(0.1)
     small = process.finish()
-    assert process.chains
+    assert process.sequences
     proof = es.verify(dense, process.graph, process.plan, images, small=small, budget=budget).require()
     assert [c.name for c in proof.checks][1] == "small equals composed"
 
@@ -825,7 +825,7 @@ def test_a_factorised_network_that_computes_something_else_is_named() -> None:
     small = process.finish()
     with pytest.raises(ValueError, match=r"another form, 'conv1:form' first|give what its finish"):
         es.verify(dense, process.graph, process.plan, images)
-    row = small.get_submodule(next(n for n in process.chains if process.places[n].kernel == (3, 3) and n != "conv1"))
+    row = small.get_submodule(next(n for n in process.sequences if process.places[n].kernel == (3, 3) and n != "conv1"))
     row[0].padding_mode = row[-1].padding_mode = "circular"  # the same cost and weights, another function
     proof = es.verify(dense, process.graph, process.plan, images, small=small)
     assert [c.name for c in proof.checks if not c.passed] == ["small equals composed"]

@@ -11,8 +11,8 @@ import torch
 from tensorly.decomposition import partial_tucker, tensor_train
 from torch import nn
 
-from espalier.forms import chain, find_places, sequential
-from espalier.forms.chains import cost_of
+from espalier.forms import find_places, sequence, sequential
+from espalier.forms.sequences import cost_of
 from espalier.forms.tucker import (
     compose,
     factorise,
@@ -165,7 +165,7 @@ def test_the_stages_compute_what_the_composed_weight_computes(form: str, layer: 
     assert [len(stage) for stage in factors.weights[:-1]] == ranks
     assert (
         sum(p.numel() for n, p in row.named_parameters() if "weight" in n)
-        == cost_of(place, chain(place, form, ranks))[1]
+        == cost_of(place, sequence(place, form, ranks))[1]
     )
     with torch.no_grad():
         conv.weight.copy_(compose(factors))

@@ -1,7 +1,7 @@
 """What any plan would cost, exactly, without building it: MACs, parameters, peak activation memory.
 
 Every cost is a sum of products of lengths; a length is linear in how many units each group keeps, or looked up in a table for
-that number (``graph.ladders``).  So one evaluation is a few small matrix products.  One multiply-add is one MAC.
+that number (``graph.alternatives``).  So one evaluation is a few small matrix products.  One multiply-add is one MAC.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class CostModel:
         return more
 
     def has_table(self, group: int) -> bool:
-        """Is it a ladder, whose lengths are looked up?"""
+        """Is it a group of alternatives, whose lengths are looked up?"""
         return group in self._tables
 
     def _pack(self, terms: tuple[Term, ...] | list[Term]) -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +207,7 @@ class CostState:
     def change(self, metric: str, group: int, units: Any) -> Any:
         """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses).
 
-        Here and below: of a ladder ``units`` may be an array ``(k,)``, and so is the answer, for each number by itself.
+        Here and below: of alternatives ``units`` may be an array ``(k,)``, and so is the answer, for each number by itself.
         """
         length, growth = self._length, 0.0
         if self._model.has_table(group):

@@ -136,8 +136,7 @@ class Budget:
 
 def _matches(group: Group, pattern: str) -> bool:
     modules = {s.tensor.split("#")[0].rpartition(".")[0] for s in group.producers}
-    layer = group.name.partition(":")[0]  # of a ladder or of selected inputs
-    return any(fnmatch.fnmatch(n, pattern) for n in (group.name, layer)) or any(
+    return any(fnmatch.fnmatch(n, pattern) for n in (group.name, group.layer)) or any(
         fnmatch.fnmatch(m, pattern) for m in modules
     )
 

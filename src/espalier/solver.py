@@ -36,7 +36,7 @@ def solve(
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
     ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
-    kept whole.  Of a ladder (``graph.ladders``) it is what each rung adds to the one below; its rungs go from the top, and
+    kept whole.  Of ``graph.alternatives`` it is what each option adds to the one below; options go from the top, and
     several at once where that gives up less per MAC saved than one by one (from dense to well below break-even rank).
     Of a block (``graph.blocks``) it is what the block is worth beyond its inner groups, whose units count only while it stays:
     leaving it out gives up all of them that are left, and saves what they cost by then.
@@ -118,7 +118,7 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
             raise ValueError(f"importance of {group.name!r} has shape {scores.shape}, expected ({group.size},)")
         if not np.isfinite(scores).all() or (scores < 0).any():
             raise ValueError(f"importance of {group.name!r} must be finite and not negative")
-        order = np.arange(group.size) if group.ladder else np.argsort(-scores, kind="stable")
+        order = np.arange(group.size) if group.options else np.argsort(-scores, kind="stable")
         orders.append(order)
         sums.append(np.concatenate([[0.0], np.cumsum(scores[order])]))
     for name in importance:
@@ -157,18 +157,18 @@ def _frozen_too(frozen: Sequence[Frozen]) -> str:
 
 
 def block_size(group: Group, multiple_of: int) -> int:
-    """Units that come and go together so that widths stay multiples; a ladder was built of allowed rungs only."""
-    return 1 if group.ladder else multiple_of // math.gcd(multiple_of, group.width)
+    """Units that come and go together so that widths stay multiples; alternatives are allowed options only."""
+    return 1 if group.options else multiple_of // math.gcd(multiple_of, group.width)
 
 
 def _lower(group: Group, keep: int, step: int, lowest: int) -> int | np.ndarray:
-    """The next allowed count below ``keep``, a multiple of ``step``; of a ladder all allowed counts, from the top."""
-    return np.arange(keep - 1, lowest - 1, -1) if group.ladder else max(((keep - 1) // step) * step, lowest)
+    """The next allowed count below ``keep``, a multiple of ``step``; of alternatives all allowed counts, from the top."""
+    return np.arange(keep - 1, lowest - 1, -1) if group.options else max(((keep - 1) // step) * step, lowest)
 
 
 def _higher(group: Group, keep: int, step: int, highest: int) -> int | np.ndarray:
-    """The next allowed count above ``keep``; of a ladder all, from the bottom."""
-    return np.arange(keep + 1, highest + 1) if group.ladder else min((keep // step + 1) * step, highest)
+    """The next allowed count above ``keep``; of alternatives all, from the bottom."""
+    return np.arange(keep + 1, highest + 1) if group.options else min((keep // step + 1) * step, highest)
 
 
 def _remove(

@@ -1,8 +1,8 @@
-"""Which forms a layer could take, what each would lose and what it would cost: the ladder of one layer.
+"""Which forms a layer could take, what each would lose and what it would cost: the alternatives of one layer.
 
 What every form at every rank loses is read off a few spectra, without fitting anything: of ``channel`` and ``spatial`` the
 tail of the singular values, of ``tucker`` what the HOSVD's core leaves out (a table over both ranks), of ``tt`` that plus the
-tail of the truncated core.  So a ladder is a matter of look-ups, and of one small spectrum per pair of ranks for ``tt``.
+tail of the truncated core.  So listing options is a matter of look-ups, and of one small spectrum per pair of ranks for ``tt``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.forms.chains import FORMS, chain, cost_of, dense_chain
 from espalier.forms.evbmf import evbmf
 from espalier.forms.places import Place
+from espalier.forms.sequences import FORMS, cost_of, dense_sequence, sequence
 from espalier.forms.svd import to_matrix
 from espalier.forms.transfer import moved
 from espalier.forms.tucker import input_unfolding, leading, output_unfolding, project_inputs, project_outputs, spectrum
-from espalier.graph import Chain
+from espalier.graph import ConvSequence
 
 
 def possible(shape: Sequence[int], forms: Collection[str] = FORMS) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def possible(shape: Sequence[int], forms: Collection[str] = FORMS) -> tuple[str,
     return tuple(f for f in forms if f in sense) or ("channel",)
 
 
-RUNGS = 14  # sizes of each form that a ladder looks at, in equal ratios from rank 1 to whole
+SIZES = 14  # sizes of each form that are looked at, in equal ratios from rank 1 to whole
 
 
 @dataclass
@@ -75,8 +75,8 @@ class Spectra:
             self._evbmf = found[0], found[1]  # at once: threads read it
         return self._evbmf
 
-    def held(self, form: Chain) -> float:
-        """Share of the energy that a chain holds."""
+    def held(self, form: ConvSequence) -> float:
+        """Share of the energy that a sequence holds."""
         if form.name in ("channel", "spatial"):
             return float(getattr(self, form.name)[form.widths[0]])
         a, b = form.widths[0], form.widths[-1]
@@ -153,7 +153,7 @@ def _cleaned(values: Tensor) -> np.ndarray:
     return torch.where(values > noise, values, 0.0).double().cpu().numpy()
 
 
-def ladder(
+def options_at(
     place: Place,
     spectra: Spectra,
     ranks: tuple[int, int],
@@ -161,21 +161,21 @@ def ladder(
     fraction: float = 0.5,
     multiple_of: int = 1,
     forms: Collection[str] = FORMS,
-) -> tuple[list[Chain], np.ndarray]:
-    """Chains of ``place`` from cheap to dear, the dense layer on top, and the share of energy each loses, falling.
+) -> tuple[list[ConvSequence], np.ndarray]:
+    """Sequences of ``place`` from cheap to dear, the dense layer on top, and the share of energy each loses, falling.
 
     ``tucker`` and ``tt`` take ``ranks = (a, b)`` scaled up and down together; the core of ``tt`` is split at ``fraction`` of
     its full rank.  Only what is on the front stays: dearer in MACs and in weights than all below it, and closer.  Ranks are
     multiples of ``multiple_of``, or whole.  Only those of ``forms`` are offered that are ``possible``.
     """
     forms = possible(_shape(place), forms)
-    offers: list[tuple[float, Chain]] = []
+    offers: list[tuple[float, ConvSequence]] = []
     if "channel" in forms:
         for rank in _sizes(len(spectra.channel) - 1, multiple_of):
-            offers.append((spectra.channel[rank], chain(place, "channel", [rank])))
+            offers.append((spectra.channel[rank], sequence(place, "channel", [rank])))
     if "spatial" in forms:
         for rank in _sizes(len(spectra.spatial) - 1, multiple_of):
-            offers.append((spectra.spatial[rank], chain(place, "spatial", [rank])))
+            offers.append((spectra.spatial[rank], sequence(place, "spatial", [rank])))
     if "tucker" in forms or "tt" in forms:
         _add_tuckers(offers, place, spectra, ranks, fraction, multiple_of, forms)
     return _front(place, offers)
@@ -185,16 +185,16 @@ def _shape(place: Place) -> tuple[int, ...]:
     return (place.out_channels, place.in_channels, *place.kernel)
 
 
-def cheapest(place: Place, *, multiple_of: int = 1, forms: Collection[str] = FORMS) -> list[Chain]:
-    """The least that ``ladder`` can offer, and the dense layer; the latter alone if nothing is cheaper."""
+def cheapest(place: Place, *, multiple_of: int = 1, forms: Collection[str] = FORMS) -> list[ConvSequence]:
+    """The least that ``options_at`` can offer, and the dense layer; the latter alone if nothing is cheaper."""
     least = snap(1, min(place.in_channels, place.out_channels), multiple_of)
-    offers = [(0.0, chain(place, form, [least] * (len(FORMS[form]) - 1))) for form in possible(_shape(place), forms)]
-    rungs = _front(place, offers)[0]
-    return rungs if len(rungs) == 1 else [rungs[0], rungs[-1]]
+    offers = [(0.0, sequence(place, form, [least] * (len(FORMS[form]) - 1))) for form in possible(_shape(place), forms)]
+    options = _front(place, offers)[0]
+    return options if len(options) == 1 else [options[0], options[-1]]
 
 
 def _add_tuckers(
-    offers: list[tuple[float, Chain]],
+    offers: list[tuple[float, ConvSequence]],
     place: Place,
     spectra: Spectra,
     ranks: tuple[int, int],
@@ -205,19 +205,19 @@ def _add_tuckers(
     wide, high = place.in_channels, place.out_channels
     kh, kw = place.kernel
     least, most = 1.0 / max(ranks), max(wide / ranks[0], high / ranks[1])
-    scales = sorted({1.0, *np.geomspace(least, max(most, least), RUNGS)})
+    scales = sorted({1.0, *np.geomspace(least, max(most, least), SIZES)})
     pairs = dict.fromkeys(
         (snap(s * ranks[0], wide, multiple_of), snap(s * ranks[1], high, multiple_of)) for s in scales
     )
     if "tucker" in forms:
-        offers += [(float(spectra.tucker[a, b]), chain(place, "tucker", [a, b])) for a, b in pairs]
+        offers += [(float(spectra.tucker[a, b]), sequence(place, "tucker", [a, b])) for a, b in pairs]
     if "tt" not in forms:
         return
-    dense = cost_of(place, dense_chain(place))
+    dense = cost_of(place, dense_sequence(place))
     known = [(cost_of(place, form), held) for held, form in offers]
     for a, b in pairs:
         whole = min(a * kh, kw * b)
-        form = chain(place, "tt", [a, snap(fraction * whole, whole, multiple_of), b])
+        form = sequence(place, "tt", [a, snap(fraction * whole, whole, multiple_of), b])
         cost, hope = cost_of(place, form), float(spectra.tucker[a, b])
         # A train holds no more than its Tucker: the spectrum is computed only where that could win.
         if _below(cost, dense) and not any(held >= hope and _below(other, cost) for other, held in known):
@@ -225,7 +225,7 @@ def _add_tuckers(
 
 
 def full_rank(place: Place, form: str) -> int:
-    """Of ``channel`` and ``spatial`` the rank of an exact chain; of the others the lesser one of the two channel unfoldings."""
+    """Of ``channel`` and ``spatial`` the rank of an exact one; of the others the lesser one of the two channel unfoldings."""
     kh, kw = place.kernel
     if form == "channel":
         return min(place.out_channels, place.in_channels * kh * kw)
@@ -240,24 +240,24 @@ def snap(rank: float, whole: int, multiple_of: int) -> int:
 
 
 def _sizes(whole: int, multiple_of: int) -> list[int]:
-    return sorted({snap(r, whole, multiple_of) for r in np.geomspace(1, whole, RUNGS)})
+    return sorted({snap(r, whole, multiple_of) for r in np.geomspace(1, whole, SIZES)})
 
 
 def _below(one: Sequence[int], other: Sequence[int]) -> bool:
     return all(a < b for a, b in zip(one, other, strict=True))
 
 
-def _front(place: Place, offers: list[tuple[float, Chain]]) -> tuple[list[Chain], np.ndarray]:
-    top = dense_chain(place)
+def _front(place: Place, offers: list[tuple[float, ConvSequence]]) -> tuple[list[ConvSequence], np.ndarray]:
+    top = dense_sequence(place)
     dense = cost_of(place, top)
     priced = [(cost_of(place, form), held, form) for held, form in offers]
     priced.sort(key=lambda p: (p[0][0] / dense[0] + p[0][1] / dense[1], -p[1]))
-    rungs: list[Chain] = []
+    options: list[ConvSequence] = []
     kept: list[float] = []
     last, best = (0, 0), -1.0
     for cost, held, form in priced:
         if _below(last, cost) and _below(cost, dense) and held > best:
-            rungs.append(form)
+            options.append(form)
             kept.append(held)
             last, best = cost, held
-    return [*rungs, top], 1.0 - np.array([*kept, 1.0])
+    return [*options, top], 1.0 - np.array([*kept, 1.0])

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from espalier.forms.chains import stages
 from espalier.forms.places import Place, out_size
+from espalier.forms.sequences import stages
 from espalier.forms.svd import from_matrix, stage_weights, svd, to_matrix
 from espalier.layers import OwnDecay
 
@@ -245,7 +245,7 @@ def matrix_size(shape: tuple[int, ...], form: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Turn:
+class BasisChange:
     """``U diag(s) V^T`` written anew as ``u diag(s) v^T`` with orthonormal ``u``, ``v`` and falling ``s``; one or a batch.
 
     ``left`` and ``right`` are the changes of basis, ``U left = u`` and ``V right = v``.  A change ``ds`` of the old values is
@@ -297,26 +297,29 @@ class Turn:
         return ((self.above * self.below.mT).square() @ values[..., None])[..., 0]
 
     @staticmethod
-    def alone(u: Tensor, s: Tensor, v: Tensor) -> Turn:
+    def alone(u: Tensor, s: Tensor, v: Tensor) -> BasisChange:
         """A decomposition that is its own old basis."""
         same = torch.eye(len(s), dtype=s.dtype)
-        return Turn(u, s, v, same, same, same, same)
+        return BasisChange(u, s, v, same, same, same, same)
 
-    def seen_from(self, old: Turn) -> Turn:
+    def seen_from(self, old: BasisChange) -> BasisChange:
         """The change of basis from ``old``, the decomposition of a matrix that has been trained since, to this one."""
         above, below = self.u.T @ old.u, old.v.T @ self.v
-        return Turn(self.u, self.s, self.v, above.T, below, above, below)
+        return BasisChange(self.u, self.s, self.v, above.T, below, above, below)
 
-    def split(self) -> list[Turn]:
+    def split(self) -> list[BasisChange]:
         """Those of a batch, one by one."""
-        return [Turn(*row) for row in zip(*(getattr(self, field.name).unbind() for field in fields(self)), strict=True)]
+        return [
+            BasisChange(*row)
+            for row in zip(*(getattr(self, field.name).unbind() for field in fields(self)), strict=True)
+        ]
 
 
 FLOOR = 0.03
 
 
 @torch.no_grad()
-def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
+def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> BasisChange:
     """The singular value decomposition of ``u diag(s) v^T``, through ``(r, r)`` matrices only.
 
     ``ValueError`` naming the layer ``name`` if there is no finite result.
@@ -325,7 +328,7 @@ def orthonormalise(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
 
 
 @torch.no_grad()
-def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str]) -> Turn:
+def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str]) -> BasisChange:
     """``orthonormalise`` for layers of one shape: ``u`` is ``(k, m, r)``, ``s`` is ``(k, r)``, ``v`` is ``(k, n, r)``.
 
     ``u`` is orthonormal but for a drift, so that float32 has the digits for its Gram matrix.  With ``V = P T`` (Cholesky of
@@ -349,12 +352,12 @@ def orthonormalise_batch(u: Tensor, s: Tensor, v: Tensor, *, names: Sequence[str
     good &= _straight(left, fresh, metric=gram)
     right = torch.linalg.solve_triangular(factor.mT.to(s.dtype), basis.to(s.dtype), upper=True)
     above, left, below = (left.mT @ gram).to(s.dtype), left.to(s.dtype), below.to(s.dtype)
-    found = Turn(u @ left, fresh.to(s.dtype), v @ right, left, right, above, below)
+    found = BasisChange(u @ left, fresh.to(s.dtype), v @ right, left, right, above, below)
     for number in torch.nonzero(~good).flatten().tolist():
         exact = _with_care(u[number], s[number], v[number], name=names[number])
         for field in fields(found):
             getattr(found, field.name)[number] = getattr(exact, field.name)
-    return Turn(*(getattr(found, field.name).to(dtype) for field in fields(found)))
+    return BasisChange(*(getattr(found, field.name).to(dtype) for field in fields(found)))
 
 
 @torch.no_grad()
@@ -403,14 +406,14 @@ NEARLY = 1e-4  # orthonormal: polishing leaves the square of what is off
 WELL_CONDITIONED = 1e-3  # the diagonal of a Cholesky factor of nearly orthonormal columns, least by largest
 
 
-def _with_care(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> Turn:
+def _with_care(u: Tensor, s: Tensor, v: Tensor, *, name: str) -> BasisChange:
     """The same for any matrix: ``U = Q R`` and ``V = P T``, then the SVD of the core ``R diag(s) T^T``, polished."""
     q, r = torch.linalg.qr(u.double())
     p, t = torch.linalg.qr(v.double())
     a, values, b = svd((r * s.double()) @ t.T, name=name)
     a, b = _polished(a)[0], _polished(b)[0]
     left, right = (torch.linalg.solve_triangular(x, y, upper=True) for x, y in ((r, a), (t, b)))
-    return Turn(*(x.to(s.dtype) for x in (q @ a, values, p @ b, left, right, a.T @ r, t.T @ b)))
+    return BasisChange(*(x.to(s.dtype) for x in (q @ a, values, p @ b, left, right, a.T @ r, t.T @ b)))
 
 
 def _polished(matrix: Tensor, *, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from espalier.carving import Kept, carve, put_in_place
 from espalier.forms.places import Place
-from espalier.graph import Chain
+from espalier.graph import ConvSequence
 from espalier.layers import PartConv2d
 
 
@@ -81,30 +81,30 @@ def rectangle_of(small: nn.Conv2d, dense: nn.Conv2d) -> Rectangle:
 
 
 def shapes(place: Place) -> list[list[Rectangle]]:
-    """Per rung of a ladder the rectangles it stands for: all of one area, only those that need no uneven padding if there
+    """Per option the rectangles it stands for: all of one area, only those that need no uneven padding if there
     are any; the whole kernel last."""
     by_area: dict[int, list[Rectangle]] = {}
     for rectangle in rectangles(place.kernel):
         by_area.setdefault(rectangle.area, []).append(rectangle)
-    rungs = []
+    options = []
     for _, found in sorted(by_area.items()):
         even = [r for r in found if not any(paddings(r, place.kernel, place.padding, place.dilation)[1])]
-        rungs.append(even or found)
-    return rungs
+        options.append(even or found)
+    return options
 
 
-def shape_chain(place: Place, rung: list[Rectangle]) -> Chain:
-    """What the rectangles of one rung cost: all the same, but for the padded copy, of which the largest counts."""
+def shape_sequence(place: Place, option: list[Rectangle]) -> ConvSequence:
+    """What the rectangles of one option cost: all the same, but for the padded copy, of which the largest counts."""
     copies = 0
-    for rectangle in rung:
+    for rectangle in option:
         left, right, top, bottom = paddings(rectangle, place.kernel, place.padding, place.dilation)[1]
         if left or right or top or bottom:
             h, w = place.input_size[0] + top + bottom, place.input_size[1] + left + right
             copies = max(copies, place.positions * h * w * place.itemsize)
-    area = rung[0].area
+    area = option[0].area
     outputs = place.positions * place.output_size[0] * place.output_size[1]
-    name = "dense" if area == place.kernel[0] * place.kernel[1] else "/".join(sorted({str(r) for r in rung}))
-    return Chain(name, macs=(outputs * area,), params=(area,), copies=copies)
+    name = "dense" if area == place.kernel[0] * place.kernel[1] else "/".join(sorted({str(r) for r in option}))
+    return ConvSequence(name, macs=(outputs * area,), params=(area,), copies=copies)
 
 
 def cut_kernel(

@@ -1,16 +1,16 @@
 """Run one forward, watch it, and know which channels live or die together."""
 
+from espalier.graph.alternatives import with_alternatives
 from espalier.graph.blocks import Blocks, find_blocks, with_blocks
-from espalier.graph.graph import Block, Chain, Extent, Frozen, Graph, Group, Site, Slice, Span, Term
+from espalier.graph.graph import Block, ConvSequence, Extent, Frozen, Graph, Group, Site, Slice, Span, Term
 from espalier.graph.inputs import hold, selectable, with_inputs
-from espalier.graph.ladders import with_ladders
 from espalier.graph.tracing import trace
 from espalier.graph.watch import TraceError, TraceTimeout
 
 __all__ = [
     "Block",
     "Blocks",
-    "Chain",
+    "ConvSequence",
     "Extent",
     "Frozen",
     "Graph",
@@ -25,7 +25,7 @@ __all__ = [
     "hold",
     "selectable",
     "trace",
+    "with_alternatives",
     "with_blocks",
     "with_inputs",
-    "with_ladders",
 ]

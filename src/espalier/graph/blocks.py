@@ -2,8 +2,8 @@
 
 ``y = act(x + branch(x))`` is ``act(x)`` once the branch is silent.  ``find_blocks`` looks for modules that do this, whatever
 their code looks like: it runs each by itself on random data, with parameters at zero, and asks whether the output is the
-input, bit for bit.  ``with_blocks`` then makes each a group ``MODULE:block`` of two rungs, *left out* and *whole*: a 0/1
-extent that everything inside is multiplied by, so costs, solver and plan treat it like any other ladder.
+input, bit for bit.  ``with_blocks`` then makes each a group ``MODULE:block`` of two options, *left out* and *whole*: a 0/1
+extent that everything inside is multiplied by, so costs, solver and plan treat it like any other alternatives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.carving import put_in_place
 from espalier.copies import copy_model, named_modules
-from espalier.graph.graph import Block, Extent, Graph, Group, Site, Term
+from espalier.graph.graph import BLOCK, Block, Extent, Graph, Group, Site, Term
 from espalier.graph.tracing import call_arguments, mode
 from espalier.graph.watch import first_line, tensors_in, tensors_of, uncompiled
 
@@ -40,7 +40,7 @@ LEFT: dict[str, type[nn.Module]] = {
 }
 """What may be left of a block without its branch."""
 
-OUT, WHOLE = "left out", "whole"  # the rungs of a block
+OUT, WHOLE = "left out", "whole"  # the options of a block
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def find_blocks(model: nn.Module, example: Any) -> Blocks:
 
 
 def with_blocks(graph: Graph, blocks: Iterable[Block]) -> Graph:
-    """``graph`` in which every one of ``blocks`` may be left out; call it after ``with_ladders`` and ``with_inputs``.
+    """``graph`` in which every one of ``blocks`` may be left out; call it after ``with_alternatives`` and ``with_inputs``.
 
     ``ValueError`` for a block that the graph does not know as one: not called once in the watched forward, or there already.
     """
@@ -102,7 +102,7 @@ def with_blocks(graph: Graph, blocks: Iterable[Block]) -> Graph:
             raise ValueError(f"block {block.module!r}: the graph knows no such module, or has it already")
         present = len(extents)
         extents.append(Extent(0, (), ((len(groups), (0, 0, 1)),)))
-        groups.append(Group(block.group, 2, (), (OUT, WHOLE)))
+        groups.append(Group(block.group, 2, (), (OUT, WHOLE), BLOCK, block.module))
         for number, site in enumerate(sites):
             if block.holds(site.module):
                 sites[number] = _gated(site, present)

@@ -8,7 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from espalier.graph.graph import Block, Extent, Frozen, Graph, Group, Site, Slice, Span, Term
+from espalier.graph.graph import (
+    BLOCK,
+    CHANNELS,
+    FORM,
+    INPUTS,
+    STRIPES,
+    Block,
+    Extent,
+    Frozen,
+    Graph,
+    Group,
+    Site,
+    Slice,
+    Span,
+    Term,
+)
 
 
 def to_json(graph: Graph) -> str:
@@ -22,7 +37,9 @@ def from_json(text: str) -> Graph:
     groups = []
     for g in plain["groups"]:
         slices = [Slice(**{**s, "index": _index(s["index"])}) for s in g["slices"]]
-        groups.append(Group(g["name"], g["size"], tuple(slices), tuple(g["ladder"])))
+        options = tuple(g.get("options", g.get("ladder", ())))  # the second: as first written
+        kind, layer = (g["kind"], g["layer"]) if "kind" in g else _from_name(g["name"])
+        groups.append(Group(g["name"], g["size"], tuple(slices), options, kind, layer))
     rest = {n: _tuples(v) for n, v in plain.items()}
     return Graph(**{
         **rest,
@@ -36,6 +53,12 @@ def from_json(text: str) -> Graph:
         "spans": tuple(Span(**_tuples_in(s)) for s in plain.get("spans", ())),
         "blocks": tuple(Block(**_tuples_in(b)) for b in plain.get("blocks", ())),
     })  # fmt: skip
+
+
+def _from_name(name: str) -> tuple[str, str]:
+    """Kind and layer of a group that was written without them: its name ends in its kind."""
+    layer, _, kind = name.rpartition(":")
+    return (kind, layer) if kind in (FORM, INPUTS, STRIPES, BLOCK) else (CHANNELS, "")
 
 
 def _index(rows: list[list[int]]) -> np.ndarray:

@@ -25,18 +25,24 @@ class Slice:
     consumed: bool
 
 
+CHANNELS, FORM, INPUTS, STRIPES, BLOCK = "channels", "form", "inputs", "stripes", "block"
+"""What the units of a group are."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Interchangeable units: each can be removed by itself, and all cost the same.
 
-    The units of a ``ladder`` are rungs instead, from the cheapest form of a layer up to the dense one: they go from the last
-    to the first, and what each saves is read from tables (``Extent.table``).
+    The units of a group of alternatives are ``options`` instead, from the cheapest form of a layer up to the dense one:
+    they go from the last to the first, and what each saves is read from tables (``Extent.table``).
     """
 
     name: str
     size: int
     slices: tuple[Slice, ...]
-    ladder: tuple[str, ...] = ()  # what each rung is called, for people
+    options: tuple[str, ...] = ()  # what each option is called, for people
+    kind: str = CHANNELS  # or FORM, INPUTS, STRIPES, BLOCK
+    layer: str = ""  # the one layer, or block, that a group of these kinds belongs to
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
@@ -127,12 +133,12 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Chain:
+class ConvSequence:
     """One way to compute a layer: one or more convolutions in a row.  Plain numbers, so that any form can be planned.
 
     Stage ``i`` maps ``widths[i - 1]`` channels (at the ends: those of the layer) to ``widths[i]``, for ``macs[i]``
-    multiply-accumulates and ``params[i]`` weights per pair of channels; ``bytes[i]`` are held per channel in between.  A chain
-    that ``copies`` its input is planned as if it read all channels: activation memory may then be less than planned.
+    multiply-accumulates and ``params[i]`` weights per pair of channels; ``bytes[i]`` are held per channel in between.  One that
+    ``copies`` its input is planned as if it read all channels: activation memory may then be less than planned.
     """
 
     name: str
@@ -254,7 +260,7 @@ class Graph:
                 index = s.index[stay]
                 move = moved.get((s.tensor, s.dim))
                 slices.append(replace(s, index=index if move is None else move[index]))
-            groups.append(replace(group, size=len(stay), slices=tuple(slices), ladder=group.ladder[: len(stay)]))
+            groups.append(replace(group, size=len(stay), slices=tuple(slices), options=group.options[: len(stay)]))
         if not kept and all(g.size == old.size for g, old in zip(groups, self.groups, strict=True)):
             return self
         gone = set(self.baked_away)
@@ -283,7 +289,7 @@ class Graph:
                 g,
                 size=1 if g.name in left_out else g.size,
                 slices=tuple(s for s in g.slices if not gone(s.tensor)),
-                ladder=g.ladder[:1] if g.name in left_out else g.ladder,
+                options=g.options[:1] if g.name in left_out else g.options,
             )
             for g in self.groups
         ]

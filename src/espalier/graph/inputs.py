@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from espalier.graph.graph import Extent, Frozen, Graph, Group, Slice, Term
+from espalier.graph.graph import INPUTS, Extent, Frozen, Graph, Group, Slice, Term
 
 
 def hold(graph: Graph, names: Collection[str], reason: str) -> Graph:
@@ -49,7 +49,7 @@ def inputs_name(layer: str) -> str:
 
 
 def with_inputs(graph: Graph, layers: Mapping[str, int]) -> Graph:
-    """``graph`` in which every convolution of ``layers`` may select its inputs; add ladders afterwards.
+    """``graph`` in which every convolution of ``layers`` may select its inputs; add alternatives afterwards.
 
     ``layers`` maps names to the bytes that one input channel takes, which a selection copies.  ``ValueError`` for a layer
     that does not run exactly once, is grouped, or reads channels that can be removed anyway (``selectable`` tells).
@@ -68,7 +68,8 @@ def with_inputs(graph: Graph, layers: Mapping[str, int]) -> Graph:
         size = shapes[weight][1]
         group, every = len(groups), np.arange(size)[:, None]
         columns = Slice(weight, 1, every, consumed=True)
-        groups.append(Group(inputs_name(layer), size, (columns, Slice(f"{layer}.index", 0, every, consumed=False))))
+        slices = (columns, Slice(f"{layer}.index", 0, every, consumed=False))
+        groups.append(Group(inputs_name(layer), size, slices, kind=INPUTS, layer=layer))
         shapes[f"{layer}.index"] = (size,)
         kept, copied = len(extents), len(extents) + 1
         extents += [

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from espalier.graph.graph import Extent, Graph, Group, Term
+from espalier.graph.graph import STRIPES, Extent, Graph, Group, Term
 
 
 def stripes_name(layer: str) -> str:
@@ -43,7 +43,7 @@ def with_stripes(graph: Graph, spare: Mapping[str, int]) -> Graph:
         filters, _, *kernel = graph.shapes[f"{layer}.weight"]
         kept = len(extents)
         extents.append(Extent(-1, ((len(groups), 1),)))
-        groups.append(Group(stripes_name(layer), count + 1, ()))
+        groups.append(Group(stripes_name(layer), count + 1, (), kind=STRIPES, layer=layer))
         each = graph.sites[number].term.coefficient / (kernel[0] * kernel[1])  # MACs of a stripe per input channel
         sites[number] = replace(graph.sites[number], term=Term(layer, each, (outputs, inputs)))
         sites.append(replace(sites[number], term=Term(layer, each / filters, (outputs, inputs, kept))))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from espalier.carving import Kept
 from espalier.copies import named_tensors
 from espalier.costs import Cost, CostModel
-from espalier.forms.lowrank import Turn
+from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, hold, trace
 from espalier.plan import Budget, Plan, need_budget
 from espalier.settings import Settings
@@ -46,7 +46,7 @@ class Removed:
     kept: Kept
     cost: Cost
     renewed: frozenset[str] = frozenset()
-    turned: Mapping[str, Turn] = field(default_factory=dict)
+    turned: Mapping[str, BasisChange] = field(default_factory=dict)
     rebuilt: bool = True
 
 
@@ -102,8 +102,8 @@ class Run(ABC):
         self.limits: dict[str, int] = budget.limits(self.dense)
         self._so_far: Plan | None = None  # until something is removed
         self._dense_graph: Graph | None = None  # ``graph`` when the first removal began
-        # ladder of ``self.graph`` -> rung that is executed now; the top without an entry
-        self.rungs: dict[str, int] = {}
+        # alternatives of ``self.graph`` -> option that is executed now; the top without an entry
+        self.taken: dict[str, int] = {}
         self.skipped: dict[str, str] = {}  # layer that the method leaves as it is -> why
         # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
         self.history: dict[str, dict[str, list[list[float]]]] = {}
@@ -139,7 +139,7 @@ class Run(ABC):
     @property
     def cost(self) -> Cost:
         """Of the network as it is executed now."""
-        keep = [self.rungs.get(g.name, g.size) for g in self.graph.groups]
+        keep = [self.taken.get(g.name, g.size) for g in self.graph.groups]
         return CostModel(self.graph).cost(np.array(keep, dtype=np.int64))
 
     @property
@@ -156,8 +156,8 @@ class Run(ABC):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Kept units of every group of the network as it is executed now; of a ladder, its rung."""
-        return {g.name: self.rungs.get(g.name, g.size) for g in self.graph.groups}
+        """Kept units of every group of the network as it is executed now; of a group of alternatives, its option."""
+        return {g.name: self.taken.get(g.name, g.size) for g in self.graph.groups}
 
     def hold_frozen(self) -> None:
         """Channels that a frozen weight reads stay: it may not fade, and has no gradient that says what they are worth."""
@@ -177,9 +177,9 @@ class Run(ABC):
         self.graph = self.graph.after(units)
         return Removed(kept, self.cost)
 
-    def rungs_stay(self) -> None:
-        """The plan of a method that gives layers other forms: of every ladder up to its rung, all channels."""
-        keep = {g.name: np.arange(self.rungs.get(g.name, g.size)) for g in self.graph.groups}
+    def options_stay(self) -> None:
+        """The plan of a method that gives layers other forms: of alternatives the options up to the one taken, all channels."""
+        keep = {g.name: np.arange(self.taken.get(g.name, g.size)) for g in self.graph.groups}
         self.plan = Plan(keep, {g.name: g.size for g in self.graph.groups})
 
     def record(self, kind: str, values: Mapping[str, float], *, progress: float) -> None:

@@ -10,7 +10,7 @@ our reading, in the paper's order:
 2. penalty ``orthogonality * sum_l (|U^T U - I|^2 + |V^T V - I|^2) / r_l^2 + sparsity * sum_l (sum |s|)^2 / sum s^2``,
    with at least 16 for ``r_l``: of the smallest ranks the pull would be too strong for usual learning rates;
 3. rank events, from ``start_at`` to ``reach`` every ``every``: drop what has faded; re-orthonormalise exactly, with the
-   optimiser's state (``surgery.turn_factors``), as every ``TURN_EVERY`` steps until the end; decide the next ranks;
+   optimiser's state (``surgery.change_bases``), as every ``TURN_EVERY`` steps until the end; decide the next ranks;
 4. which ranks: at most a share of ``energy`` is given up over the whole run, or the most important triplets inside the
    budget, by the shared ``solver``, or both.  The cost falls from the full one to the target, fast at first (``power``).  With
    ``once`` the final ranks are found at the first event, on whole layers, and approached from there; otherwise every event
@@ -37,16 +37,16 @@ from torch.autograd.function import once_differentiable
 from espalier.carving import put_in_place
 from espalier.costs import Cost, CostModel, cost
 from espalier.forms import LowRank
-from espalier.forms.lowrank import Turn
+from espalier.forms.lowrank import BasisChange
 from espalier.forms.transfer import moved
 from espalier.graph import trace
-from espalier.graph.ladders import ladder_name
+from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import Batches, Method, Removed, Run, Status, need_progress
-from espalier.methods.ranks import LAYOUTS, RankLadders, energy, rank_ladders, tails
+from espalier.methods.ranks import LAYOUTS, energy, rank_alternatives, tails
 from espalier.plan import Budget, Plan
 from espalier.settings import Fraction, OneOf, Share, described
 from espalier.solver import solve
-from espalier.surgery import cut_ranks, decompositions, replace, split_layers, turn_factors
+from espalier.surgery import change_bases, cut_ranks, decompositions, replace, split_layers
 
 SCORES = ("energy", "taylor", "whole")
 
@@ -115,10 +115,10 @@ class DPRPRun(Run):
         self.method = method
         if not goes_on:
             self.bake()
-        self.ladders: RankLadders = rank_ladders(dense, example, graph=self.graph, budget=budget, form=method.form)
-        self.graph, self.skipped = self.ladders.graph, dict(self.ladders.skipped)
+        self.alternatives = rank_alternatives(dense, example, graph=self.graph, budget=budget, form=method.form)
+        self.graph, self.skipped = self.alternatives.graph, dict(self.alternatives.skipped)
         self.plan = Plan.dense(self.graph)
-        even = {g.name: np.ones(g.size) for g in self.graph.groups if g.ladder}
+        even = {g.name: np.ones(g.size) for g in self.graph.groups if g.options}
         solve(self.graph, even, self.limits)  # unreachable budgets fail now
         self.settled = False  # the last decision is taken
         self.done = False
@@ -130,7 +130,7 @@ class DPRPRun(Run):
         if not goes_on:
             self._factorise()
         self.layers: dict[str, LowRank] = {
-            n: m for n in self.ladders.places if isinstance(m := model.get_submodule(n), LowRank)
+            n: m for n in self.alternatives.places if isinstance(m := model.get_submodule(n), LowRank)
         }
         self.targets = {n: layer.rank for n, layer in self.layers.items()}  # what fades lies above
         self.final: dict[str, int] = {}  # ranks at the end, once they are found
@@ -147,9 +147,9 @@ class DPRPRun(Run):
     # -- 1. every layer as its singular value decomposition ------------------------------------------------------------
 
     def _factorise(self) -> None:
-        for name, place in self.ladders.places.items():
+        for name, place in self.alternatives.places.items():
             layer: Any = self.model.get_submodule(name)
-            replace(self.model, name, LowRank.of(layer, place, form=self.ladders.forms[name], whole=True))
+            replace(self.model, name, LowRank.of(layer, place, form=self.alternatives.forms[name], whole=True))
 
     # -- 2. penalty ----------------------------------------------------------------------------------------------------
 
@@ -206,9 +206,9 @@ class DPRPRun(Run):
         self._sensitivity = {n: v[: self.targets[n]] for n, v in self._sensitivity.items()}
         return kept
 
-    def _turn(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Turn]:
+    def _turn(self, optimizer: torch.optim.Optimizer | None) -> dict[str, BasisChange]:
         """Factors become singular value decompositions again; those of whole layers are only taken note of."""
-        turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
+        turns = change_bases({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
         whole = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
         self._mix({**turns, **{n: turn.seen_from(self._decomposed[n]) for n, turn in whole.items()}})
         self._decomposed = whole
@@ -225,11 +225,11 @@ class DPRPRun(Run):
 
     def _straighten(self, optimizer: torch.optim.Optimizer) -> Removed | None:
         """Between events and after the last one: what the penalty leaves of the drift from orthonormal factors goes."""
-        turns = turn_factors({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
+        turns = change_bases({n: layer for n, layer in self.layers.items() if not layer.whole}, optimizer=optimizer)
         self._mix(turns)
         return Removed({}, self.cost, turned=turns, rebuilt=False) if turns else None
 
-    def _mix(self, turns: Mapping[str, Turn]) -> None:
+    def _mix(self, turns: Mapping[str, BasisChange]) -> None:
         """Sensitivities follow their triplets into the new bases."""
         heard = moved({n: self._sensitivity[n] for n in turns}, "cpu")
         mixed = {n: turn.mixed(heard[n]) for n, turn in turns.items()}
@@ -242,7 +242,7 @@ class DPRPRun(Run):
 
     def _took_stock(self, progress: float) -> None:
         ranks = {n: layer.rank for n, layer in self.layers.items()}
-        self.rungs = self.ladders.rungs(ranks)
+        self.taken = self.alternatives.options(ranks)
         self.record("rank", ranks, progress=progress)
         if "full rank" not in self.history:
             self.record("full rank", ranks, progress=progress)
@@ -281,28 +281,30 @@ class DPRPRun(Run):
         free = {n: scores for n, scores in self.scores().items() if n not in stands}
         plan = solve(
             self.graph,
-            self.ladders.importance(free, returns=self.method.returns),
+            self.alternatives.importance(free, returns=self.method.returns),
             self.limits,
-            ceiling=self.ladders.rungs({**self._by_energy(1.0), **stands}),
-            floor=self.ladders.equal(self.limits, share=self.method.floor),
+            ceiling=self.alternatives.options({**self._by_energy(1.0), **stands}),
+            floor=self.alternatives.equal(self.limits, share=self.method.floor),
         )
         for name in free:
-            rung = len(plan.keep[ladder_name(name)])
+            option = len(plan.keep[alternatives_name(name)])
             full = self.layers[name].rank
-            self.final[name] = full if rung == self.ladders.top(name) else self.ladders.ranks[name][rung - 1]
+            self.final[name] = (
+                full if option == self.alternatives.top(name) else self.alternatives.ranks[name][option - 1]
+            )
 
     def _walk(self, left: float) -> None:
         """Targets on the way to the final ranks: in all layers the same share of it, the least at which the cost is down to
         what the schedule has ``left`` of its fall."""
-        end = self.ladders.rungs(self.final)
+        end = self.alternatives.options(self.final)
         costs = CostModel(self.graph)
 
-        def rungs(share: float) -> dict[str, int]:
-            tops = {ladder_name(n): self.ladders.top(n) for n in self.layers}
+        def options(share: float) -> dict[str, int]:
+            tops = {alternatives_name(n): self.alternatives.top(n) for n in self.layers}
             return {n: top - math.floor(share * (top - end[n]) + 0.5) for n, top in tops.items()}
 
         def cost_at(share: float) -> Cost:
-            there = rungs(share)
+            there = options(share)
             return costs.cost(np.array([there.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
 
         last = cost_at(1.0)
@@ -313,9 +315,9 @@ class DPRPRun(Run):
             there = cost_at(middle)
             fits = all(getattr(there, m) <= limit for m, limit in allowed.items())
             low, high = (low, middle) if fits else (middle, high)
-        for name, rung in ((n, rungs(high)[ladder_name(n)]) for n in self.layers):
-            if rung < self.ladders.top(name):
-                self.targets[name] = min(self.ladders.ranks[name][rung - 1], self.layers[name].rank)
+        for name, option in ((n, options(high)[alternatives_name(n)]) for n in self.layers):
+            if option < self.alternatives.top(name):
+                self.targets[name] = min(self.alternatives.ranks[name][option - 1], self.layers[name].rank)
 
     def _by_energy(self, share: float) -> dict[str, int]:
         """The smallest ranks that give up at most ``share`` of what may be given up in all; now's without ``energy``."""
@@ -330,11 +332,13 @@ class DPRPRun(Run):
 
     def _aim(self, wanted: dict[str, int], limits: dict[str, int]) -> None:
         """The most important triplets within ``limits``, and never more than ``wanted``."""
-        plan = solve(self.graph, self.ladders.importance(self.scores()), limits, ceiling=self.ladders.rungs(wanted))
+        plan = solve(
+            self.graph, self.alternatives.importance(self.scores()), limits, ceiling=self.alternatives.options(wanted)
+        )
         for name, layer in self.layers.items():
-            rung = len(plan.keep[ladder_name(name)])
-            allowed = self.ladders.ranks[name]
-            rank = wanted[name] if rung > len(allowed) else min(allowed[rung - 1], layer.rank)
+            option = len(plan.keep[alternatives_name(name)])
+            allowed = self.alternatives.ranks[name]
+            rank = wanted[name] if option > len(allowed) else min(allowed[option - 1], layer.rank)
             self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(self.values[name])[rank]))
             self.targets[name] = rank
 
@@ -410,13 +414,13 @@ class DPRPRun(Run):
             self._drop_to_the_end()
             self.forced = any(layer.rank < before[n] for n, layer in self.layers.items())
             self._finished()
-        self.rungs_stay()
+        self.options_stay()
         for name, layer in self.layers.items():
-            if self.rungs[ladder_name(name)] == self.ladders.top(name):
+            if self.taken[alternatives_name(name)] == self.alternatives.top(name):
                 plain: nn.Module = layer.dense()
             else:
                 with torch.no_grad():
-                    plain = self.ladders.plain(name, (layer.u, layer.s, layer.v), bias=layer.bias)
+                    plain = self.alternatives.plain(name, (layer.u, layer.s, layer.v), bias=layer.bias)
             replace(self.model, name, plain)
         self.layers = {}
         built = cost(trace(self.model, self.example))
@@ -469,7 +473,9 @@ class DPRPRun(Run):
         self.final = dict(state["final"])
         self._sensitivity = {n: state["sensitivity"][n].to(layer.s.device) for n, layer in self.layers.items()}
         self.shares = {n: v.cpu().numpy() for n, v in state["shares"].items()}
-        self._decomposed = {n: Turn.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()}
+        self._decomposed = {
+            n: BasisChange.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()
+        }
         self._listen()
         self._took_stock(self._last)
 

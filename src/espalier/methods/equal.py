@@ -11,17 +11,17 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from espalier.costs import CostModel
-from espalier.forms import FORMS, Place, chain, dense_chain
+from espalier.forms import FORMS, Place, dense_sequence, sequence
 from espalier.forms.candidates import Spectra, full_rank, possible, snap
-from espalier.forms.chains import cost_of
-from espalier.graph import Chain, Graph, with_ladders
-from espalier.graph.ladders import ladder_name
+from espalier.forms.sequences import cost_of
+from espalier.graph import ConvSequence, Graph, with_alternatives
+from espalier.graph.alternatives import alternatives_name
 from espalier.solver import BudgetError, solve
 
 BISECTIONS = 40
 
 
-def equal_chains(
+def equal_sequences(
     graph: Graph,
     places: Mapping[str, Place],
     spectra: Mapping[str, Spectra],
@@ -30,8 +30,8 @@ def equal_chains(
     forms: Collection[str] = tuple(FORMS),
     tt_fraction: float = 0.5,
     multiple_of: int = 1,
-) -> dict[str, Chain]:
-    """Forms of all layers but those that stay dense, because a chain at that fraction would be no cheaper.
+) -> dict[str, ConvSequence]:
+    """Forms of all layers but those that stay dense, because a sequence at that fraction would be no cheaper.
 
     Of ``forms`` that one is taken which holds most energy at the budget, mean over layers; layers for which it makes no
     sense have ``channel``.  The core of ``tt`` is split at ``tt_fraction`` of its full rank.
@@ -39,15 +39,15 @@ def equal_chains(
     Raises: BudgetError if rank one everywhere is too dear.
     """
     dense = CostModel(graph).cost(graph.sizes)
-    found: list[tuple[float, dict[str, Chain]]] = []
+    found: list[tuple[float, dict[str, ConvSequence]]] = []
     failed: BudgetError | None = None
     for form in forms:
 
-        def at(fraction: float, steps: int = 0, form: str = form) -> dict[str, Chain]:
-            return {n: _chain(p, form, fraction, steps, tt_fraction, multiple_of) for n, p in places.items()}
+        def at(fraction: float, steps: int = 0, form: str = form) -> dict[str, ConvSequence]:
+            return {n: _sequence(p, form, fraction, steps, tt_fraction, multiple_of) for n, p in places.items()}
 
-        def fits(chains: Mapping[str, Chain]) -> bool:
-            saved = [np.subtract(_dense(places[n]), cost_of(places[n], c)) for n, c in chains.items()]
+        def fits(sequences: Mapping[str, ConvSequence]) -> bool:
+            saved = [np.subtract(_dense(places[n]), cost_of(places[n], c)) for n, c in sequences.items()]
             macs, params = np.sum(saved, axis=0) if saved else (0, 0)
             left = {"macs": dense.macs - macs, "params": dense.params - params}
             return all(left[m] <= limit for m, limit in limits.items())
@@ -60,19 +60,21 @@ def equal_chains(
                 middle = (low + high) / 2
                 low, high = (middle, high) if fits(at(middle)) else (low, middle)
         try:
-            chains = _filled(graph, places, spectra, limits, at(low), at(low, 1))
+            sequences = _filled(graph, places, spectra, limits, at(low), at(low, 1))
         except BudgetError as error:
             failed = error
             continue
-        held = [spectra[n].held(chains[n]) if n in chains else 1.0 for n in places]
-        found.append((float(np.mean(held)) if held else 1.0, chains))
+        held = [spectra[n].held(sequences[n]) if n in sequences else 1.0 for n in places]
+        found.append((float(np.mean(held)) if held else 1.0, sequences))
     if not found:
         assert failed is not None
         raise failed
     return max(found, key=lambda f: f[0])[1]
 
 
-def _chain(place: Place, form: str, fraction: float, steps: int, tt_fraction: float, multiple_of: int) -> Chain:
+def _sequence(
+    place: Place, form: str, fraction: float, steps: int, tt_fraction: float, multiple_of: int
+) -> ConvSequence:
     """At ``fraction`` of the full rank and ``steps`` more; the dense layer where that is not cheaper in everything."""
     kh, kw = place.kernel
     inputs, outputs = place.in_channels, place.out_channels
@@ -82,13 +84,15 @@ def _chain(place: Place, form: str, fraction: float, steps: int, tt_fraction: fl
 
     form = possible((outputs, inputs, kh, kw), (form,))[0]
     if form in ("channel", "spatial"):
-        made = chain(place, form, [rank(full_rank(place, form))])
+        made = sequence(place, form, [rank(full_rank(place, form))])
     else:
         a, b = rank(inputs), rank(outputs)
         whole = min(a * kh, kw * b)
-        made = chain(place, form, [a, b] if form == "tucker" else [a, snap(tt_fraction * whole, whole, multiple_of), b])
+        made = sequence(
+            place, form, [a, b] if form == "tucker" else [a, snap(tt_fraction * whole, whole, multiple_of), b]
+        )
     cheaper = all(one < other for one, other in zip(cost_of(place, made), _dense(place), strict=True))
-    return made if cheaper else dense_chain(place)
+    return made if cheaper else dense_sequence(place)
 
 
 def _filled(
@@ -96,27 +100,27 @@ def _filled(
     places: Mapping[str, Place],
     spectra: Mapping[str, Spectra],
     limits: Mapping[str, int],
-    chains: Mapping[str, Chain],
-    raised: Mapping[str, Chain],
-) -> dict[str, Chain]:
-    """``chains``, or ``raised`` where the rest of the budget takes it."""
-    ladders: dict[str, list[Chain]] = {}
+    sequences: Mapping[str, ConvSequence],
+    raised: Mapping[str, ConvSequence],
+) -> dict[str, ConvSequence]:
+    """``sequences``, or ``raised`` where the rest of the budget takes it."""
+    alternatives: dict[str, list[ConvSequence]] = {}
     worth: dict[str, np.ndarray] = {}
     ceiling: dict[str, int] = {}
-    for name, one in chains.items():
+    for name, one in sequences.items():
         if not one.widths:
             continue
         costs = [cost_of(places[name], c) for c in (one, raised[name])]
         dearer = raised[name].widths and all(a < b for a, b in zip(*costs, strict=True))
-        rungs = [one, raised[name]] if dearer else [one]
-        held = np.maximum.accumulate([spectra[name].held(c) for c in rungs] + [1.0])
-        ladders[name] = [*rungs, dense_chain(places[name])]
-        worth[ladder_name(name)] = np.diff(held, prepend=0.0)
-        ceiling[ladder_name(name)] = len(rungs)
-    whole = with_ladders(graph, ladders)
+        options = [one, raised[name]] if dearer else [one]
+        held = np.maximum.accumulate([spectra[name].held(c) for c in options] + [1.0])
+        alternatives[name] = [*options, dense_sequence(places[name])]
+        worth[alternatives_name(name)] = np.diff(held, prepend=0.0)
+        ceiling[alternatives_name(name)] = len(options)
+    whole = with_alternatives(graph, alternatives)
     plan = solve(whole, worth, limits, multiple_of=1, ceiling=ceiling)
-    return {n: rungs[len(plan.keep[ladder_name(n)]) - 1] for n, rungs in ladders.items()}
+    return {n: options[len(plan.keep[alternatives_name(n)]) - 1] for n, options in alternatives.items()}
 
 
 def _dense(place: Place) -> tuple[int, int]:
-    return cost_of(place, dense_chain(place))
+    return cost_of(place, dense_sequence(place))

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import Cost, CostModel
-from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_chain, shapes
-from espalier.graph import Graph, files, hold, selectable, with_inputs, with_ladders
+from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_sequence, shapes
+from espalier.graph import Graph, files, hold, selectable, with_alternatives, with_inputs
+from espalier.graph.alternatives import alternatives_name
 from espalier.graph.inputs import inputs_name
-from espalier.graph.ladders import ladder_name
 from espalier.graph.stripes import striped, stripes_name
 from espalier.layers import PartConv2d
 from espalier.methods.base import FROZEN, Batches, Removed, is_frozen
@@ -134,19 +134,19 @@ class MGPRun(Fading):
     # -- 2. importance -------------------------------------------------------------------------------------------------
 
     def importance(self) -> tuple[dict[str, np.ndarray], dict[str, list[Rectangle]]]:
-        """Per group what its units are worth, of a ladder what each rung adds; and the best rectangle for every rung."""
+        """Per group what its units are worth, of alternatives what each option adds; the best rectangle of every option."""
         values = self.sensitivity.value.double().cpu().numpy()
         scores = self.units.split(values)
         best: dict[str, list[Rectangle]] = {}
-        for layer, rungs in self.shapes.items():
+        for layer, options in self.shapes.items():
             kernel = self.model.get_parameter(f"{layer}.weight").shape[2:]
             taps = values[self.units.taps[layer]].reshape(kernel)
             best[layer], worth = [], [0.0]
-            for rung in rungs:
-                kept = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in rung]
-                best[layer].append(rung[int(np.argmax(kept))])
+            for option in options:
+                kept = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in option]
+                best[layer].append(option[int(np.argmax(kept))])
                 worth.append(max(worth[-1], *kept))
-            scores[ladder_name(layer)] = np.diff(worth)
+            scores[alternatives_name(layer)] = np.diff(worth)
         scores.update(self.stripes.scores(self._worth_of_stripes()))
         return scores, best
 
@@ -177,10 +177,10 @@ class MGPRun(Fading):
         else:  # nothing can go at all
             plan = solve(graph, {}, limits, **self._rules(graph))
         chosen = {}
-        for layer, rungs in self.shapes.items():
-            rung = len(plan.keep[ladder_name(layer)])
-            if rung < len(rungs):
-                chosen[layer] = best[layer][rung - 1]
+        for layer, options in self.shapes.items():
+            option = len(plan.keep[alternatives_name(layer)])
+            if option < len(options):
+                chosen[layer] = best[layer][option - 1]
         return Plan({n: u for n, u in plan.keep.items() if kind_of(n) != STRIPES}, plan.sizes), chosen
 
     def _masks(self, plan: Plan, limits: Mapping[str, int]) -> Masks:
@@ -215,7 +215,8 @@ class MGPRun(Fading):
     def _kernels(self, masks: Masks) -> dict[str, float]:
         """Kernel positions that the keep-set leaves of every layer, of free stripes the mean over filters."""
         areas = {
-            n: float(self.chosen[n].area if n in self.chosen else rungs[-1][0].area) for n, rungs in self.shapes.items()
+            n: float(self.chosen[n].area if n in self.chosen else options[-1][0].area)
+            for n, options in self.shapes.items()
         }
         return {**areas, **{n: round(float(mask.sum(1).mean()), 3) for n, mask in masks.items()}}
 
@@ -243,7 +244,7 @@ class MGPRun(Fading):
             less = len(plan.keep[g.name]) - g.size if g.name in plan.keep else -int(going[number])
             if less:
                 saved = sum(-state.change(m, number, less) / max(getattr(self.dense, m), 1) for m in ("macs", "params"))
-                share[place[g.name.rpartition(":")[0]] if g.ladder else number] = max(saved, 0.0)
+                share[place[g.layer] if g.options else number] = max(saved, 0.0)
         pace = np.sqrt(share) * (1.0 + going / left)
         busy = pace > 0
         if not busy.any():
@@ -304,10 +305,10 @@ class MGPRun(Fading):
             self.stripes.hold(optimizer.state, MOMENTA)
 
     def _descend(self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle]) -> None:
-        """Write the rungs that kernels are cut to into ``stay``."""
+        """Write the options that kernels are cut to into ``stay``."""
         for layer, rectangle in cut.items():
-            rung = next(i for i, rung in enumerate(self.shapes[layer]) if rung[0].area == rectangle.area)
-            stay[ladder_name(layer)] = np.arange(rung + 1)
+            option = next(i for i, option in enumerate(self.shapes[layer]) if option[0].area == rectangle.area)
+            stay[alternatives_name(layer)] = np.arange(option + 1)
 
     def _carry_out(
         self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle], optimizer: torch.optim.Optimizer | None
@@ -364,7 +365,7 @@ class MGPRun(Fading):
             **self._numbers(),
             "graph": files.to_json(self.graph),
             "rows": {n: row.clone() for n, row in self._rows().items()},
-            "shapes": {n: [[_plain(r) for r in rung] for rung in rungs] for n, rungs in self.shapes.items()},
+            "shapes": {n: [[_plain(r) for r in option] for option in options] for n, options in self.shapes.items()},
             "chosen": {n: _plain(r) for n, r in self.chosen.items()},
             "skipped": dict(self.skipped),
             "gone": {n: gone.clone() for n, gone in self.stripes.gone.items()},
@@ -377,7 +378,9 @@ class MGPRun(Fading):
             raise ValueError("MGP: the model does not have the structure it had when this state was saved")
         self._silence()
         self.graph = graph
-        self.shapes = {n: [[Rectangle(*r) for r in rung] for rung in rungs] for n, rungs in state["shapes"].items()}
+        self.shapes = {
+            n: [[Rectangle(*r) for r in option] for option in options] for n, options in state["shapes"].items()
+        }
         self.chosen = {n: Rectangle(*r) for n, r in state["chosen"].items()}
         self.skipped = dict(state.get("skipped", state.get("left", {})))
         self.stripes.load(state.get("gone", {}))
@@ -398,14 +401,14 @@ FEWEST_INPUTS = 8  # an image has too few channels to select among
 def kind_of(group: str) -> str:
     """The granularity of a group, by its name."""
     layer = group.partition(":")[0]
-    finer = {inputs_name(layer): INPUTS, ladder_name(layer): SHAPES, stripes_name(layer): STRIPES}
+    finer = {inputs_name(layer): INPUTS, alternatives_name(layer): SHAPES, stripes_name(layer): STRIPES}
     return finer.get(group, FILTERS)
 
 
 def granularities(
     model: nn.Module, graph: Graph, example: Any, method: MGP
 ) -> tuple[Graph, dict[str, list[list[Rectangle]]], dict[str, str]]:
-    """The graph with everything that ``method`` may prune, the rungs of every kernel, and layer -> why it stays as it is."""
+    """The graph with everything that ``method`` may prune, the options of every kernel, and layer -> why it stays as it is."""
     places, left = find_places(model, example)
     left = {n: r for n, r in left.items() if not isinstance(model.get_submodule(n), nn.Linear)}
     left.update({n: FROZEN for n, p in places.items() if not p.linear and is_frozen(model, n)})
@@ -417,18 +420,18 @@ def granularities(
     if method.inputs:
         wide = [n for n, p in convolutions.items() if p.in_channels >= FEWEST_INPUTS]
         graph = with_inputs(graph, {n: _bytes(places[n]) for n in selectable(graph, wide)})
-    rungs: dict[str, list[list[Rectangle]]] = {}
+    options: dict[str, list[list[Rectangle]]] = {}
     for name, place in convolutions.items() if method.shapes and not method.stripes else ():
         if place.kernel == (1, 1):
             continue
         found = shapes(place)
         try:
-            graph = with_ladders(graph, {name: [shape_chain(place, rung) for rung in found]})
+            graph = with_alternatives(graph, {name: [shape_sequence(place, option) for option in found]})
         except ValueError as error:
             left[name] = str(error)
             continue
-        rungs[name] = found
-    return graph, rungs, left
+        options[name] = found
+    return graph, options, left
 
 
 def streams(graph: Graph) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ladders of ranks: which ranks every layer may have, what they cost, and the plain layers that they become.
+"""Alternatives of ranks: which ranks every layer may have, what they cost, and the plain layers that they become.
 
 Shared by all methods that truncate a singular value decomposition.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import CostModel
-from espalier.forms import Place, chain, dense_chain, find_places, sequential
-from espalier.forms.chains import cost_of
+from espalier.forms import Place, dense_sequence, find_places, sequence, sequential
 from espalier.forms.lowrank import matrix_size
+from espalier.forms.sequences import cost_of
 from espalier.forms.svd import stage_weights
-from espalier.graph import Chain, Graph, with_ladders
-from espalier.graph.ladders import ladder_name
+from espalier.graph import ConvSequence, Graph, with_alternatives
+from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import FROZEN, is_frozen
 from espalier.plan import Budget
 
@@ -31,31 +31,31 @@ USUAL_BATCH = 128  # ... and at this batch
 
 
 @dataclass(frozen=True)
-class RankLadders:
-    """Layers that can be factorised; layer -> rung ``k`` is rank ``ranks[layer][k - 1]``, the rung above is the dense layer."""
+class RankAlternatives:
+    """Layers that can be factorised; layer -> option ``k`` is rank ``ranks[layer][k - 1]``, the last the dense layer."""
 
-    graph: Graph  # with a ladder for every layer
+    graph: Graph  # with a group of alternatives for every layer
     places: Mapping[str, Place]
     forms: Mapping[str, str]
     ranks: Mapping[str, tuple[int, ...]]
     skipped: Mapping[str, str]  # layers that stay dense, and why
 
     def top(self, layer: str) -> int:
-        """The dense rung."""
+        """The dense option."""
         return len(self.ranks[layer]) + 1
 
-    def rung(self, layer: str, rank: int) -> int:
-        """The lowest rung that holds ``rank`` triplets."""
+    def option(self, layer: str, rank: int) -> int:
+        """The lowest option that holds ``rank`` triplets."""
         return int(np.searchsorted(self.ranks[layer], rank)) + 1
 
-    def rungs(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        """Ladder -> rung, as ``solve`` and ``Run.rungs`` take it."""
-        return {ladder_name(layer): self.rung(layer, rank) for layer, rank in ranks.items()}
+    def options(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        """Alternatives -> option, as ``solve`` and ``Run.options`` take it."""
+        return {alternatives_name(layer): self.option(layer, rank) for layer, rank in ranks.items()}
 
     def importance(self, scores: Mapping[str, np.ndarray], *, returns: float = 1.0) -> dict[str, np.ndarray]:
-        """What every rung adds, from a score per triplet, largest singular value first.
+        """What every option adds, from a score per triplet, largest singular value first.
 
-        A rung that holds the share ``h`` of its layer's total is worth ``total * h ** returns``: below 1, what a layer loses
+        A option that holds the share ``h`` of its layer's total is worth ``total * h ** returns``: below 1, what a layer loses
         last is dearest, so that none is emptied because its energy lies in few triplets.
         """
         found = {}
@@ -64,19 +64,21 @@ class RankLadders:
             if returns != 1.0 and sums[-1] > 0:
                 sums = sums[-1] * (sums / sums[-1]) ** returns
             at = np.minimum([0, *self.ranks[layer], len(values)], len(values))
-            found[ladder_name(layer)] = np.diff(sums[at])
+            found[alternatives_name(layer)] = np.diff(sums[at])
         return found
 
     def equal(self, limits: Mapping[str, int], *, share: float = 1.0) -> dict[str, int]:
-        """Ladder -> ``share`` of its rung where every layer has the same fraction of its factorised rungs: the largest fraction
-        within ``limits``, by bisection; one rung at least."""
+        """Group -> ``share`` of its option where every layer has the same fraction of its factorised options.
+
+        The largest fraction within ``limits``, by bisection; one option at least.
+        """
         costs = CostModel(self.graph)
 
-        def rungs(fraction: float) -> dict[str, int]:
-            return {ladder_name(n): max(1, int(fraction * len(ranks))) for n, ranks in self.ranks.items()}
+        def options(fraction: float) -> dict[str, int]:
+            return {alternatives_name(n): max(1, int(fraction * len(ranks))) for n, ranks in self.ranks.items()}
 
         def fits(fraction: float) -> bool:
-            at = rungs(fraction)
+            at = options(fraction)
             cost = costs.cost(np.array([at.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
             return all(getattr(cost, metric) <= limit for metric, limit in limits.items())
 
@@ -84,7 +86,7 @@ class RankLadders:
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        return rungs(share * low)
+        return options(share * low)
 
     def plain(self, layer: str, factors: tuple[Tensor, Tensor, Tensor], *, bias: Tensor | None) -> nn.Sequential:
         """Two plain layers in a row; both take a square root of ``s``, so that further training treats them alike."""
@@ -95,7 +97,9 @@ class RankLadders:
         return sequential(place, self.forms[layer], weights, bias)
 
 
-def rank_ladders(model: nn.Module, example: Any, *, graph: Graph, budget: Budget, form: str = "auto") -> RankLadders:
+def rank_alternatives(
+    model: nn.Module, example: Any, *, graph: Graph, budget: Budget, form: str = "auto"
+) -> RankAlternatives:
     """Find the layers of ``model``, a dense network with this ``graph``, that can be factorised, and their ranks.
 
     Ranks are multiples of ``budget.multiple_of`` at which both MACs and parameters are below the dense layer's.
@@ -109,24 +113,24 @@ def rank_ladders(model: nn.Module, example: Any, *, graph: Graph, budget: Budget
     places = {n: p for n, p in places.items() if n not in left}
     forms = {name: layout(place, form) for name, place in places.items()}
     ranks: dict[str, tuple[int, ...]] = {}
-    ladders: dict[str, list[Chain]] = {}
+    alternatives: dict[str, list[ConvSequence]] = {}
     for name, place in places.items():
-        chains = _rungs(place, forms[name], budget.multiple_of)
-        if chains:
-            ladders[name] = [*chains, dense_chain(place)]
-            ranks[name] = tuple(c.widths[0] for c in chains)
+        sequences = _options(place, forms[name], budget.multiple_of)
+        if sequences:
+            alternatives[name] = [*sequences, dense_sequence(place)]
+            ranks[name] = tuple(c.widths[0] for c in sequences)
         else:
             left[name] = f"too small: rank {budget.multiple_of} costs as much as the layer itself"
-    whole = with_ladders(graph, ladders)
+    whole = with_alternatives(graph, alternatives)
     for group, held in zip(whole.groups, budget.protected(whole), strict=True):
-        if held and group.ladder:
-            name = next(n for n in ladders if ladder_name(n) == group.name)
+        if held and group.options:
+            name = next(n for n in alternatives if alternatives_name(n) == group.name)
             left[name] = "protected by the budget"
-            del ladders[name], ranks[name]
-    return RankLadders(
-        with_ladders(graph, ladders),
-        {n: places[n] for n in ladders},
-        {n: forms[n] for n in ladders},
+            del alternatives[name], ranks[name]
+    return RankAlternatives(
+        with_alternatives(graph, alternatives),
+        {n: places[n] for n in alternatives},
+        {n: forms[n] for n in alternatives},
         ranks,
         left,
     )
@@ -147,17 +151,17 @@ def layout(place: Place, form: str) -> str:
     return "spatial" if full <= COMPOSING * USUAL_BATCH * math.prod(place.output_size) else "channel"
 
 
-def _rungs(place: Place, form: str, multiple_of: int) -> list[Chain]:
+def _options(place: Place, form: str, multiple_of: int) -> list[ConvSequence]:
     shape = (place.out_channels, place.in_channels, *(() if place.linear else place.kernel))
-    macs, params = cost_of(place, dense_chain(place))
-    chains = []
+    macs, params = cost_of(place, dense_sequence(place))
+    sequences = []
     for rank in range(multiple_of, min(matrix_size(shape, form)) + 1, multiple_of):
-        rung = chain(place, form, [rank])
-        cost = cost_of(place, rung)
+        option = sequence(place, form, [rank])
+        cost = cost_of(place, option)
         if cost[0] >= macs or cost[1] >= params:
             break
-        chains.append(rung)
-    return chains
+        sequences.append(option)
+    return sequences
 
 
 def energy(singular: Tensor) -> np.ndarray:

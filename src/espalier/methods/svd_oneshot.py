@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from espalier.forms.svd import svd, to_matrix
-from espalier.graph.ladders import ladder_name
+from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import AtOnce, Batches, Method
-from espalier.methods.ranks import LAYOUTS, energy, rank_ladders
+from espalier.methods.ranks import LAYOUTS, energy, rank_alternatives
 from espalier.plan import Budget
 from espalier.solver import solve
 from espalier.surgery import replace
@@ -44,20 +44,20 @@ class Truncated(AtOnce):
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: SVDOneShot) -> None:
         super().__init__(model, example, budget)
         self.bake()
-        ladders = rank_ladders(model, example, graph=self.graph, budget=budget, form=method.form)
-        self.graph, self.skipped = ladders.graph, dict(ladders.skipped)
-        layers: dict[str, Any] = {n: model.get_submodule(n) for n in ladders.places}
-        factors = {n: svd(to_matrix(m.weight.detach(), ladders.forms[n]), name=n) for n, m in layers.items()}
-        scores = ladders.importance({n: energy(s) for n, (_, s, _) in factors.items()})
+        alternatives = rank_alternatives(model, example, graph=self.graph, budget=budget, form=method.form)
+        self.graph, self.skipped = alternatives.graph, dict(alternatives.skipped)
+        layers: dict[str, Any] = {n: model.get_submodule(n) for n in alternatives.places}
+        factors = {n: svd(to_matrix(m.weight.detach(), alternatives.forms[n]), name=n) for n, m in layers.items()}
+        scores = alternatives.importance({n: energy(s) for n, (_, s, _) in factors.items()})
         self.plan = solve(self.graph, scores, self.limits)
-        self.rungs = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
+        self.taken = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
         ranks = {}
         with torch.no_grad():
             for name, (u, s, v) in factors.items():
-                rung = self.rungs[ladder_name(name)]
-                ranks[name] = len(s) if rung == ladders.top(name) else ladders.ranks[name][rung - 1]
-                if rung < ladders.top(name):
+                option = self.taken[alternatives_name(name)]
+                ranks[name] = len(s) if option == alternatives.top(name) else alternatives.ranks[name][option - 1]
+                if option < alternatives.top(name):
                     cut = slice(0, ranks[name])
-                    small = ladders.plain(name, (u[:, cut], s[cut], v[:, cut]), bias=layers[name].bias)
+                    small = alternatives.plain(name, (u[:, cut], s[cut], v[:, cut]), bias=layers[name].bias)
                     replace(model, name, small)
         self.record("rank", ranks, progress=0.0)

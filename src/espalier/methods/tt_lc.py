@@ -7,8 +7,8 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
 1. L steps (``methods/lc``): train on the loss plus ``mu/2 |w - D(theta) - lam/mu|^2``, the rate falling exponentially in each
    and starting at ``decay`` of the last one's;
 2. ranks: EVBMF of the two channel unfoldings proposes ``(R_i, R_o)`` for every layer, floored because it collapses on some;
-3. forms: the proposal, scaled up and down, makes a ladder of chains per layer - channel and spatial SVD, Tucker-2, TT-Tucker,
-   dense - on the front of error against cost; energy beyond the proposal counts less.  The solver takes the rungs that
+3. forms: the proposal, scaled up and down, makes the alternatives of a layer - channel and spatial SVD, Tucker-2, TT-Tucker,
+   dense - on the front of error against cost; energy beyond the proposal counts less.  The solver takes the options that
    lose least inside the exact budget (the front takes the place of merging stages that do not pay);
 4. Bayesian optimisation of how much the error of each stage of the network weighs, and of the TT rank as a fraction of its full
    rank.  Every candidate is at the budget by construction and is scored by its loss on held-out training images, with
@@ -33,15 +33,15 @@ from torch import Tensor, nn
 
 from espalier.copies import copy_model
 from espalier.costs import Cost
-from espalier.forms import FORMS, Place, chain, dense_chain, find_places, sequential
-from espalier.forms.candidates import Spectra, cheapest, full_rank, ladder, measure
-from espalier.forms.chains import cost_of
+from espalier.forms import FORMS, Place, dense_sequence, find_places, sequence, sequential
+from espalier.forms.candidates import Spectra, cheapest, full_rank, measure, options_at
+from espalier.forms.sequences import cost_of
 from espalier.forms.transfer import moved
 from espalier.forms.tucker import Factors, compose, factorise
-from espalier.graph import Chain, files, with_ladders
-from espalier.graph.ladders import ladder_name
+from espalier.graph import ConvSequence, files, with_alternatives
+from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import FROZEN, Batches, Method, Removed, Run, Status, is_frozen, need_progress
-from espalier.methods.equal import equal_chains
+from espalier.methods.equal import equal_sequences
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
 from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
@@ -163,7 +163,7 @@ class TTLCRun(Run):
             mu=method.pull,
             growth=method.growth,
         )
-        self.chains: dict[str, Chain] = {}  # form of every layer that does not stay dense
+        self.sequences: dict[str, ConvSequence] = {}  # form of every layer that does not stay dense
         self.factors: dict[str, Factors] = {}  # theta, on the CPU
         self.collapsed: dict[str, tuple[int, int]] = {}  # layer -> what EVBMF said where the floor took its place
         self.trials: Trials = []
@@ -188,7 +188,7 @@ class TTLCRun(Run):
                 self.skipped[name] = "too small"
             else:
                 try:
-                    with_ladders(self.graph, {name: [dense_chain(place)]})
+                    with_alternatives(self.graph, {name: [dense_sequence(place)]})
                     self.places[name] = place
                 except ValueError as error:
                     self.skipped[name] = str(error)
@@ -199,10 +199,10 @@ class TTLCRun(Run):
         if all(getattr(self.cost, m) <= limit for m, limit in self.limits.items()):
             return
         multiple_of, forms = self.budget.multiple_of, self.method.forms
-        ladders = {n: cheapest(p, multiple_of=multiple_of, forms=forms) for n, p in self.places.items()}
-        ladders = {n: rungs for n, rungs in ladders.items() if len(rungs) > 1}
-        graph = with_ladders(self.graph, ladders)
-        worth = {ladder_name(n): np.ones(2) for n in ladders}
+        alternatives = {n: cheapest(p, multiple_of=multiple_of, forms=forms) for n, p in self.places.items()}
+        alternatives = {n: options for n, options in alternatives.items() if len(options) > 1}
+        graph = with_alternatives(self.graph, alternatives)
+        worth = {alternatives_name(n): np.ones(2) for n in alternatives}
         solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
 
     # -- 1. L steps ----------------------------------------------------------------------------------------------------
@@ -250,19 +250,19 @@ class TTLCRun(Run):
             self.collapsed[name] = found
         return floored[0], floored[1]
 
-    def _choose(self, spectra: Mapping[str, Spectra], point: Mapping[str, float]) -> dict[str, Chain]:
+    def _choose(self, spectra: Mapping[str, Spectra], point: Mapping[str, float]) -> dict[str, ConvSequence]:
         """The forms that keep most inside the budget.  ``BudgetError`` if none do."""
         if self.method.ranks == "equal":
-            return equal_chains(
+            return equal_sequences(
                 self.graph, self.places, spectra, self.limits, forms=self.method.forms,
                 tt_fraction=self.method.tt_fraction, multiple_of=self.budget.multiple_of,
             )  # fmt: skip
-        ladders: dict[str, list[Chain]] = {}
+        alternatives: dict[str, list[ConvSequence]] = {}
         worth: dict[str, np.ndarray] = {}
         for name, place in self.places.items():
             ranks = self.proposal(name, spectra[name])
             fraction = point.get("tt", self.method.tt_fraction)
-            rungs, lost = ladder(
+            options, lost = options_at(
                 place,
                 spectra[name],
                 ranks,
@@ -270,14 +270,14 @@ class TTLCRun(Run):
                 multiple_of=self.budget.multiple_of,
                 forms=self.method.forms,
             )
-            if len(rungs) == 1:
+            if len(options) == 1:
                 continue
             held = self._worth(1.0 - lost, spectra[name], ranks)
-            ladders[name] = rungs
-            worth[ladder_name(name)] = 2.0 ** point.get(self.stages[name], 0.0) * np.diff(held, prepend=0.0)
-        graph = with_ladders(self.graph, ladders)
+            alternatives[name] = options
+            worth[alternatives_name(name)] = 2.0 ** point.get(self.stages[name], 0.0) * np.diff(held, prepend=0.0)
+        graph = with_alternatives(self.graph, alternatives)
         plan = solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
-        taken = {n: rungs[len(plan.keep[ladder_name(n)]) - 1] for n, rungs in ladders.items()}
+        taken = {n: options[len(plan.keep[alternatives_name(n)]) - 1] for n, options in alternatives.items()}
         return {n: c for n, c in taken.items() if c.widths}
 
     def _worth(self, held: np.ndarray, spectra: Spectra, ranks: tuple[int, int]) -> np.ndarray:
@@ -307,7 +307,7 @@ class TTLCRun(Run):
         for _ in range(method.workers):
             models.put(self.model if method.workers == 1 else copy_model(self.model, {}))
 
-        fits: dict[tuple[str, Chain], Factors] = {}  # of the trials so far: many ask for the same
+        fits: dict[tuple[str, ConvSequence], Factors] = {}  # of the trials so far: many ask for the same
 
         def score(point: Point) -> float:
             model = models.get()
@@ -378,16 +378,16 @@ class TTLCRun(Run):
                 self.collapsed = {}
                 if number == last_choice:
                     self.point = self.search(wanted, spectra)
-                self.chains = self._choose(spectra, self.point)
-            self.factors = self._fit(wanted, self.chains, sweeps=self.method.sweeps)
+                self.sequences = self._choose(spectra, self.point)
+            self.factors = self._fit(wanted, self.sequences, sweeps=self.method.sweeps)
             return {n: compose(f) for n, f in self.factors.items()}
 
-        kept = self.chains, self.factors
+        kept = self.sequences, self.factors
         mu = self.lc.mu if number else 0.0
         try:
             gap = self.lc.c_step(scheme, fresh=choosing, mu=self._next_mu(number))
         except Exception:
-            self.chains, self.factors = kept
+            self.sequences, self.factors = kept
             raise
         self._at = progress
         self.record("gap", {"all": gap}, progress=progress)
@@ -408,28 +408,28 @@ class TTLCRun(Run):
     def _fit(
         self,
         wanted: Mapping[str, Tensor],
-        chains: Mapping[str, Chain],
+        sequences: Mapping[str, ConvSequence],
         *,
         sweeps: int,
-        known: dict[tuple[str, Chain], Factors] | None = None,
+        known: dict[tuple[str, ConvSequence], Factors] | None = None,
     ) -> dict[str, Factors]:
         """On the device of ``wanted``.  ``known``: earlier fits of the same weights, to which new ones are added."""
         known = {} if known is None else known
-        for name, form in chains.items():
+        for name, form in sequences.items():
             if (name, form) not in known:
                 old = self.factors.get(name)
                 start = old.bases if old is not None and old.form == form.name else None
                 known[name, form] = factorise(wanted[name], form.name, form.widths, sweeps=sweeps, start=start)
-        return {name: known[name, form] for name, form in chains.items()}
+        return {name: known[name, form] for name, form in sequences.items()}
 
     def _record_forms(self, progress: float) -> None:
         for name, place in self.places.items():
-            form = self.chains.get(name)
+            form = self.sequences.get(name)
             whole = full_rank(place, "tucker" if form is None else form.name)
             ranks = form.widths if form is not None else (whole,)
             self.record("rank", {name: float(min(ranks))}, progress=progress)
             self.record("full rank", {name: float(whole)}, progress=progress)
-            dense = cost_of(place, dense_chain(place))[0]
+            dense = cost_of(place, dense_sequence(place))[0]
             share = 1.0 if form is None else cost_of(place, form)[0] / dense
             self.record("MACs of the layer", {name: share}, progress=progress)
         # what EVBMF said where the floor took its place
@@ -442,7 +442,7 @@ class TTLCRun(Run):
     @torch.no_grad()
     def _replace(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
         """``D(theta)`` in place of ``w``, fitted once more to the weights themselves."""
-        final = self._fit(self._weights(), self.chains, sweeps=FINAL_SWEEPS)
+        final = self._fit(self._weights(), self.sequences, sweeps=FINAL_SWEEPS)
         parts = {(n, i): w for n, layer in final.items() for i, w in enumerate(layer.weights)}
         parts = moved(parts, next(self.model.parameters()).device)
         for name, layer in final.items():
@@ -454,10 +454,10 @@ class TTLCRun(Run):
             replace(self.model, name, row, optimizer=optimizer)
         self.replaced, self._at = True, progress
         self.factors = {}
-        ladders = {n: [self.chains[n], dense_chain(self.places[n])] for n in final}
-        self.graph = with_ladders(self.graph, ladders)
-        self.rungs = {ladder_name(n): 1 for n in ladders}
-        self.rungs_stay()
+        alternatives = {n: [self.sequences[n], dense_sequence(self.places[n])] for n in final}
+        self.graph = with_alternatives(self.graph, alternatives)
+        self.taken = {alternatives_name(n): 1 for n in alternatives}
+        self.options_stay()
         return Removed({}, self.cost)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -468,8 +468,8 @@ class TTLCRun(Run):
         """The small model.  If training stopped before the last C step, the weights are compressed here; ``forced`` is true."""
         if not self.replaced:
             self.forced = True
-            if not self.chains and any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
-                self.chains = self._choose(measure(self._weights()), self.point)
+            if not self.sequences and any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
+                self.sequences = self._choose(measure(self._weights()), self.point)
             self._replace(1.0, None)
         return self.model
 
@@ -488,7 +488,7 @@ class TTLCRun(Run):
             "travel": self._travel,
             "iterations": self.lc.iterations,
             "lc": None if self.replaced else self.lc.state_dict(),
-            "chains": {n: [c.name, list(c.widths)] for n, c in self.chains.items()},
+            "sequences": {n: [c.name, list(c.widths)] for n, c in self.sequences.items()},
             "bases": {n: list(f.bases) for n, f in self.factors.items() if f.bases is not None},
             "weights": {n: list(f.weights) for n, f in self.factors.items()},
             "collapsed": {n: list(found) for n, found in self.collapsed.items()},
@@ -501,14 +501,14 @@ class TTLCRun(Run):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rows = {n for n, m in self.model.named_modules() if isinstance(m, nn.Sequential)}
-        odd = [n for n in state["chains"] if (n not in rows if state["replaced"] else n not in self.places)]
+        odd = [n for n in state["sequences"] if (n not in rows if state["replaced"] else n not in self.places)]
         if odd:
             raise ValueError(
                 f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
             )
         # of the dense network, which is no longer there once it is replaced
         self.graph = files.from_json(state["graph"])
-        self.rungs = {g.name: 1 for g in self.graph.groups if g.ladder}
+        self.taken = {g.name: 1 for g in self.graph.groups if g.options}
         self.replaced, self.forced = state["replaced"], state["forced"]
         self._at, self._travel = state["at"], state["travel"]
         self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])
@@ -519,12 +519,12 @@ class TTLCRun(Run):
         if self.replaced:
             return
         self.lc.load_state_dict(state["lc"])
-        self.chains = {n: chain(self.places[n], form, widths) for n, (form, widths) in state["chains"].items()}
+        self.sequences = {n: sequence(self.places[n], form, widths) for n, (form, widths) in state["sequences"].items()}
         self.factors = {}  # on the CPU, where they are made and go on
         for name, weights in state["weights"].items():
             bases = state["bases"].get(name)
             pair = None if bases is None else (bases[0].cpu(), bases[1].cpu())
-            self.factors[name] = Factors(state["chains"][name][0], tuple(w.cpu() for w in weights), pair)
+            self.factors[name] = Factors(state["sequences"][name][0], tuple(w.cpu() for w in weights), pair)
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from espalier.graph.ladders import ladder_name
+from espalier.graph.alternatives import alternatives_name
 from espalier.present.progress import short
 from espalier.present.runs import Run
 from espalier.run.anatomy import Layer, timed
@@ -173,7 +173,7 @@ def width_history(run: Run) -> str:
     """The groups that changed, as shares of their widest."""
     changed = {g: points for g, points in run.widths.items() if len({n for _, n in points}) > 1}
     shares = {
-        g.removesuffix(ladder_name("")): tuple((float(e), 100 * n / max(m for _, m in points)) for e, n in points)
+        g.removesuffix(alternatives_name("")): tuple((float(e), 100 * n / max(m for _, m in points)) for e, n in points)
         for g, points in changed.items()
     }
     return bundle(shares, title="Kept units by epoch", y_label="per cent of the group")

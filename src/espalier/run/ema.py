@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, select
-from espalier.forms.lowrank import Turn
+from espalier.forms.lowrank import BasisChange
 
 
 class AveragedWeights:
@@ -38,7 +38,7 @@ class AveragedWeights:
         model: nn.Module,
         *,
         renewed: Collection[str] = (),
-        turned: Mapping[str, Turn] | None = None,
+        turned: Mapping[str, BasisChange] | None = None,
     ) -> None:
         """Follow a removal, and factors into the bases that they were ``turned`` to.
 

@@ -1,13 +1,14 @@
 """Carry a plan out, save and load what it makes, and prove it."""
 
 from espalier.surgery.files import load, rebuild, save, structure, write_beside
-from espalier.surgery.ranks import cut_ranks, decompositions, split_layers, turn_factors
+from espalier.surgery.ranks import change_bases, cut_ranks, decompositions, split_layers
 from espalier.surgery.shrink import mask, replace, shrink, shrink_
 from espalier.surgery.verify import Check, Proof, verify
 
 __all__ = [
     "Check",
     "Proof",
+    "change_bases",
     "cut_ranks",
     "decompositions",
     "load",
@@ -19,7 +20,6 @@ __all__ = [
     "shrink_",
     "split_layers",
     "structure",
-    "turn_factors",
     "verify",
     "write_beside",
 ]

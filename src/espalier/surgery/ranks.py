@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, carve, has_other_shapes
-from espalier.forms.lowrank import DAMPING, LowRank, Turn, decompose_batch, orthonormalise_batch
+from espalier.forms.lowrank import DAMPING, BasisChange, LowRank, decompose_batch, orthonormalise_batch
 from espalier.forms.transfer import moved
 
 FIRST = ("momentum_buffer", "exp_avg")
@@ -34,11 +34,13 @@ def cut_ranks(model: nn.Module, ranks: Mapping[str, int], *, optimizer: torch.op
     return kept
 
 
-def turn_factors(layers: Mapping[str, LowRank], *, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Turn]:
+def change_bases(
+    layers: Mapping[str, LowRank], *, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, BasisChange]:
     """Make the factors of ``layers`` singular value decompositions again; the weights stay, momentum and moments go along.
 
-    SGD's momentum is a step of the factors, so it turns like one (``Turn.tangent``).  Adam steps by ``m / (sqrt(v) + eps)``:
-    ``v`` is spread over the new basis, and ``m`` is set so that this very step, turned, is the next one.
+    SGD's momentum is a step of the factors and turns as one (``BasisChange.tangent``).  Adam steps by ``m / (sqrt(v) + eps)``:
+    ``v`` is spread over the new basis; ``m`` is set so that this very step, turned, is the next one.
     """
     assert not any(layer.whole for layer in layers.values()), "whole layers are split, not turned"
     turns = decompositions(layers)
@@ -50,7 +52,7 @@ def turn_factors(layers: Mapping[str, LowRank], *, optimizer: torch.optim.Optimi
 
 
 def split_layers(
-    layers: Mapping[str, LowRank], turns: Mapping[str, Turn], *, optimizer: torch.optim.Optimizer | None = None
+    layers: Mapping[str, LowRank], turns: Mapping[str, BasisChange], *, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Write whole ``layers`` as their singular value decompositions, those of ``turns``; momentum and moments go along."""
     for name, layer in layers.items():
@@ -65,7 +67,7 @@ def split_layers(
 
 
 @torch.no_grad()
-def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
+def decompositions(layers: Mapping[str, LowRank]) -> dict[str, BasisChange]:
     """The singular value decomposition of every layer, on the processor, whatever device the layers are on.
 
     A GPU is slower at many small ones.  Layers of one shape are decomposed in one batch; batches fit into the cache, and
@@ -83,14 +85,15 @@ def decompositions(layers: Mapping[str, LowRank]) -> dict[str, Turn]:
     fetched = moved({(n, i): f.detach() for n, layer in layers.items() for i, f in enumerate(_factors(layer))}, "cpu")
     threads = torch.get_num_threads()
 
-    def decompose(names: list[str]) -> dict[str, Turn]:
+    def decompose(names: list[str]) -> dict[str, BasisChange]:
         u, s, v = (torch.stack([fetched[n, i] for n in names]) for i in range(3))
         if not layers[names[0]].whole:
             return dict(zip(names, orthonormalise_batch(u, s, v, names=names).split(), strict=True))
         tall = layers[names[0]].tall
         factors = decompose_batch(u if tall else v, names=names)
         return {
-            n: Turn.alone(*(f if tall else f[::-1])) for n, f in zip(names, zip(*factors, strict=True), strict=True)
+            n: BasisChange.alone(*(f if tall else f[::-1]))
+            for n, f in zip(names, zip(*factors, strict=True), strict=True)
         }
 
     if threads == 1 or len(parts) == 1:
@@ -129,7 +132,7 @@ class _Whole:
     """Steps of a whole layer, of ``u`` if it is ``tall`` and else of ``v``, as steps of its decomposition ``turn``."""
 
     tall: bool
-    turn: Turn
+    turn: BasisChange
 
     def tangent(self, du: Tensor, ds: Tensor, dv: Tensor) -> Steps:
         """To first order the same step, damped where singular values are small, as gradients are (``LowRank``)."""
@@ -204,7 +207,7 @@ class _Transfer:
     def here(self, tensor: Tensor) -> Tensor:
         return self.fetched[id(tensor)]
 
-    def put(self, layer: LowRank, turn: Turn) -> None:
+    def put(self, layer: LowRank, turn: BasisChange) -> None:
         for parameter, fresh in zip(_factors(layer), (turn.u, turn.s, turn.v), strict=True):
             self.written.append((parameter, fresh))
             parameter.grad = None

@@ -22,6 +22,7 @@ from espalier.costs import CostModel, cost
 from espalier.forms import composed
 from espalier.forms.shapes import rectangle_of
 from espalier.graph import Graph, trace
+from espalier.graph.graph import FORM
 from espalier.graph.tracing import call_arguments, private_copy
 from espalier.graph.watch import first_line, tensors_in
 from espalier.plan import Budget, Plan, need_budget
@@ -98,8 +99,7 @@ def verify(
             passed, detail = False, f"{type(error).__name__}: {first_line(error)}{_line_of(error)}"
         checks.append(Check(name, passed, detail))
 
-    blocks = {b.group for b in graph.blocks}
-    forms = [g for g in graph.groups if g.ladder and g.name not in blocks]
+    forms = [g for g in graph.groups if g.kind == FORM]
     turned = [g.name for g in forms if len(plan.keep.get(g.name, range(g.size))) < g.size]
     if turned and small is None:
         raise ValueError(
@@ -182,7 +182,7 @@ def _dead_groups(model: nn.Module, graph: Graph, plan: Plan) -> list[str]:
     for group in graph.groups:
         kept = plan.keep.get(group.name, np.arange(group.size))
         read = [s for s in group.consumers if s.tensor in tensors]
-        if group.ladder or len(kept) == group.size or not read:
+        if group.options or len(kept) == group.size or not read:
             continue
         energy = np.zeros(group.size)
         for s in read:

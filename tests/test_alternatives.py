@@ -1,4 +1,4 @@
-"""Ladders: what is planned for forms of layers is what the built network costs, alone and together with channels."""
+"""Alternatives: what is planned for forms of layers is what the built network costs, alone and together with channels."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import nn
 
 from espalier.carving import put_in_place
 from espalier.costs import CostModel, cost
-from espalier.forms import chain, dense_chain, find_places, sequential, stages
-from espalier.forms.chains import cost_of
-from espalier.graph import trace, with_ladders
-from espalier.graph.ladders import ladder_name
+from espalier.forms import dense_sequence, find_places, sequence, sequential, stages
+from espalier.forms.sequences import cost_of
+from espalier.graph import trace, with_alternatives
+from espalier.graph.alternatives import alternatives_name
 from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
 from espalier.solver import solve, unused_blocks
 from espalier.surgery import shrink
 
 
-def ladders(model, example, *, forms=("channel", "spatial", "tucker", "tt")):
+def alternatives(model, example, *, forms=("channel", "spatial", "tucker", "tt")):
     """Rungs of increasing cost from a mix of forms, for every layer that can take one."""
     places, _ = find_places(model, example)
     found = {}
     for place in places.values():
-        rungs = []
+        options = []
         for form in forms if not place.linear else ("channel",):
             count = {"channel": 1, "spatial": 1, "tucker": 2, "tt": 3}[form]
             for rank in range(1, min(place.in_channels, place.out_channels) + 1, 3):
-                rungs.append(chain(place, form, [rank + i for i in range(count)]))
-        dense = dense_chain(place)
+                options.append(sequence(place, form, [rank + i for i in range(count)]))
+        dense = dense_sequence(place)
         least = (0, 0)
         kept = []
-        for rung in sorted(rungs, key=lambda c: cost_of(place, c)):
-            here = cost_of(place, rung)
+        for option in sorted(options, key=lambda c: cost_of(place, c)):
+            here = cost_of(place, option)
             if here[1] > least[1] and here < cost_of(place, dense) and here[1] < cost_of(place, dense)[1]:
-                kept.append(rung)
+                kept.append(option)
                 least = here
         if kept:
             found[place.name] = [*kept, dense]
@@ -46,17 +46,17 @@ def ladders(model, example, *, forms=("channel", "spatial", "tucker", "tt")):
 
 
 def build(model, places, found, keep):
-    """The network that a plan over ladders describes, with arbitrary weights."""
+    """The network that a plan over alternatives describes, with arbitrary weights."""
     small = copy.deepcopy(model)
-    for name, rungs in found.items():
-        rung = rungs[keep[ladder_name(name)] - 1]
-        if rung.name == "dense":
+    for name, options in found.items():
+        option = options[keep[alternatives_name(name)] - 1]
+        if option.name == "dense":
             continue
         layer = small.get_submodule(name)
-        ends = [layer.weight.shape[1], *rung.widths, layer.weight.shape[0]]
-        row = [(1, 1)] if places[name].linear else [s.kernel for s in stages(places[name], rung.name)]
+        ends = [layer.weight.shape[1], *option.widths, layer.weight.shape[0]]
+        row = [(1, 1)] if places[name].linear else [s.kernel for s in stages(places[name], option.name)]
         weights = [torch.randn(o, i, *row[min(n, len(row) - 1)]) for n, (i, o) in enumerate(pairwise(ends))]
-        put_in_place(small, layer, sequential(places[name], rung.name, weights, layer.bias))
+        put_in_place(small, layer, sequential(places[name], option.name, weights, layer.bias))
     return small
 
 
@@ -64,63 +64,63 @@ def build(model, places, found, keep):
 def test_planned_cost_of_any_forms_is_that_of_the_built_network(name: str) -> None:
     model, example = build_model(name, num_classes=10), torch.zeros(2, 3, 32, 32)
     graph = trace(model, example)
-    places, found = ladders(model, example)
+    places, found = alternatives(model, example)
     assert len(found) > 10
-    ladder = with_ladders(graph, found)
-    assert cost(ladder) == cost(graph)
+    joint = with_alternatives(graph, found)
+    assert cost(joint) == cost(graph)
     draw = np.random.default_rng(0)
     for _ in range(3):
-        keep = {ladder_name(n): int(draw.integers(1, len(r) + 1)) for n, r in found.items()}
+        keep = {alternatives_name(n): int(draw.integers(1, len(r) + 1)) for n, r in found.items()}
         plan = Plan({n: np.arange(k) for n, k in keep.items()})
-        assert cost(ladder, plan) == cost(trace(build(model, places, found, keep), example))
+        assert cost(joint, plan) == cost(trace(build(model, places, found, keep), example))
 
 
 def test_one_budget_over_channels_and_forms_is_exact() -> None:
     model, example = build_model("resnet20", num_classes=10), torch.zeros(1, 3, 32, 32)
     graph = trace(model, example)
-    places, found = ladders(model, example)
-    ladder = with_ladders(graph, found)
+    places, found = alternatives(model, example)
+    joint = with_alternatives(graph, found)
     draw = np.random.default_rng(1)
-    scores = {g.name: draw.random(g.size) * (0.02 if g.ladder else 1.0) for g in ladder.groups}
+    scores = {g.name: draw.random(g.size) * (0.02 if g.options else 1.0) for g in joint.groups}
     budget = Budget(macs=0.3, params=0.4, activation_memory=0.9)
-    plan = solve(ladder, scores, budget)
-    assert unused_blocks(ladder, plan, budget) == []
-    planned = cost(ladder, plan)
+    plan = solve(joint, scores, budget)
+    assert unused_blocks(joint, plan, budget) == []
+    planned = cost(joint, plan)
     limits = budget.limits(cost(graph))
     assert all(getattr(planned, m) <= limit for m, limit in limits.items())
     channels = Plan({n: u for n, u in plan.keep.items() if not n.endswith(":form")})
     forms = {n: len(u) for n, u in plan.keep.items() if n.endswith(":form")}
-    assert any(forms[ladder_name(n)] < len(r) for n, r in found.items())
+    assert any(forms[alternatives_name(n)] < len(r) for n, r in found.items())
     assert any(len(u) < graph.group(n).size for n, u in channels.keep.items())
     small = build(shrink(model, graph, channels), places, found, forms)
     assert cost(trace(small, example)) == planned
 
 
-def test_moving_a_ladder_step_by_step_adds_up_to_the_whole() -> None:
+def test_moving_alternatives_step_by_step_adds_up_to_the_whole() -> None:
     model, example = build_model("resnet20", num_classes=10), torch.zeros(1, 3, 32, 32)
-    ladder = with_ladders(trace(model, example), ladders(model, example)[1])
-    costs = CostModel(ladder)
-    state = costs.at(ladder.sizes)
+    joint = with_alternatives(trace(model, example), alternatives(model, example)[1])
+    costs = CostModel(joint)
+    state = costs.at(joint.sizes)
     draw = np.random.default_rng(2)
     for _ in range(200):
-        group = int(draw.integers(len(ladder.groups)))
-        state.move(group, int(draw.integers(1, ladder.groups[group].size + 1)) - int(state.keep[group]))
+        group = int(draw.integers(len(joint.groups)))
+        state.move(group, int(draw.integers(1, joint.groups[group].size + 1)) - int(state.keep[group]))
     whole = costs.cost(state.keep)
     assert (state.value("macs"), state.value("params"), state.activation_memory) == (
         whole.macs, whole.params, whole.activation_memory,
     )  # fmt: skip
 
 
-def test_a_ladder_steps_over_rungs_that_save_little() -> None:
-    """From dense straight to the rung that gives up least per MAC saved, not to the nearest, which saves nothing."""
+def test_a_group_of_alternatives_steps_over_options_that_save_little() -> None:
+    """From dense straight to the option that gives up least per MAC saved, not to the nearest, which saves nothing."""
     model, example = nn.Sequential(nn.Linear(32, 32, bias=False)), torch.zeros(1, 32)
     places, _ = find_places(model, example)
-    rungs = [*(chain(places["0"], "channel", [r]) for r in range(1, 16)), dense_chain(places["0"])]
-    ladder = with_ladders(trace(model, example), {"0": rungs})
+    options = [*(sequence(places["0"], "channel", [r]) for r in range(1, 16)), dense_sequence(places["0"])]
+    joint = with_alternatives(trace(model, example), {"0": options})
     worth = np.array([10.0, 1.0, *[0.01] * 13, 1.0])
-    plan = solve(ladder, {"0:form": worth}, Budget(macs=0.9))
-    assert cost(ladder, plan).macs == 14 * 64  # the fill gives back what fits
-    tight = solve(ladder, {"0:form": worth}, Budget(macs=0.13))
+    plan = solve(joint, {"0:form": worth}, Budget(macs=0.9))
+    assert cost(joint, plan).macs == 14 * 64  # the fill gives back what fits
+    tight = solve(joint, {"0:form": worth}, Budget(macs=0.13))
     assert len(tight.keep["0:form"]) == 2
 
 
@@ -150,10 +150,10 @@ def test_what_cannot_take_a_form_says_why() -> None:
     }
 
 
-def test_a_ladder_that_does_not_end_in_the_dense_layer_is_refused() -> None:
+def test_alternatives_that_do_not_end_in_the_dense_layer_is_refused() -> None:
     model, example = nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 8)
     places, _ = find_places(model, example)
-    with pytest.raises(ValueError, match="last chain must be the dense layer"):
-        with_ladders(trace(model, example), {"0": [chain(places["0"], "channel", [2])]})
+    with pytest.raises(ValueError, match="last sequence must be the dense layer"):
+        with_alternatives(trace(model, example), {"0": [sequence(places["0"], "channel", [2])]})
     with pytest.raises(ValueError, match="runs 0 times"):
-        with_ladders(trace(model, example), {"1": [dense_chain(places["0"])]})
+        with_alternatives(trace(model, example), {"1": [dense_sequence(places["0"])]})

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from espalier.forms.places import Place, out_size
-from espalier.graph import Chain
+from espalier.graph import ConvSequence
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Geometry of one convolution of a chain; how many channels it has is the chain's business."""
+    """Geometry of one convolution of a sequence; how many channels it has is the sequence's business."""
 
     kernel: Pair
     stride: Pair = (1, 1)
@@ -77,8 +77,8 @@ def stages(place: Place, form: str) -> tuple[Stage, ...]:
     return tuple(make(place) for make in FORMS[form])
 
 
-def chain(place: Place, form: str, ranks: Sequence[int]) -> Chain:
-    """What ``form`` with ``ranks`` costs at ``place``, for ``with_ladders``."""
+def sequence(place: Place, form: str, ranks: Sequence[int]) -> ConvSequence:
+    """What ``form`` with ``ranks`` costs at ``place``, for ``with_alternatives``."""
     bare = _without_ranks(place, form)
     count = len(bare.macs) - 1
     if len(ranks) != count or min(ranks) < 1:
@@ -87,8 +87,8 @@ def chain(place: Place, form: str, ranks: Sequence[int]) -> Chain:
 
 
 @lru_cache(maxsize=1024)
-def _without_ranks(place: Place, form: str) -> Chain:
-    """What is the same at all ranks: a ladder asks for dozens."""
+def _without_ranks(place: Place, form: str) -> ConvSequence:
+    """What is the same at all ranks: alternatives are asked for by the dozen."""
     row = stages(place, form)
     sizes = []
     size = place.input_size
@@ -96,7 +96,7 @@ def _without_ranks(place: Place, form: str) -> Chain:
         size = out_size(size, stage.kernel, stage.stride, stage.padding, stage.dilation)
         sizes.append(place.positions * math.prod(size))
     taps = [math.prod(s.kernel) for s in row]
-    return Chain(
+    return ConvSequence(
         form,
         macs=tuple(n * k for n, k in zip(sizes, taps, strict=True)),
         params=tuple(taps),
@@ -104,14 +104,14 @@ def _without_ranks(place: Place, form: str) -> Chain:
     )
 
 
-def dense_chain(place: Place) -> Chain:
-    """The layer as it is: the top rung of every ladder."""
+def dense_sequence(place: Place) -> ConvSequence:
+    """The layer as it is: the last option of every group of alternatives."""
     taps = math.prod(place.kernel)
-    return Chain("dense", macs=(place.positions * math.prod(place.output_size) * taps,), params=(taps,))
+    return ConvSequence("dense", macs=(place.positions * math.prod(place.output_size) * taps,), params=(taps,))
 
 
-def cost_of(place: Place, form: Chain) -> tuple[int, int]:
-    """MACs and weights of a chain between the layer's own widths."""
+def cost_of(place: Place, form: ConvSequence) -> tuple[int, int]:
+    """MACs and weights of a sequence between the layer's own widths."""
     ends = [place.in_channels, *form.widths, place.out_channels]
     pairs = [a * b for a, b in itertools.pairwise(ends)]
     return (
