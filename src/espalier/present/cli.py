@@ -34,6 +34,7 @@ from espalier.present.ship import described, exported, exported_int8, input_of_r
 from espalier.present.show import show_markdown, show_summary
 from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
+from espalier.run.folder import Images
 from espalier.run.models import load_weights, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import ONNX, SUMMARY
@@ -63,14 +64,13 @@ def main(
 
 
 @app.command()
-@opt.with_settings(recipe=(Recipe,))
+@opt.with_settings(data=(Images,), recipe=(Recipe,))
 def compress(
     model: opt.Model = None,
     weights: opt.Weights = None,
     data: opt.Data = None,
     data_dir: opt.DataDir = None,
     download: opt.Download = False,
-    image_size: opt.ImageSize = None,
     holdout: opt.Holdout = None,
     macs: opt.Macs = None,
     params: opt.Params = None,
@@ -92,7 +92,7 @@ def compress(
     """Train a network and prune it to a budget; leaves a run folder. With --method none, train only."""
     wanted: Config = {
         "model": given(name=model, weights=weights),
-        "data": given(name=data, dir=data_dir, image_size=image_size, holdout=holdout),
+        "data": {**given(name=data, dir=data_dir, holdout=holdout), **settings["data"]},
         "budget": given(
             macs=macs,
             params=params,
@@ -115,20 +115,22 @@ def compress(
 
 
 @app.command()
+@opt.with_settings(data=(Images, "image_size", "grey"))
 def inspect(
     model: opt.ModelArgument,
     data: opt.Data = None,
     data_dir: opt.DataDir = None,
-    image_size: opt.ImageSize = None,
     num_classes: opt.NumClasses = None,
     input: opt.Input = None,
     weights: opt.Weights = None,
     as_json: opt.AsJson = False,
+    *,
+    settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Show what can be removed from a network, what every layer costs, and what is frozen and why."""
     wanted: Config = {
         "model": given(name=model),
-        "data": given(name=data, dir=data_dir, image_size=image_size),
+        "data": {**given(name=data, dir=data_dir), **settings["data"]},
     }
     if data is not None:
         source = make_data(wanted, device="cpu")
@@ -147,13 +149,12 @@ def inspect(
 
 
 @app.command()
-@opt.with_settings(recipe=(Recipe, "precision", "device"))
+@opt.with_settings(data=(Images,), recipe=(Recipe, "precision", "device"))
 def evaluate(
     path: opt.RunOrFile,
     model: opt.Model = None,
     data: opt.Data = None,
     data_dir: opt.DataDir = None,
-    image_size: opt.ImageSize = None,
     trust: opt.Trust = False,
     *,
     settings: Mapping[str, dict[str, Any]],
@@ -162,7 +163,7 @@ def evaluate(
     _check_exists(path)
     wanted: Config = {
         "model": given(name=model),
-        "data": given(name=data, dir=data_dir, image_size=image_size),
+        "data": {**given(name=data, dir=data_dir), **settings["data"]},
         "recipe": settings["recipe"],
     }
     merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust)

@@ -20,9 +20,11 @@ from espalier.methods.tcp import TCP
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
 from espalier.run.data import Data, FolderData, load_data
+from espalier.run.folder import Images
 from espalier.run.models import build_model, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
+from espalier.settings import settings_of
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, TTLC, MGP, Magnitude, SVDOneShot)}
 """What ``--method`` knows, besides ``none``: one row per method."""
@@ -145,8 +147,15 @@ def make_data(config: Config, *, device: str | torch.device, download: bool = Fa
         download=download,
         holdout=section.get("holdout", 0),
         image_size=section.get("image_size"),
+        images=make_images(section),
         device=device,
     )
+
+
+def make_images(section: Mapping[str, Any]) -> Images | None:
+    """How pictures in folders are read, if the section says something of it.  Raises: ValueError that names the setting."""
+    said = {s.name: section[s.name] for s in settings_of(Images) if s.name in section and s.name != "image_size"}
+    return Images(**said) if said else None
 
 
 def make_model(config: Config) -> nn.Module:

@@ -18,12 +18,13 @@ from espalier.present.config import (
     make_model,
     make_recipe,
 )
-from espalier.present.edge import stdout
+from espalier.present.edge import stderr, stdout
 from espalier.present.progress import RunProgress
 from espalier.run.batches import Source
 from espalier.run.board import tensorboard
 from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
+from espalier.run.data import FolderData
 from espalier.run.evaluate import pick_device
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
 from espalier.run.models import load_weights
@@ -38,6 +39,7 @@ from espalier.run.rundir import (
     unfinished,
     write_log,
 )
+from espalier.run.suspect import suspicion
 from espalier.solver import BudgetError
 from espalier.surgery import load, save
 
@@ -56,7 +58,14 @@ def run_job(
     budget = None if method is None else make_budget(config, method)
     data = make_data(config, device=pick_device(recipe.device), download=download)
     config = fit_model_to(config, data)
+    if isinstance(data, FolderData):
+        stdout.print(data.told, markup=False, soft_wrap=True)
     network = starting_network(config, seed=recipe.seed)
+    if "weights" in config["model"] and (doubt := suspicion(network.to(pick_device(recipe.device)), data)):
+        learns = method is not None and recipe.distill is None
+        stderr.print(f"warning: {doubt}{'; it is not made a teacher' if learns else ''}", markup=False, soft_wrap=True)
+        recipe = replace(recipe, distill=0.0) if learns else recipe
+    network.cpu()
     title = f"{config['model']['name']} on {config['data']['name']}"
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
         on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
@@ -81,6 +90,7 @@ def run_job(
                         config={"model": config["model"], "data": config["data"]},
                         on_epoch=on_epoch,
                         on_step=progress.on_step,
+                        on_dense=progress.on_dense,
                     )
                     break
                 except BudgetError:  # before anything is written

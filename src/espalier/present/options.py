@@ -19,6 +19,8 @@ from espalier.settings import Setting, settings_of
 
 SHORTER = {"warmup_epochs": "--warmup", "clip_norm": "--clip"}
 """Second spellings of options that are named after fields."""
+PANELS = {"data": "Network and data", "recipe": "Training"}
+"""Where the help shows the options of a section."""
 MACHINE = ("precision", "channels_last", "device", "threads", "graphs")
 """Fields of a recipe that have a panel of their own in the help."""
 
@@ -35,7 +37,7 @@ def with_settings(**sections: Sequence[Any]) -> Callable[[Callable[..., None]], 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
         made = {
-            s.name: (section, _parameter(s))
+            s.name: (section, _parameter(s, PANELS[section]))
             for section, (owner, *names) in sections.items()
             for s in settings_of(owner)
             if not names or s.name in names
@@ -57,7 +59,7 @@ def with_settings(**sections: Sequence[Any]) -> Callable[[Callable[..., None]], 
     return decorate
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
+def _parameter(setting: Setting, panel: str) -> inspect.Parameter:
     name = f"--{setting.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}"] if setting.plain is bool else [name]
     if setting.name in SHORTER:
@@ -66,7 +68,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     info = typer.Option(
         *names,
         help=f"{setting.text}{usual}.",
-        rich_help_panel="Machine" if setting.name in MACHINE else "Training",
+        rich_help_panel="Machine" if setting.name in MACHINE else panel,
         metavar={int: "N", str: "NAME"}.get(setting.plain),
         show_default=False,
     )
@@ -112,10 +114,6 @@ Download = Annotated[bool, _option("--download", "Fetch the data if it is absent
 Holdout = Annotated[
     int | None,
     _option("--holdout", "Training images set aside to choose by.", "Network and data", metavar="N"),
-]
-ImageSize = Annotated[
-    int | None,
-    _option("--image-size", "For imagefolder: side of the square images.", "Network and data", metavar="N"),
 ]
 
 # -- budget

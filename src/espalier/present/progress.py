@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -46,6 +47,11 @@ class RunProgress:
             soft_wrap=True,
         )
         self.bar.update(self.task, completed=len(history.epochs))
+
+    def on_dense(self, found: Mapping[str, float], teaches: bool) -> None:
+        """Print what the network could do before it was touched."""
+        taught = "; it is the teacher of the small one" if teaches else ""
+        self.console.print(f"dense  test {found['accuracy']:.2f}%{taught}", markup=False, soft_wrap=True)
 
     def on_step(self, step: Step) -> None:
         """Move the bar."""

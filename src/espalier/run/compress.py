@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ from espalier.run.rundir import (
     write_log,
 )
 
+OnDense = Callable[[Mapping[str, float], bool], None]
+"""What to do with accuracy and loss of the dense network, and whether it is the teacher."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -77,6 +80,7 @@ def compress(
     config: Mapping[str, Mapping[str, Any]] | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
+    on_dense: OnDense | None = None,
 ) -> Result:
     """Compress a copy of ``model`` to ``budget``; ``model`` itself is not touched.
 
@@ -92,7 +96,8 @@ def compress(
     ``out`` is a folder that receives the run: network, plan, metrics, configuration, log, summary,
     checkpoints.  It is refused if it holds a run already, unless ``resume`` goes on with that run (exactly,
     also after a kill) or ``force`` begins anew and moves the old files aside.  ``config`` adds tables to its
-    ``config.toml``, to say where model and data came from.
+    ``config.toml``, to say where model and data came from.  ``on_dense`` is called once with accuracy and loss of the network
+    as it was given, before anything is trained, and with whether it is the teacher.
 
     Raises: ValueError if something does not fit together or the budget cannot be met; TrainingDiverged.
 
@@ -112,6 +117,8 @@ def compress(
     earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
     job = _Job(model, source, example, budget, method, recipe)
     job.judge(earlier, trained)
+    if on_dense is not None and job.dense_result:
+        on_dense(job.dense_result, job.teacher is not None)
     job.describe(earlier, config or {})
     with seeded(recipe.seed, job.device):
         job.start(folder, resumes=earlier is not None)

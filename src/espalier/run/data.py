@@ -339,7 +339,9 @@ def _length(loader: Any) -> int | None:
 
 def _hash(source: Data | FolderData) -> str:
     """Of size, normalisation, augmentation, labels, and some images or all file names; not of where the files are."""
-    augmented = (source.levels, source.pad, source.flip) if isinstance(source, Data) else (source.augment, source.resize)
+    augmented = (
+        (source.levels, source.pad, source.flip) if isinstance(source, Data) else (source.augment, source.resize)
+    )
     scaled = [float(number) for number in (*source.mean, *source.std)]
     digest = hashlib.sha256(repr((source.image_size, scaled, augmented)).encode())
     for split in (source.train, source.test, source.holdout):
@@ -371,9 +373,9 @@ def load_data(
 
     ``digits``: scikit-learn's 1797 real 8x8 digits, 1437 to train and 360 to test. ``cifar10``, ``cifar100``:
     from ``data_dir`` (default: the environment's ESPALIER_DATA_DIR, then ``data``), in torchvision's layout.
-    ``imagefolder:PATH``: images in ``PATH/train/CLASS`` and ``PATH/val/CLASS`` (or ``test``), which ``images`` says
-    how to read; ``image_size`` is short for ``Images(image_size=...)``. ``holdout`` takes that many images, each class in its share and the same
-    ones every time, out of training, to choose by.
+    ``imagefolder:PATH``: images in ``PATH/train/CLASS`` and ``PATH/val/CLASS`` (or ``test``), which ``images``
+    says how to read; ``image_size`` is short for ``Images(image_size=...)``. ``holdout`` takes that many images, each class in
+    its share and the same ones every time, out of training, to choose by.
 
     Raises: ValueError for an unknown name, absent or damaged files, a wrong layout, or a ``holdout`` that
     leaves nothing to train on; MissingPackage if torchvision is needed to download, or pillow to decode, and
@@ -385,7 +387,9 @@ def load_data(
         chosen = chosen if image_size is None else replace(chosen, image_size=image_size)
         return read_folder(path, images=chosen, holdout=holdout, device=device)
     if images is not None and images != Images(image_size=images.image_size):
-        raise ValueError(f"{name} has its own size, normalisation and augmentation; Images(...) is for imagefolder:PATH")
+        raise ValueError(
+            f"{name} has its own size, normalisation and augmentation; Images(...) is for imagefolder:PATH"
+        )
     if name != "digits" and name not in LAYOUTS:
         raise ValueError(f"no data set is called {name!r}; there are digits, {', '.join(LAYOUTS)} and imagefolder:PATH")
     own_size = 8 if name == "digits" else 32

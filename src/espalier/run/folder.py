@@ -31,7 +31,9 @@ from espalier.run.preprocessing import Preprocessing
 from espalier.settings import Settings, described
 
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_MANY = 2000  # images from which worker processes are worth their start, and at most so many are looked at before training
+_MANY = (
+    2000  # images from which worker processes are worth their start, and at most so many are looked at before training
+)
 
 Files = tuple[tuple[Path, int], ...]
 """Image files with their labels."""
@@ -43,18 +45,28 @@ class Images(Settings):
 
     image_size: Annotated[
         int | None,
-        described("Side of the square inputs; default: that of the files if all are alike and square, else 224", ge=1, le=10_000),
+        described(
+            "Side of the square inputs; default: that of the files if all are alike, else 224",
+            ge=1,
+            le=10_000,
+        ),
     ] = None
     resize: Annotated[
         int | None,
-        described("Shorter side before the central cut; default 8/7 of the input, or the input where files have its size", ge=1),
+        described(
+            "Shorter side before the central cut; default 8/7 of the input, or none where files have its size",
+            ge=1,
+        ),
     ] = None
     augment: Annotated[
         Literal["none", "flip", "crop", "randaugment"],
         described("Of training images: none, flip, crop (8 to 100 % of the area, and flip) or randaugment (all of it)"),
     ] = "crop"
     mean: Annotated[
-        str, described("Per channel, of pixels from 0 to 1: imagenet, measured (on training images), or numbers: 0.5,0.5,0.5")
+        str,
+        described(
+            "Per channel, of pixels from 0 to 1: imagenet, measured (on training images), or numbers: 0.5,0.5,0.5"
+        ),
     ] = "imagenet"
     std: Annotated[str, described("Likewise")] = "imagenet"
     grey: Annotated[bool, described("Read one channel, not three")] = False
@@ -187,6 +199,10 @@ class FolderData:
             yield x, labels.to(self.device)
 
 
+Steps = list[tuple[str, dict[str, Any]]]
+"""Names of torchvision's transforms with their arguments."""
+
+
 @dataclass(frozen=True)
 class _Files(Dataset):
     """Decodes image ``i`` to uint8 ``(channels, size, size)``; augmented if there is a ``draw``, the seed of an epoch."""
@@ -227,12 +243,11 @@ class _Files(Dataset):
     def _augmented(self) -> Any:
         return _transform(self._steps(self.augment))
 
-    def _steps(self, augment: str) -> list[tuple[str, dict[str, Any]]]:
-        """Names of torchvision's transforms with their arguments."""
-        whole = [("Resize", {"size": self.resize}), ("CenterCrop", {"size": self.size})]
-        flip = [("RandomHorizontalFlip", {})]
-        cut = [("RandomResizedCrop", {"size": self.size, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)})]
-        steps: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    def _steps(self, augment: str) -> Steps:
+        whole: Steps = [("Resize", {"size": self.resize}), ("CenterCrop", {"size": self.size})]
+        flip: Steps = [("RandomHorizontalFlip", {})]
+        cut: Steps = [("RandomResizedCrop", {"size": self.size, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)})]
+        steps: dict[str, Steps] = {
             "none": whole,
             "flip": [*whole, *flip],
             "crop": [*cut, *flip],
@@ -241,7 +256,7 @@ class _Files(Dataset):
         return [*steps[augment], ("PILToTensor", {})]
 
 
-def _transform(steps: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+def _transform(steps: Steps) -> Any:
     import_torchvision()
     v2 = import_module("torchvision.transforms.v2")
     return v2.Compose([getattr(v2, name)(**arguments) for name, arguments in steps])
@@ -296,10 +311,10 @@ def read_folder(
     kept, aside = stratified_order(labels, holdout, seed=0)
     trained = tuple(train[i] for i in kept)
     size, resize, found = _sizes(trained, images)
-    measured = None
+    measured: dict[str, tuple[float, ...]] = {}
     if "measured" in (images.mean, images.std):
         measured = _measured(_Files(trained, size, resize, images.channels, "none", None))
-    constants = {name: images.constants(name, measured and measured[name]) for name in ("mean", "std")}
+    constants = {name: images.constants(name, measured.get(name)) for name in ("mean", "std")}
     many = len(train) >= _MANY
     return FolderData(
         name=f"imagefolder:{path}",
@@ -315,8 +330,8 @@ def read_folder(
         augment=images.augment,
         told=(
             f"{len(trained)} training and {len(test)} test images of {len(classes)} classes, {found}; inputs are "
-            f"{images.channels}x{size}x{size}, mean {_short(constants['mean'])} ({images.mean}), std {_short(constants['std'])} "
-            f"({images.std}), augmentation {images.augment}"
+            f"{images.channels}x{size}x{size}, mean {_short(constants['mean'])} ({images.mean}), "
+            f"std {_short(constants['std'])} ({images.std}), augmentation {images.augment}"
         ),
         **constants,
     )
@@ -353,10 +368,10 @@ def _sizes(files: Files, images: Images) -> tuple[int, int, str]:
     if images.resize is not None and images.resize < size:
         raise ValueError(f"Images(resize={images.resize}): must be at least the side of the inputs, {size}")
     resize = images.resize or (size if square == size else round(size * 8 / 7))
-    grey = " grey" if modes and modes <= {"L", "1", "LA", "I", "F"} | {m for m in modes if m.startswith("I;16")} else ""
-    words = "of several sizes" if alike is None else f"of {alike[0]}x{alike[1]}"
-    hint = "; grey pictures are read as one channel with --grey" if grey and not images.grey else ""
-    return size, resize, f"all{grey} {words}{hint}" if alike is not None else f"{words.strip()}{',' if grey else ''}{grey}{hint}"
+    grey = bool(modes) and all(m in ("1", "L", "LA", "I", "F") or m.startswith("I;16") for m in modes)
+    words = "of several sizes" if alike is None else f"all of {alike[0]}x{alike[1]}"
+    hint = " and grey" + ("" if images.grey else " (--grey reads them as one channel)") if grey else ""
+    return size, resize, words + hint
 
 
 def _measured(files: _Files) -> dict[str, tuple[float, ...]]:
