@@ -24,14 +24,15 @@ def suspicion(model: nn.Module, source: Data | FolderData) -> str | None:
     own = evaluate(model, batches)["accuracy"]
     found = {name: evaluate(model, _renormalised(batches, source, c))["accuracy"] for name, c in _usual(source).items()}
     best = max(found, key=lambda name: found[name])
-    if found[best] > own + CLEAR:
+    chance = 100.0 / source.num_classes
+    good = chance + WEAK * (100.0 - chance)
+    if found[best] > own + CLEAR and found[best] >= good:
         mean, std = best.split(" ")
         return (
             f"the given weights classify {own:.1f} % of the test images as they are normalised here, and {found[best]:.1f} % "
             f"with mean {mean} and std {std}: they were trained on inputs like that (imagefolder: --mean {mean} --std {std})"
         )
-    chance = 100.0 / source.num_classes
-    if own < chance + WEAK * (100.0 - chance):
+    if own < good:
         return (
             f"the given weights classify only {own:.1f} % of the test images. Were they trained on these classes in this "
             "order, on images of this size and cut, with this number of channels? No usual normalisation does better"
