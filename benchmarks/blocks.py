@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import shape_groups
+from benchmarks import shape_groups, without_training
 from benchmarks.common import read_results, table
 
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) ?([^>]*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -65,6 +65,14 @@ def fading_overhead(method: str) -> str:
     used = [i for i in range(len(head)) if any(line[i] is not None for line in lines)]
     body = [[line[i] for i in used] for line in lines]
     return table([head[i] for i in used], body) + "\n\n" + _by(f"tcp_overhead --method {method}", content)
+
+
+def no_training() -> str:
+    """Accuracy of one-shot cuts without a training step: ``benchmarks.without_training``."""
+    content = read_results(without_training.NAME)
+    if not content:
+        return "*not run*"
+    return without_training.as_table(content) + "\n\n" + _by("without_training", next(iter(content.values())))
 
 
 def dprp_overhead() -> str:
@@ -260,6 +268,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "families": families,
     "groups-of-shapes": groups_of_shapes,
     "importance": lambda: importance(),
+    "without-training": lambda: no_training(),
     "planted-ranks": planted_ranks,
     "removal": removal,
 }

@@ -13,6 +13,7 @@ from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.importance import Returns, ScoreName, diminishing, measure
+from espalier.methods.scoring import settle_batchnorm
 from espalier.plan import Budget
 from espalier.settings import described
 from espalier.solver import solve
@@ -46,3 +47,4 @@ class OneShot(AtOnce):
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
         self.remove(solve(self.graph, importance, budget, per_cost=method.per_cost).keep, None)
+        settle_batchnorm(model, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -61,6 +62,13 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) ->
                 hook.remove()
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def settle_batchnorm(model: nn.Module, batches: Iterable[Batch] | None) -> None:
+    """BatchNorm estimated anew after a cut, on all of ``batches``; without batches, or without BatchNorm, nothing."""
+    if batches is None or not any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules()):
+        return
+    recalibrate_batchnorm(model, batches, sys.maxsize)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,22 +1,29 @@
 """One-shot truncated SVD: cut every layer's small singular values off at once, then fine-tune.  The baseline of DPRP.
 
-Of an untrained network it makes a factorised one of fixed ranks, to be trained from scratch at the same cost.
-Sources: Denton et al. 2014, Zhang et al. 2016 (channel), Jaderberg et al. 2014 (spatial).
+Where there are batches, what is small is judged by the layer's output on them (``methods.whitening``) and BatchNorm is
+estimated anew: most of what a cut costs comes back without a step of training.  Of an untrained network it makes a factorised
+one of fixed ranks, to be trained from scratch at the same cost.
+Sources: Denton et al. 2014, Zhang et al. 2016 (channel), Jaderberg et al. 2014 (spatial); BALF, arXiv 2509.25136 (whitened).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from espalier.forms.lowrank import orthonormalise
 from espalier.forms.svd import svd, to_matrix
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import AtOnce, Batches, Method
-from espalier.methods.ranks import LAYOUTS, energy, rank_alternatives
+from espalier.methods.importance import Returns
+from espalier.methods.ranks import LAYOUTS, RankAlternatives, energy, rank_alternatives
+from espalier.methods.scoring import settle_batchnorm
+from espalier.methods.whitening import input_moments, whitened_svd
 from espalier.plan import Budget
+from espalier.settings import OneOf, described
 from espalier.solver import solve
 from espalier.surgery import replace
 
@@ -27,28 +34,29 @@ class SVDOneShot(Method):
 
     name: ClassVar[str] = "svd-oneshot"
     trains: ClassVar[bool] = False
-    form: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in LAYOUTS:
-            raise ValueError(f"SVDOneShot(form={self.form!r}): choose one of {', '.join(LAYOUTS)}")
+    form: Annotated[str, OneOf(LAYOUTS), described("of the factors; auto is the faster one of every layer")] = "auto"
+    whiten: Annotated[bool, described("where there are batches, weigh directions by how the inputs use them")] = True
+    returns: Returns = 1.0
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Truncated:
-        return Truncated(model, example, budget, self)
+        """``batches``: what directions are worth and BatchNorm are measured on them; without, on nothing."""
+        return Truncated(model, example, budget, self, batches)
 
 
 class Truncated(AtOnce):
     """One truncation."""
 
-    def __init__(self, model: nn.Module, example: Any, budget: Budget, method: SVDOneShot) -> None:
+    def __init__(
+        self, model: nn.Module, example: Any, budget: Budget, method: SVDOneShot, batches: Batches | None
+    ) -> None:
         super().__init__(model, example, budget)
         self.bake()
         alternatives = rank_alternatives(model, example, graph=self.graph, budget=budget, form=method.form)
         self.graph, self.skipped = alternatives.graph, dict(alternatives.skipped)
         layers: dict[str, Any] = {n: model.get_submodule(n) for n in alternatives.places}
-        factors = {n: svd(to_matrix(m.weight.detach(), alternatives.forms[n]), name=n) for n, m in layers.items()}
-        scores = alternatives.importance({n: energy(s) for n, (_, s, _) in factors.items()})
+        whitened = batches is not None and method.whiten
+        factors = _factors(model, alternatives, batches if whitened else None)
+        scores = alternatives.importance({n: energy(s) for n, (_, s, _) in factors.items()}, returns=method.returns)
         self.plan = solve(self.graph, scores, self.limits)
         self.taken = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
         ranks = {}
@@ -58,6 +66,23 @@ class Truncated(AtOnce):
                 ranks[name] = len(s) if option == alternatives.top(name) else alternatives.ranks[name][option - 1]
                 if option < alternatives.top(name):
                     cut = slice(0, ranks[name])
-                    small = alternatives.plain(name, (u[:, cut], s[cut], v[:, cut]), bias=layers[name].bias)
-                    replace(model, name, small)
+                    kept = u[:, cut], s[cut], v[:, cut]
+                    if whitened:  # both sides share a square root of the values, and train alike
+                        turn = orthonormalise(*kept, name=name)
+                        kept = turn.u, turn.s, turn.v
+                    replace(model, name, alternatives.plain(name, kept, bias=layers[name].bias))
         self.record("rank", ranks, progress=0.0)
+        settle_batchnorm(model, batches)
+
+
+def _factors(
+    model: nn.Module, alternatives: RankAlternatives, batches: Batches | None
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    matrices = {
+        n: to_matrix(model.get_submodule(n).weight.detach(), alternatives.forms[n])  # type: ignore[operator]
+        for n in alternatives.places
+    }
+    if batches is None:
+        return {n: svd(matrix, name=n) for n, matrix in matrices.items()}
+    moments = input_moments(model, alternatives.places, alternatives.forms, batches)
+    return {n: whitened_svd(matrix, moments[n], name=n) for n, matrix in matrices.items()}

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,11 @@ def compress(
 
     Only methods that find the size by themselves go without a ``budget``, for example ``DPRP(energy=0.01)``.
 
-    ``data`` is what ``load_data`` returns, or ``Loaders`` around your own; for a method that needs no
-    training it may be an example input, and then nothing is trained.  ``method`` defaults to ``TCP()``.  A
-    one-shot method with data is followed by ``recipe.epochs`` of fine-tuning.
+    ``data`` is what ``load_data`` returns, or ``Loaders`` around your own; a one-shot method with data is followed by
+    ``recipe.epochs`` of fine-tuning, which may be 0.  For a method that needs no training it may also be calibration batches,
+    a list or ``DataLoader`` of inputs or of pairs (inputs, labels), of which up to 64 are used to choose by and to estimate
+    BatchNorm anew, or a single example input (a tensor, a tuple of arguments, a dictionary of keywords): nothing is trained
+    then.  ``method`` defaults to ``TCP()``.
 
     A ``trained`` network becomes the teacher of its small copy, unless ``recipe.distill`` is 0; ``None``
     means to find out: trained is what classifies training images far better than chance.
@@ -107,7 +110,7 @@ def compress(
     192
     """
     method = method or TCP()
-    source, example = _data_or_example(data, method)
+    source, example, calibration = _data_or_example(data, method)
     recipe = recipe or Recipe()
     if source is not None and method.trains and recipe.epochs == 0:
         raise ValueError(f"{method.name} works while the network trains: give Recipe(epochs=1) or more")
@@ -115,7 +118,7 @@ def compress(
         raise ValueError("compress(resume=True or force=True): say which run: out=FOLDER")
     folder = None if out is None else Path(out)
     earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
-    job = _Job(model, source, example, budget, method, recipe)
+    job = _Job(model, source, example, budget, method, recipe, calibration)
     job.judge(earlier, trained)
     if on_dense is not None and job.dense_result:
         on_dense(job.dense_result, job.teacher is not None)
@@ -138,6 +141,7 @@ class _Job:
         budget: Budget | None,
         method: Method,
         recipe: Recipe,
+        calibration: list[Batch] | None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"compress: expected an nn.Module, got {type(model).__name__}")
@@ -146,6 +150,7 @@ class _Job:
         self.model, self.source, self.example = model, source, example
         self.budget, self.method, self.recipe = budget_for(method, budget), method, recipe
         self.limited = budget is not None
+        self.calibration = calibration
         first = next(model.parameters(), torch.empty(0))
         self.home = first.device
         self.device = pick_device(recipe.device) if source is not None else self.home
@@ -212,7 +217,7 @@ class _Job:
     def _few_batches(self) -> list[Batch] | None:
         """A few training batches on the device, for methods that measure before they cut."""
         if self.source is None:
-            return None
+            return self.calibration and [(x.to(self.home), y.to(self.home)) for x, y in self.calibration]
         chosen = self.source.calibration_batches(batch_size=self.recipe.batch_size, batches=8, seed=self.recipe.seed)
         return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
 
@@ -351,24 +356,45 @@ class _HeldOut:
             yield x.to(self.device), y.to(self.device)
 
 
-def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any]:
-    if isinstance(data, (Tensor, tuple, list, dict)):
+def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any, list[Batch] | None]:
+    """Where training batches come from, an example, and batches to calibrate by where there is no training."""
+    batches = isinstance(data, (list, torch.utils.data.DataLoader))
+    if batches or isinstance(data, (Tensor, tuple, dict)):
         if method.trains:
             raise ValueError(
                 f"{method.name} works while the network trains, so it needs data: give load_data(...) or "
-                "Loaders(train, test, num_classes=...); Magnitude() needs only an example"
+                "Loaders(train, test, num_classes=...); Magnitude() needs only an example or a few batches"
             )
-        return None, data
-    if isinstance(data, torch.utils.data.DataLoader):
-        raise ValueError("compress: a DataLoader alone is not enough; give Loaders(train, test, num_classes=N)")
+        if not batches:
+            return None, data, None
+        calibration = [_pair(item, number) for number, item in enumerate(islice(data, CALIBRATION))]
+        if not calibration:
+            raise ValueError("compress: there are no calibration batches; give one or more, or an example input")
+        return None, calibration[0][0][:1], calibration
     if isinstance(data, str):
         raise ValueError(f"compress: data is not a name; give load_data({data!r})")
     try:
-        return data, data.example(1)
+        return data, data.example(1), None
     except AttributeError as error:
         raise ValueError(
-            f"compress: data is a {type(data).__name__}; give load_data(...), Loaders(...) or an example"
+            f"compress: data is a {type(data).__name__}; give load_data(...), Loaders(...), calibration batches (a list or a "
+            "DataLoader) or an example"
         ) from error
+
+
+def _pair(item: Any, number: int) -> Batch:
+    """Inputs and labels; none where the batch is of inputs only."""
+    if isinstance(item, Tensor):
+        return item, torch.empty(0, dtype=torch.int64)
+    if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(t, Tensor) for t in item):
+        return item[0], item[1]
+    raise ValueError(
+        f"compress: calibration batch {number} is a {type(item).__name__}; give tensors of inputs, or pairs (inputs, labels); "
+        "the arguments of one call are a tuple"
+    )
+
+
+CALIBRATION = 64  # batches at most that a method without training is given
 
 
 def _is_trained(model: nn.Module, source: Source) -> bool:
