@@ -1,13 +1,14 @@
-"""``trace(model, example) -> Graph``: watch one forward, then rehearse a smaller one to prove that it was understood."""
+"""``trace(model, example) -> Graph``: watch one forward, then rehearse smaller ones to prove that it was understood."""
 
 from __future__ import annotations
 
+import random
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,24 @@ from torch import Tensor, nn
 from espalier.carving import carve
 from espalier.copies import copied, named_modules, named_tensors
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Span, Term
+from espalier.graph.rehearsal import Rehearsal, Rehearsed, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
     Axis,
-    Layer,
     Lessons,
+    Memory,
     Mismatch,
     Place,
     RawSpan,
     Reason,
-    Rehearsal,
+    Record,
     TraceError,
     TraceTimeout,
     Watch,
     first_line,
     is_users,
-    state,
     tensors_in,
 )
 from espalier.graph.watchdog import watchdog
@@ -56,9 +57,9 @@ def trace(
     exactly this input, so give a batch of one.  The forward runs on meta copies: no arithmetic, no memory, the model is
     not touched.  If it cannot run there (data-dependent code), a private copy runs on the CPU instead.
 
-    The result is then proven by a rehearsal: a third of the units is taken out of every group and the smaller copy is
-    watched again; every operation must give the shapes and channels that were predicted.  A line of the user's code that
-    does not (a hard-coded width) is frozen and listed; where no single line is to blame, the module it happened in is.
+    The result is then proven by rehearsals: smaller copies, at several widths (``graph.rehearsal.widths``), are watched in
+    eval and in train mode; every operation must give the shapes, channels and numbers that were predicted.  What does not is
+    frozen and listed: the line of the user's code, else the channels whose width it follows, else the module around.
 
     Raises ``TraceError`` (a ``ValueError``) naming operation, module and source line; ``TraceTimeout`` after
     ``time_limit`` seconds.
@@ -70,114 +71,287 @@ def trace(
         return _trace(model, example_inputs, deadline, rehearse)
 
 
-def _trace(model: nn.Module, example_inputs: Any, deadline: float, rehearse: bool) -> Graph:
+def _trace(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Graph:
     lessons = Lessons()
     notes: dict[Any, str] = {}
     device = "meta"
-    unused = False  # a forward may leave caches in its copy: after a mismatch, rehearse on copies that have never run
+    first = 0  # the widths that found something are tried first
     while True:
-        private = private_copy(model, device)
         try:
-            watch, output = _watch(private, example_inputs, lessons, deadline, device, notes)
+            stage = _watch(model, example, lessons, deadline, device, notes)
         except TraceError:
             raise
-        except Exception as error:
+        except _Failed as failed:
             if device == "cpu":
-                place, _ = _blame(error, private)
+                error = failed.error
                 raise TraceError(
-                    f"trace: the forward failed on the example input: {first_line(error)}: {place}"
+                    f"trace: the forward failed on the example input: {first_line(error)}: {failed.place}"
                 ) from error
             device = "cpu"
             continue
-        component = _components(watch)
-        graph, alive = _build(watch, component, tuple(notes.values()))
-        if not rehearse or not graph.groups:
-            return graph
-        while True:
-            smaller = private_copy(model, device) if unused else private
-            try:
-                _rehearse(smaller, example_inputs, graph, watch, component, alive, output, deadline, device)
-            except Mismatch as found:
-                if unused:
-                    _learn(lessons, notes, found)
-                    break
-                unused = True
-                continue
-            return graph
+        if not rehearse or not stage.graph.groups:
+            return stage.graph
+        found, first = stage.first_mismatch(first)
+        if found is None:
+            return stage.graph
+        _learn(lessons, notes, found, stage)
 
 
-def _learn(lessons: Lessons, notes: dict[Any, str], found: Mismatch) -> None:
-    """Fix the line that did not follow; if it is fixed already, the module it is in, then the module around that."""
-    text = f"{found.text} when widths change, so its channels are frozen: {found.place}"
-    new_axes = found.axes - lessons.axes.keys()
-    level = lessons.lines.get(found.key, 0) if found.key is not None else FROZEN
-    if new_axes:
-        lessons.axes |= dict.fromkeys(new_axes, Reason(found.reason, found.place))
-        notes[found.place.line] = f"the forward fails ({text}"
-    elif found.key is not None and level < FROZEN:
-        tried = any(f"aten.{op}." in found.key[1] for op in _TRIED_OUT) and level < 2
-        lessons.lines[found.key] = level + 1 if tried else FROZEN
-        lessons.reasons[found.key] = found.reason
-        if sum(op == found.key[1] for _, op in lessons.lines) > MANY:  # one rehearsal each would take too long
-            lessons.lines[found.place.line, found.key[1]] = FROZEN
-            lessons.reasons[found.place.line, found.key[1]] = found.reason
-        if lessons.lines[found.key] >= 2 or "split" in found.key[1] or "slice" in found.key[1]:
-            notes[found.key] = f"{found.key[1]} {text}"
-    else:
-        name = found.place.module
-        while name in lessons.modules:
-            assert name, f"the whole model is fixed, yet it changes: {found.text}"
-            name = name.rpartition(".")[0]
-        lessons.modules[name] = Reason("the module around these channels works for one size only", found.place)
-        notes["module", name] = (
-            f"{name or 'the whole model'} does not follow when widths change, so it is frozen: {text}"
-        )
+class _Failed(Exception):
+    """The forward raised ``error`` in the watch."""
+
+    def __init__(self, error: Exception, place: Place) -> None:
+        super().__init__(str(error))
+        self.error, self.place = error, place
 
 
-def _blame(error: BaseException, model: nn.Module) -> tuple[Place, list[Layer]]:
-    """Where in the user's code ``error`` was raised, and the channels that this code had at hand."""
+@dataclass(frozen=True)
+class Found:
+    """A mismatch, and the rehearsal that found it."""
+
+    mismatch: Mismatch
+    rehearsed: Rehearsed
+    training: bool
+
+
+@dataclass
+class Stage:
+    """What was watched, and all it takes to rehearse it."""
+
+    model: nn.Module
+    example: Any
+    device: str
+    deadline: float
+    watch: Watch
+    component: np.ndarray
+    graph: Graph
+    group_of_label: np.ndarray  # -1 where frozen
+    forwards: tuple[Forward, ...]
+
+    def first_mismatch(self, first: int) -> tuple[Found | None, int]:
+        """The first mismatch of all rehearsals, beginning with number ``first``, and the number of the one that found it."""
+        stuck = [self.graph.shapes[tensor][dim] for tensor, dim in self.watch.lessons.channels]
+        chosen = list(widths(self.graph, stuck))
+        rehearsals = [(r, f) for f in self.forwards for r in chosen[slice(*f.rehearsals)]]
+        for number in (first, *(n for n in range(len(rehearsals)) if n != first)):
+            if number < len(rehearsals):
+                rehearsed, forward = rehearsals[number]
+                mismatch = self.rehearse(rehearsed, forward)
+                if mismatch is not None:
+                    return Found(mismatch, rehearsed, forward.training), number
+        return None, 0
+
+    def rehearse(self, rehearsed: Rehearsed, forward: Forward) -> Mismatch | None:
+        """Watch a copy of these widths; what does not go as predicted."""
+        units = rehearsed.units
+        kept = self.graph.kept(units)
+        if not kept:
+            return None
+        watch = self.watch
+        alive = np.ones(watch.label_count, dtype=bool)
+        start = {(a.tensor, a.dim): a for a in watch.axes}
+        for tensor, by_dim in kept.items():
+            for dim, index in by_dim.items():
+                axis = start[tensor, dim]
+                of_axis = alive[axis.start : axis.start + axis.size]
+                of_axis[:] = False
+                of_axis[index] = True
+        single = [len(units.get(g.name, ())) == 1 for g in self.graph.groups]
+        lonely = np.append(single, False)[self.group_of_label]  # -1, no group, is the last
+        smaller = private_copy(self.model, self.device)
+        rehearsal = Rehearsal(forward.records, self.component, alive, lonely, self.graph.group_width, rehearsed.single)
+        try:
+            carve(smaller, kept, group_width=self.graph.group_width)
+            second = Watch(
+                smaller, rules=RULES, lessons=watch.lessons, deadline=self.deadline, kept=kept, axes=watch.axes,
+                rehearsal=rehearsal,
+            )  # fmt: skip
+            output = _forward(second, smaller, self.example, self.device, training=forward.training)
+            rehearsal.ended(second)
+        except Mismatch as mismatch:
+            return mismatch
+        except TraceError:
+            raise
+        except Exception as error:  # Python code of the forward itself
+            return Mismatch(None, f"fails ({first_line(error)})", _blame(error, smaller))
+        shapes = [tuple(t.shape) for t in tensors_in(output)]
+        if shapes != forward.shapes:
+            place = Place("", type(smaller).__name__, "")
+            return Mismatch(None, f"gives outputs {shapes} instead of {forward.shapes}", place)
+        return None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward that was watched: what a rehearsal in the same mode is held against."""
+
+    training: bool
+    records: list[Record]
+    shapes: list[tuple[int, ...]]  # of its outputs
+    rehearsals: tuple[int | None, int | None] = (None, None)  # from, to: which of the widths
+
+
+def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Stage) -> None:
+    """What must stay for the rehearsal to pass: the line that did not follow; the channels that move it; the module around."""
+    mismatch = found.mismatch
+    text = f"{mismatch.text} when widths change, so its channels are frozen: {mismatch.place}"
+    key, level = mismatch.key, lessons.lines.get(mismatch.key, 0) if mismatch.key is not None else FROZEN
+    if key is not None and level < FROZEN and not found.rehearsed.single:
+        tried = any(f"aten.{op}." in key[1] for op in _TRIED_OUT) and level < 2
+        lessons.lines[key] = level + 1 if tried else FROZEN
+        lessons.reasons[key] = mismatch.reason
+        if sum(op == key[1] for _, op in lessons.lines) > MANY:  # one rehearsal each would take too long
+            lessons.lines[mismatch.place.line, key[1]] = FROZEN
+            lessons.reasons[mismatch.place.line, key[1]] = mismatch.reason
+        if lessons.lines[key] >= 2 or "split" in key[1] or "slice" in key[1]:
+            notes[key] = f"{key[1]} {text}"
+        return
+    culprits = _culprits(found, stage)
+    single = found.rehearsed.single
+    if (
+        len(culprits) > 1
+    ):  # together they do it: of two widths that became equal, hold the one that the other cannot reach
+        culprits = [max(culprits, key=lambda g: g.size * g.width)]
+    slices = [s for g in culprits for s in g.slices[:1] if "#" not in s.tensor]
+    slices = [s for s in slices if not (single and (s.tensor, s.dim) in lessons.channels)]
+    for s in slices:
+        positions = s.index[-1:] if single else s.index
+        lessons.channels[s.tensor, s.dim] = positions.reshape(-1), Reason(mismatch.reason, mismatch.place)
+    if slices:
+        if not single:
+            notes[mismatch.place, mismatch.text] = f"the forward {text}"
+        return
+    name = mismatch.place.module
+    while name in lessons.modules and name:
+        name = name.rpartition(".")[0]
+    lessons.modules[name] = Reason("the module around these channels works for one size only", mismatch.place)
+    notes["module", name] = (
+        f"{name or 'the whole model'} does not follow when widths change, so it is frozen: {mismatch.text} when widths "
+        f"change: {mismatch.place}"
+    )
+
+
+def _culprits(found: Found, stage: Stage) -> list[Group]:
+    """Groups that, cut alone, bring a mismatch: as few as a search by halves finds, none if it takes more than ``MANY``."""
+    forward = next(f for f in stage.forwards if f.training == found.training)
+    units = found.rehearsed.units
+    groups = [g for g in stage.graph.groups if len(units[g.name]) < g.size]
+
+    def fails(some: list[Group]) -> bool:
+        cut = {g.name for g in some}
+        tried = {g.name: units[g.name] if g.name in cut else np.arange(g.size) for g in stage.graph.groups}
+        return stage.rehearse(Rehearsed(tried, found.rehearsed.single), forward) is not None
+
+    guilty: list[Group] = []
+    rest = groups
+    while len(guilty) < MANY and not (guilty and fails(guilty)):
+        low, high = 0, len(rest)  # the shortest beginning of the rest that fails together with the guilty
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fails([*guilty, *rest[:middle]]) else (middle + 1, high)
+        if low == 0 or low > len(rest):
+            return guilty
+        guilty, rest = [*guilty, rest[low - 1]], rest[: low - 1]
+    return guilty
+
+
+def _blame(error: BaseException, model: nn.Module) -> Place:
+    """Where in the user's code ``error`` was raised."""
     names = {id(m): n for n, m in model.named_modules()}
-    place, layers = Place("", type(model).__name__, ""), []
+    place = Place("", type(model).__name__, "")
     for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and id(owner) in names:
             place = Place(names[id(owner)], type(owner).__name__, place.line)
         if is_users(frame.f_code.co_filename):
             place = replace(place, line=f"{frame.f_code.co_filename}:{number}")
-            at_hand = [state(t) for t in tensors_in(list(frame.f_locals.values()))]
-            layers = [m for known in at_hand if not known.derived for m in known.layers]
-    return place, layers
+    return place
 
 
 # -- watching ----------------------------------------------------------------------------------------------------------
 
 
 def _watch(
-    private: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
-) -> tuple[Watch, Any]:
-    """Eval-mode forward; if parameters stay unused (auxiliary heads), a train-mode forward on the same labels as well."""
+    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
+) -> Stage:
+    """An eval-mode and a train-mode forward on the same labels; costs are those of the first."""
+    private = private_copy(model, device)
     watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
-    args, kwargs = call_arguments(example, device)
-    with mode(private, training=False):
-        output = watch.run(private, args, kwargs)
+    try:
+        output = _forward(watch, private, example, device, training=False)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise _Failed(error, _blame(error, private)) from error
+    forwards = [Forward(False, watch.records, [tuple(t.shape) for t in tensors_in(output)])]
+    sites, memory, spans, known = watch.sites, watch.memory, watch.spans, watch.known
     unused = [n for n in watch.parameters if n not in watch.seen]
-    if unused:
-        sites, memory, records = list(watch.sites), watch.memory, list(watch.records)
-        spans = list(watch.spans)
-        try:
-            with mode(private, training=True):
-                watch.run(private, args, kwargs)
-        except TraceTimeout:
-            raise
-        except Exception as error:  # what only training runs may need another input
+    watch.sites, watch.memory, watch.spans, watch.records = [], Memory(), [], []
+    trained = private_copy(model, device)  # a forward may leave caches in its copy
+    watch.look_at(trained)
+    try:
+        output = _forward(watch, trained, example, device, training=True)
+    except TraceTimeout:
+        raise
+    except Exception as error:  # what only training runs may need another input
+        place = _blame(error, trained)
+        unseen = "what only training runs was not seen"
+        if unused:
             watch.freeze(watch.at_hand, "feeds what only training runs, and that failed on the example input")
-            place, _ = _blame(error, private)
-            notes["training"] = (
-                f"{unused[0]} and {len(unused) - 1} other parameters have no part in the eval-mode forward, and the train-mode "
-                f"forward failed on the example input, so what they need was not seen: {first_line(error)}: {place}"
+            unseen = (
+                f"and {unused[0]} and {len(unused) - 1} other parameters have no part in the eval-mode forward, so what they "
+                "need was not seen"
             )
-        watch.sites, watch.memory, watch.records, watch.spans = sites, memory, records, spans
-    return watch, output
+        notes["training"] = (
+            f"the train-mode forward failed on the example input, {unseen}: {first_line(error)}: {place}"
+        )
+    else:
+        same = _alike(forwards[0].records, watch.records)
+        if same:
+            watch.known = known
+        shapes_ = [tuple(t.shape) for t in tensors_in(output)]
+        forwards.append(Forward(True, watch.records, shapes_, rehearsals=_FEW if same else _MOST))
+    watch.sites, watch.memory, watch.spans = sites, memory, spans
+    component = _components(watch)
+    graph, group_of_label = _build(watch, component, tuple(notes.values()))
+    return Stage(model, example, device, deadline, watch, component, graph, group_of_label, tuple(forwards))
+
+
+_MOST = (0, 3)  # of the widths for the train-mode forward
+_FEW = (1, 2)  # where it runs what the eval-mode forward runs: two units, where branches turn
+
+
+def _forward(watch: Watch, private: nn.Module, example: Any, device: str, *, training: bool) -> Any:
+    """One forward of ``private`` under ``watch``; all draw the same random numbers."""
+    args, kwargs = call_arguments(example, device)
+    with mode(private, training=training), same_random_numbers():
+        return watch.run(private, args, kwargs)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Python's, NumPy's and torch's generators begin at a fixed point, and go on afterwards as if nothing had been drawn."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _alike(one: list[Record], other: list[Record]) -> bool:
+    """Do two forwards run the same operations on the same tensors, with the same numbers?"""
+    return len(one) == len(other) and all(
+        a.op is b.op
+        and a.origins == b.origins
+        and (a.scalars == b.scalars or repr(a.scalars) == repr(b.scalars))
+        and [shape for shape, *_ in a.outputs] == [shape for shape, *_ in b.outputs]
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def private_copy(model: nn.Module, device: str) -> nn.Module:
@@ -549,73 +723,6 @@ def _innermost(spans: list[RawSpan], clocks: list[int]) -> list[str]:
         stack = [s for s in stack if s.end >= at]
         found.append(stack[-1].module if stack else "")
     return found
-
-
-# -- the rehearsal -----------------------------------------------------------------------------------------------------
-
-
-def rehearsal_units(graph: Graph) -> dict[str, np.ndarray]:
-    """Take about a third out of every group, unevenly, so that a wrong index cannot pass by accident."""
-    units = {}
-    for number, group in enumerate(graph.groups):
-        if group.size < 3:
-            units[group.name] = np.array([number % group.size])
-            continue
-        keep = max(2, min(group.size - 1, (2 * group.size) // 3 - number % 2))
-        units[group.name] = (np.arange(keep) * group.size) // keep
-    return units
-
-
-def _rehearse(
-    smaller: nn.Module,
-    example: Any,
-    graph: Graph,
-    watch: Watch,
-    component: np.ndarray,
-    group_of_label: np.ndarray,
-    output: Any,
-    deadline: float,
-    device: str,
-) -> None:
-    kept = graph.kept(rehearsal_units(graph))
-    if not kept:
-        return
-    alive = np.ones(watch.label_count, dtype=bool)
-    start = {(a.tensor, a.dim): a for a in watch.axes}
-    for tensor, by_dim in kept.items():
-        for dim, index in by_dim.items():
-            axis = start[tensor, dim]
-            of_axis = alive[axis.start : axis.start + axis.size]
-            of_axis[:] = False
-            of_axis[index] = True
-    lonely = np.append(graph.sizes == 2, False)[group_of_label]  # -1, no group, is the last
-    args, kwargs = call_arguments(example, device)
-    try:
-        carve(smaller, kept, group_width=graph.group_width)
-        second = Watch(
-            smaller,
-            rules=RULES,
-            lessons=watch.lessons,
-            deadline=deadline,
-            kept=kept,
-            axes=watch.axes,
-            rehearsal=Rehearsal(watch.records, component, alive, lonely, graph.group_width),
-        )
-        with mode(smaller, training=False):
-            result = second.run(smaller, args, kwargs)
-    except (Mismatch, TraceError):
-        raise
-    except Exception as error:  # Python code of the forward itself
-        place, layers = _blame(error, smaller)
-        numbers = np.unique(np.concatenate([[0], *(m.reshape(-1) for m in layers)]))[1:]
-        starts = sorted(a.start for a in watch.axes)
-        at_hand = {starts[i] for i in np.searchsorted(starts, numbers, side="right") - 1}
-        axes = frozenset((a.tensor, a.dim) for a in watch.axes if a.start in at_hand)
-        raise Mismatch(None, first_line(error), place, axes) from error
-    shapes = [tuple(t.shape) for t in tensors_in(output)], [tuple(t.shape) for t in tensors_in(result)]
-    if shapes[0] != shapes[1]:
-        place = Place("", type(smaller).__name__, "")
-        raise Mismatch(None, f"gives outputs {shapes[1]} instead of {shapes[0]}", place)
 
 
 __all__ = ["trace"]

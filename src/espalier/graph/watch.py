@@ -10,7 +10,9 @@ Label 0 means "fixed": an element that nobody may remove (an image channel, a co
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 import sys
 import time
 import weakref
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,8 +30,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from espalier.copies import named_modules, tensors_of_modules
 from espalier.graph import shapes
 from espalier.graph.call import Call, tensors_of
+from espalier.graph.constants import (
+    MAKERS,
+    UNKNOWN,
+    NumbersMadeTensors,
+    Value,
+    computed_values,
+    copied_value,
+    own_value,
+)
 
 Layer = np.ndarray  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
+
+
+Key = tuple[str, str]  # source line, operation
 
 
 class TraceError(ValueError):
@@ -104,7 +118,7 @@ Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the ope
 class State:
     """What is known of one tensor: its label layers and, for what is made of parameters only, where it comes from."""
 
-    __slots__ = ("derived", "layers", "origin", "pending", "source")
+    __slots__ = ("derived", "differs", "layers", "origin", "pending", "source", "value")
 
     def __init__(
         self,
@@ -113,12 +127,15 @@ class State:
         source: str | None = None,
         derived: int = 0,
         pending: tuple[tuple[np.ndarray, Reason], ...] = (),
+        value: Value = None,
     ) -> None:
         self.layers = layers
         self.source = source  # parameter name while the tensor is a view of exactly one parameter
         self.derived = derived  # 0, or made of parameters and constants only: PLAIN or COMPUTED
         self.pending = pending  # labels mixed by a statistic of a weight: allowed if the weight can be baked
         self.origin: Origin = None
+        self.value = value  # of a constant, see ``graph.constants``
+        self.differs = False  # in a rehearsal: a constant that is another one than in the first watch
 
 
 class Raw(State):
@@ -128,13 +145,20 @@ class Raw(State):
 
     def __init__(self, make: Callable[[], tuple[Layer, ...]], source: str) -> None:
         self._make, self.source, self.derived, self.pending = make, source, PLAIN, ()
+        self.value, self.differs = None, False
 
     @property
     def layers(self) -> tuple[Layer, ...]:  # type: ignore[override]
         return self._make()
 
 
-NOTHING = State()
+NOTHING = State(value=UNKNOWN)  # what nobody saw being made is a constant
+
+
+def value_of(tensor: Tensor) -> Value:
+    """Of a constant its value, as far as it is known."""
+    known = state(tensor)
+    return own_value(tensor) if known is NOTHING else known.value
 
 
 def state(tensor: Tensor) -> State:
@@ -153,7 +177,7 @@ def parted(args: Any, kwargs: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
             rest.append(value)
     if kwargs:
         tensors += tensors_of(tuple(kwargs.values()))
-        rest += kwargs.items()
+        rest += [(n, v) for n, v in kwargs.items() if not isinstance(v, Tensor)]
     return tensors, tuple(rest)
 
 
@@ -201,31 +225,22 @@ def tensors_in(value: Any, _depth: int = 0) -> Iterator[Tensor]:
 class Mismatch(Exception):
     """In a rehearsal an operation did not do what the labels predicted.
 
-    ``axes`` are the parameters whose channels were at hand where Python code, not an operation, failed.  ``reason`` is what
-    to say of the channels that are frozen for it.
+    ``key`` names the line that can be frozen for it; ``None`` where no line is to blame, as where the forward takes another
+    path.  ``reason`` is what to say of the channels that are frozen.
     """
 
-    def __init__(
-        self,
-        key: tuple[str, str] | None,
-        text: str,
-        place: Place,
-        axes: frozenset[tuple[str, int]] = frozenset(),
-        reason: str = "sizes look hard-coded here",
-    ) -> None:
+    def __init__(self, key: Key | None, text: str, place: Place, *, reason: str = "sizes look hard-coded here") -> None:
         super().__init__(text)
-        self.key, self.text, self.place, self.axes, self.reason = key, text, place, axes, reason
+        self.key, self.text, self.place, self.reason = key, text, place, reason
 
 
 @dataclass
 class Lessons:
     """What rehearsals have taught: which lines, parameters and modules do not follow when widths change."""
 
-    lines: dict[tuple[str, str], int] = field(
-        default_factory=dict
-    )  # (source line, operation) -> how much of it is fixed
-    reasons: dict[tuple[str, str], str] = field(default_factory=dict)  # of the same, once all of it is fixed
-    axes: dict[tuple[str, int], Reason] = field(default_factory=dict)
+    lines: dict[Key, int] = field(default_factory=dict)  # how much of it is fixed
+    reasons: dict[Key, str] = field(default_factory=dict)  # of the same, once all of it is fixed
+    channels: dict[tuple[str, int], tuple[np.ndarray, Reason]] = field(default_factory=dict)  # positions that stay
     modules: dict[str, Reason] = field(default_factory=dict)
 
 
@@ -236,7 +251,10 @@ class Record:
     op: Any
     origins: tuple[Origin, ...]
     scalars: tuple[Any, ...]
-    outputs: list[tuple[tuple[int, ...], State]]
+    numbers: tuple[Any, ...]  # the scalars that are no sizes: what is computed with
+    values: tuple[Value, ...]  # of its operands that are constants
+    line: tuple[str, str]  # module and source line
+    outputs: list[tuple[tuple[int, ...], State, Value]]
 
 
 @dataclass
@@ -245,6 +263,19 @@ class Memory:
 
     births: list[tuple[int, int, np.ndarray | None, float]] = field(default_factory=list)  # time, key, labels, bytes
     deaths: dict[int, int] = field(default_factory=dict)  # birth index -> time
+
+
+class Observer(Protocol):
+    """Holds what a watch sees against what was predicted, and raises ``Mismatch`` (``graph.rehearsal``)."""
+
+    position: int  # of the next operation
+    whole_groups: dict[str, int]  # what the first watch decided for grouped convolutions
+
+    def follows(self, watch: Watch, func: Any, origins: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> bool:
+        """Is the result that which was predicted, so that no rule need be applied?"""
+
+    def check(self, watch: Watch, record: Record, operands: list[State], outs: list[Tensor]) -> bool:
+        """The rule was applied: is the result that which was predicted?  False where nothing was."""
 
 
 class Watch(TorchDispatchMode):
@@ -259,7 +290,7 @@ class Watch(TorchDispatchMode):
         deadline: float,
         kept: dict[str, dict[int, np.ndarray]] | None = None,
         axes: list[Axis] | None = None,
-        rehearsal: Rehearsal | None = None,
+        rehearsal: Observer | None = None,
     ) -> None:
         super().__init__()
         self.rules = rules
@@ -283,28 +314,41 @@ class Watch(TorchDispatchMode):
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._stack: list[nn.Module] = [model]
-        self._modules = named_modules(model)
-        self._names = {id(m): n for n, m in self._modules.items()}
         self._func: Any = None
         self._ruled: dict[Any, Callable[..., None]] = {}  # operation -> its rule
         self.axes: list[Axis] = [] if axes is None else list(axes)
         self._kept = kept or {}
         self._axis_of = {(a.tensor, a.dim): a for a in self.axes}
         self._next = 1
+        self.look_at(model)
+        for at, (positions, reason) in lessons.channels.items():
+            if at in self._axis_of:
+                self.freezes.append((self._axis_of[at].start + positions, reason))
+
+    def look_at(self, model: nn.Module) -> None:
+        """Label the tensors of ``model``, which is the model or another private copy of it."""
+        self._stack: list[nn.Module] = [model]
+        self._modules = named_modules(model)
+        self._names = {id(m): n for n, m in self._modules.items()}
         self.parameters, self.buffers = tensors_of_modules(self._modules)
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             shape = tuple(tensor.shape)
-            if rehearsal is None:
+            if self.rehearsal is None:
                 known = State(self._raw_layers(name, shape), source=name, derived=PLAIN)
             else:
                 known = Raw(partial(self._raw_layers, name, shape), name)
             known.origin = (name, 0)
             tensor._espalier = known  # type: ignore[attr-defined]
-        for at, reason in lessons.axes.items():
-            if at in self._axis_of:
-                axis = self._axis_of[at]
-                self.freezes.append((np.arange(axis.start, axis.start + axis.size), reason))
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """How much was found out about labels so far; set to an earlier value, what came since is forgotten."""
+        return len(self.edges), len(self.freezes), len(self.mixes), len(self.consumers)
+
+    @known.setter
+    def known(self, counts: tuple[int, ...]) -> None:
+        for found, count in zip((self.edges, self.freezes, self.mixes, self.consumers), counts, strict=True):
+            del found[count:]  # type: ignore[attr-defined]
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
@@ -448,7 +492,7 @@ class Watch(TorchDispatchMode):
         for module in self._modules.values():
             module.__dict__["_compiled_call_impl"] = partial(self._call, module)
         try:
-            with torch.no_grad(), uncompiled(), self:
+            with torch.no_grad(), uncompiled(), self, NumbersMadeTensors(_note_numbers):
                 output = model(*args, **kwargs)
         finally:
             for module in self._modules.values():
@@ -518,27 +562,43 @@ class Watch(TorchDispatchMode):
         operands = [state(t) for t in tensors]
         origins = tuple([known.origin for known in operands])
         rule = self._rule_of(func)
-        if self.rehearsal is not None:
-            if not (rule in FLOWING and self.rehearsal.follows(self, func, origins, scalars, outs)):
-                self._apply(rule, func, args, kwargs, out)
-                self.rehearsal.check(self, func, scalars, outs)
-            position = self.rehearsal.position - 1
+        rehearsal = self.rehearsal
+        if rehearsal is not None and rule in FLOWING and rehearsal.follows(self, func, origins, scalars, outs):
+            position = rehearsal.position - 1
         else:
-            for known in operands:
-                if known.source is not None:
-                    self.seen.add(known.source)
+            values: tuple[Value, ...] = ()
+            if any(known.value is not None for known in operands):
+                values = tuple([copied_value(value_of(t)) for t in tensors])
             self._apply(rule, func, args, kwargs, out)
-            position, made = len(self.records), [state(t) for t in outs]
-            for tensor, known in zip(outs, made, strict=True):
-                if not known.derived:
-                    self._birth(tensor, known)
-            states = [(tuple(t.shape), known) for t, known in zip(outs, made, strict=True)]
-            self.records.append(Record(func, origins, scalars, states))
+            made = [self._known(t) for t in outs]
+            if func._overloadpacket in MAKERS or (len(values) == len(tensors) and None not in values):
+                for known, value in zip(made, computed_values(func, args, kwargs, outs, value_of), strict=True):
+                    known.value = value
+            states = [(tuple(t.shape), k, copied_value(k.value)) for t, k in zip(outs, made, strict=True)]
+            line = (self.module_name, user_line())
+            record = Record(func, origins, scalars, numbers_of(func, args, kwargs), values, line, states)
+            if rehearsal is not None:
+                if not rehearsal.check(self, record, operands, outs):
+                    return out
+                position = rehearsal.position - 1
+            else:
+                self.seen.update([known.source for known in operands if known.source is not None])
+                for tensor, known in zip(outs, made, strict=True):
+                    if not known.derived:
+                        self._birth(tensor, known)
+                position = len(self.records)
+                self.records.append(record)
         for number, tensor in enumerate(outs):
             known = state(tensor)
             if known is not NOTHING:
                 known.origin = (position, number)
         return out
+
+    def _known(self, tensor: Tensor) -> State:
+        """The state of what an operation made, whether its rule says something of it or not."""
+        if state(tensor) is NOTHING:
+            tensor._espalier = State()  # type: ignore[attr-defined]
+        return state(tensor)
 
     def _rule_of(self, func: Any) -> Callable[..., None]:
         if (self.lessons.lines or self.lessons.modules) and self._is_fixed():
@@ -597,6 +657,36 @@ class Watch(TorchDispatchMode):
             del self._live[key]
 
 
+def _note_numbers(tensor: Tensor, value: Value) -> None:
+    if state(tensor) is NOTHING:
+        tensor._espalier = State(value=value)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _numbers_at(func: Any) -> tuple[tuple[int, ...], frozenset[str]]:
+    """Positions and names of the arguments that an operation computes with; sizes (``SymInt``) show in shapes."""
+    text = str(func._schema)
+    named = {
+        a.name: i
+        for i, a in enumerate(func._schema.arguments)
+        if a.name in COMPUTED_WITH or not (a.name in COUNTS or re.search(rf"(SymInt|Generator)\S* {a.name}\b", text))
+    }
+    return tuple(named.values()), frozenset(named)
+
+
+COMPUTED_WITH = {"stride", "padding", "dilation", "output_padding", "diagonal"}  # sizes that no shape need show
+COUNTS = {"group", "groups", "num_groups"}  # of channels: labels answer for them
+
+
+def numbers_of(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The scalar arguments that an operation computes with."""
+    positions, names = _numbers_at(func)
+    found = [args[i] for i in positions if i < len(args)] + [(n, v) for n, v in kwargs.items() if n in names]
+    return tuple(
+        [v for v in found if not isinstance(v, Tensor) and not (isinstance(v, (list, tuple)) and tensors_of(v))]
+    )
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """What ``torch.compile`` has wrapped runs as it was written, or dynamo would compile the watch along with it."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -606,125 +696,6 @@ FLOWING: set[Callable[..., None]] = set()
 """Rules under which the channels of the result follow from the operands alone: see ``Rehearsal.follows``."""
 
 FROZEN = 99  # a lesson about a line: nothing that its operation touches may change
-
-
-class Prediction(NamedTuple):
-    """What remains of a layer: its labels, and how long it is along every dimension in which they change."""
-
-    whole: Layer
-    layer: Layer
-    sizes: tuple[tuple[int, int], ...]
-
-
-@dataclass
-class Rehearsal:
-    """Hold a second, smaller forward against the first: every output must be what the labels said it would be."""
-
-    records: list[Record]
-    component: np.ndarray  # label -> component
-    alive: np.ndarray  # label -> survives
-    lonely: np.ndarray  # label -> its group of two has one unit left, so that a layer cannot say where it belongs
-    whole_groups: dict[str, int]  # what the first watch decided for grouped convolutions
-    position: int = 0
-    _predictions: dict[int, Prediction] = field(default_factory=dict)
-
-    def follows(self, watch: Watch, func: Any, origins: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> bool:
-        """Is this the recorded operation on the recorded tensors, and are the shapes those predicted?
-
-        If its operands have the channels that were predicted (by induction: each was checked when it was made) then so has
-        its result, for a rule under which channels only flow.  So it is put, not derived.
-        """
-        if self.position >= len(self.records):
-            return False
-        record = self.records[self.position]
-        if record.op is not func or record.origins != origins or None in origins:
-            return False
-        if len(record.outputs) != len(outs) or record.scalars != scalars:
-            return False
-        kept: list[tuple[Layer, ...]] = []
-        for tensor, (was, known) in zip(outs, record.outputs, strict=True):
-            if not known.layers:
-                if tensor.shape != was:
-                    return False
-                kept.append(())
-                continue
-            predictions = [self._predict(watch, layer) for layer in known.layers]
-            if tensor.shape != self._shape(was, predictions):
-                return False
-            kept.append(tuple([p.layer for p in predictions]))
-        for tensor, layers, (_, known) in zip(outs, kept, record.outputs, strict=True):
-            watch.put(tensor, layers, source=known.source, derived=known.derived, pending=known.pending)
-        self.position += 1
-        return True
-
-    def check(self, watch: Watch, op: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> None:
-        """The rule was applied anew: hold its result against the record."""
-        if self.position >= len(self.records) or self.records[self.position].op is not op:
-            where, _ = watch.key()
-            due = self.records[self.position].op if self.position < len(self.records) else op
-            raise Mismatch((where, str(due)), f"is followed by {op}: the forward takes another path", watch.place())
-        expected, numbers = self.records[self.position].outputs, self.records[self.position].scalars
-        self.position += 1
-        # `x * x.shape[1] ** -0.5`: the small network would compute with another number than the masked one
-        computes = torch.Tag.pointwise in op.tags and any(t.is_floating_point() for t in outs)
-        if computes and numbers != scalars and repr(numbers) != repr(scalars) and not watch.in_fixed_module():
-            text = "computes with a number that is another one"
-            raise Mismatch(watch.key(), text, watch.place(), reason="is computed with a number that follows the widths")
-        if len(expected) != len(outs):
-            raise Mismatch(watch.key(), f"gives {len(outs)} tensors instead of {len(expected)}", watch.place())
-        for tensor, (was, known) in zip(outs, expected, strict=True):
-            shape, layers = tuple(tensor.shape), state(tensor).layers
-            if not layers and not known.layers and shape == was:
-                continue
-            layers = tuple(m for m in map(compact, layers) if m.size > 1)
-            predictions = [self._predict(watch, layer) for layer in known.layers]
-            survivors = [p.layer for p in predictions if p.layer.size > 1]
-            predicted = self._shape(was, predictions)
-            if predicted != shape:
-                raise Mismatch(
-                    watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
-                )
-            if any(self.lonely[m].any() for m in (*layers, *survivors)):
-                continue
-            if len(layers) != len(survivors):
-                raise Mismatch(watch.key(), "loses track of its channels", watch.place())
-            for one, other in zip(layers, survivors, strict=True):
-                if one.shape != other.shape:
-                    one, other = np.broadcast_arrays(one, other)
-                if (self.component[one] != self.component[other]).any():
-                    raise Mismatch(watch.key(), "arranges the remaining channels differently", watch.place())
-
-    @staticmethod
-    def _shape(was: tuple[int, ...], predictions: list[Prediction]) -> tuple[int, ...]:
-        shape = list(was)
-        for prediction in predictions:
-            for dim, size in prediction.sizes:
-                shape[dim] = size
-        return tuple(shape)
-
-    def _predict(self, watch: Watch, layer: Layer) -> Prediction:
-        """What of a layer survives; remembered, since most operations hand on the layer they got."""
-        found = self._predictions.get(id(layer))
-        if found is None:
-            kept = self._restrict(watch, layer)
-            sizes = tuple([(dim, kept.shape[dim]) for dim, size in enumerate(layer.shape) if size > 1])
-            found = self._predictions[id(layer)] = Prediction(layer, compact(kept), sizes)
-        return found
-
-    def _restrict(self, watch: Watch, layer: Layer) -> Layer:
-        if layer.size == max(layer.shape, default=1):  # along one dimension, as nearly always
-            labels = layer.reshape(-1)
-            stays = labels[self.alive[labels]]
-            if not len(stays) and len(labels) == 1:
-                raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
-            return stays.reshape(tuple([-1 if n > 1 else 1 for n in layer.shape]))
-        alive = self.alive[layer]
-        for dim in varying(layer):
-            keep = np.flatnonzero(np.moveaxis(alive, dim, 0).reshape(layer.shape[dim], -1).any(1))
-            layer, alive = layer.take(keep, dim), alive.take(keep, dim)
-        if not alive.all():
-            raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
-        return layer
 
 
 def first_line(error: BaseException) -> str:

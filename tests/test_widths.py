@@ -1,0 +1,193 @@
+"""What follows the widths without a shape that says so: numbers, branches, and what only training runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from proving import randomise, reasons, sizes
+from test_graph import Net, conv
+from torch import Tensor, nn
+
+from espalier.graph import Graph, trace
+from espalier.plan import Plan
+from espalier.surgery import shrink, verify
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tensor": lambda y: y / torch.tensor(float(y.shape[1]), device=y.device, dtype=y.dtype),
+    "tensor on the cpu": lambda y: y * torch.tensor(1 / y.shape[1]),
+    "as_tensor of a list": lambda y: y * torch.as_tensor([1.0, y.shape[1]], device=y.device, dtype=y.dtype)[1],
+    "new_tensor": lambda y: y / y.new_tensor(y.shape[1]).sqrt(),
+    "new_full": lambda y: y + y.new_full((1,), 1 / y.shape[1]),
+    "full": lambda y: y / torch.full((1, 1, 1, 1), float(y.shape[1]), device=y.device, dtype=y.dtype),
+    "full_like": lambda y: y + torch.full_like(y, 1 / y.shape[1]),
+    "fill_": lambda y: y / torch.empty(1, device=y.device, dtype=y.dtype).fill_(y.shape[1]),
+    "written into": lambda y: y * written(torch.ones(2, device=y.device, dtype=y.dtype), y.shape[1])[0],
+    "where": lambda y: torch.where(y > 0.1, 1 / y.shape[1], y),
+    "shape": lambda y: y / torch.tensor(y.shape, device=y.device)[1],
+    "sum of ones": lambda y: y / torch.ones(y.shape[1], device=y.device, dtype=y.dtype).sum(),
+    "numpy": lambda y: y * torch.from_numpy(np.array(1 / y.shape[1])).to(y.device, y.dtype),
+    "alpha": lambda y: torch.add(y, y, alpha=1 / y.shape[1]),
+    "batched alpha": lambda y: torch.baddbmm(
+        y.flatten(2), y.flatten(2), torch.ones(len(y), 64, 64, device=y.device, dtype=y.dtype), alpha=1 / y.shape[1]
+    ).view_as(y),
+    "slope": lambda y: nn.functional.leaky_relu(y, 1 / y.shape[1]),
+    "capped": lambda y: y * min(y.shape[1], 6) ** -0.5,
+    "above a threshold": lambda y: y * 2 if y.shape[1] > 5 else y,
+    "even": lambda y: y.relu() if y.shape[1] % 2 == 0 else y,
+    "a large grid": lambda y: y + torch.full((1, 1, 64, 64), float(y.shape[1]), device=y.device, dtype=y.dtype)[..., :8, :8],
+}  # fmt: skip
+
+
+def written(tensor: Tensor, number: float) -> Tensor:
+    tensor[0] = number
+    return tensor
+
+
+def every_width(graph: Graph) -> list[Plan]:
+    """Plans with one unit, two, three, about half, and all but one of every group, and uneven ones."""
+    draw = random.Random(0)
+    keeps = [lambda n, k=k: min(k, n) for k in (1, 2, 3)] + [lambda n: (n + 1) // 2, lambda n: max(n - 1, 1)]
+    keeps += [lambda n: draw.randint(1, n)] * 2
+    of = {g.name: g.size for g in graph.groups}
+    return [Plan({name: np.arange(keep(size)) for name, size in of.items()}, of) for keep in keeps]
+
+
+def prove_every_width(model: nn.Module, example: Any) -> Graph:
+    randomise(model).eval()
+    graph = trace(model, example)
+    for plan in every_width(graph):
+        verify(model, graph, plan, example).require()
+    return graph
+
+
+@pytest.mark.parametrize("way", NUMBERS)
+def test_a_number_that_follows_the_width_freezes_what_it_touches_and_nothing_else(way: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.c(m.b(NUMBERS[way](m.a(x))).relu().mean((2, 3)))
+
+    model = randomise(Net(run, a=conv(3, 16), b=conv(16, 12), c=nn.Linear(12, 5))).eval()
+    graph = trace(model, IMAGE)
+    assert sizes(graph) == {"b": 12}, reasons(graph)
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda y: y / torch.tensor(float(y.shape[2] * y.shape[3]), device=y.device, dtype=y.dtype),
+        lambda y: y + torch.tensor(y.shape, device=y.device)[2:].sum(),
+        lambda y: y * torch.linspace(0, 1, y.shape[3], device=y.device, dtype=y.dtype),
+        lambda y: y * max(y.shape[1] // 64, 4),
+    ],
+)
+def test_a_number_that_does_not_follow_the_width_freezes_nothing(constant: Callable[[Tensor], Tensor]) -> None:
+    model = Net(lambda m, x: m.b(constant(m.a(x))).relu(), a=conv(3, 16), b=conv(16, 5))
+    assert sizes(prove_every_width(model, IMAGE)) == {"a": 16}
+
+
+def test_a_number_of_another_tensor_freezes_that_one() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.c(m.b(y).relu() * torch.tensor(1 / y.shape[1], device=y.device))
+
+    graph = prove_every_width(Net(run, a=conv(3, 16), b=conv(16, 12), c=conv(12, 5)), IMAGE)
+    assert "a" not in sizes(graph)
+
+
+def shortcut_where_it_fits(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x).relu()
+    y = m.b(x).relu()
+    if y.shape == x.shape:
+        y = y + x
+    return m.c(y)
+
+
+@pytest.mark.parametrize(("first", "second", "free"), [(24, 16, {"b": 16}), (16, 24, {"a": 16})])
+def test_a_shortcut_that_only_equal_widths_would_make_is_never_made(
+    first: int, second: int, free: dict[str, int]
+) -> None:
+    model = Net(shortcut_where_it_fits, a=conv(3, first), b=conv(first, second), c=conv(second, 5))
+    graph = prove_every_width(model, IMAGE)
+    assert sizes(graph) == free
+    model, graph = randomise(model), trace(model, IMAGE)
+    narrow = min(first, second)
+    plan = Plan({g.name: np.arange(min(g.size, narrow)) for g in graph.groups}, {g.name: g.size for g in graph.groups})
+    verify(model, graph, plan, IMAGE).require()
+
+
+def test_a_shape_that_may_equal_the_inputs_is_tried() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.b(y + x if y.shape == x.shape else y)
+
+    graph = trace(Net(run, a=conv(3, 16), b=conv(16, 5)), IMAGE)
+    assert sizes(graph) == {}, "at three channels the input would be added"
+
+
+def test_a_width_of_another_tensor_of_equal_width_is_told_apart() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        b, c, h, w = y.shape
+        return m.c(m.b(y.flatten(2)).view(b, c, h, w))
+
+    prove_every_width(Net(run, a=conv(3, 16), b=nn.Conv1d(16, 16, 3, padding=1), c=conv(16, 5)), IMAGE)
+
+
+def test_a_squeeze_keeps_two_channels_because_it_would_take_one_away() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.c(m.b(m.a(x).relu()).relu().mean((2, 3), keepdim=True).squeeze())
+
+    graph = prove_every_width(Net(run, a=conv(3, 8), b=conv(8, 8), c=nn.Linear(8, 5)), IMAGE.expand(2, -1, -1, -1))
+    assert sizes(graph) == {"a": 8, "b": 7}
+
+
+def in_training_only(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.c(m.b(change(y) if m.training else y).relu().mean((2, 3)))
+
+    return Net(run, a=conv(3, 16), b=conv(16, 12), c=nn.Linear(12, 5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y * (torch.rand(16, device=y.device) > 0.1).to(y).view(1, 16, 1, 1),
+        lambda y: y - y.mean(1, keepdim=True),
+        lambda y: y.view(len(y), 16, -1).view_as(y),
+        lambda y: y * y.shape[1] ** -0.5,
+        lambda y: y if y.shape[1] > 7 else y.relu(),
+    ],
+)
+def test_what_only_training_runs_is_watched_and_rehearsed(change: Callable[[Tensor], Tensor]) -> None:
+    model = randomise(in_training_only(change))
+    graph = trace(model, IMAGE)
+    assert sizes(graph) == {"b": 12}, reasons(graph)
+    for plan in every_width(graph):
+        assert shrink(model, graph, plan).train()(IMAGE).shape == (1, 5)
+
+
+def test_drawing_random_numbers_in_training_is_no_difference_between_widths() -> None:
+    graph = trace(in_training_only(lambda y: y * 2 if random.random() < torch.rand(()).item() else y), IMAGE)
+    assert sizes(graph) == {"a": 16, "b": 12}
+    model = in_training_only(lambda y: y * random.random())
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    trace(model, IMAGE)
+    assert state == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_a_train_mode_forward_that_needs_more_than_the_example_is_said() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        if m.training:
+            raise ValueError("targets are needed in training")
+        return m.b(m.a(x))
+
+    graph = trace(Net(run, a=conv(3, 8), b=conv(8, 5)), IMAGE)
+    assert sizes(graph) == {"a": 8}
+    assert any("targets are needed in training" in note and "was not seen" in note for note in graph.notes)
