@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.run.onnx import export_onnx as export_onnx
     from espalier.run.optional import MissingPackage as MissingPackage
     from espalier.run.recipe import Recipe as Recipe
+    from espalier.run.stopping import TrainingStopped as TrainingStopped
     from espalier.solver import BudgetError as BudgetError
     from espalier.solver import solve as solve
     from espalier.surgery import load as load
@@ -70,6 +71,7 @@ _HOME = {
     "TTLC": "espalier.methods.tt_lc",
     "TraceError": "espalier.graph",
     "TrainingDiverged": "espalier.run.loop",
+    "TrainingStopped": "espalier.run.stopping",
     "attach": "espalier.methods.base",
     "build_model": "espalier.run.models",
     "compress": "espalier.run.compress",

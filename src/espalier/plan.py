@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from espalier.graph import Graph, Group
+from espalier.seals import DAMAGED, SEAL, opened_json, sealed_json
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,19 @@ class Plan:
 
     def to_json(self) -> str:
         groups = {n: {"of": int(self.sizes.get(n, 0)), "keep": np.asarray(u).tolist()} for n, u in self.keep.items()}
-        return json.dumps({"format": "espalier-plan/1", "groups": groups}, indent=1)
+        return sealed_json({"format": "espalier-plan/2", "groups": groups})
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Inverse of ``to_json``; ``ValueError`` for anything else."""
+        """Inverse of ``to_json``; ``ValueError`` for anything else.  The first format had no checksum."""
+        content = opened_json(text, where="plan")
+        if content.get("format") == "espalier-plan/2" and f'"{SEAL}"' not in text:
+            raise ValueError(f"plan: {DAMAGED}")
         try:
-            groups = json.loads(text)["groups"]
+            groups = content["groups"]
             keep = {n: np.array(g["keep"], dtype=np.int64) for n, g in groups.items()}
             return Plan(keep, {n: int(g["of"]) for n, g in groups.items()})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"plan: not an Espalier plan ({error})") from error
 
 

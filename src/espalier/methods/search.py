@@ -7,6 +7,7 @@ trial it was killed in; several workers share one study, and the sampler spares 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import threading
 import warnings
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from espalier.seals import DAMAGED, SEAL, seal
 
 JOURNAL = "search.journal"  # in the folder of a run
 
@@ -117,7 +120,7 @@ def _study(journal: Path | None, name: str) -> Any:
             _cut_torn_line(journal)
             # An open file as a lock works on every system, a symbolic link does not.
             backend = journals.JournalFileBackend(str(journal), lock_obj=journals.JournalFileOpenLock(str(journal)))
-            storage = optuna.storages.JournalStorage(backend)
+            storage = optuna.storages.JournalStorage(_Sealed(backend, journal))
             study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -127,6 +130,37 @@ def _study(journal: Path | None, name: str) -> Any:
         for trial in study.get_trials(states=(_state("RUNNING"),)):
             study.tell(trial.number, state=_state("FAIL"))
         return study
+
+
+class _Sealed:
+    """A backend of Optuna's journal that adds a checksum to every line, over it and the one before, and compares it later.
+
+    Lines from before there were checksums, at the beginning, have none.
+    """
+
+    def __init__(self, backend: Any, journal: Path) -> None:
+        self.backend, self.journal = backend, journal
+        self.chain = [""]  # checksum of every line, after that of none
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        for _ in self.read_logs(len(self.chain) - 1):  # to know the last line
+            pass
+        last, sealed = self.chain[-1], []
+        for log in logs:
+            last = seal([last, json.loads(json.dumps(log))])
+            sealed.append({**log, SEAL: last})
+        self.backend.append_logs(sealed)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        start = min(log_number_from, len(self.chain) - 1)
+        del self.chain[start + 1 :]
+        for number, log in enumerate(self.backend.read_logs(start), start=start):
+            written, before = log.pop(SEAL, ""), self.chain[-1]
+            if (written or before) and written != seal([before, log]):
+                raise ValueError(f"line {number + 1} is {DAMAGED}")
+            self.chain.append(written)
+            if number >= log_number_from:
+                yield log
 
 
 def _cut_torn_line(journal: Path) -> None:

@@ -1,8 +1,10 @@
-"""The edge of the program: a user's error becomes one clear message and exit code 2, a stop exit code 130."""
+"""The edge of the program: a user's error becomes one clear message and exit code 2, a stop exit code 130 or 143."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from typer.core import TyperGroup
 
 from espalier.methods.lc import PenaltyDiverged
 from espalier.run.loop import TrainingDiverged
+from espalier.run.stopping import TrainingStopped, stop_now
 
 USER_ERRORS = (
     ValueError, OSError, ImportError, MemoryError, TrainingDiverged, PenaltyDiverged, torch.OutOfMemoryError,
@@ -45,9 +48,18 @@ def say_error(error: BaseException) -> None:
 
 @contextmanager
 def stopped(advice: str) -> Iterator[None]:
-    """Ctrl-C inside says what to do next and ends with exit code 130."""
+    """Ctrl-C inside says what to do next and ends with exit code 130, SIGTERM with 143."""
+    before = signal.getsignal(signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and before == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop_now)
     try:
         yield
-    except KeyboardInterrupt:
-        stderr.print(f"stopped; {advice}", markup=False, emoji=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, TrainingStopped) as stop:
+        code = 143 if isinstance(stop, TrainingStopped) else 130
+        what = (str(stop).partition(";")[0] if code == 143 else "") or "stopped"
+        stderr.print(f"{what}; {advice}", markup=False, emoji=False, soft_wrap=True)
+        raise typer.Exit(code) from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)

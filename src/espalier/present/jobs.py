@@ -26,6 +26,7 @@ from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
 from espalier.run.data import FolderData
 from espalier.run.evaluate import pick_device
+from espalier.run.lock import owned
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
 from espalier.run.models import load_weights
 from espalier.run.optional import import_optional
@@ -70,10 +71,11 @@ def run_job(
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
         on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
         if method is None:
-            earlier = check_folder(out, resume=resume, force=force)
-            if earlier is None:
-                begin_dense(out, config, recipe)
-            train_only(network, data, recipe, out=out, on_epoch=on_epoch, on_step=progress.on_step)
+            with owned(out):
+                earlier = check_folder(out, resume=resume, force=force)
+                if earlier is None:
+                    begin_dense(out, config, recipe)
+                train_only(network, data, recipe, out=out, on_epoch=on_epoch, on_step=progress.on_step)
         else:
             options = multiples(config)
             for multiple in options:

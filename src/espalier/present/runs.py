@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from espalier.present.jobs import open_network
 from espalier.run.anatomy import Layer, layers_from, layers_of
 from espalier.run.models import load_weights, runs_code
 from espalier.run.report import COUNTED, dense_accuracy
-from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, unfinished
+from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_sealed, unfinished
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
 
@@ -90,7 +89,7 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
 
 def _metrics(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_sealed(path)
         for side in ("dense", "small", "fraction"):
             for cost in COSTS:
                 if not isinstance(found[side][cost], (int, float)):
@@ -112,6 +111,8 @@ def _metrics(path: Path) -> dict[str, Any]:
             if not isinstance(found[key], (int, float)):
                 raise TypeError(f"{key} is not a number")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if str(path) in str(error):
+            raise
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged ({what}); repeat the run, its {CONFIG} says how") from error
     return found
@@ -133,7 +134,7 @@ def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
     if not path.exists():
         return {}
     try:
-        kinds = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in ("skipped", "left")}
+        kinds = {k: v for k, v in read_sealed(path).items() if k not in ("skipped", "left")}
         return {
             kind: {
                 name: [[float(p), float(v)] for p, v in points if v is not None]
@@ -143,6 +144,8 @@ def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
             for kind, series in kinds.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path}: damaged ({error})") from error
 
 

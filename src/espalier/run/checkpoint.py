@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.graph.tracing import private_copy
 from espalier.graph.watch import first_line
-from espalier.surgery.files import rebuild, structure, write_beside
+from espalier.seals import DAMAGED, SEAL, seal
+from espalier.surgery.files import rebuild, structure, untouched_on_error, write_beside
 
-FORMAT = "espalier-checkpoint/1"
+FORMAT = "espalier-checkpoint/2"
+EARLIER = "espalier-checkpoint/1"  # without a checksum
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -27,8 +28,10 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises: ValueError if something in it is not a plain value; OSError if the disk does not take it.
     """
     _check_plain(content, "checkpoint")
+    content = {**content, "format": FORMAT}
+    content[SEAL] = seal({k: v for k, v in content.items() if k != SEAL})
     try:
-        write_beside(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
+        write_beside(path, lambda temporary: torch.save(content, temporary))
     except RuntimeError as error:  # torch's writer reports a full disk like this
         raise OSError(
             f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}); "
@@ -39,7 +42,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what ``write_checkpoint`` wrote, all tensors on the CPU.  Nothing in the file is executed.
 
-    Raises: ValueError if the file is absent, damaged or something else.
+    Raises: ValueError if the file is absent, damaged, changed or something else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -47,9 +50,43 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: there is no checkpoint") from error
     except Exception as error:  # a damaged file makes the reader stumble anywhere
         raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, EARLIER):
         raise ValueError(f"{path}: not a checkpoint of a training run (its format is not {FORMAT})")
+    written = content.pop(SEAL, None)
+    with damage_said(path):
+        if (written is not None or content["format"] == FORMAT) and written != seal(content):
+            raise ValueError(f"{path}: {DAMAGED}")
     return content
+
+
+ENTRIES: dict[str, tuple[type, ...]] = {
+    "epoch": (int,), "step": (int,), "structure": (dict,), "weights": (dict,), "optimizer": (dict,),
+    "process": (dict, type(None)), "stayed": (str, type(None)), "course": (dict, type(None)), "average": (dict, type(None)),
+    "scaler": (dict,), "random": (dict,), "history": (list, tuple), "recipe": (dict,), "setting": (dict,),
+}  # fmt: skip
+"""What the checkpoint of a training run holds."""
+
+
+def check_entries(content: dict[str, Any], *, where: str) -> None:
+    """Raise ``ValueError`` for an entry that is missing or of another kind."""
+    for name, kinds in ENTRIES.items():
+        if name not in content or not isinstance(content[name], kinds):
+            found = f"{name} is a {type(content[name]).__name__}" if name in content else f"it has no {name}"
+            raise ValueError(f"{where}: damaged, the run cannot go on from it: {found}")
+
+
+@contextmanager
+def damage_said(where: str | os.PathLike[str]) -> Iterator[None]:
+    """What stumbles inside over entries that are missing or of another kind becomes one ``ValueError`` that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(where) in str(error):
+            raise
+        raise ValueError(f"{where}: {first_line(error)}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{where}: damaged, the run cannot go on from it: {what}") from error
 
 
 def rebuild_from_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -65,11 +102,10 @@ def rebuild_from_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> n
 
 def take_over(model: nn.Module, content: dict[str, Any], *, where: str) -> nn.Module:
     """``rebuild_from_checkpoint`` with what was read from ``where``."""
-    if not same_structure(model, content):
-        # ``rebuild`` finds out on the way whether the structure fits, so it tries on a copy without memory first.
-        check_weights(rebuild(private_copy(model, "meta"), content["structure"]), content["weights"], where=where)
-        rebuild(model, content["structure"])
-    load_weights(model, content["weights"], where=where)
+    with damage_said(where), untouched_on_error(model):
+        if not same_structure(model, content):
+            rebuild(model, content["structure"])
+        load_weights(model, content["weights"], where=where)
     return model
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
 from espalier.run.course import write_figures
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, pick_device
+from espalier.run.lock import owned
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.recipe import WHERE, Recipe
 from espalier.run.report import Outcome, write_results
@@ -39,9 +40,10 @@ from espalier.run.rundir import (
     add_widths,
     begin_folder,
     check_folder,
+    read_sealed,
     write_file,
-    write_json,
     write_log,
+    write_sealed,
 )
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -117,17 +119,18 @@ def compress(
     if out is None and (resume or force):
         raise ValueError("compress(resume=True or force=True): say which run: out=FOLDER")
     folder = None if out is None else Path(out)
-    earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
-    job = _Job(model, source, example, budget, method, recipe, calibration)
-    job.judge(earlier, trained)
-    if on_dense is not None and job.dense_result:
-        on_dense(job.dense_result, job.teacher is not None)
-    job.describe(earlier, config or {})
-    with seeded(recipe.seed, job.device):
-        job.start(folder, resumes=earlier is not None)
-        job.begin(folder, resumes=earlier is not None)
-        job.train(on_epoch, on_step)
-    return job.result()
+    with nullcontext() if folder is None else owned(folder):
+        earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
+        job = _Job(model, source, example, budget, method, recipe, calibration)
+        job.judge(earlier, trained)
+        if on_dense is not None and job.dense_result:
+            on_dense(job.dense_result, job.teacher is not None)
+        job.describe(earlier, config or {})
+        with seeded(recipe.seed, job.device):
+            job.start(folder, resumes=earlier is not None)
+            job.begin(folder, resumes=earlier is not None)
+            job.train(on_epoch, on_step)
+        return job.result()
 
 
 class _Job:
@@ -211,7 +214,7 @@ class _Job:
         """What a method that acted at once has recorded: the checkpoint does not hold it."""
         file = None if folder is None else folder / HISTORY
         if file is not None and file.exists():
-            self.course = json.loads(file.read_text(encoding="utf-8"))
+            self.course = read_sealed(file)
             self.skipped = self.course.pop("skipped", None) or self.course.pop("left", {})  # older runs: "left"
 
     def _few_batches(self) -> list[Batch] | None:
@@ -287,7 +290,7 @@ class _Job:
         if self.folder is not None and self.plan is not None:
             write_file(self.folder / PLAN, self.plan.to_json().encode())
             if self.course or self.skipped:
-                write_json(self.folder / HISTORY, {**self.course, "skipped": self.skipped})
+                write_sealed(self.folder / HISTORY, {**self.course, "skipped": self.skipped})
                 write_figures(self.folder, self.course)
 
     def result(self) -> Result:

@@ -7,10 +7,11 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from espalier.methods.base import Run
 from espalier.plan import Plan
 from espalier.run.batches import Source
 from espalier.run.checkpoint import (
+    check_entries,
+    damage_said,
     fingerprint,
     load_optimizer_state,
     named_tensors,
@@ -40,7 +43,8 @@ from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device, thread_count
 from espalier.run.recipe import WHERE, Recipe
 from espalier.run.replay import Replay, recorder_for, running
-from espalier.surgery.files import structure
+from espalier.run.stopping import TrainingStopped, sigterm_noticed
+from espalier.surgery.files import structure, untouched_on_error
 
 AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
@@ -127,7 +131,7 @@ def train(
 
     Raises: ValueError if model, data and recipe do not fit together, or if a checkpoint is in the way or
     belongs to another run, and the weights are as they were then; TrainingDiverged, naming epoch and step, if
-    the loss of training or testing is no longer finite.
+    the loss of training or testing is no longer finite; TrainingStopped after SIGTERM, with a checkpoint of the very step.
     """
     device = pick_device(recipe.device)
     path = None if checkpoint is None else Path(checkpoint)
@@ -148,10 +152,13 @@ def train(
         check_fit(model, run.data, recipe, teacher=run.teacher)
         if content is not None:
             run.load(content)
-        while len(run.history.epochs) < recipe.epochs:
-            run.epoch(on_step)
-            if on_epoch is not None:
-                on_epoch(run.history)
+        with nullcontext(bool) if path is None else sigterm_noticed() as run.told_to_stop:
+            while len(run.history.epochs) < recipe.epochs:
+                run.epoch(on_step)
+                if on_epoch is not None:
+                    on_epoch(run.history)
+                if run.told_to_stop():
+                    run.stop()
         if run.average is not None:
             run.average.swap(model)
     return run.history
@@ -261,6 +268,8 @@ class _Run:
         self.history = History()
         self.done = 0  # steps of the whole run
         self.kept_checkpoint = 0  # the epoch that lies on disk
+        self.begun: _Pass | None = None  # the epoch that a checkpoint was written in the middle of
+        self.told_to_stop: Callable[[], bool] = bool
         self._begin()
 
     def _begin(self) -> None:
@@ -274,55 +283,79 @@ class _Run:
 
     def epoch(self, on_step: OnStep | None) -> None:
         """Train one epoch, evaluate, write the checkpoint."""
-        begin = time.perf_counter()
-        with running(self.replay):
-            losses, correct, images, removals = self._pass(on_step)
-        seconds = time.perf_counter() - begin
+        found = self._pass(on_step)
         tested = self._evaluate()
         if not math.isfinite(tested["loss"]):
             self._diverged(self.steps, f"the test loss is {tested['loss']}")
-        found = Epoch(
+        epoch = Epoch(
             epoch=len(self.history.epochs) + 1,
-            loss=losses.mean,
-            train_accuracy=100.0 * correct / images,
+            loss=found.losses.mean,
+            train_accuracy=100.0 * int(found.correct) / found.images,
             accuracy=tested["accuracy"],
             test_loss=tested["loss"],
             lr=self.optimizer.param_groups[0]["lr"],
-            seconds=seconds,
-            removals=removals,
+            seconds=found.seconds,
+            removals=found.removals,
         )
-        self.history = History((*self.history.epochs, self._with_status(found)))
+        self.history = History((*self.history.epochs, self._with_status(epoch)))
         self._save()
 
-    def _pass(self, on_step: OnStep | None) -> tuple[_Losses, int, int, int]:
-        """Once through the training images: losses, right answers, images, removals."""
+    def _pass(self, on_step: OnStep | None) -> _Pass:
+        """Once through the training images, or through the rest of them after a stop."""
         number, recipe = len(self.history.epochs), self.recipe
-        losses = _Losses(self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        images = removals = 0
+        found, self.begun = self.begun or _Pass(self.device), None
+        gone, resumed_at = 0, random_state(self.device)
+        begin = time.perf_counter()
         self.model.train()
-        for x, y in self.data.train_batches(
-            batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
-        ):
-            if losses.seen == self.steps:
-                raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            self._set_rate()
-            correct += self._forward_backward(x, y, losses)
-            images += len(y)
-            self._update()
-            removals += self._compress(losses)
-            if self.average is not None:
-                self.average.update(self.model)
-            if losses.full:
-                self._look_at(losses)
-            if on_step is not None:
-                on_step(Step(number + 1, recipe.epochs, losses.seen, self.steps))
-        self._look_at(losses)
-        if losses.seen != self.steps:
-            raise ValueError(f"the data promised {self.steps} batches in an epoch and gave {losses.seen}")
-        self._check_weights(losses)
-        return losses, int(correct), images, removals
+        with running(self.replay):
+            for x, y in self.data.train_batches(
+                batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
+            ):
+                if gone < found.done:
+                    gone += 1
+                    if gone == found.done:  # loading them drew numbers
+                        restore_random_state(resumed_at, self.device)
+                    continue
+                self._step(x, y, found)
+                if on_step is not None:
+                    on_step(Step(number + 1, recipe.epochs, found.losses.seen, self.steps))
+                if self.told_to_stop() and found.losses.seen < self.steps:
+                    self._look_at(found.losses)
+                    self._check_weights(found.losses)
+                    found.seconds += time.perf_counter() - begin
+                    self.begun = found
+                    self.stop()
+        self._look_at(found.losses)
+        if found.losses.seen != self.steps:
+            raise ValueError(f"the data promised {self.steps} batches in an epoch and gave {found.losses.seen}")
+        self._check_weights(found.losses)
+        found.seconds += time.perf_counter() - begin
+        return found
+
+    def _step(self, x: Tensor, y: Tensor, found: _Pass) -> None:
+        if found.losses.seen == self.steps:
+            raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        self._set_rate()
+        found.correct += self._forward_backward(x, y, found.losses)
+        found.images += len(y)
+        self._update()
+        found.removals += self._compress(found.losses)
+        if self.average is not None:
+            self.average.update(self.model)
+        if found.losses.full:
+            self._look_at(found.losses)
+
+    def stop(self) -> NoReturn:
+        """Write the checkpoint of this very step and end."""
+        where = f"after epoch {len(self.history.epochs)}"
+        if self.begun is not None:
+            where = f"in epoch {len(self.history.epochs) + 1} after step {self.begun.losses.seen} of {self.steps}"
+            self._save()
+        raise TrainingStopped(
+            f"stopped by SIGTERM {where}; the checkpoint of there is in {self.path}: "
+            "the same call with resume=True goes on exactly"
+        )
 
     def _set_rate(self) -> None:
         for group in self.optimizer.param_groups:
@@ -453,6 +486,7 @@ class _Run:
         content = {
             "epoch": len(self.history.epochs),
             "step": self.done,
+            "begun": None if self.begun is None else self.begun.state_dict(),
             "structure": structure(self.model),
             "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
@@ -499,20 +533,27 @@ class _Run:
 
     def load(self, content: dict[str, Any]) -> None:
         """Go on from a checkpoint, of which the model may have the structure already."""
-        self._compare(content)
-        take_over(self.model, content, where=str(self.path))
-        self._begin()
-        load_optimizer_state(self.model, self.optimizer, content["optimizer"])
-        if self.process is not None:
-            self.process.load_state_dict(content["process"])
-            self.process.plan = Plan.from_json(content["stayed"])
-            self.process.history = content["course"]
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.history = History(tuple(Epoch(**epoch) for epoch in content["history"]))
-        self.done, self.kept_checkpoint = content["step"], content["epoch"]
-        restore_random_state(content["random"], self.device)
+        with damage_said(str(self.path)), untouched_on_error(self.model):
+            check_entries(content, where=str(self.path))
+            self._compare(content)
+            take_over(self.model, content, where=str(self.path))
+            self._begin()
+            load_optimizer_state(self.model, self.optimizer, content["optimizer"])
+            if self.process is not None:
+                self.process.load_state_dict(content["process"])
+                self.process.plan = Plan.from_json(content["stayed"])
+                self.process.history = content["course"]
+            if self.average is not None:
+                self.average.load_state_dict(content["average"])
+            self.scaler.load_state_dict(content["scaler"])
+            self.history = History(tuple(Epoch(**epoch) for epoch in content["history"]))
+            self.done, self.kept_checkpoint = content["step"], content["epoch"]
+            if begun := content.get("begun"):  # older checkpoints were of whole epochs
+                self.begun = _Pass.from_state(begun, self.device)
+            steps = len(self.history.epochs) * self.steps + (0 if self.begun is None else self.begun.done)
+            if self.kept_checkpoint != len(self.history.epochs) or self.done != steps:
+                raise ValueError(f"{self.path}: damaged, it says step {self.done} where its epochs have {steps}")
+            restore_random_state(content["random"], self.device)
 
 
 # What runs were called in older checkpoints.
@@ -550,6 +591,34 @@ class _Losses:
         self.values += fresh
         self.unread = 0
         return next(((before + i + 1, v) for i, v in enumerate(fresh) if not math.isfinite(v)), None)
+
+
+class _Pass:
+    """What an epoch has come to so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.losses = _Losses(device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.images = self.removals = 0
+        self.seconds = 0.0
+        self.done = 0  # steps before a stop
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values, once all losses have been read."""
+        assert not self.losses.unread
+        return {
+            "losses": list(self.losses.values), "correct": int(self.correct), "images": self.images,
+            "removals": self.removals, "seconds": self.seconds,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_state(state: dict[str, Any], device: torch.device) -> _Pass:
+        found = _Pass(device)
+        found.losses.values = [float(loss) for loss in state["losses"]]
+        found.correct += int(state["correct"])
+        found.images, found.removals = int(state["images"]), int(state["removals"])
+        found.seconds, found.done = float(state["seconds"]), len(found.losses.values)
+        return found
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

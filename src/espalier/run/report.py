@@ -17,7 +17,7 @@ from espalier.run.loop import History
 from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
-from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, write_file, write_json
+from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, write_file, write_sealed
 from espalier.surgery import save
 
 BATCH_SIZES = (1, 64)
@@ -56,7 +56,7 @@ def write_results(folder: Path, outcome: Outcome) -> None:
     if outcome.preprocessing is not None:
         write_file(folder / PREPROCESSING, outcome.preprocessing.to_json().encode())
     metrics = measured(folder, outcome)
-    write_json(folder / METRICS, metrics)
+    write_sealed(folder / METRICS, metrics)
     write_file(folder / SUMMARY, summary(metrics, outcome.config).encode())
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.methods.search import JOURNAL
+from espalier.seals import opened_json, sealed_json
 from espalier.surgery.files import write_beside
 
 CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
@@ -114,6 +115,20 @@ def read_config(path: Path) -> dict[str, Any]:
     if not any(tables.values()):
         raise ValueError(f"{path}: holds no configuration; take that of another run, or begin this one anew")
     return tables
+
+
+def write_sealed(path: Path, content: Any) -> None:
+    """The same with a checksum, for what is read again: ``read_sealed``."""
+    write_file(path, (sealed_json(_finite(content)) + "\n").encode())
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Raises: ValueError if the file is damaged, or was changed after it was written."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    return opened_json(text, where=str(path))
 
 
 def write_json(path: Path, content: Any) -> None:

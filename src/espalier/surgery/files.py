@@ -215,12 +215,18 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def untouched_on_error(model: nn.Module) -> Iterator[None]:
-    """Whatever is raised inside, ``model`` holds the modules, tensors and numbers that it held; values are not looked after."""
+    """Whatever is raised inside, ``model`` holds the modules, tensors and numbers that it held.
+
+    Elements that were overwritten in place are not looked after.
+    """
     before = [(m, dict(m.__dict__)) for m in model.modules()]
+    values = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     slots = [(m, {k: dict(m.__dict__[k]) for k in _SLOTS}) for m, _ in before]
     try:
         yield
     except BaseException:
+        for tensor, value in values:
+            tensor.data = value
         for (module, state), (_, kept) in zip(before, slots, strict=True):
             module.__dict__.clear()
             module.__dict__.update(state)
