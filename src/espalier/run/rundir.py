@@ -2,7 +2,7 @@
 
 ============================  ======================================================================
 ``config.toml``               what reproduces the run
-``checkpoint.pt``             the last whole epoch, to resume from
+``checkpoint.pt``             the last whole epoch, or the step at which SIGTERM came, to resume from
 ``log.csv``                   one row per epoch
 ``search.journal``            trials of a method that searches, stored by Optuna as they are finished
 ``widths.csv``                kept units of every group after every epoch, while a method is at work
@@ -15,6 +15,7 @@
 ``search.svg``                the method has recorded them
 ``metrics.json``              dense and small side by side
 ``summary.md``                the same to read
+``run.lock``                  who is at work in the folder, while somebody is
 ``report.html``               the same with figures, written by ``espalier report``
 ============================  ======================================================================
 """
