@@ -15,10 +15,12 @@ from torch import nn
 
 from espalier.costs import cost
 from espalier.graph import trace
+from espalier.methods.dprp import DPRP
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.mgp import MGP
 from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
+from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget, Plan
 from espalier.run import compress as compress_room
 from espalier.run import report, rundir
@@ -121,6 +123,39 @@ def test_training_meets_the_budget_and_learns(digits, trained, method):
     assert result.history.last.macs == result.cost.macs
     assert len(result.history.epochs) == 4
     assert_same(trained, before)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Magnitude(), SVDOneShot(), TCP(), MGP(), DPRP(), TTLC(search=0, iterations=3)],
+    ids=lambda m: m.name,
+)
+def test_what_is_delivered_is_proven(digits, tmp_path, no_timing, method):
+    result = compress(net(), digits, budget=Budget(macs=0.6), method=method, recipe=recipe(), out=tmp_path)
+    assert result.proof.passed and {"budget", "planned cost equals built cost"} <= {c.name for c in result.proof.checks}
+    assert cost(result.graph, result.plan) == result.cost
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["proof"]["passed"] and len(metrics["proof"]["checks"]) == len(result.proof.checks)
+    assert "Proven: identity; small equals" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_failed_proof_is_an_error_that_keeps_everything(digits, tmp_path, no_timing):
+    class Spoiling(type(Magnitude().start(net(), EXAMPLE, BUDGET))):
+        def finish(self):
+            self.model.conv2.padding_mode = "circular"  # the same cost and weights, another function
+            return self.model
+
+    class Spoilt(Magnitude):
+        def start(self, model, example, budget, *, batches=None):
+            return Spoiling(model, example, budget, self, batches)
+
+    with pytest.raises(compress_room.ProofError, match="small equals masked: ") as caught:
+        compress(net(), digits, budget=BUDGET, method=Spoilt(), recipe=recipe(epochs=1), out=tmp_path)
+    assert not caught.value.result.proof.passed
+    assert (tmp_path / "model.safetensors").exists()
+    assert "NOT WHAT WAS PROMISED" in (tmp_path / "summary.md").read_text()
+    shut = compress(net(), digits, budget=Budget(macs=0.9), method=Spoilt(), recipe=recipe(epochs=1), verify=False)
+    assert shut.proof is None
 
 
 def test_one_shot_with_data_is_fine_tuned_at_constant_cost(digits, trained):

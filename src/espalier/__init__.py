@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.plan import Budget as Budget
     from espalier.plan import Plan as Plan
     from espalier.present.ship import load_run as load_run
+    from espalier.run.compress import ProofError as ProofError
     from espalier.run.compress import Result as Result
     from espalier.run.compress import compress as compress
     from espalier.run.data import Loaders as Loaders
@@ -63,6 +64,7 @@ _HOME = {
     "Method": "espalier.methods.base",
     "MissingPackage": "espalier.run.optional",
     "Plan": "espalier.plan",
+    "ProofError": "espalier.run.compress",
     "Recipe": "espalier.run.recipe",
     "Result": "espalier.run.compress",
     "Run": "espalier.methods.base",

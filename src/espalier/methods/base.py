@@ -136,6 +136,10 @@ class Run(ABC):
         """The graph of the network that the run began with, in whose units ``plan`` counts: ``es.verify`` takes both."""
         return self.graph if self._dense_graph is None else self._dense_graph
 
+    @dense_graph.setter
+    def dense_graph(self, graph: Graph) -> None:
+        self._dense_graph = graph
+
     @property
     def cost(self) -> Cost:
         """Of the network as it is executed now."""

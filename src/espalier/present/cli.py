@@ -85,6 +85,7 @@ def compress(
     resume: opt.Resume = False,
     force: opt.Force = False,
     tensorboard: opt.Tensorboard = False,
+    no_verify: opt.NoVerify = False,
     trust: opt.Trust = False,
     *,
     settings: Mapping[str, dict[str, Any]],
@@ -108,7 +109,15 @@ def compress(
     own = f" --model {model}" if model is not None and runs_code(model) else " --trust" if trust else ""
     with stopped(f"go on with: espalier compress --out {out} --resume{own}"):
         merged = merged_settings(wanted, config=config, out=out, resume=resume, trust=trust)
-        run_job(merged, out=out, resume=resume, force=force, download=download, board=tensorboard)
+        run_job(
+            merged,
+            out=out,
+            resume=resume,
+            force=force,
+            download=download,
+            board=tensorboard,
+            verify=not no_verify,
+        )
     if (out / SUMMARY).exists():
         show_markdown((out / SUMMARY).read_text(encoding="utf-8"), stdout)
     stdout.print(f"{out}", markup=False, soft_wrap=True)

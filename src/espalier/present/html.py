@@ -26,7 +26,7 @@ from espalier.present.figures import (
 from espalier.present.runs import Run, read_run
 from espalier.run.charts import figure_style
 from espalier.run.course import gap_curve, kernel_history, rank_bars, rank_history, search_curve
-from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, slow_sentence
+from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, proven, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 
 COST_NAMES = {
@@ -134,7 +134,7 @@ def _asked_and_met(run: Run) -> str:
     others = run.config["budget"].get("multiple_of", 1)
     aligned = f" Widths and ranks are multiples of {others} or whole." if others != 1 else ""
     return (
-        f"<h2>What was asked, and what was met</h2><p>{escape(f'{verdict}{aligned} {basis(metrics)}')}</p>"
+        f"<h2>What was asked, and what was met</h2><p>{escape(f'{verdict}{aligned} {basis(metrics)} {proven(metrics)}')}</p>"
         '<div class="figures asked">'
         + _figure(budget_bars(run, COST_NAMES), "Share of the dense network that is left", caption)
         + f"<div>{table}</div></div>"

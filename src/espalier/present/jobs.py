@@ -53,8 +53,9 @@ def run_job(
     force: bool = False,
     download: bool = False,
     board: bool = False,
+    verify: bool = True,
 ) -> None:
-    """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too."""
+    """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too; without ``verify`` nothing is proven."""
     recipe, method = make_recipe(config), make_method(config)
     budget = None if method is None else make_budget(config, method)
     data = make_data(config, device=pick_device(recipe.device), download=download)
@@ -89,6 +90,7 @@ def run_job(
                         out=out,
                         resume=resume,
                         force=force,
+                        verify=verify,
                         config={"model": config["model"], "data": config["data"]},
                         on_epoch=on_epoch,
                         on_step=progress.on_step,

@@ -171,6 +171,12 @@ NoDistill = Annotated[
 
 # -- run folder
 
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", help="Do not prove the finished network.", rich_help_panel="Run folder", show_default=False
+    ),
+]
 Out = Annotated[Path | None, _option("--out", "Folder that receives the run.", "Run folder", metavar="DIR")]
 Config = Annotated[
     Path | None,

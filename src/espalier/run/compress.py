@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from espalier import __version__
 from espalier.costs import Cost, cost
-from espalier.graph import trace
+from espalier.graph import Graph, files, trace
 from espalier.methods.base import Method, Run, budget_for
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
@@ -33,6 +33,7 @@ from espalier.run.recipe import WHERE, Recipe
 from espalier.run.report import Outcome, write_results
 from espalier.run.rundir import (
     CHECKPOINT,
+    GRAPH,
     HISTORY,
     LOG,
     PLAN,
@@ -45,6 +46,8 @@ from espalier.run.rundir import (
     write_log,
     write_sealed,
 )
+from espalier.surgery.verify import Proof
+from espalier.surgery.verify import verify as proof_of
 
 OnDense = Callable[[Mapping[str, float], bool], None]
 """What to do with accuracy and loss of the dense network, and whether it is the teacher."""
@@ -55,7 +58,8 @@ class Result:
     """A compressed network and what became of it.  Accuracies are in percent, ``None`` where there was no data.
 
     ``cost`` is what ``model`` executes.  ``counted`` is ``None``, unless the method met ``limits`` by counting zeros as nothing
-    (``MGP(stripes=True)``): then it is that count, which is not executed.
+    (``MGP(stripes=True)``): then it is that count, which is not executed.  ``plan`` says which units of ``graph``, that of the
+    dense network, stayed; ``proof`` is what ``verify`` found of ``model``, ``None`` if it was not asked.
     """
 
     model: nn.Module
@@ -67,6 +71,17 @@ class Result:
     accuracy: float | None = None
     folder: Path | None = None
     counted: Cost | None = None
+    plan: Plan | None = None
+    graph: Graph | None = None
+    proof: Proof | None = None
+
+
+class ProofError(ValueError):
+    """A finished network is not what was promised.  ``result`` has it, and so has the run's folder."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def compress(
@@ -80,6 +95,7 @@ def compress(
     resume: bool = False,
     force: bool = False,
     trained: bool | None = None,
+    verify: bool = True,
     config: Mapping[str, Mapping[str, Any]] | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
@@ -104,7 +120,11 @@ def compress(
     ``config.toml``, to say where model and data came from.  ``on_dense`` is called once with accuracy and loss of the network
     as it was given, before anything is trained, and with whether it is the teacher.
 
-    Raises: ValueError if something does not fit together or the budget cannot be met; TrainingDiverged.
+    The finished network is proven (``espalier.verify``): it computes what the dense architecture computes when what the plan
+    removes reads zero, at the cost that was planned, inside the budget.  ``verify=False`` goes without.
+
+    Raises: ValueError if something does not fit together or the budget cannot be met; TrainingDiverged; ProofError if the
+    proof fails, after everything is written.
 
     >>> import torch, espalier as es
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
@@ -130,7 +150,7 @@ def compress(
             job.start(folder, resumes=earlier is not None)
             job.begin(folder, resumes=earlier is not None)
             job.train(on_epoch, on_step)
-        return job.result()
+        return job.result(verify=verify)
 
 
 class _Job:
@@ -163,6 +183,7 @@ class _Job:
         self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
         self.plan: Plan | None = None
+        self.graph: Graph | None = None
         self.course: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.counted: Cost | None = None
@@ -211,10 +232,14 @@ class _Job:
         self.small = small
 
     def _recall(self, folder: Path | None) -> None:
-        """What a method that acted at once has recorded: the checkpoint does not hold it."""
-        file = None if folder is None else folder / HISTORY
-        if file is not None and file.exists():
-            self.course = read_sealed(file)
+        """What a method that acted at once has recorded and decided: the checkpoint does not hold it."""
+        if folder is None:
+            return
+        if (folder / PLAN).exists() and (folder / GRAPH).exists():  # older runs wrote no graph
+            self.plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+            self.graph = files.from_json((folder / GRAPH).read_text(encoding="utf-8"))
+        if (folder / HISTORY).exists():
+            self.course = read_sealed(folder / HISTORY)
             self.skipped = self.course.pop("skipped", None) or self.course.pop("left", {})  # older runs: "left"
 
     def _few_batches(self) -> list[Batch] | None:
@@ -283,28 +308,25 @@ class _Job:
             self._write_plan()
 
     def _take_from(self, process: Run) -> None:
-        self.plan, self.course, self.skipped = process.plan, process.history, process.skipped
+        self.plan, self.graph = process.plan, process.dense_graph
+        self.course, self.skipped = process.history, process.skipped
         self.counted = process.counted
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
             write_file(self.folder / PLAN, self.plan.to_json().encode())
+            if self.graph is not None:
+                write_file(self.folder / GRAPH, files.to_json(self.graph).encode())
             if self.course or self.skipped:
                 write_sealed(self.folder / HISTORY, {**self.course, "skipped": self.skipped})
                 write_figures(self.folder, self.course)
 
-    def result(self) -> Result:
-        """Check what was promised, evaluate, and write the results."""
+    def result(self, *, verify: bool) -> Result:
+        """Evaluate, check what was promised, write the results, and only then complain."""
         found = cost(trace(self.small, self.example))
-        meant = self.counted or found  # what the budget is about
-        for metric, limit in self.limits.items():
-            if getattr(meant, metric) > limit:
-                raise ValueError(
-                    f"{self.method.name} returned a network with {metric}={getattr(meant, metric):,}, "
-                    f"above the budget of {limit:,}; this is a fault of the method"
-                )
         small_result = self._tested(self.small) if self.source is not None else {}
         small = _in_modes_of(self.model, self.small.to(self.home))
+        proof = self._proof(small) if verify else None
         if self.folder is not None:
             write_results(
                 self.folder,
@@ -321,11 +343,12 @@ class _Job:
                     history=self.history,
                     cut_seconds=self.cut_seconds,
                     skipped=self.skipped,
+                    proof=proof,
                     config=self.config,
                     preprocessing=None if self.source is None else getattr(self.source, "preprocessing", None),
                 ),
             )
-        return Result(
+        result = Result(
             model=small,
             dense=self.dense,
             cost=found,
@@ -335,7 +358,37 @@ class _Job:
             accuracy=small_result.get("accuracy"),
             folder=self.folder,
             counted=self.counted,
+            plan=self.plan,
+            graph=self.graph,
+            proof=proof,
         )
+        self._require(result)
+        return result
+
+    def _proof(self, small: nn.Module) -> Proof | None:
+        """``None`` where the plan is not known, of a one-shot run that an older version began."""
+        if self.plan is None or self.graph is None:
+            return None
+        # what only counts is checked by itself, and what was trained, or measured on data, has weights of its own
+        budget = self._absolute_budget() if self.limited and self.counted is None else None
+        own = self.source is not None or self.calibration is not None or self.method.trains
+        return proof_of(
+            self.model, self.graph, self.plan, self.example, small=small, trained=own, budget=budget, fills=False
+        )
+
+    def _require(self, result: Result) -> None:
+        """Raises: ProofError unless every limit and the proof hold."""
+        meant = result.counted or result.cost  # what the budget is about
+        over = [m for m, limit in self.limits.items() if getattr(meant, m) > limit]
+        failed = [f"{m}={getattr(meant, m):,}, above the budget of {self.limits[m]:,}" for m in over]
+        failed += [f"{c.name}: {c.detail}" for c in result.proof.checks if not c.passed] if result.proof else []
+        if failed:
+            where = "its result" if result.folder is None else str(result.folder)
+            raise ProofError(
+                f"{self.method.name}: the finished network is not what was promised, which is a fault of the method or of "
+                f"surgery; everything is kept in {where}\n  " + "\n  ".join(failed),
+                result,
+            )
 
     def _absolute_budget(self) -> Budget:
         macs, params = self.limits.get("macs"), self.limits.get("params")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from espalier.graph import files
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
 from espalier.methods.base import Run
@@ -492,6 +493,7 @@ class _Run:
             "optimizer": optimizer_state(self.model, self.optimizer),
             "process": None if self.process is None else self.process.state_dict(),
             "stayed": None if self.process is None else self.process.plan.to_json(),
+            "dense_graph": None if self.process is None else files.to_json(self.process.dense_graph),
             "course": None if self.process is None else self.process.history,
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -542,6 +544,8 @@ class _Run:
             if self.process is not None:
                 self.process.load_state_dict(content["process"])
                 self.process.plan = Plan.from_json(content["stayed"])
+                if "dense_graph" in content:
+                    self.process.dense_graph = files.from_json(content["dense_graph"])
                 self.process.history = content["course"]
             if self.average is not None:
                 self.average.load_state_dict(content["average"])

@@ -19,6 +19,7 @@ from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
 from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, write_file, write_sealed
 from espalier.surgery import save
+from espalier.surgery.verify import Proof
 
 BATCH_SIZES = (1, 64)
 COUNTED = ("macs", "params")
@@ -42,6 +43,7 @@ class Outcome:
     history: History
     cut_seconds: float  # in the method before and after training
     skipped: Mapping[str, str]  # layers that the method left as they are, and why
+    proof: Proof | None  # of the small model; None if nobody asked
     config: Mapping[str, Any]
     preprocessing: Preprocessing | None = None  # from a picture to an input, where the data says it
 
@@ -92,6 +94,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "layers": layers,  # so that a report needs no network
         "onnx_difference": difference,
         "skipped": dict(outcome.skipped),
+        "proof": None if outcome.proof is None else {"passed": outcome.proof.passed, **asdict(outcome.proof)},
         "notes": notes,
         "slow_widths": slow_widths(outcome.small_model),
         "epochs": len(outcome.history.epochs),
@@ -156,7 +159,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for name in COUNTED if counted else ():
         share, limit = counted["fraction"][name], limits.get(name, "")
         lines.append(f"| {_LABELS[name]}, {COUNTED_WORDS} | {dense[name]:,} | {counted[name]:,}{limit} | {share:.1%} |")
-    lines += ["", *_latency_table(metrics["latency"])]
+    lines += ["", proven(metrics), "", *_latency_table(metrics["latency"])]
     if metrics["epochs"]:
         epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
         lines += [f"Trained for {epochs} in {metrics['seconds']:.0f} s, seed {metrics['seed']}.", ""]
@@ -202,6 +205,18 @@ def _sentence(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     multiple = config["budget"].get("multiple_of", 1)
     widths = f"; widths and ranks in multiples of {multiple}, or whole" if multiple > 1 else ""
     return f"Budget: {limits}{how}{widths}. {basis(metrics)}"
+
+
+def proven(metrics: Mapping[str, Any]) -> str:
+    """What was proven of the small network, or what failed, in one sentence."""
+    proof = metrics.get("proof")
+    if proof is None:
+        return "Not proven: nobody asked, or an older version began the run."
+    failed = [f"{c['name']} ({c['detail']})" for c in proof["checks"] if not c["passed"]]
+    if failed:
+        return f"NOT WHAT WAS PROMISED: {'; '.join(failed)}."
+    said = [c["name"] + (f" ({c['detail']})" if c["name"].startswith("small equals") else "") for c in proof["checks"]]
+    return f"Proven: {'; '.join(said)}."
 
 
 def basis(metrics: Mapping[str, Any]) -> str:
