@@ -8,7 +8,7 @@
   trained first and that the methods named in its ``for`` begin with; the others begin untrained; where the ``dense`` row is
   trained in just that way its network is taken;
 - ``[data]``, ``[budget]``, ``[recipe]`` as in a run's ``config.toml``; ``data.choose_by`` = "holdout" marks a run that is
-  there to choose a setting, and never sees the test set;
+  there to choose a setting, and never sees the test set; ``data.train_images`` leaves so many images to train on;
 - ``[methods.LABEL]`` with the name of a method - ``dense``, one of ``benchmarks.peers.PEERS``, or what ``espalier compress
   --method`` takes - and its options; a table ``recipe`` inside overrides ``[recipe]``, where equal terms need other epochs,
   and a table ``budget`` says in multiples of what widths are to be.

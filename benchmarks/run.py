@@ -39,6 +39,7 @@ from espalier.costs import Cost, cost
 from espalier.graph import trace
 from espalier.plan import Budget
 from espalier.present.config import METHODS, make_method
+from espalier.run.batches import stratified_order
 from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
 from espalier.run.data import Data, load_data
@@ -307,11 +308,22 @@ def make_data(job: Job, folder: str | None) -> Data:
     section = job.content["data"]
     data = load_data(section["name"], data_dir=folder, holdout=section.get("holdout", 0))
     assert isinstance(data, Data)
+    if "train_images" in section:
+        data = with_fewer_images(data, section["train_images"])
     if section.get("choose_by") == "holdout":
         if not data.has_holdout:
             raise ValueError(f"{job.name}: data.choose_by = 'holdout' needs data.holdout")
         return dataclasses.replace(data, test=data.holdout, holdout=data.holdout[:0])
     return data
+
+
+def with_fewer_images(data: Data, images: int) -> Data:
+    """Only so many training images, each class in its share; an epoch goes through them as often as it takes to see as many
+    as before, each time augmented anew."""
+    before = len(data.train)
+    order = stratified_order(data.train.labels.cpu().numpy(), before - images, seed=0)[0]
+    some = torch.from_numpy(order).to(data.train.labels.device)
+    return dataclasses.replace(data, train=data.train[some.repeat(before // images)])
 
 
 def starting_network(job: Job, data: Data, options: argparse.Namespace) -> nn.Module:

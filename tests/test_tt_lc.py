@@ -182,6 +182,26 @@ def test_the_penalty_and_its_gradient_are_the_formula() -> None:
     )
 
 
+def test_steps_with_falling_shares_arrive_at_what_can_be_represented() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 6, dtype=torch.float64))
+    lc = LearningCompression({"w": weight}, mu=0.1, growth=1.0)
+
+    def scheme(wanted):
+        return {"w": compose(factorise(wanted["w"], "channel", [2]))}
+
+    lc.c_step(scheme)
+    lc.c_step(scheme)
+    first = lc.approach(scheme, left=1.0)
+    multiplier = lc.multipliers["w"].clone()
+    distances = [first * float(weight.detach().norm())]
+    for parts in (4, 3, 2):
+        lc.approach(scheme, left=(parts - 1) / parts)
+        distances.append(float(torch.linalg.svdvals(weight.detach())[2:].norm()))
+    assert distances == pytest.approx([distances[0] * left for left in (1, 3 / 4, 1 / 2, 1 / 4)], rel=1e-6)
+    torch.testing.assert_close(lc.multipliers["w"], 0.25 * multiplier)
+
+
 def test_multipliers_begin_anew_with_other_ranks() -> None:
     torch.manual_seed(0)
     lc = LearningCompression({"w": nn.Parameter(torch.randn(4, 4))}, mu=0.5, growth=1.0)
@@ -505,6 +525,19 @@ def test_the_gap_falls_and_the_replacement_hardly_moves_the_logits(digits) -> No
     assert process.penalty() == 0.0 and process.status.remaining == 0.0
 
 
+def test_weights_have_arrived_at_their_compressed_form_before_it_takes_their_place(digits) -> None:
+    method = es.TTLC(search=0, iterations=24, share=0.65, arrive=4)
+    process, x, _ = run_until(set_aside(digits, 100), method, stop_before=True, steps=300)
+    gaps = [value for _, value in process.history["gap"]["all"]]
+    assert len(gaps) == 23 + 4 and gaps[-1] < 0.25 * max(gaps)
+    process.model.eval()
+    with torch.no_grad():
+        before = process.model(x)
+        process.step(progress=0.65, optimizer=torch.optim.SGD(process.model.parameters(), lr=0.1, momentum=0.9))
+        assert process.history["gap"]["all"][-1][1] < 0.05
+        assert float((process.model(x) - before).abs().max() / before.abs().max()) < 0.05
+
+
 def run_until(data, method, *, stop_before, steps: int = 150):
     """Train by hand until the last C step is due."""
     model = net()
@@ -533,7 +566,7 @@ def run_until(data, method, *, stop_before, steps: int = 150):
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_a_killed_run_goes_on_bit_for_bit(digits, stop_at, tmp_path, monkeypatch) -> None:
     """Inside an L step before and after the search, and after the replacement."""
-    method = es.TTLC(search=3, iterations=7, share=0.6)
+    method = es.TTLC(search=3, iterations=7, share=0.6, arrive=2)
     options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=4, ema=0.9)}
     whole = es.compress(net(), digits, out=tmp_path / "whole", **options)
 

@@ -80,6 +80,25 @@ class LearningCompression:
         self._aim()
         return gap
 
+    @torch.no_grad()
+    def approach(self, scheme: Scheme, *, left: float) -> float:
+        """A C step of the weights themselves, and then only ``left`` of their distance from it is left, of the multipliers too.
+
+        Steps with falling ``left`` let the weights arrive while they go on training inside what can be represented: what is
+        taken is their distance from what they are nearest to now.  Returns the gap as it was.
+        """
+        compressed = self._carried(scheme(moved({n: w.detach() for n, w in self.weights.items()}, "cpu")))
+        gap = relative_gap(self.weights, compressed)
+        self._check(gap, fresh=False)
+        for name, target in compressed.items():
+            weight = self.weights[name]
+            weight.copy_(target + left * (weight - target))
+            if name in self.multipliers:
+                self.multipliers[name].mul_(left)
+        self.compressed = {n: torch.empty_like(self.weights[n]).copy_(c) for n, c in compressed.items()}
+        self._aim()
+        return gap
+
     def _carried(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """To where the weights are."""
         return moved(tensors, next(iter(self.weights.values())).device) if self.weights else {}
@@ -90,7 +109,9 @@ class LearningCompression:
         return {n: w.detach() - lam[n] / self.mu if n in lam else w.detach() for n, w in self.weights.items()}
 
     def _aim(self) -> None:
-        self._targets = [c + self.multipliers[n] / self.mu for n, c in self.compressed.items()]
+        self._targets = [
+            c + self.multipliers[n] / self.mu if n in self.multipliers else c for n, c in self.compressed.items()
+        ]
 
     def _check(self, gap: float, fresh: bool) -> None:
         if math.isfinite(gap) and (fresh or gap <= DIVERGED * self._least + SLACK):

@@ -13,7 +13,8 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
 4. Bayesian optimisation of how much the error of each stage of the network weighs, and of the TT rank as a fraction of its full
    rank.  Every candidate is at the budget by construction and is scored by its loss on held-out training images, with
    BatchNorm estimated anew; never on test images;
-5. C steps: HOSVD and a few HOOI sweeps from the bases of the last one, multipliers, a larger ``mu``;
+5. C steps: HOSVD and a few HOOI sweeps from the bases of the last one, multipliers, a larger ``mu``; in the last L step
+   ``arrive`` more take what is left of the distance in equal parts: a pull alone approaches the constraint and never meets it;
 6. after the last one ``D(theta)`` takes the place of ``w``, as plain convolutions, and the rest of the run trains ``theta``.
 """
 
@@ -63,6 +64,8 @@ class TTLC(Method):
     ``lc=False``: without learning-compression, the baseline: plain training, one decomposition at ``share``, fine-tuning.
     ``pull``, ``growth``: how far the penalty alone would move the weights towards ``D(theta)`` in the first L step that has
     one, as an exponent (1: all but ``1/e`` of the way), and its factor from one L step to the next.
+    ``arrive``: C steps within the last L step, each of which takes its part of the distance that is left, the last all but
+    ``1 / (arrive + 1)``; 0 leaves that to the pull.
     ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
     ``settle``: peak of the rate after the replacement, relative to where the next L step would have started; ``rise``: share of
     what is left of the run in which it rises to that.
@@ -83,6 +86,7 @@ class TTLC(Method):
     lc: bool = True
     pull: float = 0.1
     growth: float = 1.2
+    arrive: int = 0
     cycle: float = 0.3
     decay: float = 1.0
     settle: float = 0.5
@@ -97,7 +101,7 @@ class TTLC(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wholes = {"iterations": 2, "search": 0, "workers": 1, "held_out": 0, "sweeps": 0, "seed": 0}
+        wholes = {"iterations": 2, "search": 0, "workers": 1, "held_out": 0, "arrive": 0, "sweeps": 0, "seed": 0}
         for name, least in wholes.items():
             whole = getattr(self, name)
             if whole < least:
@@ -171,6 +175,7 @@ class TTLCRun(Run):
         self.replaced = False
         self.forced = False  # the run was over before the last C step
         self._at = 0.0  # progress of the last C step
+        self._arrived = 0  # of the C steps within the last L step
         self._travel = 0.0  # sum of the learning rates since then, over what momentum leaves of each
         self._check_reachable()
 
@@ -226,10 +231,19 @@ class TTLCRun(Run):
         """Progress at which the next C step is due."""
         return self.method.share * (self.lc.iterations + 1) / self.method.c_steps
 
+    def _next_approach(self) -> float:
+        """Progress at which the weights are next to come nearer by force; infinite where they are not."""
+        method = self.method
+        if self.lc.iterations < max(method.c_steps - 1, 1) or self._arrived >= method.arrive:
+            return math.inf
+        return self._at + (self._due() - self._at) * (self._arrived + 1) / (method.arrive + 1)
+
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
         need_progress(progress)
         group = optimizer.param_groups[0]
         self._travel += group["lr"] / (1.0 - group.get("momentum", 0.0))
+        while not self.replaced and progress < self._due() - 1e-9 and progress >= self._next_approach() - 1e-9:
+            self._approach(progress)
         while not self.replaced and progress >= self._due() - 1e-9:
             self._c_step(progress)
             if self.lc.iterations == self.method.c_steps:
@@ -394,6 +408,19 @@ class TTLCRun(Run):
         self.record("mu", {"all": mu}, progress=progress)
         self._record_forms(progress)
 
+    @torch.no_grad()
+    def _approach(self, progress: float) -> None:
+        """One of ``arrive`` steps; of the distance there was, ``1 / (arrive + 1)`` is left after all of them."""
+        parts = self.method.arrive + 1 - self._arrived  # of the distance, still to go
+
+        def scheme(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            self.factors = self._fit(wanted, self.sequences, sweeps=self.method.sweeps)
+            return {n: compose(f) for n, f in self.factors.items()}
+
+        gap = self.lc.approach(scheme, left=(parts - 1) / parts)
+        self._arrived += 1
+        self.record("gap", {"all": gap}, progress=progress)
+
     def _next_mu(self, number: int) -> float:
         """Of the L step that follows C step ``number``, which will move as far as the last one did.
 
@@ -486,6 +513,7 @@ class TTLCRun(Run):
             "forced": self.forced,
             "at": self._at,
             "travel": self._travel,
+            "arrived": self._arrived,
             "iterations": self.lc.iterations,
             "lc": None if self.replaced else self.lc.state_dict(),
             "sequences": {n: [c.name, list(c.widths)] for n, c in self.sequences.items()},
@@ -510,7 +538,7 @@ class TTLCRun(Run):
         self.graph = files.from_json(state["graph"])
         self.taken = {g.name: 1 for g in self.graph.groups if g.options}
         self.replaced, self.forced = state["replaced"], state["forced"]
-        self._at, self._travel = state["at"], state["travel"]
+        self._at, self._travel, self._arrived = state["at"], state["travel"], state.get("arrived", 0)
         self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])
         self.trials = [dict(t) for t in state["trials"]]
         self.point, self.skipped = dict(state["point"]), dict(state.get("skipped", state.get("left", {})))
