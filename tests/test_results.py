@@ -17,6 +17,7 @@ from espalier.costs import cost
 from espalier.graph import trace
 from espalier.plan import Budget
 from espalier.present.config import METHODS
+from espalier.run.data import load_data
 from espalier.run.models import build_model
 from espalier.run.recipe import Recipe
 from tests.steps import Again
@@ -74,7 +75,7 @@ def test_a_recipe_makes_sense(name):
         Recipe.from_dict({k: v for k, v in content["start"].items() if k != "for"})
     choice = content["data"].get("choose_by") == "holdout"  # chooses between settings; publishes nothing
     assert choice or content["methods"]["dense"] == {"name": "dense"}
-    assert any(m["name"] == "magnitude" for m in content["methods"].values())
+    assert any(m["name"] in ("magnitude", "svd-oneshot") for m in content["methods"].values())
     for label, method in content["methods"].items():
         job = Job(name, label, 0, content)
         Recipe.from_dict(job.recipe)
@@ -278,6 +279,15 @@ def test_a_choice_never_sees_the_test_set(bench):
     assert len(data.test) == 200
     assert len(data.train) == len(whole.train) - 200
     assert not (data.test.images[:, None] == whole.test.images[None]).flatten(2).all(-1).any()
+
+
+def test_fewer_training_images_are_gone_through_more_often():
+    digits = load_data("digits")
+    few = running.with_fewer_images(digits, 100)
+    images = {bytes(image.numpy()) for image in few.train.images}
+    assert len(images) <= 100 < len(few.train) and len(digits.train) - 100 < len(few.train) <= len(digits.train)
+    assert few.train.labels.bincount().float().std() < 0.2 * len(few.train) / 10
+    assert len(few.test) == len(digits.test)
 
 
 def test_an_unknown_name_is_refused(bench):
