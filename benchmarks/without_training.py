@@ -4,13 +4,14 @@
 
 ``--weights`` is looked for in ``D/weights``.  Every way of cutting at 70, 50 and 30 % of the MACs (``--macs`` for one of them),
 judged by the whole test set; the images to calibrate by are training images, drawn anew for every seed.  Rows of other
-networks and budgets in the results stay.
+networks and budgets in the results stay, and what is there already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ NAME = "without_training"
 BUDGETS, SEEDS = (0.7, 0.5, 0.3), (0, 1, 2)
 BATCH, BATCHES = 128, 8
 WAYS: dict[str, tuple[Method, bool]] = {
-    "channels": (Magnitude(), False),
-    "channels, BatchNorm anew": (Magnitude(), True),
-    "channels by share, BatchNorm anew": (Magnitude(score="share"), True),
-    "ranks": (SVDOneShot(), False),
-    "ranks, BatchNorm anew": (SVDOneShot(whiten=False), True),
     "ranks by the outputs, BatchNorm anew": (SVDOneShot(), True),
     "the same, diminishing returns": (SVDOneShot(returns=0.5), True),
+    "ranks, BatchNorm anew": (SVDOneShot(whiten=False), True),
+    "ranks": (SVDOneShot(), False),
+    "channels by share, BatchNorm anew": (Magnitude(score="share"), True),
+    "channels, BatchNorm anew": (Magnitude(), True),
+    "channels": (Magnitude(), False),
 }
 """What the table calls it -> the method, and whether it sees images."""
 
@@ -50,18 +51,19 @@ def main() -> None:
     model = build_model(options.model, num_classes=data.num_classes)
     load_weights(model, Path(options.data_dir) / "weights" / options.weights)
     model.eval()
-    results = read_results(NAME)
-    rows = [r for r in results.get(options.model, {}).get("rows", []) if r["macs"] not in options.macs]
-    for macs in options.macs:
-        for label, (method, sees) in WAYS.items():
-            found = [accuracy(model, data, method, macs, seed if sees else None) for seed in (SEEDS if sees else (0,))]
-            rows.append({"macs": macs, "label": label, "accuracy": found})
-            print(rows[-1], flush=True)
     whole = evaluate(model, data.test_batches())["accuracy"]
-    images = BATCH * BATCHES
-    results[options.model] = rounded({"dense": whole, "images": images, "rows": rows, **environment()}, 6)
-    write_results(NAME, results)
-    print(as_table(results))
+    for macs, (label, (method, sees)) in product(options.macs, WAYS.items()):
+        results = read_results(NAME)
+        rows = results.get(options.model, {}).get("rows", [])
+        if any((r["macs"], r["label"]) == (macs, label) for r in rows):
+            continue  # a run that was stopped goes on
+        found = [accuracy(model, data, method, macs, seed if sees else None) for seed in (SEEDS if sees else (0,))]
+        rows.append({"macs": macs, "label": label, "accuracy": found})
+        content = {"dense": whole, "images": BATCH * BATCHES, "rows": rows, **environment()}
+        results[options.model] = rounded(content, 6)
+        write_results(NAME, results)
+        print(rows[-1], flush=True)
+    print(as_table(read_results(NAME)))
 
 
 def accuracy(model: nn.Module, data: Data, method: Method, macs: float, seed: int | None) -> float:
