@@ -1,42 +1,35 @@
-"""Compress a network inside Lightning: the process lives in the module, its step follows the optimiser's.
+"""Compress a network inside Lightning: one callback, nothing else changes.
 
-pip install lightning
+pip install '.[lightning]'
 python examples/lightning_loop.py --epochs 10
 """
 
 import argparse
 
-import lightning as L
-import torch
-import torch.nn.functional as F
-
 import espalier as es
+from espalier.run.optional import import_lightning
+
+L = import_lightning()  # as ``import lightning as L``, also where PyPI's torchvision stands beside a CPU build of torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 
-class Compressed(L.LightningModule):
-    """A classifier that shrinks while it trains."""
+class Classifier(L.LightningModule):
+    """A classifier as anybody writes it."""
 
-    def __init__(self, model: torch.nn.Module, example: torch.Tensor, *, macs: float, steps: int) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.automatic_optimization = False  # the step must come right after the optimiser's
-        self.run = es.attach(model, example, budget=es.Budget(macs=macs), method=es.TCP())
-        self.model = self.run.model
-        self.steps = steps
-        self.done = 0
+        self.model = model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
         images, labels = batch
-        optimizer = self.optimizers()
-        loss = F.cross_entropy(self.model(images), labels) + self.run.penalty()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        self.done += 1
-        self.run.step(progress=self.done / self.steps, optimizer=optimizer.optimizer)
+        loss = F.cross_entropy(self.model(images), labels)
         self.log("loss", loss)
+        return loss
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -45,6 +38,9 @@ class Batches(torch.utils.data.IterableDataset):
     def __init__(self, data: object) -> None:
         self.data = data
         self.epoch = -1
+
+    def __len__(self) -> int:
+        return self.data.steps(64)
 
     def __iter__(self):
         self.epoch += 1
@@ -62,16 +58,17 @@ def main() -> None:
     model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
     example = data.example()
     dense = es.cost(es.trace(model, example))
-    module = Compressed(model, example, macs=arguments.macs, steps=arguments.epochs * data.steps(64))
+    compression = es.lightning.Compression(es.Budget(macs=arguments.macs), es.TCP(), network="model", example=example)
     trainer = L.Trainer(
         max_epochs=arguments.epochs,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        callbacks=[compression],
     )
-    trainer.fit(module, torch.utils.data.DataLoader(Batches(data), batch_size=None))
-    small = module.run.finish().eval()
+    trainer.fit(Classifier(model), torch.utils.data.DataLoader(Batches(data), batch_size=None))
+    small = compression.small.eval()
 
     share = es.cost(es.trace(small, example)).fraction_of(dense)
     print(f"{share['macs']:.1%} of the dense MACs, {share['params']:.1%} of the parameters")

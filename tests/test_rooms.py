@@ -22,6 +22,7 @@ ORDER = [
     "surgery",
     "methods",
     "run",
+    "trainers",  # compression inside the trainers of others
     "deploy",  # files that run without Espalier
     "present",
 ]

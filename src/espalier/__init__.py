@@ -97,6 +97,9 @@ _HOME = {
 
 _RENAMED = {"Process": "Run"}
 
+_MODULES = {"lightning": "espalier.trainers.lightning"}
+"""Modules of their own, because they need a package that most do without."""
+
 __all__ = [*sorted(_HOME), "__version__"]
 
 
@@ -107,6 +110,10 @@ def __getattr__(name: str) -> Any:
 
         warnings.warn(f"es.{name} is called es.{_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
         name = _RENAMED[name]
+    if name in _MODULES:
+        import importlib
+
+        return importlib.import_module(_MODULES[name])
     if name not in _HOME:
         raise AttributeError(f"module 'espalier' has no attribute {name!r}")
     import importlib

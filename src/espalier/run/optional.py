@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -61,3 +62,16 @@ def import_timm() -> ModuleType:
     """
     import_torchvision()
     return import_optional("timm", extra="models")
+
+
+def import_lightning() -> ModuleType:
+    """Import Lightning's training package, which itself imports torchvision where that is installed, and needs the same care.
+
+    Raises: MissingPackage if neither ``lightning`` nor ``pytorch_lightning`` is installed.
+    """
+    with suppress(MissingPackage):
+        import_torchvision()
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        with suppress(MissingPackage):
+            return import_optional(name, extra="lightning")
+    raise MissingPackage("this needs the package lightning, which is not installed: pip install lightning")
