@@ -13,9 +13,11 @@ from proving import randomise, reasons, sizes
 from test_graph import Net, conv
 from torch import Tensor, nn
 
+from espalier.costs import cost
 from espalier.graph import Graph, trace
 from espalier.plan import Plan
 from espalier.surgery import shrink, verify
+from espalier.surgery.verify import count_macs
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -191,3 +193,132 @@ def test_a_train_mode_forward_that_needs_more_than_the_example_is_said() -> None
     graph = trace(Net(run, a=conv(3, 8), b=conv(8, 5)), IMAGE)
     assert sizes(graph) == {"a": 8}
     assert any("targets are needed in training" in note and "was not seen" in note for note in graph.notes)
+
+
+@pytest.mark.parametrize(
+    ("turn", "width"),
+    [
+        (lambda x: torch.roll(x, 3, 1), 4),
+        (lambda x: torch.roll(x, 1, 1), 16),
+        (lambda x: x[:, [1, 0, 3, 2]], 4),
+        (lambda x: torch.cat([x[:, 2:], x[:, :2]], 1), 16),
+    ],
+)
+def test_channels_that_change_places_by_a_fixed_number_stay(turn: Callable[[Tensor], Tensor], width: int) -> None:
+    model = Net(lambda m, x: m.b(turn(m.a(x)).mean((2, 3))), a=conv(3, width), b=nn.Linear(width, 5))
+    prove_every_width(model, IMAGE)
+
+
+def test_channels_that_go_together_are_told_apart_when_they_change_places() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        y = torch.roll(x, 4, 1)
+        return m.c(torch.cat([m.b(y), y, x], 1).mean((2, 3)))
+
+    model = Net(run, a=conv(3, 8), b=nn.Conv2d(8, 8, 3, padding=1, groups=2), c=nn.Linear(24, 5))
+    assert "a" not in sizes(prove_every_width(model, IMAGE))
+
+
+def test_a_flip_follows() -> None:
+    model = Net(lambda m, x: m.b(m.a(x).flip(1).relu()), a=conv(3, 16), b=conv(16, 5))
+    assert sizes(prove_every_width(model, IMAGE)) == {"a": 16}
+
+
+def tampered(run_small: Callable[[Any, Tensor], Tensor]) -> tuple[nn.Module, Graph, Plan, nn.Module]:
+    model = randomise(Net(lambda m, x: m.b(m.a(x).relu().clamp(max=50.0)), a=conv(3, 16), b=conv(16, 5))).eval()
+    graph = trace(model, IMAGE)
+    plan = Plan({"a": np.arange(7)}, {"a": 16})
+    small = shrink(model, graph, plan)
+    small.run = run_small
+    return model, graph, plan, small
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.b(m.a(x).relu().clamp(max=60.0)),
+        lambda m, x: m.b(m.a(x).relu().relu().clamp(max=50.0)),
+        lambda m, x: m.b(m.a(x).relu().clamp(max=60.0 if m.training else 50.0)),
+    ],
+)
+def test_a_delivered_network_that_runs_other_operations_is_not_proven(run: Callable[[Any, Tensor], Tensor]) -> None:
+    model, graph, plan, small = tampered(run)
+    proof = verify(model, graph, plan, IMAGE, small=small, fresh=lambda: model)
+    assert "operations as predicted" in [c.name for c in proof.checks if not c.passed], proof
+
+
+def test_what_only_training_computes_is_compared_in_training() -> None:
+    change = lambda y: nn.functional.dropout(y * 0.5, 0.3, training=True)  # noqa: E731
+    model = randomise(in_training_only(change))
+    graph = trace(model, IMAGE)
+    plan = every_width(graph)[3]
+    proof = verify(model, graph, plan, IMAGE).require()
+    assert "largest difference" in next(c.detail for c in proof.checks if c.name == "small equals masked in training")
+    small = shrink(model, graph, plan)
+    small.run = lambda m, x: m.c(m.b(m.a(x).relu() * (0.7 if m.training else 1.0)).relu().mean((2, 3)))
+    wrong = verify(model, graph, plan, IMAGE, small=small, fresh=lambda: model)
+    assert "small equals masked in training" in [c.name for c in wrong.checks if not c.passed]
+
+
+def test_an_output_that_is_not_a_number_on_the_example_is_no_difference() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.c(m.b(y / y.abs().mean()).relu())
+
+    model = Net(run, a=nn.Conv2d(3, 8, 3, bias=False), b=conv(8, 12), c=conv(12, 4))
+    graph = trace(model, IMAGE)
+    proof = verify(model, graph, Plan({"b": np.arange(5)}, {"b": 12}), IMAGE).require()
+    assert "not finite" in next(c.detail for c in proof.checks if c.name == "identity")
+
+
+class Inferring(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.inner(x)
+
+
+def test_inference_mode_hides_nothing() -> None:
+    model = Net(lambda m, x: m.b(m.n(m.a(x)).relu()), a=conv(3, 16), n=nn.BatchNorm2d(16), b=conv(16, 5))
+    expected = cost(trace(model, IMAGE)).macs
+    with torch.inference_mode():
+        graph = trace(model, torch.zeros(1, 3, 8, 8))
+    assert sizes(graph) == {"a": 16} and cost(graph).macs == expected
+    graph = trace(Inferring(model), IMAGE)
+    assert sizes(graph) == {"inner.a": 16} and cost(graph).macs == expected
+    assert count_macs(Inferring(model), IMAGE) == expected
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda m, y: y + m.mix(y),
+        lambda m, y: m.mix(y.transpose(0, 1)).transpose(0, 1),
+        lambda m, y: torch.matmul(y, m.mix.weight @ m.mix.weight),
+    ],
+)
+def test_a_linear_layer_over_positions_costs_what_its_channels_cost(mix: Callable[[Any, Tensor], Tensor]) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.b(mix(m, m.a(x).flatten(2)).mean(2))
+
+    model = Net(run, a=conv(3, 16), mix=nn.Linear(64, 64), b=nn.Linear(16, 5))
+    assert sizes(prove_every_width(model, IMAGE)) == {"a": 16}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_cost_what_torch_counts(kind: type[nn.Module]) -> None:
+    model = Net(
+        lambda m, x: m.b(m.r(m.a(x).mean(2).transpose(1, 2))[0]), a=conv(3, 16), r=kind(16, 8), b=nn.Linear(8, 5)
+    )
+    graph = trace(model, IMAGE)
+    assert cost(graph).macs == count_macs(model, IMAGE) > 8 * 3 * 16 * 9 * 8
+
+
+def test_fused_attention_costs_what_torch_counts() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = Net(lambda m, x: m.b(m.t(m.a(x).flatten(2).transpose(1, 2))), a=conv(3, 16), t=layer, b=nn.Linear(16, 5))
+    graph = trace(model, IMAGE)
+    assert cost(graph).macs == count_macs(model, IMAGE)

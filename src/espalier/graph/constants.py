@@ -21,6 +21,7 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
+ITSELF = Unknown()  # a constant on the CPU: its value is read from the tensor, which must not hold itself alive
 Value = Tensor | Unknown | None
 """Of a tensor that is no constant ``None``."""
 
@@ -68,7 +69,7 @@ def computed_values(func: Any, args: Any, kwargs: Any, outs: list[Tensor], value
     if torch.Tag.nondeterministic_seeded in func.tags or any(o.numel() > LARGEST for o in outs):
         return [UNKNOWN for _ in outs]
     if not any(o.is_meta for o in outs):
-        return list(outs)
+        return [ITSELF for _ in outs]
     packet = func._overloadpacket
     if packet in EMPTY:
         return [torch.zeros(o.shape, dtype=o.dtype) for o in outs]
@@ -112,7 +113,3 @@ def same_value(one: Tensor, other: Tensor) -> bool:
     if one.is_floating_point() or one.is_complex():
         return bool(((one == other) | (one.isnan() & other.isnan())).all())
     return torch.equal(one, other)
-
-
-def value_or_none(value: Value) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None

@@ -183,6 +183,8 @@ class Graph:
         str, ...
     ] = ()  # per moment of ``activations``: the module without which it would not be; none further
     spans: tuple[Span, ...] = ()
+    fixed_lines: tuple[tuple[str, str, int], ...] = ()  # source line, operation, how much of it rehearsals have fixed
+    fixed_modules: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()  # that may be left out (``graph.blocks``)
 
     @cached_property

@@ -58,11 +58,11 @@ def _spread(graph: Graph, counts: Sequence[int] | np.ndarray) -> Units:
 
 
 def _distinct(sizes: np.ndarray) -> list[int]:
-    """About two thirds of every size, below it, and as far as there is room no number twice, rather primes."""
+    """About two thirds of every size (of a few, all but one), and as far as there is room no number twice, rather primes."""
     taken: set[int] = set()
     counts = []
     for size in sizes.tolist():
-        target = max(min(size, 2), 2 * size // 3)
+        target = max(size - 1, min(size, 2)) if size <= 6 else 2 * size // 3
         free = [n for n in range(2, size) if n not in taken]
         best = min(free, key=lambda n: (abs(n - target) > size // 4, not _is_prime(n), abs(n - target)), default=target)
         taken.add(best)
@@ -100,13 +100,11 @@ class Rehearsal:
     """The observer: what the labels say of every output, against what it is."""
 
     records: list[Record]
-    component: np.ndarray  # label -> component
     alive: np.ndarray  # label -> survives
-    lonely: np.ndarray  # label -> its group has one unit left, so that a layer cannot say where it belongs
     whole_groups: dict[str, int]
-    single: bool = False  # one unit is left of every group
+    single: bool = False  # of some group one unit is left, which cannot say where it belongs
     position: int = 0
-    astray: tuple[str, str] | None = None  # the line that is not followed
+    astray: tuple[str, str, int] | None = None  # the call that is not followed
     _predictions: dict[int, Prediction] = field(default_factory=dict)
 
     def follows(self, watch: Watch, func: Any, origins: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> bool:
@@ -142,7 +140,7 @@ class Rehearsal:
         """The rule was applied anew: hold its result against the record."""
         expected = self._expected(record)
         if expected is None:
-            if record.line == self.astray:
+            if record.asked == self.astray:
                 return False
             text = f"is followed by {record.op}: the forward takes another path"
             raise Mismatch(None, text, watch.place(), reason="decides which path the forward takes")
@@ -162,20 +160,20 @@ class Rehearsal:
     def _expected(self, record: Record) -> Record | None:
         """The record that this operation is held against, and the next position.
 
-        With one unit left, torch itself takes other ways (what has one channel is contiguous): then the rest of the source
-        line goes its own way.
+        Torch itself takes other ways at some sizes and strides (what has one channel is contiguous): then the rest of this
+        call goes its own way.
         """
-        if self.astray is not None and record.line != self.astray:
+        if self.astray is not None and record.asked != self.astray:
             self.astray = None
-            lines = [r.line for r in self.records[self.position :]]
-            self.position += lines.index(record.line) if record.line in lines else len(lines)
+            asked = [r.asked for r in self.records[self.position :]]
+            self.position += asked.index(record.asked) if record.asked in asked else len(asked)
         if self.astray is None and self.position < len(self.records):
             due = self.records[self.position]
             if due.op is record.op:
                 self.position += 1
                 return due
-            if self.single and due.line == record.line:
-                self.astray = record.line
+            if due.asked == record.asked:
+                self.astray = record.asked
         return None
 
     def _check_output(self, watch: Watch, tensor: Tensor, was: tuple[int, ...], known: State) -> None:
@@ -190,14 +188,14 @@ class Rehearsal:
             raise Mismatch(
                 watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
             )
-        if self.single or any(self.lonely[m].any() for m in (*layers, *survivors)):
+        if self.single:
             return
         if len(layers) != len(survivors):
             raise Mismatch(watch.key(), "loses track of its channels", watch.place())
         for one, other in zip(layers, survivors, strict=True):
             if one.shape != other.shape:
                 one, other = np.broadcast_arrays(one, other)
-            if (self.component[one] != self.component[other]).any():
+            if (one != other).any():
                 raise Mismatch(watch.key(), "arranges the remaining channels differently", watch.place())
 
     def ended(self, watch: Watch) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.carving import carve
+from espalier.carving import Kept, carve
 from espalier.copies import copied, named_modules, named_tensors
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Span, Term
-from espalier.graph.rehearsal import Rehearsal, Rehearsed, widths
+from espalier.graph.rehearsal import Rehearsal, Rehearsed, Units, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
@@ -67,34 +67,50 @@ def trace(
     if not isinstance(model, nn.Module):
         raise ValueError(f"trace: expected an nn.Module, got {type(model).__name__}")
     deadline = time.monotonic() + time_limit
-    with watchdog(deadline):
-        return _trace(model, example_inputs, deadline, rehearse)
+    with watchdog(deadline), torch.inference_mode(False):
+        return _understood(model, example_inputs, deadline, rehearse).graph
 
 
-def _trace(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Graph:
+def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, time_limit: float = 60.0) -> Stage:
+    """Watch ``model`` in eval and in train mode without rehearsing, by what the rehearsals of ``taught_by`` have taught."""
+    lessons = Lessons()
+    if taught_by is not None:
+        lessons.lines = {(line, op): level for line, op, level in taught_by.fixed_lines}
+        reason = Reason("the module around these channels works for one size only", Place("", type(model).__name__, ""))
+        lessons.modules = dict.fromkeys(taught_by.fixed_modules, reason)
+    deadline = time.monotonic() + time_limit
+    with watchdog(deadline), torch.inference_mode(False):
+        return _watched(model, example, lessons, deadline, "meta", {})
+
+
+def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Stage:
     lessons = Lessons()
     notes: dict[Any, str] = {}
     device = "meta"
     first = 0  # the widths that found something are tried first
     while True:
-        try:
-            stage = _watch(model, example, lessons, deadline, device, notes)
-        except TraceError:
-            raise
-        except _Failed as failed:
-            if device == "cpu":
-                error = failed.error
-                raise TraceError(
-                    f"trace: the forward failed on the example input: {first_line(error)}: {failed.place}"
-                ) from error
-            device = "cpu"
-            continue
+        stage = _watched(model, example, lessons, deadline, device, notes)
+        device = stage.device
         if not rehearse or not stage.graph.groups:
-            return stage.graph
+            return stage
         found, first = stage.first_mismatch(first)
         if found is None:
-            return stage.graph
+            return stage
         _learn(lessons, notes, found, stage)
+
+
+def _watched(
+    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
+) -> Stage:
+    """On ``device``, or on the CPU where the forward cannot run there."""
+    try:
+        return _watch(model, example, lessons, deadline, device, notes)
+    except _Failed as failed:
+        if device != "cpu":
+            return _watched(model, example, lessons, deadline, "cpu", notes)
+        error = failed.error
+        text = f"trace: the forward failed on the example input: {first_line(error)}: {failed.place}"
+        raise TraceError(text) from error
 
 
 class _Failed(Exception):
@@ -123,16 +139,14 @@ class Stage:
     device: str
     deadline: float
     watch: Watch
-    component: np.ndarray
     graph: Graph
-    group_of_label: np.ndarray  # -1 where frozen
     forwards: tuple[Forward, ...]
 
     def first_mismatch(self, first: int) -> tuple[Found | None, int]:
         """The first mismatch of all rehearsals, beginning with number ``first``, and the number of the one that found it."""
         stuck = [self.graph.shapes[tensor][dim] for tensor, dim in self.watch.lessons.channels]
         chosen = list(widths(self.graph, stuck))
-        rehearsals = [(r, f) for f in self.forwards for r in chosen[slice(*f.rehearsals)]]
+        rehearsals = [(r, f) for f in self.forwards for r in chosen[f.rehearsals]]
         for number in (first, *(n for n in range(len(rehearsals)) if n != first)):
             if number < len(rehearsals):
                 rehearsed, forward = rehearsals[number]
@@ -141,12 +155,32 @@ class Stage:
                     return Found(mismatch, rehearsed, forward.training), number
         return None, 0
 
+    @property
+    def trains_alike(self) -> bool:
+        """Does the train-mode forward run what the eval-mode forward runs, random numbers and batch statistics aside?"""
+        return len(self.forwards) > 1 and self.forwards[1].alike
+
+    def delivered(self, graph: Graph, units: Units, small: nn.Module) -> Mismatch | None:
+        """What ``small``, the network that keeps ``units`` of ``graph``, does otherwise than predicted, in either mode."""
+        single = any(len(u) == 1 < graph.group(n).size for n, u in units.items())
+        kept = graph.kept(units)
+        found = (self._compare(private_copy(small, self.device), kept, forward, single) for forward in self.forwards)
+        return next((m for m in found if m is not None), None)
+
     def rehearse(self, rehearsed: Rehearsed, forward: Forward) -> Mismatch | None:
         """Watch a copy of these widths; what does not go as predicted."""
-        units = rehearsed.units
-        kept = self.graph.kept(units)
+        kept = self.graph.kept(rehearsed.units)
         if not kept:
             return None
+        smaller = private_copy(self.model, self.device)
+        try:
+            carve(smaller, kept, group_width=self.graph.group_width)
+        except Exception as error:
+            return Mismatch(None, f"cannot be cut ({first_line(error)})", _blame(error, smaller))
+        return self._compare(smaller, kept, forward, rehearsed.single)
+
+    def _compare(self, smaller: nn.Module, kept: Kept, forward: Forward, single: bool) -> Mismatch | None:
+        """Watch ``smaller``, which has only ``kept``, against the records of ``forward``."""
         watch = self.watch
         alive = np.ones(watch.label_count, dtype=bool)
         start = {(a.tensor, a.dim): a for a in watch.axes}
@@ -156,12 +190,8 @@ class Stage:
                 of_axis = alive[axis.start : axis.start + axis.size]
                 of_axis[:] = False
                 of_axis[index] = True
-        single = [len(units.get(g.name, ())) == 1 for g in self.graph.groups]
-        lonely = np.append(single, False)[self.group_of_label]  # -1, no group, is the last
-        smaller = private_copy(self.model, self.device)
-        rehearsal = Rehearsal(forward.records, self.component, alive, lonely, self.graph.group_width, rehearsed.single)
+        rehearsal = Rehearsal(forward.records, alive, self.graph.group_width, single)
         try:
-            carve(smaller, kept, group_width=self.graph.group_width)
             second = Watch(
                 smaller, rules=RULES, lessons=watch.lessons, deadline=self.deadline, kept=kept, axes=watch.axes,
                 rehearsal=rehearsal,
@@ -188,7 +218,12 @@ class Forward:
     training: bool
     records: list[Record]
     shapes: list[tuple[int, ...]]  # of its outputs
-    rehearsals: tuple[int | None, int | None] = (None, None)  # from, to: which of the widths
+    alike: bool = False  # it runs what the forward before it ran
+
+    @property
+    def rehearsals(self) -> slice:
+        """Which of the widths are tried: of a train-mode forward the first, or two units, where branches turn."""
+        return slice(1, 2) if self.alike else slice(3) if self.training else slice(None)
 
 
 def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Stage) -> None:
@@ -310,15 +345,11 @@ def _watch(
         if same:
             watch.known = known
         shapes_ = [tuple(t.shape) for t in tensors_in(output)]
-        forwards.append(Forward(True, watch.records, shapes_, rehearsals=_FEW if same else _MOST))
+        forwards.append(Forward(True, watch.records, shapes_, alike=same))
     watch.sites, watch.memory, watch.spans = sites, memory, spans
     component = _components(watch)
-    graph, group_of_label = _build(watch, component, tuple(notes.values()))
-    return Stage(model, example, device, deadline, watch, component, graph, group_of_label, tuple(forwards))
-
-
-_MOST = (0, 3)  # of the widths for the train-mode forward
-_FEW = (1, 2)  # where it runs what the eval-mode forward runs: two units, where branches turn
+    graph = _build(watch, component, tuple(notes.values()))
+    return Stage(model, example, device, deadline, watch, graph, tuple(forwards))
 
 
 def _forward(watch: Watch, private: nn.Module, example: Any, device: str, *, training: bool) -> Any:
@@ -446,8 +477,8 @@ def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, str]:
     return reasons
 
 
-def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple[Graph, np.ndarray]:
-    """Group the components; returns the graph and, for the rehearsal, label -> group (-1 where frozen)."""
+def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> Graph:
+    """Group the components."""
     reasons = _frozen_components(watch, component)
     axes = sorted(watch.axes, key=lambda a: a.start)
     starts = np.array([a.start for a in axes], dtype=np.int64)
@@ -577,29 +608,28 @@ def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> tuple
         for text, n in texts.items():
             frozen.append(Frozen(axis.tensor, axis.dim, n, text))
 
-    return (
-        Graph(
-            groups=tuple(made),
-            frozen=tuple(frozen),
-            extents=tuple(extents),
-            sites=sites,
-            parameters=tuple(parameters),
-            activations=activations,
-            inside=inside,
-            spans=spans,
-            shapes=shapes,
-            group_width=dict(watch.whole_groups),
-            baked=tuple(watch.baked),
-            baked_away=tuple(
-                n
-                for n in watch.parameters
-                for b in watch.baked
-                if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
-            ),
-            unknown=tuple(watch.unknown),
-            notes=notes,
+    return Graph(
+        groups=tuple(made),
+        frozen=tuple(frozen),
+        extents=tuple(extents),
+        sites=sites,
+        parameters=tuple(parameters),
+        activations=activations,
+        inside=inside,
+        spans=spans,
+        shapes=shapes,
+        group_width=dict(watch.whole_groups),
+        baked=tuple(watch.baked),
+        baked_away=tuple(
+            n
+            for n in watch.parameters
+            for b in watch.baked
+            if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
         ),
-        group_of_label,
+        unknown=tuple(watch.unknown),
+        notes=notes,
+        fixed_lines=tuple((*key, level) for key, level in watch.lessons.lines.items()),
+        fixed_modules=tuple(watch.lessons.modules),
     )
 
 

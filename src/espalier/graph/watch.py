@@ -31,6 +31,7 @@ from espalier.copies import named_modules, tensors_of_modules
 from espalier.graph import shapes
 from espalier.graph.call import Call, tensors_of
 from espalier.graph.constants import (
+    ITSELF,
     MAKERS,
     UNKNOWN,
     NumbersMadeTensors,
@@ -158,7 +159,7 @@ NOTHING = State(value=UNKNOWN)  # what nobody saw being made is a constant
 def value_of(tensor: Tensor) -> Value:
     """Of a constant its value, as far as it is known."""
     known = state(tensor)
-    return own_value(tensor) if known is NOTHING else known.value
+    return own_value(tensor) if known is NOTHING or known.value is ITSELF else known.value
 
 
 def state(tensor: Tensor) -> State:
@@ -253,7 +254,7 @@ class Record:
     scalars: tuple[Any, ...]
     numbers: tuple[Any, ...]  # the scalars that are no sizes: what is computed with
     values: tuple[Value, ...]  # of its operands that are constants
-    line: tuple[str, str]  # module and source line
+    asked: tuple[str, str, int]  # module, source line and which call on it
     outputs: list[tuple[tuple[int, ...], State, Value]]
 
 
@@ -539,6 +540,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_composite(func):  # in inference mode, and with its tensors, these come by whole
+            with self:
+                return func.decompose(*args, **kwargs)
         self._func = func
         self.clock += 1
         if time.monotonic() > self.deadline:
@@ -574,9 +578,9 @@ class Watch(TorchDispatchMode):
             if func._overloadpacket in MAKERS or (len(values) == len(tensors) and None not in values):
                 for known, value in zip(made, computed_values(func, args, kwargs, outs, value_of), strict=True):
                     known.value = value
-            states = [(tuple(t.shape), k, copied_value(k.value)) for t, k in zip(outs, made, strict=True)]
-            line = (self.module_name, user_line())
-            record = Record(func, origins, scalars, numbers_of(func, args, kwargs), values, line, states)
+            states = [(tuple(t.shape), k, copied_value(value_of(t))) for t, k in zip(outs, made, strict=True)]
+            asked = (self.module_name, *user_call())
+            record = Record(func, origins, scalars, numbers_of(func, args, kwargs), values, asked, states)
             if rehearsal is not None:
                 if not rehearsal.check(self, record, operands, outs):
                     return out
@@ -663,6 +667,14 @@ def _note_numbers(tensor: Tensor, value: Value) -> None:
 
 
 @functools.cache
+def _is_composite(func: Any) -> bool:
+    """Is the operation made of others, by C++ code of torch's?"""
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
+    )
+
+
+@functools.cache
 def _numbers_at(func: Any) -> tuple[tuple[int, ...], frozenset[str]]:
     """Positions and names of the arguments that an operation computes with; sizes (``SymInt``) show in shapes."""
     text = str(func._schema)
@@ -712,12 +724,17 @@ def is_users(path: str) -> bool:
 
 def user_line() -> str:
     """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    return user_call()[0]
+
+
+def user_call() -> tuple[str, int]:
+    """The same, and which of the calls on this line it is."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if frame.f_code is Watch.run.__code__:
-            return ""
+            return "", -1
         if is_users(name):
-            return f"{name}:{frame.f_lineno}"
+            return f"{name}:{frame.f_lineno}", frame.f_lasti
         frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    return "", -1

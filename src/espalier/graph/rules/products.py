@@ -166,6 +166,9 @@ def linear(watch: Watch, call: Call) -> None:
         watch.put(call.out, combine(watch, [call.out, call["bias"]], call.out.shape))
 
 
+FACTORS = 4  # of a cost, see ``costs``
+
+
 def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
     """``a (..., m, k) @ b (..., k, n)``: labels along ``k`` meet and end here, the others go through."""
     ka, kb = a.ndim - 1, max(b.ndim - 2, 0)
@@ -199,10 +202,10 @@ def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
             if weight is b:
                 outer = m.reshape(-1)
     macs = out.numel() * a.shape[ka]
-    factors = tuple(f for f in (outer, inner) if f.size > 1)
+    through = [m.reshape(-1) for m in state(a).layers if not any(m is e for e in ends_a)]  # channels among its rows
     if weight is not b:
-        rest = [m.reshape(-1) for m in layers]
-        factors = (inner, *rest)[:3] if inner.size > 1 else tuple(rest[:3])
+        outer, through = np.zeros(0, dtype=np.int64), [m.reshape(-1) for m in layers]
+    factors = tuple([f for f in (outer, inner, *through) if f.size > 1][:FACTORS])
     count = math.prod(len(f) for f in factors)
     if not count or macs % count:
         factors, count = (), 1
