@@ -21,6 +21,7 @@ from benchmarks.alignment import as_table as alignment_table
 from benchmarks.blocks import BLOCK, families, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
 from benchmarks.gpu_throughput import PLACES
+from benchmarks.peers import PEERS
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
 from espalier.run.charts import as_file
@@ -99,7 +100,8 @@ def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         "Written by `python -m benchmarks.tables` from `benchmarks/results/runs`; do not edit. Every row stands in a recipe of "
         "`benchmarks/recipes`, and `python -m benchmarks.run only NAME` repeats it.",
         "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. One "
-        "multiply-add is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
+        "multiply-add is one MAC. *Trained* is the MACs of all training, that of the dense network before it included, in "
+        "epochs of the dense network. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
         "*Training* is the time of all epochs over that of the dense row; *cut* is what a method needs before and after. Both "
         "ratios are left out where more ran than the machine had cores, because they would say nothing, training also where an "
         "epoch took twice as long as another; `python -m benchmarks.run time NAME` measures a speed-up again.",
@@ -370,7 +372,7 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
         mine = _mine(rows, label)
         if not mine:
             if gaps:
-                lines.append([label, "not run", *[None] * (4 if short else 6)])
+                lines.append([label, "not run", *[None] * (6 if short else 8)])
             continue
         line = [
             label,
@@ -378,20 +380,57 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
             _share([r["macs_left"] for r in mine]),
             _share([r["params_left"] for r in mine]),
             None if recipe["methods"][label]["name"] == "dense" else _faster(mine),
+            _spent(recipe, label, mine),
+            _taught(recipe, label, mine),
             f"{len(mine)} of {len(recipe['seeds'])}",
         ]
         if not short:
-            line[5:5] = [
+            line[7:7] = [
                 _training(mine, dense),
                 _mean([c for r in mine if (c := r["seconds"].get("cut"))], 1, unit=" s"),
             ]
         lines.append(line)
-    head = ["method", "accuracy", "MACs left, %", "parameters left, %", "speed-up", "seeds"]
+    head = ["method", "accuracy", "MACs left, %", "parameters left, %", "speed-up", "trained", "teacher", "seeds"]
     if not short:
-        head[5:5] = ["training", "cut"]
+        head[7:7] = ["training", "cut"]
     asked = ", ".join(f"{k} {100 * v:.4g} %" for k, v in recipe["budget"].items() if k != "multiple_of" and v <= 1)
     notes = [f"{r['label']}, seed {r['seed']}: {r['note']}." for r in rows if r.get("note")]
     return "\n\n".join([f"Budget: {asked}.", table(head, lines), *notes])
+
+
+def _before(recipe: Mapping[str, Any], label: str) -> int:
+    """Epochs of the dense network that the rows of ``label`` begin with and that was trained for them."""
+    start = recipe.get("start", {})
+    return int(start.get("epochs", 0)) if label in start.get("for", recipe["methods"]) else 0
+
+
+def _spent(recipe: Mapping[str, Any], label: str, rows: Rows) -> str | None:
+    """MACs of all training, in epochs of the dense network; ``None`` where a row did not record what it executed."""
+    spent = []
+    for row in rows:
+        epochs = row.get("setting", {}).get("recipe", {}).get("epochs", 0)
+        if row.get("macs_curve"):
+            own = sum(row["macs_curve"])
+        elif recipe["methods"][label]["name"] == "dense":
+            own = epochs
+        elif recipe["methods"][label]["name"] in ONE_SHOT:
+            own = epochs * row["macs_left"]
+        else:
+            return None
+        spent.append(_before(recipe, label) + own)
+    return f"{statistics.mean(spent):.1f}"
+
+
+ONE_SHOT = ("magnitude", "svd-oneshot", *PEERS)
+"""Cut at once, so that all training after it is of the small network."""
+
+
+def _taught(recipe: Mapping[str, Any], label: str, rows: Rows) -> str:
+    """Whether the trained network that a row began with taught it."""
+    setting = rows[0].get("setting", {})
+    weight = setting.get("recipe", {}).get("distill")
+    trained = "weights" in recipe.get("model", {}) or _before(recipe, label) > 0 or setting.get("trained", False)
+    return "yes" if trained and weight != 0 else "no"
 
 
 def _faster(rows: Rows) -> str | None:
@@ -415,7 +454,7 @@ def _published(recipe: Mapping[str, Any]) -> list[str]:
 
 def _beginning(recipe: Mapping[str, Any], rows: Rows) -> list[str]:
     """How good the trained network was that the methods, or some of them, begin with."""
-    weights, labels = "weights" in recipe["model"], recipe.get("start", {}).get("for", recipe["methods"])
+    weights, labels = "weights" in recipe.get("model", {}), recipe.get("start", {}).get("for", recipe["methods"])
     before = [a for row in rows if row["label"] in labels and (a := row.get("dense_accuracy")) is not None]
     if not before or not (weights or "start" in recipe):
         return []
