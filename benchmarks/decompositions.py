@@ -24,9 +24,9 @@ from tensorly.decomposition import partial_tucker, tensor_train
 from torch import Tensor
 
 from benchmarks import common
-from espalier.forms.candidates import measure
+from espalier.forms.candidates import compose, factorise
 from espalier.forms.evbmf import evbmf
-from espalier.forms.tucker import compose, factorise
+from espalier.forms.spectra import measure
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
 from espalier.run.models import build_model

@@ -32,7 +32,7 @@ from benchmarks import common
 from benchmarks.tcp_overhead import RECIPE, Trainer, network
 from espalier.methods.dprp import DPRP, DPRPRun
 from espalier.run.evaluate import autocast
-from espalier.surgery import turn_factors
+from espalier.surgery import change_bases
 
 NETWORKS = ("resnet20", "resnet56", "vgg16_bn")
 BUDGET = es.Budget(params=0.5)
@@ -145,7 +145,7 @@ def event(trainer: Trainer, process: DPRPRun, *, threads: int, events: int) -> d
                     factor.add_(torch.randn_like(factor), alpha=DRIFT / factor.shape[0] ** 0.5)
             weights = {n: layer.weight.double() for n, layer in layers.items()}
         begin = time.perf_counter(), time.process_time()
-        turn_factors(layers, optimizer=trainer.optimizer)
+        change_bases(layers, optimizer=trainer.optimizer)
         row["ms"] = min(row["ms"], 1e3 * (time.perf_counter() - begin[0]))
         row["processor ms"] = min(row["processor ms"], 1e3 * (time.process_time() - begin[1]))
         with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import nn
 from espalier.carving import put_in_place
 from espalier.costs import CostModel, cost
 from espalier.forms import dense_sequence, find_places, sequence, sequential, stages
-from espalier.forms.sequences import cost_of
+from espalier.forms.form import cost_of
 from espalier.graph import trace, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.plan import Budget, Plan

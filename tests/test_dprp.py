@@ -18,7 +18,8 @@ from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
 from espalier.forms import LowRank, find_places
 from espalier.forms.lowrank import DAMPING, orthonormalise
-from espalier.forms.svd import svd, to_matrix
+from espalier.forms.svd import svd
+from espalier.forms.table import matrix_form
 from espalier.graph import trace
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods import dprp
@@ -86,7 +87,7 @@ def test_full_rank_is_the_dense_layer_forward_and_gradient(kind: str, form: str)
     for output in outputs:
         (output * toward).sum().backward()
     assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-12)
-    gradient = to_matrix(layer.weight.grad, low.form)
+    gradient = matrix_form(low.form).matrix(layer.weight.grad)
     squares = low.s.square()
     factor = 0.5 / (squares + DAMPING * squares.max())  # the plain gradient of the factors, scaled
     assert torch.allclose(low.u.grad, gradient @ low.v * low.s * factor, atol=1e-11)
@@ -195,7 +196,7 @@ def test_splitting_a_whole_layer_keeps_its_weight_and_its_next_step(kind: str, s
     layer = nn.Conv2d(*shape, 3, padding=1).double()
     x = torch.randn(4, shape[0], 8, 8).double()
     with torch.no_grad():  # singular values from 1 to 2: small ones are damped
-        u, s, v = svd(to_matrix(layer.weight, "spatial"), name="layer")
+        u, s, v = svd(matrix_form("spatial").matrix(layer.weight), name="layer")
         matrix = u * torch.linspace(2, 1, len(s), dtype=s.dtype) @ v.T
         layer.weight.copy_(matrix.view(shape[1], 3, shape[0], 3).permute(0, 2, 1, 3))
     low = LowRank.of(layer, find_places(nn.Sequential(layer), x)[0]["0"], form="spatial", whole=True)

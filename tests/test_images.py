@@ -168,7 +168,18 @@ def test_the_command_line_says_what_was_found_and_warns_of_weights_that_do_not_f
         [
             *("compress", "--model", "resnet20", "--weights", str(tmp_path / "weights.safetensors"), "--grey"),
             *("--data", f"imagefolder:{pictures}", "--mean", "measured", "--std", "measured", "--augment", "none"),
-            *("--method", "magnitude", "--macs", "0.5", "--epochs", "0", "--batch-size", "8", "--out", str(tmp_path / "run")),
+            *(
+                "--method",
+                "magnitude",
+                "--macs",
+                "0.5",
+                "--epochs",
+                "0",
+                "--batch-size",
+                "8",
+                "--out",
+                str(tmp_path / "run"),
+            ),
         ],
     )
     assert found.exit_code == 0, found.output

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from espalier.forms import find_places, sequential
-from espalier.forms.svd import from_matrix, stage_weights, svd, to_matrix
+from espalier.forms.svd import svd
+from espalier.forms.table import matrix_form
 
 LAYERS = {
     "plain": nn.Conv2d(5, 7, 3, padding=1),
@@ -30,10 +31,10 @@ def test_small_convolutions_equal_the_composed_one(name: str, form: str, rank: i
         2, layer.in_channels, 12, 11, dtype=torch.float64
     )  # fmt: skip
     place = find_places(nn.Sequential(layer), example)[0]["0"]
-    u, s, v = svd(to_matrix(layer.weight.detach(), form), name=name)
+    u, s, v = svd(matrix_form(form).matrix(layer.weight.detach()), name=name)
     left, right = (u * s)[:, :rank], v[:, :rank]
-    composed = from_matrix(left @ right.T, layer.weight.shape, form)
-    small = sequential(place, form, stage_weights(left, right, layer.weight.shape, form), layer.bias)
+    composed = matrix_form(form).weight(left @ right.T, layer.weight.shape)
+    small = sequential(place, form, matrix_form(form).stage_weights(left, right, layer.weight.shape), layer.bias)
     with torch.no_grad():
         found = small(example)
         tail = s[rank:].square().sum() if rank else torch.zeros(())

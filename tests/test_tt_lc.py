@@ -19,11 +19,11 @@ from torch import nn
 import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
-from espalier.forms import candidates, dense_sequence, find_places
-from espalier.forms.candidates import full_rank, measure, options_at
-from espalier.forms.sequences import cost_of
+from espalier.forms import Wish, candidates, dense_sequence, find_places
+from espalier.forms.candidates import compose, factorise, full_rank, options_at
+from espalier.forms.form import cost_of
+from espalier.forms.spectra import measure
 from espalier.forms.transfer import moved
-from espalier.forms.tucker import compose, factorise
 from espalier.methods import lc as lc_module
 from espalier.methods import tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
@@ -67,7 +67,7 @@ def test_rungs_rise_in_every_cost_and_lose_what_a_fit_loses(ranks, multiple_of) 
     weight = model[0].weight.detach()
     spectra = measure({"0": weight})["0"]
     for fraction in (0.3, 0.8):
-        options, lost = options_at(place, spectra, ranks, fraction=fraction, multiple_of=multiple_of)
+        options, lost = options_at(place, spectra, Wish(ranks, fraction, multiple_of))
         costs = [cost_of(place, c) for c in options]
         assert options[-1] == dense_sequence(place) and lost[-1] == 0
         assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(costs))
@@ -85,7 +85,7 @@ def test_zero_and_constant_weights_need_the_cheapest_rung_only(value, size) -> N
     nn.init.constant_(model[0].weight, value)
     place = find_places(model, torch.zeros(1, 6, 9, 9))[0]["0"]
     spectra = measure({"0": model[0].weight})["0"]
-    options, lost = options_at(place, spectra, (1, 1))
+    options, lost = options_at(place, spectra, Wish((1, 1)))
     assert len(options) > 1
     assert lost[0] == pytest.approx(0.0, abs=1e-5)
     assert max(spectra.evbmf()) <= 1
@@ -103,7 +103,7 @@ def test_a_kernel_along_a_line_may_become_a_tucker(size: tuple[int, int]) -> Non
         )
         model[0].weight.copy_(weight + 1e-3 * torch.randn_like(weight))
     place = find_places(model, torch.zeros(1, 24, 9, 9).double())[0]["0"]
-    options, lost = options_at(place, measure({"0": weight})["0"], (4, 3))
+    options, lost = options_at(place, measure({"0": weight})["0"], Wish((4, 3)))
     assert {"tucker", "dense"} <= {form.name for form in options} <= {"tucker", "channel", "dense"}
     number, form = next((i, f) for i, f in enumerate(options) if f.name == "tucker" and min(f.widths) >= 3)
     back = compose(factorise(weight, "tucker", form.widths, sweeps=0))

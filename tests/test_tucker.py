@@ -11,11 +11,9 @@ import torch
 from tensorly.decomposition import partial_tucker, tensor_train
 from torch import nn
 
-from espalier.forms import find_places, sequence, sequential
-from espalier.forms.sequences import cost_of
-from espalier.forms.tucker import (
-    compose,
-    factorise,
+from espalier.forms import cost_of, find_places, sequence, sequential
+from espalier.forms.candidates import compose, factorise
+from espalier.forms.tensors import (
     input_unfolding,
     output_unfolding,
     spectrum,
@@ -204,7 +202,7 @@ def test_all_stages_have_the_same_norm() -> None:
 
 
 def test_wrong_forms_and_ranks_are_named() -> None:
-    with pytest.raises(ValueError, match="'cp' has no factors"):
+    with pytest.raises(ValueError, match="form 'cp' does not exist; choose one of channel"):
         factorise(weight(4, 4, 3, 3), "cp", [2])
     with pytest.raises(ValueError, match="takes 2 ranks"):
         tt_svd(weight(3, 4, 5), [2])

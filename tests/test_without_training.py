@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import espalier as es
 from espalier.forms import find_places
-from espalier.forms.svd import svd, to_matrix
+from espalier.forms.svd import svd
+from espalier.forms.table import matrix_form
 from espalier.methods.whitening import DAMPING, input_moments, whitened_svd
 from tests.steps import network
 
@@ -40,7 +41,7 @@ def test_the_error_of_a_whitened_truncation_is_its_tail_energy_and_no_other_rank
     model = nn.Sequential(layer)
     places = find_places(model, batches[0][0])[0]
     moment = input_moments(model, places, {"0": "channel"}, batches)["0"]
-    matrix = to_matrix(layer.weight.detach(), "channel")
+    matrix = matrix_form("channel").matrix(layer.weight.detach())
     u, s, v = whitened_svd(matrix, moment, name="0")
     assert torch.allclose(u * s @ v.T, matrix, atol=1e-4)
 

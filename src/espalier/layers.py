@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 class ChannelPad(nn.Module):
@@ -129,3 +131,157 @@ class PartConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         selects = "" if self.index is None else ", selects its inputs"
         return f"{super().extra_repr()}{selects}" + (f", shift={self.shift}" if any(self.shift) else "")
+
+
+# -- factorised layers -------------------------------------------------------------------------------------------------
+
+
+class _Row(nn.Sequential):
+    """Small layers in a row that stand for one."""
+
+    def composed(self) -> Tensor:
+        """The weight, computed now."""
+        return compose_row([self._end(i).weight for i in range(len(self))])
+
+    def _end(self, number: int) -> Any:
+        return self[number]
+
+
+class FactorisedConv(_Row):
+    """A row of small convolutions in place of one, which answers what that one answers.
+
+    The forward around it may read ``stride``, ``padding``, ``in_channels``, ``bias`` and so on of the layer that was there:
+    these are its own geometry.  ``weight`` is composed only where its values are used; its shape, dtype and device cost
+    nothing.  It saves, exports and scripts as the plain ``nn.Sequential`` that it is.
+    """
+
+    def __init__(
+        self,
+        *stages: nn.Module,
+        kernel_size: tuple[int, ...] = (1, 1),
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
+        dilation: tuple[int, ...] = (1, 1),
+    ) -> None:
+        super().__init__(*stages)
+        self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
+        self.groups, self.padding_mode = 1, "zeros"
+        self.transposed, self.output_padding = False, (0,) * len(kernel_size)
+
+    __jit_unused_properties__ = ("in_channels", "out_channels", "weight", "bias")
+
+    @property
+    def in_channels(self) -> int:
+        return int(self._end(0).in_channels)
+
+    @property
+    def out_channels(self) -> int:
+        return int(self._end(-1).out_channels)
+
+    @property
+    def weight(self) -> Tensor:
+        """The composed weight, ``(O, I, *kernel)``, with gradients to the weights of the row; computed when it is used."""
+        ends = (self.out_channels, self.in_channels, *self.kernel_size)
+        return Composed.of(self, ends, self._end(-1).weight)
+
+    @property
+    def bias(self) -> Any:
+        return self._end(-1).bias
+
+
+class FactorisedLinear(_Row):
+    """A row of linear layers in place of one, likewise."""
+
+    __jit_unused_properties__ = ("in_features", "out_features", "weight", "bias")
+
+    @property
+    def in_features(self) -> int:
+        return int(self._end(0).in_features)
+
+    @property
+    def out_features(self) -> int:
+        return int(self._end(-1).out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The composed weight, ``(O, I)``; computed when it is used."""
+        return Composed.of(self, (self.out_features, self.in_features), self._end(-1).weight)
+
+    @property
+    def bias(self) -> Any:
+        return self._end(-1).bias
+
+
+def compose_row(weights: Sequence[Tensor]) -> Tensor:
+    """The weight that stages in a row amount to: each ``(out, in, *kernel)`` or ``(out, in)``, first to last.
+
+    Along each axis of the kernels one stage at most is longer than 1, so that convolving them is an outer product.  A stage of
+    ``(c, 1, *kernel)`` behind ``c`` channels works on each by itself.
+    """
+    whole, *rest = weights
+    for stage in rest:
+        if stage.ndim == 2:
+            whole = stage @ whole
+            continue
+        kernel = [a * b for a, b in zip(stage.shape[2:], whole.shape[2:], strict=True)]
+        axes = [i for n in range(len(kernel)) for i in (n, len(kernel) + n)]
+        taps = (stage.shape[2:].numel(), whole.shape[2:].numel())
+        if stage.shape[1] != whole.shape[0]:
+            product = stage.reshape(-1, 1, taps[0], 1) * whole.reshape(*whole.shape[:2], 1, taps[1])
+            outputs = whole.shape[0]
+        else:
+            outputs = stage.shape[0]
+            left = stage.flatten(2).transpose(1, 2).reshape(-1, stage.shape[1])  # (o*K, c)
+            product = (left @ whole.reshape(whole.shape[0], -1)).reshape(outputs, taps[0], whole.shape[1], taps[1])
+            product = product.transpose(1, 2)
+        shaped = product.reshape(outputs, whole.shape[1], *stage.shape[2:], *whole.shape[2:])
+        whole = shaped.permute(0, 1, *(2 + i for i in axes)).reshape(outputs, whole.shape[1], *kernel)
+    return whole
+
+
+class Composed(Tensor):
+    """A weight that is computed when its values are used, and not when only its shape, dtype or device is asked for."""
+
+    _row: Any
+
+    @staticmethod
+    def of(row: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """What ``row.composed()`` gives, of ``shape``, and otherwise like a tensor of it."""
+        if torch.compiler.is_compiling():  # a compiler leaves out what nobody uses, and knows no tensors of this kind
+            return row.composed()  # type: ignore[no-any-return]
+        made: Any = Tensor._make_wrapper_subclass(
+            Composed, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+        )  # type: ignore[attr-defined]
+        made._row = row
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in METADATA:
+            args, kwargs = tree_map(_used, (tuple(args), kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """What comes past the functions of Python, as from compiled code."""
+        args, kwargs = tree_map(_used, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _used(value: Any) -> Any:
+    return value._row.composed() if isinstance(value, Composed) else value
+
+
+def _getters(*names: str) -> frozenset[Any]:
+    return frozenset(getattr(Tensor, n).__get__ for n in names)
+
+
+METADATA: frozenset[Any] = _getters(
+    "dtype", "device", "shape", "ndim", "requires_grad", "layout", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_leaf",
+    "itemsize", "is_cpu", "is_nested", "is_mkldnn", "is_mps", "is_xpu",
+) | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
+    Tensor.nelement, Tensor.ndimension, Tensor.get_device, torch.is_floating_point, torch.is_complex, torch.numel,
+}  # fmt: skip
+"""Questions to a tensor that its values do not answer."""

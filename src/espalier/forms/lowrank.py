@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from espalier.forms.places import Place, out_size
-from espalier.forms.sequences import stages
-from espalier.forms.svd import from_matrix, stage_weights, svd, to_matrix
-from espalier.layers import OwnDecay
+from espalier.forms.form import Sizes
+from espalier.forms.places import CONVOLUTIONS, Place, out_size
+from espalier.forms.svd import svd
+from espalier.forms.table import matrix_form
+from espalier.layers import Composed, OwnDecay
 
-Pair = tuple[int, int]
+CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class LowRank(OwnDecay):
@@ -47,10 +48,10 @@ class LowRank(OwnDecay):
         *,
         rank: int,
         form: str = "channel",
-        kernel_size: Pair = (1, 1),
-        stride: Pair = (1, 1),
-        padding: Pair = (0, 0),
-        dilation: Pair = (1, 1),
+        kernel_size: Sizes = (1, 1),
+        stride: Sizes = (1, 1),
+        padding: Sizes = (0, 0),
+        dilation: Sizes = (1, 1),
         linear: bool = False,
         bias: bool = True,
         whole: bool = False,
@@ -61,7 +62,13 @@ class LowRank(OwnDecay):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
         self.form, self.linear = form, linear
-        rows, columns = matrix_size(self.shape, form)
+        self._matrix = matrix_form(form)
+        # what a forward may read of the layer that was here
+        self.groups, self.padding_mode, self.transposed = 1, "zeros", False
+        self.output_padding = (0,) * len(kernel_size)
+        if linear:
+            self.in_features, self.out_features = in_channels, out_channels
+        rows, columns = self._matrix.size(self.shape)
         if not 1 <= rank <= min(rows, columns):
             raise ValueError(f"LowRank(rank={rank}): a {rows} x {columns} matrix has ranks 1 to {min(rows, columns)}")
         if whole and rank < min(rows, columns):
@@ -74,15 +81,14 @@ class LowRank(OwnDecay):
         self.s = nn.Parameter(torch.zeros(rank, **kind))
         self.v = nn.Parameter(torch.zeros(columns, rank, **kind))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **kind)) if bias else None)
-        place = Place(
-            "", out_channels, in_channels, kernel_size, stride, padding, dilation, (1, 1), 1, 1, linear=linear
-        )
-        self._stages = stages(place, form)
+        size = (1,) * len(kernel_size)
+        place = Place("", out_channels, in_channels, kernel_size, stride, padding, dilation, size, 1, 1, linear=linear)
+        self._stages = self._matrix.stages(place)
 
     @staticmethod
-    def of(layer: nn.Conv2d | nn.Linear, place: Place, *, form: str, whole: bool = False) -> LowRank:
+    def of(layer: Any, place: Place, *, form: str, whole: bool = False) -> LowRank:
         """The same function as ``layer``, which stands at ``place``, at full rank; its bias is taken over as it is."""
-        matrix = to_matrix(layer.weight.detach(), form)
+        matrix = matrix_form(form).matrix(layer.weight.detach())
         made = LowRank(
             place.in_channels, place.out_channels, rank=min(matrix.shape), form=form, kernel_size=place.kernel,
             stride=place.stride, padding=place.padding, dilation=place.dilation, linear=place.linear,
@@ -117,12 +123,16 @@ class LowRank(OwnDecay):
 
     @property
     def weight(self) -> Tensor:
-        """The composed weight, ``(O, I, kh, kw)`` or ``(O, I)``."""
+        """The composed weight, ``(O, I, *kernel)`` or ``(O, I)``; computed when it is used."""
+        return Composed.of(self, self.shape, self.u)
+
+    def composed(self) -> Tensor:
+        """The weight, computed now, in the precision of autocast."""
         if self.whole:
             matrix = self.matrix.to(self._dtype)
-            return from_matrix(matrix if self.tall else matrix.T, self.shape, self.form)
+            return self._matrix.weight(matrix if self.tall else matrix.T, self.shape)
         left, right = self._sides()
-        return from_matrix(left @ right.T, self.shape, self.form)
+        return self._matrix.weight(left @ right.T, self.shape)
 
     @property
     def matrix(self) -> nn.Parameter:
@@ -131,7 +141,7 @@ class LowRank(OwnDecay):
 
     def stage_weights(self) -> list[Tensor]:
         """Weights of the two small layers, first to last."""
-        return stage_weights(*self._sides(), self.shape, self.form)
+        return self._matrix.stage_weights(*self._sides(), self.shape)
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         """``U diag(s)`` and ``V``, in the precision of autocast, with gradients that step like those of the dense weight."""
@@ -157,7 +167,7 @@ class LowRank(OwnDecay):
         if self.linear:
             positions = x.numel() // x.shape[-1]
             return whole * (positions + rank) < positions * rank * (self.in_channels + self.out_channels)
-        size, macs = (x.shape[-2], x.shape[-1]), 0
+        size, macs = tuple(x.shape[2:]), 0
         for stage, pairs in zip(self._stages, (self.in_channels * rank, rank * self.out_channels), strict=True):
             size = out_size(size, stage.kernel, stage.stride, stage.padding, stage.dilation)
             macs += math.prod(size) * math.prod(stage.kernel) * pairs
@@ -171,29 +181,31 @@ class LowRank(OwnDecay):
             return F.linear(F.linear(x, first), second, self.bias)
         one, two = self._stages
         first, second = _laid_out(first, x), _laid_out(second, x)
-        x = F.conv2d(x, first, None, one.stride, one.padding, one.dilation)
-        return F.conv2d(x, second, self.bias, two.stride, two.padding, two.dilation)
+        convolve = CONVOLVE[len(self.kernel_size)]
+        x = convolve(x, first, None, one.stride, one.padding, one.dilation)
+        return convolve(x, second, self.bias, two.stride, two.padding, two.dilation)  # type: ignore[no-any-return]
 
     def _run(self, x: Tensor) -> Tensor:
         if self.linear:
-            return F.linear(x, self.weight, self.bias)
-        return F.conv2d(x, _laid_out(self.weight, x), self.bias, self.stride, self.padding, self.dilation)
+            return F.linear(x, self.composed(), self.bias)
+        convolve, weight = CONVOLVE[len(self.kernel_size)], _laid_out(self.composed(), x)
+        return convolve(x, weight, self.bias, self.stride, self.padding, self.dilation)  # type: ignore[no-any-return]
 
-    def dense(self) -> nn.Conv2d | nn.Linear:
+    def dense(self) -> Any:
         """The plain layer with the composed weight."""
         made = self.dense_twin(device=self.u.device)
         with torch.no_grad():
-            made.weight.copy_(self.weight)
+            made.weight.copy_(self.composed())
         made.bias = self.bias
         return made
 
-    def dense_twin(self, *, device: Any = "meta") -> nn.Conv2d | nn.Linear:
+    def dense_twin(self, *, device: Any = "meta") -> Any:
         """A plain layer of the same geometry, its weights undefined."""
         kind: dict[str, Any] = {"bias": self.bias is not None, "device": device, "dtype": self.u.dtype}
         if self.linear:
             return nn.utils.skip_init(nn.Linear, self.in_channels, self.out_channels, **kind)
         return nn.utils.skip_init(
-            nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, stride=self.stride,
+            CONVOLUTIONS[len(self.kernel_size)], self.in_channels, self.out_channels, self.kernel_size, stride=self.stride,
             padding=self.padding, dilation=self.dilation, **kind,
         )  # fmt: skip
 
@@ -206,6 +218,8 @@ class LowRank(OwnDecay):
 
 def _laid_out(weight: Tensor, x: Tensor) -> Tensor:
     """``weight`` in the memory format of ``x``: the convolution would copy it into that, forward and again backward."""
+    if x.ndim != 4:
+        return weight.contiguous()
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -232,13 +246,6 @@ class _Sides(torch.autograd.Function):
 
 
 DAMPING = 0.01  # of the largest squared singular value
-
-
-def matrix_size(shape: tuple[int, ...], form: str) -> tuple[int, int]:
-    """Rows and columns of a weight of ``shape`` as a matrix."""
-    if form == "channel":
-        return shape[0], math.prod(shape[1:])
-    return shape[0] * shape[2], shape[1] * shape[3]
 
 
 # -- the same matrix in an orthonormal basis ---------------------------------------------------------------------------

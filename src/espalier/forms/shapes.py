@@ -80,15 +80,19 @@ def rectangle_of(small: nn.Conv2d, dense: nn.Conv2d) -> Rectangle:
     return Rectangle(row, row + height - 1, column, column + width - 1)
 
 
+def _paddings(rectangle: Rectangle, place: Place) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    return paddings(rectangle, pair(place.kernel), pair(place.padding), pair(place.dilation))
+
+
 def shapes(place: Place) -> list[list[Rectangle]]:
     """Per option the rectangles it stands for: all of one area, only those that need no uneven padding if there
     are any; the whole kernel last."""
     by_area: dict[int, list[Rectangle]] = {}
-    for rectangle in rectangles(place.kernel):
+    for rectangle in rectangles(pair(place.kernel)):
         by_area.setdefault(rectangle.area, []).append(rectangle)
     options = []
     for _, found in sorted(by_area.items()):
-        even = [r for r in found if not any(paddings(r, place.kernel, place.padding, place.dilation)[1])]
+        even = [r for r in found if not any(_paddings(r, place)[1])]
         options.append(even or found)
     return options
 
@@ -97,7 +101,7 @@ def shape_sequence(place: Place, option: list[Rectangle]) -> ConvSequence:
     """What the rectangles of one option cost: all the same, but for the padded copy, of which the largest counts."""
     copies = 0
     for rectangle in option:
-        left, right, top, bottom = paddings(rectangle, place.kernel, place.padding, place.dilation)[1]
+        left, right, top, bottom = _paddings(rectangle, place)[1]
         if left or right or top or bottom:
             h, w = place.input_size[0] + top + bottom, place.input_size[1] + left + right
             copies = max(copies, place.positions * h * w * place.itemsize)

@@ -1,52 +1,9 @@
-"""The two-stage forms, ``channel`` and ``spatial``, as a product of two matrices.
-
-A weight ``W`` of shape ``(O, I, kh, kw)`` is read as a matrix ``M = L R^T``, one column of ``L`` and ``R`` per rank:
-
-- ``channel``: ``L`` is ``(O, r)``, ``R`` is ``(I*kh*kw, r)``; stages kh x kw (I -> r), 1x1 (r -> O);
-- ``spatial``: ``L`` is ``(O*kh, r)``, ``R`` is ``(I*kw, r)``; stages 1 x kw (I -> r), kh x 1 (r -> O).
-
-A linear weight ``(O, I)`` is its own matrix and has the form ``channel``.  The error of the best rank-r matrix is the energy of
-the singular values that are left out (Eckart & Young 1936).
-"""
+"""The singular value decomposition of one matrix, with care."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-
-def to_matrix(weight: Tensor, form: str) -> Tensor:
-    """``(O, I, kh, kw)`` or ``(O, I)`` to ``(m, n)``; a view where the memory allows it."""
-    if form == "channel":
-        return weight.reshape(weight.shape[0], -1)
-    outputs, inputs, height, width = weight.shape
-    return weight.permute(0, 2, 1, 3).reshape(outputs * height, inputs * width)
-
-
-def from_matrix(matrix: Tensor, shape: Sequence[int], form: str) -> Tensor:
-    """Inverse of ``to_matrix``; ``shape`` is that of the weight."""
-    if form == "channel":
-        return matrix.reshape(tuple(shape))
-    outputs, inputs, height, width = shape
-    return matrix.view(outputs, height, inputs, width).permute(0, 2, 1, 3)
-
-
-def stage_weights(left: Tensor, right: Tensor, shape: Sequence[int], form: str) -> list[Tensor]:
-    """Weights of the two stages, first to last, for ``sequential``: ``left`` is ``(m, r)``, ``right`` is ``(n, r)``."""
-    rank = left.shape[1]
-    if len(shape) == 2:
-        return [right.T, left]
-    outputs, inputs, height, width = shape
-    if form == "channel":
-        turned = right.T.contiguous()  # as a matrix: copied by blocks, which a permuted weight would not be
-        return [turned.view(rank, inputs, height, width), left.reshape(outputs, rank, 1, 1)]
-    # The axis of length 1 comes in before the permutation: behind it, its stride would look like that of channels_last, which
-    # the weight is not, and torch's plain convolution refuses gradients in such a layout.
-    first = right.view(inputs, 1, width, rank).permute(3, 0, 1, 2)  # (r, I, 1, kw)
-    second = left.view(outputs, height, 1, rank).permute(0, 3, 1, 2)  # (O, r, kh, 1)
-    return [first, second]
 
 
 def svd(matrix: Tensor, *, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,8 +66,8 @@ class _Build:
         self.groups.append(Group(alternatives_name(layer), len(sequences), (), options, FORM, layer))
         del self.sites[number]
         self.parameters.remove(own)
-        for kind in dict.fromkeys((c.name, c.macs, c.params, c.bytes, c.copies) for c in sequences):
-            here = [(c.name, c.macs, c.params, c.bytes, c.copies) == kind for c in sequences]
+        for kind in dict.fromkeys(replace(c, widths=()) for c in sequences):
+            here = [replace(c, widths=()) == kind for c in sequences]
             self._form(layer, site, group, kind, [c if h else None for c, h in zip(sequences, here, strict=True)])
 
     def _form(
@@ -75,11 +75,11 @@ class _Build:
         layer: str,
         site: Site,
         group: int,
-        kind: tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+        kind: ConvSequence,
         options: list[ConvSequence | None],
     ) -> None:
         """Terms of all options of one kind: the same stages, with widths that differ."""
-        name, macs, params, held, copies = kind
+        macs = kind.macs
         outputs, inputs = site.term.extents
         between = [
             self._extent(Extent(0, (), ((group, (0, *(c.widths[i] if c else 0 for c in options))),)))
@@ -90,15 +90,17 @@ class _Build:
             ends: list[tuple[int, ...]] = [(inputs, outputs, chosen)]
         else:
             ends = list(zip([inputs, *between], [*between, outputs], strict=True))
-        for i, extents in enumerate(ends):
+        alone = kind.depthwise or (False,) * len(ends)
+        for i, (extents, single) in enumerate(zip(ends, alone, strict=True)):
+            extents = extents[1:] if single else extents
             label = layer if len(ends) == 1 else f"{layer}.{i}"
-            self.added.append(Site(label, f"{site.kind}, {name}", Term(label, macs[i], extents)))
-            self.parameters.append(Term(f"{label}.weight", params[i], extents))
-        self._memory(site, between, held)
-        if copies and site.live:
+            self.added.append(Site(label, f"{site.kind}, {kind.name}", Term(label, macs[i], extents)))
+            self.parameters.append(Term(f"{label}.weight", kind.params[i], extents))
+        self._memory(site, between, kind.bytes)
+        if kind.copies and site.live:
             length = self._length(inputs)
             padded = self._extent(Extent(0, (), ((group, (0, *(length if c else 0 for c in options))),)))
-            self.activations.append((*site.live, (float(copies), padded)))
+            self.activations.append((*site.live, (float(kind.copies), padded)))
 
     def _memory(self, site: Site, between: list[int], held: tuple[int, ...]) -> None:
         """Every stage runs beside what was alive before the layer, its own input and its own output."""

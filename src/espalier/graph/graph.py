@@ -147,6 +147,7 @@ class ConvSequence:
     widths: tuple[int, ...] = ()
     bytes: tuple[int, ...] = ()
     copies: int = 0  # bytes per input channel of a padded copy of the input
+    depthwise: tuple[bool, ...] = ()  # stages that work on each channel by itself; none if empty
 
     def __str__(self) -> str:
         return f"{self.name} {'-'.join(map(str, self.widths))}".strip()

@@ -11,9 +11,11 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from espalier.costs import CostModel
-from espalier.forms import FORMS, Place, dense_sequence, sequence
-from espalier.forms.candidates import Spectra, full_rank, possible, snap
-from espalier.forms.sequences import cost_of
+from espalier.forms import Place, Wish, cost_of, dense_sequence
+from espalier.forms.candidates import held as held_by
+from espalier.forms.candidates import scaled
+from espalier.forms.spectra import Spectra
+from espalier.forms.tucker import below
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.solver import BudgetError, solve
@@ -27,7 +29,7 @@ def equal_sequences(
     spectra: Mapping[str, Spectra],
     limits: Mapping[str, int],
     *,
-    forms: Collection[str] = tuple(FORMS),
+    forms: Collection[str],
     tt_fraction: float = 0.5,
     multiple_of: int = 1,
 ) -> dict[str, ConvSequence]:
@@ -39,12 +41,13 @@ def equal_sequences(
     Raises: BudgetError if rank one everywhere is too dear.
     """
     dense = CostModel(graph).cost(graph.sizes)
+    wish = Wish((1, 1), tt_fraction, multiple_of)
     found: list[tuple[float, dict[str, ConvSequence]]] = []
     failed: BudgetError | None = None
     for form in forms:
 
         def at(fraction: float, steps: int = 0, form: str = form) -> dict[str, ConvSequence]:
-            return {n: _sequence(p, form, fraction, steps, tt_fraction, multiple_of) for n, p in places.items()}
+            return {n: _sequence(p, form, fraction, steps, wish) for n, p in places.items()}
 
         def fits(sequences: Mapping[str, ConvSequence]) -> bool:
             saved = [np.subtract(_dense(places[n]), cost_of(places[n], c)) for n, c in sequences.items()]
@@ -64,7 +67,7 @@ def equal_sequences(
         except BudgetError as error:
             failed = error
             continue
-        held = [spectra[n].held(sequences[n]) if n in sequences else 1.0 for n in places]
+        held = [held_by(places[n], spectra[n], sequences[n]) if n in sequences else 1.0 for n in places]
         found.append((float(np.mean(held)) if held else 1.0, sequences))
     if not found:
         assert failed is not None
@@ -72,27 +75,10 @@ def equal_sequences(
     return max(found, key=lambda f: f[0])[1]
 
 
-def _sequence(
-    place: Place, form: str, fraction: float, steps: int, tt_fraction: float, multiple_of: int
-) -> ConvSequence:
-    """At ``fraction`` of the full rank and ``steps`` more; the dense layer where that is not cheaper in everything."""
-    kh, kw = place.kernel
-    inputs, outputs = place.in_channels, place.out_channels
-
-    def rank(whole: int) -> int:
-        return min(snap(fraction * whole, whole, multiple_of) + steps * multiple_of, whole)
-
-    form = possible((outputs, inputs, kh, kw), (form,))[0]
-    if form in ("channel", "spatial"):
-        made = sequence(place, form, [rank(full_rank(place, form))])
-    else:
-        a, b = rank(inputs), rank(outputs)
-        whole = min(a * kh, kw * b)
-        made = sequence(
-            place, form, [a, b] if form == "tucker" else [a, snap(tt_fraction * whole, whole, multiple_of), b]
-        )
-    cheaper = all(one < other for one, other in zip(cost_of(place, made), _dense(place), strict=True))
-    return made if cheaper else dense_sequence(place)
+def _sequence(place: Place, form: str, fraction: float, more: int, wish: Wish) -> ConvSequence:
+    """At ``fraction`` of the full rank and ``more`` ranks above; the dense layer where that is not cheaper in everything."""
+    made = scaled(place, form, fraction, wish, more=more)
+    return made if below(cost_of(place, made), _dense(place)) else dense_sequence(place)
 
 
 def _filled(
@@ -113,7 +99,7 @@ def _filled(
         costs = [cost_of(places[name], c) for c in (one, raised[name])]
         dearer = raised[name].widths and all(a < b for a, b in zip(*costs, strict=True))
         options = [one, raised[name]] if dearer else [one]
-        held = np.maximum.accumulate([spectra[name].held(c) for c in options] + [1.0])
+        held = np.maximum.accumulate([held_by(places[name], spectra[name], c) for c in options] + [1.0])
         alternatives[name] = [*options, dense_sequence(places[name])]
         worth[alternatives_name(name)] = np.diff(held, prepend=0.0)
         ceiling[alternatives_name(name)] = len(options)

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import CostModel
-from espalier.forms import Place, dense_sequence, find_places, sequence, sequential
-from espalier.forms.lowrank import matrix_size
-from espalier.forms.sequences import cost_of
-from espalier.forms.svd import stage_weights
+from espalier.forms import FORMS, MatrixForm, Place, cost_of, dense_sequence, find_places, sequence, sequential
+from espalier.forms.table import ALWAYS, matrix_form
+from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import FROZEN, is_frozen
 from espalier.plan import Budget
+from espalier.solver import BudgetError, solve
 
-LAYOUTS = ("auto", "channel", "spatial")
+AUTO = "auto"
+LAYOUTS = (AUTO, *(name for name, form in FORMS.items() if isinstance(form, MatrixForm)))
 BISECTIONS = 20
 COMPOSING = 0.06  # of the MACs of a layer that composing its weight may cost at full rank ...
 USUAL_BATCH = 128  # ... and at this batch
@@ -92,8 +93,7 @@ class RankAlternatives:
         """Two plain layers in a row; both take a square root of ``s``, so that further training treats them alike."""
         u, s, v = (f.detach() for f in factors)
         place, root = self.places[layer], s.abs().sqrt()
-        shape = (place.out_channels, place.in_channels, *(() if place.linear else place.kernel))
-        weights = stage_weights(u * root * s.sign(), v * root, shape, self.forms[layer])
+        weights = matrix_form(self.forms[layer]).stage_weights(u * root * s.sign(), v * root, place.weight_shape)
         return sequential(place, self.forms[layer], weights, bias)
 
 
@@ -112,6 +112,8 @@ def rank_alternatives(
     left.update({n: FROZEN for n in places if is_frozen(model, n)})
     places = {n: p for n, p in places.items() if n not in left}
     forms = {name: layout(place, form) for name, place in places.items()}
+    left.update(refused(model, example, places, forms))
+    places = {n: p for n, p in places.items() if n not in left}
     ranks: dict[str, tuple[int, ...]] = {}
     alternatives: dict[str, list[ConvSequence]] = {}
     for name, place in places.items():
@@ -127,13 +129,31 @@ def rank_alternatives(
             name = next(n for n in alternatives if alternatives_name(n) == group.name)
             left[name] = "protected by the budget"
             del alternatives[name], ranks[name]
+    found = with_alternatives(graph, alternatives)
+    try:  # unreachable budgets fail now
+        even = {g.name: np.ones(g.size) for g in found.groups if g.options}
+        solve(found, even, budget.limits(CostModel(graph).cost(graph.sizes)))
+    except BudgetError as error:
+        raise unreachable(error, left) from error
     return RankAlternatives(
-        with_alternatives(graph, alternatives),
+        found,
         {n: places[n] for n in alternatives},
         {n: forms[n] for n in alternatives},
         ranks,
         left,
     )
+
+
+def unreachable(error: BudgetError, skipped: Mapping[str, str]) -> BudgetError:
+    """The same error, with the layers that keep their form and why."""
+    if not skipped:
+        return error
+    named = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:SHOWN])
+    more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return BudgetError(f"{error}; these keep their form: {named}{more}", error.smallest)
+
+
+SHOWN = 4  # layers that an error names
 
 
 def layout(place: Place, form: str) -> str:
@@ -142,20 +162,19 @@ def layout(place: Place, form: str) -> str:
     A spatial matrix is nearly square, so of a 3 x 3 convolution it has three times the rank of the channel matrix; where the
     image is small, composing the weight would cost more than convolving with it.
     """
-    if place.linear or place.kernel == (1, 1):
-        return "channel"
-    if form != "auto":
+    if math.prod(place.kernel) == 1 or len(place.kernel) == 1:
+        return ALWAYS.name
+    if form != AUTO:
         return form
-    shape = (place.out_channels, place.in_channels, *place.kernel)
-    full = min(matrix_size(shape, "spatial"))
-    return "spatial" if full <= COMPOSING * USUAL_BATCH * math.prod(place.output_size) else "channel"
+    most = COMPOSING * USUAL_BATCH * math.prod(place.output_size)
+    full = {n: matrix_form(n).full_rank(place) for n in LAYOUTS[1:] if n != ALWAYS.name}
+    return max((n for n in full if full[n] <= most), key=full.__getitem__, default=ALWAYS.name)
 
 
 def _options(place: Place, form: str, multiple_of: int) -> list[ConvSequence]:
-    shape = (place.out_channels, place.in_channels, *(() if place.linear else place.kernel))
     macs, params = cost_of(place, dense_sequence(place))
     sequences = []
-    for rank in range(multiple_of, min(matrix_size(shape, form)) + 1, multiple_of):
+    for rank in range(multiple_of, matrix_form(form).full_rank(place) + 1, multiple_of):
         option = sequence(place, form, [rank])
         cost = cost_of(place, option)
         if cost[0] >= macs or cost[1] >= params:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.forms.lowrank import orthonormalise
-from espalier.forms.svd import svd, to_matrix
+from espalier.forms.svd import svd
+from espalier.forms.table import matrix_form
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.importance import Returns
@@ -79,7 +80,7 @@ def _factors(
     model: nn.Module, alternatives: RankAlternatives, batches: Batches | None
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     matrices = {
-        n: to_matrix(model.get_submodule(n).weight.detach(), alternatives.forms[n])  # type: ignore[operator]
+        n: matrix_form(alternatives.forms[n]).matrix(model.get_submodule(n).weight.detach())  # type: ignore[operator]
         for n in alternatives.places
     }
     if batches is None:

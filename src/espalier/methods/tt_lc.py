@@ -34,20 +34,23 @@ from torch import Tensor, nn
 
 from espalier.copies import copy_model
 from espalier.costs import Cost
-from espalier.forms import FORMS, Place, dense_sequence, find_places, sequence, sequential
-from espalier.forms.candidates import Spectra, cheapest, full_rank, measure, options_at
-from espalier.forms.sequences import cost_of
+from espalier.forms import FORMS, Place, Wish, cost_of, dense_sequence, find_places, sequence, sequential
+from espalier.forms.candidates import Factors, cheapest, compose, factorise, full_rank, options_at, ranks_of
+from espalier.forms.form import shape_of
+from espalier.forms.spectra import Spectra, measure
+from espalier.forms.table import possible
 from espalier.forms.transfer import moved
-from espalier.forms.tucker import Factors, compose, factorise
+from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, files, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import FROZEN, Batches, Method, Removed, Run, Status, is_frozen, need_progress
 from espalier.methods.equal import equal_sequences
 from espalier.methods.lc import LearningCompression
+from espalier.methods.ranks import unreachable
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
 from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
 from espalier.plan import Budget
-from espalier.solver import solve
+from espalier.solver import BudgetError, solve
 from espalier.surgery import replace
 
 RANKS = ("evbmf", "energy", "equal")
@@ -189,7 +192,7 @@ class TTLCRun(Run):
                 self.skipped[name] = "protected"
             elif is_frozen(self.model, name):
                 self.skipped[name] = FROZEN
-            elif place.kernel == (1, 1) and min(place.in_channels, place.out_channels) < 2:
+            elif math.prod(place.kernel) == 1 and min(place.in_channels, place.out_channels) < 2:
                 self.skipped[name] = "too small"
             else:
                 try:
@@ -197,18 +200,34 @@ class TTLCRun(Run):
                     self.places[name] = place
                 except ValueError as error:
                     self.skipped[name] = str(error)
+        for form in self.method.forms:
+            forms = {n: possible(shape_of(p), (form,))[0] for n, p in self.places.items()}
+            for name, why in refused(self.model, self.example, self.places, forms).items():
+                self.skipped[name] = why
+                del self.places[name]
         self.stages = {n: "linear" if p.linear else "x".join(map(str, p.output_size)) for n, p in self.places.items()}
 
     def _check_reachable(self) -> None:
         """A budget that cannot be met fails now, not in the middle of the run; a model within it already is fine."""
         if all(getattr(self.cost, m) <= limit for m, limit in self.limits.items()):
             return
-        multiple_of, forms = self.budget.multiple_of, self.method.forms
-        alternatives = {n: cheapest(p, multiple_of=multiple_of, forms=forms) for n, p in self.places.items()}
-        alternatives = {n: options for n, options in alternatives.items() if len(options) > 1}
-        graph = with_alternatives(self.graph, alternatives)
-        worth = {alternatives_name(n): np.ones(2) for n in alternatives}
-        solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
+        method = self.method
+        fraction = max(method.tt_fraction, TT_RANGE[0]) if method.trials else method.tt_fraction
+        wish = Wish((1, 1), fraction, self.budget.multiple_of)
+        failed: BudgetError | None = None
+        for forms in [(f,) for f in method.forms] if method.ranks == "equal" else [method.forms]:
+            alternatives = {n: cheapest(p, wish, forms=forms) for n, p in self.places.items()}
+            alternatives = {n: options for n, options in alternatives.items() if len(options) > 1}
+            graph = with_alternatives(self.graph, alternatives)
+            worth = {alternatives_name(n): np.ones(2) for n in alternatives}
+            try:
+                solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
+            except BudgetError as error:
+                failed = error
+            else:
+                return
+        assert failed is not None
+        raise unreachable(failed, self.skipped) from failed
 
     # -- 1. L steps ----------------------------------------------------------------------------------------------------
 
@@ -276,14 +295,8 @@ class TTLCRun(Run):
         for name, place in self.places.items():
             ranks = self.proposal(name, spectra[name])
             fraction = point.get("tt", self.method.tt_fraction)
-            options, lost = options_at(
-                place,
-                spectra[name],
-                ranks,
-                fraction=fraction,
-                multiple_of=self.budget.multiple_of,
-                forms=self.method.forms,
-            )
+            wish = Wish(ranks, fraction, self.budget.multiple_of)
+            options, lost = options_at(place, spectra[name], wish, forms=self.method.forms)
             if len(options) == 1:
                 continue
             held = self._worth(1.0 - lost, spectra[name], ranks)
@@ -446,13 +459,15 @@ class TTLCRun(Run):
             if (name, form) not in known:
                 old = self.factors.get(name)
                 start = old.bases if old is not None and old.form == form.name else None
-                known[name, form] = factorise(wanted[name], form.name, form.widths, sweeps=sweeps, start=start)
+                known[name, form] = factorise(
+                    wanted[name], form.name, ranks_of(self.places[name], form), sweeps=sweeps, start=start
+                )
         return {name: known[name, form] for name, form in sequences.items()}
 
     def _record_forms(self, progress: float) -> None:
         for name, place in self.places.items():
             form = self.sequences.get(name)
-            whole = full_rank(place, "tucker" if form is None else form.name)
+            whole = min(place.in_channels, place.out_channels) if form is None else full_rank(place, form.name)
             ranks = form.widths if form is not None else (whole,)
             self.record("rank", {name: float(min(ranks))}, progress=progress)
             self.record("full rank", {name: float(whole)}, progress=progress)
@@ -516,7 +531,7 @@ class TTLCRun(Run):
             "arrived": self._arrived,
             "iterations": self.lc.iterations,
             "lc": None if self.replaced else self.lc.state_dict(),
-            "sequences": {n: [c.name, list(c.widths)] for n, c in self.sequences.items()},
+            "sequences": {n: [c.name, list(ranks_of(self.places[n], c))] for n, c in self.sequences.items()},
             "bases": {n: list(f.bases) for n, f in self.factors.items() if f.bases is not None},
             "weights": {n: list(f.weights) for n, f in self.factors.items()},
             "collapsed": {n: list(found) for n, found in self.collapsed.items()},
@@ -529,7 +544,8 @@ class TTLCRun(Run):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rows = {n for n, m in self.model.named_modules() if isinstance(m, nn.Sequential)}
-        odd = [n for n in state["sequences"] if (n not in rows if state["replaced"] else n not in self.places)]
+        forms = state["sequences"] if "sequences" in state else state["chains"]  # the second: as first written
+        odd = [n for n in forms if (n not in rows if state["replaced"] else n not in self.places)]
         if odd:
             raise ValueError(
                 f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
@@ -547,12 +563,13 @@ class TTLCRun(Run):
         if self.replaced:
             return
         self.lc.load_state_dict(state["lc"])
-        self.sequences = {n: sequence(self.places[n], form, widths) for n, (form, widths) in state["sequences"].items()}
+        self.sequences = {n: sequence(self.places[n], form, widths) for n, (form, widths) in forms.items()}
         self.factors = {}  # on the CPU, where they are made and go on
         for name, weights in state["weights"].items():
             bases = state["bases"].get(name)
-            pair = None if bases is None else (bases[0].cpu(), bases[1].cpu())
-            self.factors[name] = Factors(state["sequences"][name][0], tuple(w.cpu() for w in weights), pair)
+            pair = None if bases is None else tuple(b.cpu() for b in bases)
+            shape = self.places[name].weight_shape
+            self.factors[name] = Factors(forms[name][0], tuple(w.cpu() for w in weights), shape, pair)
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -11,6 +11,7 @@ uncorrelated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,12 +67,18 @@ def input_moments(
 
 def _patches(x: Tensor, stage: Stage) -> Tensor:
     """What the stage reads at every position of every image; rows of ``(I * kh * kw)`` in the order of its weight."""
+    if len(stage.kernel) != 2:
+        x = F.pad(x, [p for amount in reversed(stage.padding) for p in (amount, amount)])
+        for axis, (k, s, d) in enumerate(zip(stage.kernel, stage.stride, stage.dilation, strict=True), 2):
+            x = x.unfold(axis, (k - 1) * d + 1, s)[..., ::d]
+        positions = range(2, 2 + len(stage.kernel))  # kernel positions are the axes behind them
+        return x.movedim(1, 1 + len(positions)).flatten(0, len(positions)).flatten(1)
     unfolded = F.unfold(x, stage.kernel, dilation=stage.dilation, padding=stage.padding, stride=stage.stride)
     return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
 
 
 def _images_at_once(x: Tensor, stage: Stage) -> int:
-    numbers = x[0].numel() * stage.kernel[0] * stage.kernel[1]
+    numbers = x[0].numel() * math.prod(stage.kernel)
     return max(1, AT_ONCE // numbers)
 
 

@@ -34,7 +34,7 @@ from espalier.carving import put_in_place, refresh
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
 from espalier.graph.watch import first_line
-from espalier.layers import ChannelPad, PaddedConv2d, PartConv2d
+from espalier.layers import ChannelPad, FactorisedConv, FactorisedLinear, PaddedConv2d, PartConv2d
 from espalier.seals import DAMAGED, SEAL, seal
 
 FORMAT = "espalier/1"
@@ -50,6 +50,7 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
 }
 """Numbers that follow the widths, by module type (subclasses included)."""
 
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation")
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -77,6 +78,8 @@ BUILDERS: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
         lambda m: {"in_features": m.in_features, "out_features": m.out_features, "bias": m.bias is not None},
     ),
     "Sequential": (nn.Sequential, lambda m: {}),
+    "FactorisedConv": (FactorisedConv, lambda m: {k: getattr(m, k) for k in _GEOMETRY}),
+    "FactorisedLinear": (FactorisedLinear, lambda m: {}),
     "LowRank": (LowRank, _low_rank_arguments),
     **{name: (kind, lambda m: {}) for name, kind in LEFT.items()},  # in place of blocks
 }
