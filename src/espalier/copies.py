@@ -21,10 +21,51 @@ _ATOMS: frozenset[Any] = frozenset([
 _CONTAINERS: frozenset[Any] = frozenset([dict, OrderedDict, set, list])
 
 
+def unwrapped(model: nn.Module, *, who: str, in_place: bool = False) -> nn.Module:
+    """The network inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and averaged weights.
+
+    Raises: ValueError for what is no module, for a wrapper that holds parts of the parameters only or, ``in_place``, would not
+    notice that they change, and for layers that have not seen an input.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{who}: expected an nn.Module, got {type(model).__name__}")
+    while (name := _wrapper(model)) is not None:
+        if name == "FullyShardedDataParallel" or (in_place and name == "DistributedDataParallel"):
+            raise ValueError(
+                f"{who}: this is a {name}, which does not follow when parameters change; give the network before it is "
+                "wrapped, and wrap what comes back"
+            )
+        model = getattr(model, _WRAPPERS[name])
+    for path, module in named_modules(model).items():
+        if any(isinstance(t, _Uninitialized) for t in (*module._parameters.values(), *module._buffers.values())):
+            raise ValueError(
+                f"{who}: {path or 'the model'} is a {type(module).__name__}, which has no weights before it has seen an input; "
+                "run the model once on an example, and give it then"
+            )
+    return model
+
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "AveragedModel": "module",
+}
+_Uninitialized = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    """By name: to import them all would take seconds."""
+    kinds = [k.__name__ for k in type(model).__mro__ if k.__module__.startswith("torch.")]
+    return next((k for k in kinds if k in _WRAPPERS), None)
+
+
 def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """What ``copy.deepcopy`` gives, except that ``tensors[id(t)]`` takes the place of every tensor ``t`` named there.
 
-    Whatever is shared inside the model is shared inside the copy.
+    Whatever is shared inside the model is shared inside the copy.  Hooks that are closures over modules of the model, or over
+    tables that these keep, are closures over those of the copy.  Results that a module keeps are cut off their gradients.
     """
     memo: dict[int, Any] = dict(tensors)
     parameters, buffers = named_tensors(model)
@@ -35,16 +76,23 @@ def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
         if id(tensor) in memo:
             continue
         if type(tensor) is nn.Parameter:  # what deepcopy does, without its bookkeeping
-            copied = tensor.detach().clone(memory_format=torch.preserve_format)
-            memo[id(tensor)] = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+            value = tensor.detach().clone(memory_format=torch.preserve_format)
+            memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad)
         elif _is_whole(tensor) and stored[tensor.untyped_storage()._cdata] == 1:
             memo[id(tensor)] = tensor.clone(memory_format=torch.preserve_format)
-    return _copied_module(model, memo)
+    return copied(model, memo)
 
 
 def copied(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """``copy_model`` where ``tensors`` names every parameter and buffer, or where Python's own copy of the rest will do."""
-    return _copied_module(model, dict(tensors))
+    memo: dict[int, Any] = dict(tensors)
+    memo[_TABLES] = {
+        id(v)
+        for m in named_modules(model).values()
+        for k, v in vars(m).items()
+        if not k.startswith("_") and isinstance(v, (dict, list))
+    }
+    return _copied_module(model, memo)
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -101,13 +149,15 @@ def _copied_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     known = memo.get(id(module))
     if known is not None:
         return known
+    if isinstance(module, torch.jit.ScriptModule):
+        return _copied_script(module, memo)
     if not _is_plain(type(module)):  # type: ignore[arg-type]
         return copy.deepcopy(module, memo)
     new = memo[id(module)] = object.__new__(type(module))
     state = new.__dict__
     for key, value in module.__dict__.items():
         if type(value) in _ATOMS:
-            state[key] = value
+            state[key] = _copied_function(value, memo) if type(value) is types.FunctionType else value
         elif type(value) in _CONTAINERS and not value:  # most of what a module holds is an empty list of hooks
             known = memo.get(id(value))
             state[key] = memo.setdefault(id(value), type(value)()) if known is None else known
@@ -132,9 +182,57 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if (kind is dict or kind is OrderedDict) and _ATOMS.issuperset(map(type, value)):
         new = memo[id(value)] = kind()
         for key, item in value.items():
-            new[key] = item if type(item) in _ATOMS else _copied(item, memo)
+            plain = type(item) in _ATOMS and type(item) is not types.FunctionType
+            new[key] = item if plain else _copied(item, memo)
         return new
+    if kind is list:
+        new = memo[id(value)] = []
+        new.extend(_copied(item, memo) for item in value)
+        return new
+    if kind is types.FunctionType:
+        return _copied_function(value, memo)
+    if isinstance(value, Tensor) and not value.is_leaf:  # a result, which deepcopy refuses
+        result = memo[id(value)] = value.detach().clone()
+        return result
     return _copied_module(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+
+
+def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """The same code over the copies of what it closes over: modules, and tables that modules keep."""
+    cells = function.__closure__
+    if not cells:
+        return function
+    new = []
+    for cell in cells:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # nothing in it yet
+            return function
+        ours = isinstance(content, nn.Module) or id(content) in memo.get(_TABLES, ())
+        new.append(types.CellType(_copied(content, memo)) if ours else cell)
+    if all(a is b for a, b in zip(new, cells, strict=True)):
+        return function
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(new)
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+_TABLES = -1  # of a memo: identities of the tables that the model's modules keep; no object has this identity
+
+
+def _copied_script(module: Any, memo: dict[int, Any]) -> Any:
+    """A scripted module copies itself in C++, which knows nothing of ``memo``."""
+    new = copy.deepcopy(module, memo)
+    made = dict(new.named_modules())
+    for path, part in module.named_modules():
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if id(tensor) in memo:
+                made[path]._c.setattr(name, memo[id(tensor)])
+    memo[id(module)] = new
+    return new
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from espalier.carving import put_in_place
 from espalier.copies import copy_model, named_modules
@@ -294,15 +295,12 @@ def _what_is_left(x: Tensor, y: Tensor) -> str | None:
 
 
 def _noise(value: Any, generator: torch.Generator) -> Any:
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return value
-        return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-    if isinstance(value, dict):
-        return {k: _noise(v, generator) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_noise(v, generator) for v in value)
-    return value
+    def noise(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+
+    return tree_map_only(Tensor, noise, value)
 
 
 def _agree(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> str | None:

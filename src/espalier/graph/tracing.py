@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from espalier.carving import Kept, carve
-from espalier.copies import copied, named_modules, named_tensors
+from espalier.copies import copied, named_modules, named_tensors, unwrapped
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Span, Term
 from espalier.graph.rehearsal import Rehearsal, Rehearsed, Units, widths
 from espalier.graph.rules import RULES
@@ -64,8 +65,7 @@ def trace(
     Raises ``TraceError`` (a ``ValueError``) naming operation, module and source line; ``TraceTimeout`` after
     ``time_limit`` seconds.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"trace: expected an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model, who="trace")
     deadline = time.monotonic() + time_limit
     with watchdog(deadline), torch.inference_mode(False):
         return _understood(model, example_inputs, deadline, rehearse).graph
@@ -405,20 +405,16 @@ def private_copy(model: nn.Module, device: str) -> nn.Module:
 def call_arguments(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments with private tensors on ``device``."""
 
+    def private(tensor: Tensor) -> Tensor:
+        elsewhere = device == "meta" or tensor.device.type != device
+        return tensor.detach().to(device) if elsewhere else tensor.detach().clone()
+
     def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (
-                value.detach().to(device) if device == "meta" or value.device.type != device else value.detach().clone()
-            )
-        if isinstance(value, dict):
-            return {k: move(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(move(v) for v in value)
-        return value
+        return tree_map_only(Tensor, private, value)  # also inside named tuples
 
     if isinstance(example, dict):
         return (), move(example)
-    if isinstance(example, (tuple, list)):
+    if isinstance(example, (tuple, list)) and not hasattr(example, "_fields"):
         return tuple(move(v) for v in example), {}
     return (move(example),), {}
 

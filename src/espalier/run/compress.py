@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import __version__
+from espalier.copies import copy_model, unwrapped
 from espalier.costs import Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.base import Method, Run, budget_for
@@ -166,8 +166,7 @@ class _Job:
         recipe: Recipe,
         calibration: list[Batch] | None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"compress: expected an nn.Module, got {type(model).__name__}")
+        model = unwrapped(model, who="compress")
         if source is not None:
             source = set_aside(source, method.withholds)
         self.model, self.source, self.example = model, source, example
@@ -195,7 +194,7 @@ class _Job:
         self.trained = bool(trained)
         if self.source is None:
             return
-        reference = copy.deepcopy(self.model).to(self.device)
+        reference = copy_model(self.model, {}).to(self.device)
         if isinstance(self.source, Data):
             self.source = self.source.to(self.device)
         self.dense_result = self._tested(reference)
@@ -210,7 +209,7 @@ class _Job:
         """Begin on a copy of the network, as it is or as the checkpoint has it."""
         self.checkpoint = None if folder is None else folder / CHECKPOINT
         self.goes_on = resumes and self.checkpoint is not None and self.checkpoint.exists()
-        small = copy.deepcopy(self.model).to(self.device)
+        small = copy_model(self.model, {}).to(self.device)
         if self.goes_on and self.checkpoint is not None:
             rebuild_from_checkpoint(small, self.checkpoint)
         self.process: Run | None = None

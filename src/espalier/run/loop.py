@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from espalier.copies import copy_model
 from espalier.graph import files
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
@@ -260,7 +260,7 @@ class _Run:
         self.model = _placed(model, device, recipe)
         self.teacher = None
         if teacher is not None and self.distill:
-            self.teacher = _placed(copy.deepcopy(teacher), device, recipe).eval()
+            self.teacher = _placed(copy_model(teacher, {}), device, recipe).eval()
         self.teacher_print = fingerprint(self.teacher)
         self.data = data.to(device) if isinstance(data, Data) else data
         self.recipe, self.device, self.process, self.path = recipe, device, process, path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import os
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from espalier.copies import copy_model
 from espalier.run.evaluate import thread_count
 from espalier.run.onnx import feeds, onnx_session, positional, read_onnx, resized, to_onnx_bytes
 from espalier.run.optional import import_optional
@@ -120,7 +120,7 @@ def layer_latency(
     In turns like ``latency``, in PyTorch, where ``example`` is.  The watching itself takes some microseconds per layer,
     so give a batch that keeps the layers busy.
     """
-    private = {name: copy.deepcopy(model).to(example.device).eval() for name, model in models.items()}
+    private = {name: copy_model(model, {}).to(example.device).eval() for name, model in models.items()}
     spent: dict[str, dict[str, float]] = {}
     found: dict[str, dict[str, list[float]]] = {name: {layer: [] for layer in layers} for name in models}
     begun: dict[str, float] = {}
@@ -199,7 +199,7 @@ def _torch_maker(model: Model, example: Any, threads: int) -> Maker:
     if not all(isinstance(a, Tensor) for a in args):
         raise ValueError("latency: give an example input, a tensor or a tuple of tensors, batch first")
     device = args[0].device
-    private = copy.deepcopy(model).to(device).eval()
+    private = copy_model(model, {}).to(device).eval()
 
     def make(batch: int) -> Call:
         inputs = resized(args, batch)

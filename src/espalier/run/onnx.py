@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import ctypes
 import io
 import logging
+import math
 import os
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from espalier import __version__
+from espalier.copies import copy_model, unwrapped
 from espalier.graph.watch import first_line, tensors_in
 from espalier.run.optional import import_optional
 from espalier.run.rundir import write_file
@@ -119,8 +124,11 @@ def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[
     """The ONNX file and its largest difference from PyTorch, from the first exporter whose file runs."""
     import_optional("onnx", extra="onnx")
     import_optional("onnxruntime", extra="onnx")
-    private = copy.deepcopy(model).cpu().eval()
+    private = copy_model(unwrapped(model, who="export_onnx"), {}).cpu().eval()
     args, form = positional(example), form or Form()
+    private = _flat(private, example)
+    if isinstance(example, dict) and form.input_names is None and len(example) == len(args):
+        form = replace(form, input_names=tuple(example))
     if form.input_names is not None and len(form.input_names) != len(args):
         raise ValueError(f"export_onnx: {len(form.input_names)} input names were given for {len(args)} inputs")
     problems = []
@@ -165,12 +173,37 @@ def feeds(session: Any, args: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def positional(example: Any) -> tuple[Tensor, ...]:
-    """The example's tensors on the CPU.  Raises: ValueError for keyword arguments, which ONNX has no place
-    for."""
-    args = example if isinstance(example, (tuple, list)) else (example,)
-    if not args or not all(isinstance(a, Tensor) for a in args):
-        raise ValueError("ONNX export takes a tensor or a tuple of tensors as example")
-    return tuple(a.detach().cpu() for a in args)
+    """The example's tensors on the CPU, in the order of positions, lists and keywords.
+
+    Raises: ValueError if there is none, or something that is no tensor among them.
+    """
+    leaves, _ = tree_flatten(example)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        odd = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+        raise ValueError(f"ONNX has inputs that are tensors; the example has {', '.join(odd) or 'nothing'}")
+    return tuple(leaf.detach().cpu() for leaf in leaves)
+
+
+class _Flat(nn.Module):
+    """A network whose inputs are tables, lists or named tuples, as one that takes their tensors in a row."""
+
+    def __init__(self, model: nn.Module, form: Any) -> None:
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, *tensors: Tensor) -> Any:
+        example = tree_unflatten(list(tensors), self.form)
+        if isinstance(example, dict):
+            return self.model(**example)
+        several = isinstance(example, (tuple, list)) and not hasattr(example, "_fields")
+        return self.model(*example) if several else self.model(example)
+
+
+def _flat(model: nn.Module, example: Any) -> nn.Module:
+    """``model``, or what takes the tensors of ``example`` where they do not stand side by side."""
+    several = isinstance(example, (tuple, list)) and not hasattr(example, "_fields")
+    side_by_side = isinstance(example, Tensor) or (several and all(isinstance(v, Tensor) for v in example))
+    return model if side_by_side else _Flat(model, tree_flatten(example)[1]).eval()
 
 
 def resized(args: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
@@ -181,7 +214,8 @@ def resized(args: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
 def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], free: tuple[str, ...]) -> float:
     session = onnx_session(content)
     random = torch.Generator().manual_seed(0)
-    worst = 0.0
+    errors: dict[int, float] = {}  # by output
+    scales: dict[int, float] = {}
     for batch, grown in ((1, False), (3, True)) if "batch" in free else ((None, False), (None, True)):
         given = args if batch is None else resized(args, batch)
         if grown:
@@ -193,10 +227,15 @@ def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], free
             theirs = [torch.from_numpy(o) for o in session.run(None, feeds(session, inputs))]
             if [t.shape for t in ours] != [t.shape for t in theirs]:
                 raise ValueError("ONNX Runtime returns other shapes than PyTorch")
-            for a, b in zip(ours, theirs, strict=True):
-                found = _relative(a.double(), b.double()) if a.numel() else 0.0
-                worst = found if found != found else max(worst, found)
-    return worst
+            for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                error, scale = _compared(a.double(), b.double())
+                before = errors.get(number, 0.0)
+                errors[number] = before if math.isnan(before) else error if math.isnan(error) else max(before, error)
+                scales[number] = max(scales.get(number, 0.0), scale)
+    # Relative to the largest output of all inputs: those of zeros alone may be rounding and nothing else.
+    tiny = torch.finfo(torch.float64).tiny
+    found = [0.0, *(error / max(scales[number], tiny) for number, error in errors.items())]
+    return next((f for f in found if math.isnan(f)), max(found))
 
 
 GROWN = 32  # pixels by which an open height or width is larger at the second look: whatever strides there are divide it
@@ -210,8 +249,13 @@ def _larger(args: tuple[Tensor, ...], free: tuple[str, ...]) -> tuple[Tensor, ..
     return tuple(nn.functional.pad(a, (0, more[0], 0, more[1])) if a.dim() >= 4 else a for a in args)
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(torch.finfo(ours.dtype).tiny))
+def _compared(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Largest difference, and largest of ours that is finite.  NaN and infinity in the same places differ by nothing."""
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    if not ours.numel():
+        return 0.0, 0.0
+    error = torch.where(same, 0.0, (ours - theirs).abs())
+    return float(error.max()), float(torch.where(ours.isfinite(), ours.abs(), 0.0).max())
 
 
 # -- exporters
@@ -220,7 +264,9 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: Form) -> bytes:
     import_optional("onnxscript", extra="onnx")
     open_sizes = {name: torch.export.Dim(name) for name in free}
-    shapes = tuple({d: open_sizes[n] for d, n in _open(a, free).items()} for a in args) if free else None
+    shapes: Any = tuple({d: open_sizes[n] for d, n in _open(a, free).items()} for a in args) if free else None
+    if free and isinstance(model, _Flat):
+        shapes = (shapes,)  # of its one argument, ``*tensors``
     program = torch.onnx.export(
         model,
         args,
@@ -281,11 +327,13 @@ def _attempts(form: Form) -> Iterator[tuple[str, _Export, tuple[str, ...]]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters write progress and advice to every channel there is."""
+    """Exporters write progress and advice to every channel there is, and C++ writes past Python's."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     nowhere = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), _no_output(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -294,3 +342,51 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+_silence = threading.Lock()
+_silent: list[int] = []  # copies of the program's two outputs while threads inside want silence
+_inside = 0
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """The file descriptors 1 and 2 lead nowhere; the first thread in turns them, the last one out turns them back."""
+    global _inside
+    with _silence:
+        if _inside == 0:
+            for stream in (sys.__stdout__, sys.__stderr__):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()  # type: ignore[union-attr]
+            _silent[:] = _turned_away()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _silence:
+            _inside -= 1
+            if _inside == 0:
+                _flush_c()
+                for number, kept in zip((1, 2), _silent, strict=False):
+                    os.dup2(kept, number)
+                    os.close(kept)
+                _silent.clear()
+
+
+def _flush_c() -> None:
+    """What C's own buffers still hold would come out later."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).fflush(None)
+
+
+def _turned_away() -> list[int]:
+    _flush_c()
+    try:
+        kept = [os.dup(1), os.dup(2)]
+    except OSError:  # a program without outputs
+        return []
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    return kept

@@ -125,6 +125,8 @@ def _timings(outcome: Outcome, backend: str) -> list[Timing]:
     if isinstance(example, dict):
         raise ValueError("models with keyword inputs are not timed")
     tensors = example if isinstance(example, (tuple, list)) else (example,)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        raise ValueError("models with nested inputs are not timed")
     models = {"dense": outcome.dense_model, "small": outcome.small_model}
     return latency(models, tuple(t.detach().cpu() for t in tensors), backend=backend, batch_sizes=BATCH_SIZES)
 

@@ -31,6 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from espalier.carving import put_in_place, refresh
+from espalier.copies import unwrapped
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
 from espalier.graph.watch import first_line
@@ -448,7 +449,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str
 
     Written beside and then renamed: a full disk leaves an existing file as it was.  ``extra`` are further metadata strings.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model, who="save")
     tensors: dict[str, Tensor] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # shared ones once
         tensors[name] = tensor.detach().cpu().contiguous()
@@ -493,6 +494,7 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     another architecture or to other settings of it.  ``base`` is as it was then.
     """
     table, tensors = _read(path)
+    given, base = base, unwrapped(base, who="load", in_place=True)
     try:
         with untouched_on_error(base):
             fresh = _reshape(base, table)
@@ -509,7 +511,7 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
         for name, tensor in tensors.items():
             if name not in fresh and not own[name].is_meta:
                 own[name].copy_(tensor)
-    return base
+    return given
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.carving import Kept, carve, carved, put_in_place
-from espalier.copies import copy_model, named_tensors
+from espalier.copies import copy_model, named_tensors, unwrapped
 from espalier.forms.shapes import padding_of
 from espalier.graph import Graph
 from espalier.graph.blocks import LEFT
@@ -23,6 +23,7 @@ def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
 
     ``ValueError`` if ``plan`` does not belong to ``graph``, or ``graph`` not to ``model``.
     """
+    model = unwrapped(model, who="shrink")
     plan.check(graph)
     _check_same(model, graph)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
@@ -53,6 +54,7 @@ def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.opti
     Gradients and the state of ``optimizer`` are cut along, its parameter lists are brought up to date; training goes on.
     The old ``graph`` no longer describes the model afterwards: trace again.
     """
+    model = unwrapped(model, who="shrink_", in_place=True)
     plan.check(graph)
     _check_same(model, graph)
     absent = graph.absent(plan.keep)
@@ -82,6 +84,7 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     Blocks that are left out are silent.  This is what the small model must equal.  Zeroing at the consumers rather than at the
     producers matters: a BatchNorm bias would survive there.
     """
+    model = unwrapped(model, who="mask")
     plan.check(graph)
     _check_same(model, graph)
     masked = copy_model(model, {})

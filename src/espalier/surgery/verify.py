@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from espalier.copies import copy_model
+from espalier.copies import copy_model, unwrapped
 from espalier.costs import CostModel, cost
 from espalier.forms import composed
 from espalier.forms.shapes import rectangle_of
@@ -92,6 +91,7 @@ def verify(
     group keeps only units that nothing reads and lost others that something read.
     A forward that breaks after surgery is reported with the line that broke.
     """
+    model = unwrapped(model, who="verify")
     if budget is not None:
         need_budget(budget)
     checks: list[Check] = []
@@ -173,7 +173,7 @@ def verify(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             save(built, path)
-            base = fresh() if fresh is not None else copy.deepcopy(model)
+            base = fresh() if fresh is not None else copy_model(model, {})
             loaded = load(path, base=base).to(_device(built))
             return _compare_bits(outputs(), forward(loaded, example), "saved, loaded, same bits")
 
@@ -306,7 +306,7 @@ def difference(one: nn.Module, other: nn.Module, example: Any, *, training: bool
     """
     generator = torch.Generator().manual_seed(0)
     error = scale = 0.0
-    inputs = _map(example, lambda t: _noise(t, generator))
+    inputs = tree_map_only(Tensor, lambda t: _noise(t, generator), example)
     a, b = _in_double(one, inputs, training), _in_double(other, inputs, training)
     if [t.shape for t in a] != [t.shape for t in b]:
         raise ValueError(f"outputs have shapes {[tuple(t.shape) for t in b]} instead of {[tuple(t.shape) for t in a]}")
@@ -327,9 +327,9 @@ def difference(one: nn.Module, other: nn.Module, example: Any, *, training: bool
 def _in_double(model: nn.Module, example: Any, training: bool) -> list[Tensor]:
     """The outputs in float64, also where the model's own code asks for single precision (a grid of coordinates, say)."""
     try:
-        return forward(copy.deepcopy(model).double(), example, training=training)
+        return forward(copy_model(model, {}).double(), example, training=training)
     except RuntimeError:
-        private = copy.deepcopy(model).double()
+        private = copy_model(model, {}).double()
         with _DoubleForSingle():
             return forward(private, example, training=training)
 
@@ -355,16 +355,6 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {k: _map(v, change) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(v, change) for v in value)
-    return value
 
 
 def count_macs(model: nn.Module, example: Any) -> int:
