@@ -15,6 +15,7 @@ from espalier import __version__
 from espalier.costs import cost
 from espalier.graph import trace
 from espalier.graph.summary import overview, readable_bytes
+from espalier.methods.tcp import TCP
 from espalier.present import options as opt
 from espalier.present.config import (
     Config,
@@ -32,6 +33,7 @@ from espalier.present.html import write_report
 from espalier.present.jobs import open_network, run_job
 from espalier.present.ship import described, exported, exported_int8, input_of_run, times, times_table
 from espalier.present.show import show_markdown, show_summary
+from espalier.present.sweep import as_markdown, numbers, points_of, sweep
 from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
 from espalier.run.folder import Images
@@ -121,6 +123,54 @@ def compress(
     if (out / SUMMARY).exists():
         show_markdown((out / SUMMARY).read_text(encoding="utf-8"), stdout)
     stdout.print(f"{out}", markup=False, soft_wrap=True)
+
+
+@app.command(name="sweep")
+@opt.with_settings(data=(Images,), recipe=(Recipe,))
+def sweep_points(
+    model: opt.Model = None,
+    weights: opt.Weights = None,
+    data: opt.Data = None,
+    data_dir: opt.DataDir = None,
+    download: opt.Download = False,
+    holdout: opt.Holdout = None,
+    macs: opt.MacsList = None,
+    params: opt.ParamsList = None,
+    activation_memory: opt.ActivationMemoryList = None,
+    multiple_of: opt.MultipleOf = None,
+    protect: opt.Protect = None,
+    method: opt.Methods = None,
+    seeds: opt.Seeds = 1,
+    no_distill: opt.NoDistill = False,
+    config: opt.Config = None,
+    out: opt.Out = None,
+    storage: opt.Storage = None,
+    trust: opt.Trust = False,
+    *,
+    settings: Mapping[str, dict[str, Any]],
+) -> None:
+    """Run methods at several budgets and seeds: a run folder for each, a table, pictures. Started again, it goes on."""
+    if out is None:
+        raise ValueError("--out is missing: give the folder that receives the sweep")
+    wanted: Config = {
+        "model": given(name=model, weights=weights),
+        "data": {**given(name=data, dir=data_dir, holdout=holdout), **settings["data"]},
+        "budget": given(multiple_of=multiple_of, protect=protect),
+        "method": {},
+        "recipe": {**settings["recipe"], **({"distill": 0.0} if no_distill else {})},
+    }
+    merged = merged_settings(wanted, config=config, out=None, resume=False, trust=trust)
+    limits = {"macs": macs, "params": params, "activation_memory": activation_memory}
+    texts = {n: text for n, text in limits.items() if text is not None}
+    budgets = {n: numbers(f"--{n.replace('_', '-')}", text) for n, text in texts.items()}
+    methods = (method or merged["method"].get("name", TCP.name)).split(",")
+    points = points_of({**merged, "method": {}}, methods=methods, budgets=budgets, seeds=seeds)
+    with stopped("go on with the same command"):
+        rows = sweep(points, out=out, storage=storage, download=download)
+    show_markdown(as_markdown(rows), stdout)
+    stdout.print(f"{out}", markup=False, soft_wrap=True)
+    if any(r["state"] == "fail" for r in rows):
+        raise typer.Exit(1)
 
 
 @app.command()

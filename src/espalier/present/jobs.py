@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,13 @@ def run_job(
     download: bool = False,
     board: bool = False,
     verify: bool = True,
+    known: Mapping[str, float] | None = None,
+    beat: Callable[[], None] | None = None,
 ) -> None:
-    """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too; without ``verify`` nothing is proven."""
+    """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too; without ``verify`` nothing is proven.
+
+    ``known`` are the dense network's accuracy and loss, if they are; ``beat`` is called after every epoch.
+    """
     recipe, method = make_recipe(config), make_method(config)
     budget = None if method is None else make_budget(config, method)
     data = make_data(config, device=pick_device(recipe.device), download=download)
@@ -71,6 +77,7 @@ def run_job(
     title = f"{config['model']['name']} on {config['data']['name']}"
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
         on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
+        on_epoch = on_epoch if beat is None else with_beat(on_epoch, beat)
         if method is None:
             with owned(out):
                 earlier = check_folder(out, resume=resume, force=force)
@@ -91,6 +98,7 @@ def run_job(
                         resume=resume,
                         force=force,
                         verify=verify,
+                        dense_result=known,
                         config={"model": config["model"], "data": config["data"]},
                         on_epoch=on_epoch,
                         on_step=progress.on_step,
@@ -160,6 +168,16 @@ def with_board(on_epoch: OnEpoch, folder: Path) -> OnEpoch:
         if not boards:
             boards.append(tensorboard(folder))
         boards[0](history)
+
+    return both
+
+
+def with_beat(on_epoch: OnEpoch, beat: Callable[[], None]) -> OnEpoch:
+    """``on_epoch``, and ``beat`` before it."""
+
+    def both(history: History) -> None:
+        beat()
+        on_epoch(history)
 
     return both
 

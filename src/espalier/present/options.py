@@ -196,6 +196,45 @@ Trust = Annotated[
     typer.Option("--trust", help="Run the code that the folder's config.toml names: only if you know who wrote it."),
 ]
 
+# -- sweep
+
+MacsList = Annotated[
+    str | None,
+    _option("--macs", "Multiply-adds, several with commas between them: 0.3,0.5,0.7.", "Budget", metavar="LIST"),
+]
+ParamsList = Annotated[
+    str | None,
+    _option("--params", "Parameters, likewise; lists are paired, one value goes with all.", "Budget", metavar="LIST"),
+]
+ActivationMemoryList = Annotated[
+    str | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget", metavar="LIST")
+]
+Methods = Annotated[
+    str | None,
+    _option(
+        "--method",
+        "Methods, with commas between them; hyper-parameters behind colons: mgp,mgp:blocks=true. Default tcp.",
+        "Training",
+        metavar="LIST",
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option(
+        "--seeds", help="Runs of every method at every budget, from --seed on.", rich_help_panel="Training", metavar="N"
+    ),
+]
+Storage = Annotated[
+    str | None,
+    _option(
+        "--storage",
+        "Where workers take points from: a file of Optuna's journal, or a database URL such as sqlite:///sweep.db; default "
+        "sweep.journal in --out. Start the same command as often as you like, on this machine or others.",
+        "Run folder",
+        metavar="FILE|URL",
+    ),
+]
+
 # -- inspect
 
 NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Default: CIFAR's 10, else 1000.", min=1)]

@@ -96,6 +96,7 @@ def compress(
     force: bool = False,
     trained: bool | None = None,
     verify: bool = True,
+    dense_result: Mapping[str, float] | None = None,
     config: Mapping[str, Mapping[str, Any]] | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
@@ -121,7 +122,8 @@ def compress(
     as it was given, before anything is trained, and with whether it is the teacher.
 
     The finished network is proven (``espalier.verify``): it computes what the dense architecture computes when what the plan
-    removes reads zero, at the cost that was planned, inside the budget.  ``verify=False`` goes without.
+    removes reads zero, at the cost that was planned, inside the budget.  ``verify=False`` goes without.  ``dense_result`` are
+    accuracy and loss of ``model``, where an earlier run has them: it is not evaluated again.
 
     Raises: ValueError if something does not fit together or the budget cannot be met; TrainingDiverged; ProofError if the
     proof fails, after everything is written.
@@ -142,7 +144,7 @@ def compress(
     with nullcontext() if folder is None else owned(folder):
         earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
         job = _Job(model, source, example, budget, method, recipe, calibration)
-        job.judge(earlier, trained)
+        job.judge(earlier, trained, dense_result)
         if on_dense is not None and job.dense_result:
             on_dense(job.dense_result, job.teacher is not None)
         job.describe(earlier, config or {})
@@ -189,7 +191,7 @@ class _Job:
         self.dense_result: dict[str, float] = {}
         self.cut_seconds = 0.0
 
-    def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None) -> None:
+    def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None, known: Mapping[str, float] | None) -> None:
         """Evaluate the dense network, and find out whether its small copy can learn from it."""
         self.trained = bool(trained)
         if self.source is None:
@@ -197,7 +199,7 @@ class _Job:
         reference = copy_model(self.model, {}).to(self.device)
         if isinstance(self.source, Data):
             self.source = self.source.to(self.device)
-        self.dense_result = self._tested(reference)
+        self.dense_result = self._tested(reference) if known is None else dict(known)
         if trained is None and earlier is not None:
             trained = earlier.get("start", {}).get("trained")
         self.trained = _is_trained(reference, self.source) if trained is None else bool(trained)

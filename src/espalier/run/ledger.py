@@ -1,0 +1,141 @@
+"""Who works on which point of a sweep, and what came of it: one Optuna study, in a file or in any database.
+
+A point is an enqueued trial.  A worker takes one by moving it from *waiting* to *running*, which a storage lets only one worker
+do.  What was taken by a process that is no longer there is free again: on this machine at once, on others once it has not been
+heard of for ``SILENT`` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from espalier.run.optional import import_optional
+
+SILENT = 3600.0  # seconds without an epoch after which a point on another machine is given to somebody else
+JOURNAL = "sweep.journal"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One point as the ledger has it: ``state`` is waiting, running, complete or fail."""
+
+    point: str
+    state: str
+    number: int
+    facts: Mapping[str, Any]  # what its worker has written down: results, or the ``error``
+
+
+class Ledger:
+    """``storage`` is a database URL (``sqlite:///sweep.db``, ``postgresql://...``) or a file of Optuna's journal.
+
+    Raises: ValueError if it cannot be opened; MissingPackage without the extra ``search``.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        optuna = import_optional("optuna", extra="search")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._states = optuna.trial.TrialState
+        try:
+            if "://" in storage:
+                backend = optuna.storages.RDBStorage(storage)
+            else:
+                Path(storage).parent.mkdir(parents=True, exist_ok=True)
+                backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+            self.study = optuna.create_study(
+                study_name=name, storage=backend, direction="maximize", load_if_exists=True
+            )
+        except Exception as error:  # every database has errors of its own
+            raise ValueError(f"storage {storage}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
+        self._storage = backend
+
+    def add(self, points: Iterable[str]) -> None:
+        """Enqueue those that are not there yet."""
+        there = {e.point for e in self.entries()}
+        for point in points:
+            if point not in there:
+                self.study.enqueue_trial({"point": point}, user_attrs={"point": point})
+
+    def entries(self) -> list[Entry]:
+        """Every point once, in the order in which they were added: of two workers that added it the first one's counts."""
+        found: dict[str, Entry] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            facts = dict(trial.user_attrs)
+            point = facts.pop("point", None)
+            if point is not None and point not in found and not facts.get("superseded"):
+                found[point] = Entry(point, trial.state.name.lower(), trial.number, facts)
+        return list(found.values())
+
+    def take(self, points: Iterable[str]) -> Entry | None:
+        """The next of ``points`` that nobody is at work on, now ours; ``None`` if there is none."""
+        mine = set(points)
+        for entry in self.entries():
+            if entry.point in mine and entry.state == "running" and _is_gone(entry.facts.get("worker")):
+                self._supersede(entry)
+        for entry in self.entries():
+            if entry.point in mine and entry.state == "waiting" and self._move(entry, self._states.RUNNING):
+                self.note(entry, worker=_me())
+                return entry
+        return None
+
+    def _supersede(self, entry: Entry) -> None:
+        """Put a new trial in the place of one whose worker is gone; of several who try, one succeeds: a trial ends once."""
+        self.note(entry, superseded=True)
+        if self._move(entry, self._states.FAIL):
+            self.study.enqueue_trial({"point": entry.point}, user_attrs={"point": entry.point})
+
+    def beat(self, entry: Entry) -> None:
+        """Say that we are still at it."""
+        self.note(entry, worker=_me())
+
+    def note(self, entry: Entry, **facts: Any) -> None:
+        """Write something down about a point that has not ended: plain values."""
+        with suppress(RuntimeError):  # it ended meanwhile
+            for name, value in facts.items():
+                self._storage.set_trial_user_attr(self._id(entry), name, value)
+
+    def complete(self, entry: Entry, accuracy: float) -> None:
+        self._storage.set_trial_state_values(self._id(entry), self._states.COMPLETE, [accuracy])
+
+    def fail(self, entry: Entry, error: str) -> None:
+        """Recorded, and not tried again."""
+        self.note(entry, error=error)
+        self._storage.set_trial_state_values(self._id(entry), self._states.FAIL)
+
+    def release(self, entry: Entry) -> None:
+        """Let somebody else go on with it."""
+        self._move(entry, self._states.WAITING)
+
+    def _id(self, entry: Entry) -> int:
+        return int(self._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, entry.number))
+
+    def _move(self, entry: Entry, state: Any) -> bool:
+        try:
+            return bool(self._storage.set_trial_state_values(self._id(entry), state))
+        except RuntimeError:  # finished by somebody meanwhile
+            return False
+
+
+def _me() -> dict[str, Any]:
+    return {"host": platform.node(), "process": os.getpid(), "heard": time.time()}
+
+
+def _is_gone(worker: Any) -> bool:
+    """Is the worker no longer there?  One that has just moved a point has not said who it is yet."""
+    if not isinstance(worker, Mapping):
+        return False
+    if worker.get("host") != platform.node():
+        return time.time() - float(worker.get("heard", 0.0)) > SILENT
+    try:
+        os.kill(int(worker["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
