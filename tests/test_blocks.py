@@ -1,5 +1,6 @@
 """Residual blocks as units: found, proven, costed exactly, left out by surgery, saved and exported."""
 
+import copy
 import random
 
 import numpy as np
@@ -14,7 +15,9 @@ from espalier.graph import files, find_blocks, trace, with_blocks
 from espalier.graph.blocks import LEFT
 from espalier.plan import Budget, Plan
 from espalier.solver import solve
-from espalier.surgery import load, save, shrink, shrink_, verify
+from espalier.surgery import load, rebuild, save, shrink, shrink_, structure, verify
+from tests.steps import EXAMPLE as STEP_EXAMPLE
+from tests.steps import logits, network, train_step, train_through
 
 
 class Residual(nn.Module):
@@ -315,3 +318,83 @@ def test_a_network_without_a_block_is_exported(tmp_path):
     graph = graph_of(model)
     small = shrink(model, graph, without(graph, "stage.1"))
     assert es.export_onnx(small, tmp_path / "small.onnx", EXAMPLE) < 1e-4
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_shot_leaves_out_blocks_where_that_gives_up_less():
+    model = randomise(Net(basic))
+    with torch.no_grad():
+        model.stage[0].branch[3].weight.mul_(1e-3)  # what reads its channels
+    batches = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4)]
+    run = es.Magnitude(score="taylor", blocks=True).start(model, EXAMPLE, Budget(macs=0.7), batches=batches)
+    assert [b.module for b in run.dense_graph.absent(run.plan.keep)] == ["stage.0"]
+    assert isinstance(run.finish().stage[0], nn.Identity) and run.cost.macs <= run.limits["macs"]
+
+
+@pytest.mark.parametrize("method", [es.TCP(blocks=True), es.MGP(blocks=True)], ids=lambda m: m.name)
+def test_fading_blocks_arrives_without_force_and_without_a_jump(method):
+    model = network()
+    run = method.start(model, STEP_EXAMPLE, Budget(macs=0.3))
+    assert len(run.graph.blocks) == 7
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    shrink_now, jumps = run.remove, []
+
+    def watched(units, optimizer):
+        absent = run.graph.absent(units)
+        before = logits(model, x)
+        result = shrink_now(units, optimizer)
+        jumps.append((len(absent), float((logits(model, x) - before).abs().max() / before.abs().max())))
+        return result
+
+    run.remove = watched
+    train_through(run, optimizer, steps=120)
+    small = run.finish()
+    assert not run.forced and max(jump for _, jump in jumps) < 1e-5 and sum(n for n, _ in jumps) >= 2
+    assert len(run.dense_graph.absent(run.plan.keep)) == sum(n for n, _ in jumps)
+    found = trace(small, STEP_EXAMPLE)
+    assert es.cost(found) == run.cost and run.cost.macs <= run.limits["macs"]
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+
+
+@pytest.mark.parametrize("method", [es.TCP(blocks=True), es.MGP(blocks=True)], ids=lambda m: m.name)
+def test_a_run_that_leaves_blocks_out_goes_on_exactly(method):
+    def half(steps, model, run, optimizer):
+        for step in steps:
+            train_step(run, optimizer, step)
+            run.step(progress=(step + 1) / 80, optimizer=optimizer)
+
+    def begin():
+        model = network()
+        run = method.start(model, STEP_EXAMPLE, Budget(macs=0.3))
+        return model, run, torch.optim.SGD(model.parameters(), lr=0.05)
+
+    model, run, optimizer = begin()
+    half(range(50), model, run, optimizer)
+    assert len(run.graph.blocks) < 7
+    state, table = copy.deepcopy(run.state_dict()), structure(model)
+    weights = {n: t.clone() for n, t in model.state_dict().items()}
+    half(range(50, 80), model, run, optimizer)
+
+    again = rebuild(network(), table)
+    again.load_state_dict(weights)
+    second = method.start(again, STEP_EXAMPLE, Budget(macs=1.0))
+    second.load_state_dict(state)
+    half(range(50, 80), again, second, torch.optim.SGD(again.parameters(), lr=0.05))
+    one, two = run.finish().state_dict(), second.finish().state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize("make", [lambda: es.Magnitude(blocks=True), lambda: es.TCP(blocks=True, importance="scale")])
+def test_a_score_that_cannot_weigh_blocks_is_refused(make):
+    with pytest.raises(ValueError, match="taylor"):
+        make()
+
+
+def test_frozen_weights_keep_their_block():
+    model = randomise(Net(basic))
+    model.stage[0].branch[1].weight.requires_grad_(False)
+    run = es.TCP(blocks=True).start(model, EXAMPLE, Budget(macs=0.9))
+    assert [b.module for b in run.graph.blocks] == ["stage.1", "last"] and "stage.0" in run.skipped

@@ -11,6 +11,7 @@ import numpy as np
 
 from espalier.costs import METRICS, Cost, CostModel, CostState
 from espalier.graph import Frozen, Graph, Group
+from espalier.graph.graph import CHANNELS
 from espalier.plan import Budget, Plan
 
 
@@ -32,6 +33,7 @@ def solve(
     per_cost: bool = True,
     ceiling: Mapping[str, int] | None = None,
     floor: Mapping[str, int] | None = None,
+    block_share: float = 1.0,
 ) -> Plan:
     """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
 
@@ -39,7 +41,7 @@ def solve(
     kept whole.  Of ``graph.alternatives`` it is what each option adds to the one below; options go from the top, and
     several at once where that gives up less per MAC saved than one by one (from dense to well below break-even rank).
     Of a block (``graph.blocks``) it is what the block is worth beyond its inner groups, whose units count only while it stays:
-    leaving it out gives up all of them that are left, and saves what they cost by then.
+    leaving it out gives up ``block_share`` of all of them that are left, and saves what they cost by then.
     ``ceiling`` bounds the count of groups from above: what went in earlier decisions does not come back.  ``floor`` bounds it
     from below, inside of a block as long as the block stays.
     ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes first,
@@ -67,7 +69,7 @@ def solve(
         lowest[number] = min(max(lowest[number], -(-least // steps[number]) * steps[number]), sizes[number])
         if group.name not in importance or (protect is not None and protect[number]):
             lowest[number] = sizes[number]
-    blocks = _Inside(graph)
+    blocks = _Inside(graph, block_share)
     for block, inner in blocks.inner.items():  # what has to stay keeps the block around it
         if protect is not None and any(protect[i] for i in inner):
             lowest[block] = sizes[block]
@@ -88,8 +90,12 @@ def solve(
 class _Inside:
     """Which groups are gone with which block."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, share: float = 1.0) -> None:
+        self.share = share
         self.inner = {graph.index[b.group]: graph.inner(b) for b in graph.blocks}
+        # channels, selected inputs and kernel shapes are views of the same weights: one view is what they are worth
+        own = {b: [i for i in inner if graph.groups[i].kind == CHANNELS] for b, inner in self.inner.items()}
+        self.counted = {b: own[b] or inner for b, inner in self.inner.items()}
         self.around = {i: block for block, inner in self.inner.items() for i in inner}
 
     def is_gone(self, group: int, keep: np.ndarray) -> bool:
@@ -97,12 +103,12 @@ class _Inside:
         return group in self.around and int(keep[self.around[group]]) < 2
 
     def worth(self, group: int, keep: np.ndarray, sums: list[np.ndarray]) -> float:
-        """Of a block what its inner groups are worth at present, else nothing."""
-        return sum(float(sums[i][keep[i]]) for i in self.inner.get(group, ()))
+        """What a block is worth for its inner groups as they are at present; nothing for other groups."""
+        return self.share * sum(float(sums[i][keep[i]]) for i in self.counted.get(group, ()))
 
     def units(self, group: int, keep: np.ndarray) -> int:
         """Of a block how many units there are in its inner groups, else none."""
-        return sum(int(keep[i]) for i in self.inner.get(group, ()))
+        return sum(int(keep[i]) for i in self.counted.get(group, ()))
 
 
 def _highest(graph: Graph, ceiling: Mapping[str, int] | None) -> np.ndarray:

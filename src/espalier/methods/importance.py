@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier.copies import named_modules
 from espalier.graph import Graph
-from espalier.methods.units import Consumer, Units
+from espalier.methods.units import Consumer, Units, Whole
 from espalier.settings import Fraction, OneOf, described
 
 Score = Callable[[nn.Module, Units], Tensor]
@@ -148,7 +148,8 @@ class Moments:
     def __init__(self, model: nn.Module, units: Units) -> None:
         self.units = units
         self._modules = dict(model.named_modules())
-        readers = {c.tensor.rpartition(".")[0]: c for c in units.consumers if c.tensor.endswith(".weight")}
+        columns = [c for c in units.consumers if not isinstance(c, Whole)]
+        readers = {c.tensor.rpartition(".")[0]: c for c in columns if c.tensor.endswith(".weight")}
         self._columns = {n: c for n, c in readers.items() if n in self._modules}
         self.sums: dict[str, Tensor] = {}
         self._hooks: list[Any] = []

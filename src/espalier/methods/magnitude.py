@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
+from espalier.methods.blocks import WholeBlocks, block_rules, need_comparable, offer_blocks, worth_of_blocks
 from espalier.methods.importance import Returns, ScoreName, diminishing, measure
 from espalier.methods.scoring import settle_batchnorm
 from espalier.plan import Budget
@@ -32,6 +33,11 @@ class Magnitude(Method):
     score: ScoreName = "scale_times_consumer"
     per_cost: Annotated[bool, described("importance per MAC saved, or importance alone")] = True
     returns: Returns = 0.5
+    blocks: WholeBlocks = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_comparable("Magnitude", "score", self.score, self.blocks)
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> OneShot:
         return OneShot(model, example, budget, self, batches)
@@ -44,7 +50,10 @@ class OneShot(AtOnce):
         self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Batches | None
     ) -> None:
         super().__init__(model, example, budget)
+        if method.blocks:
+            offer_blocks(self)
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
-        self.remove(solve(self.graph, importance, budget, per_cost=method.per_cost).keep, None)
+        worth, rules = worth_of_blocks(self.graph, importance), block_rules(self.graph)
+        self.remove(solve(self.graph, worth, budget, per_cost=method.per_cost, **rules).keep, None)
         settle_batchnorm(model, batches)

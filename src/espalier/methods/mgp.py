@@ -39,6 +39,7 @@ from espalier.graph.inputs import inputs_name
 from espalier.graph.stripes import striped, stripes_name
 from espalier.layers import PartConv2d
 from espalier.methods.base import FROZEN, Batches, Removed, is_frozen
+from espalier.methods.blocks import WholeBlocks, block_rules, offer_blocks, worth_of_blocks
 from espalier.methods.importance import Sensitivity
 from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
 from espalier.methods.stripes import Masks, StripeMasks
@@ -69,6 +70,7 @@ class MGP(FadingMethod):
             "let channels that several layers make, a residual stream, go as in TCP; readers then select nothing"
         ),
     ] = False
+    blocks: WholeBlocks = False
     stagger: Annotated[Share, described("how much later than the coarser one each finer granularity begins")] = 0.03
     stripes: Annotated[bool, described("free masks of stripes instead of kernel shapes: counted, not executed")] = False
 
@@ -79,6 +81,8 @@ class MGP(FadingMethod):
             raise ValueError("MGP(): all granularities are off; switch on filters, inputs, shapes or stripes")
         if self.streams and not self.filters:
             raise ValueError("MGP(streams=True, filters=False): streams go as filters do; switch filters on")
+        if self.stripes and self.blocks:
+            raise ValueError("MGP(stripes=True, blocks=True): stripes are counted, blocks are not executed; choose one")
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> MGPRun:
         return MGPRun(model, example, budget, self)
@@ -94,10 +98,13 @@ class MGPRun(Fading):
         self.bake()
         self.hold_frozen()
         self.graph, self.shapes, self.skipped = granularities(model, self.graph, example, method)
+        if method.blocks:
+            offer_blocks(self)
         self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
         self.stripes = StripeMasks(model, self._striped() if method.stripes else ())
         counted = self.stripes.graph(self.graph)
-        solve(counted, {g.name: np.ones(g.size) for g in counted.groups}, self.limits, **self._rules(counted))
+        even = worth_of_blocks(counted, {g.name: np.ones(g.size) for g in counted.groups})
+        solve(counted, even, self.limits, **self._rules(counted))  # unreachable budgets fail now
         self._bind()
         self._begin()
 
@@ -116,7 +123,8 @@ class MGPRun(Fading):
         return found
 
     def _rules(self, graph: Graph) -> dict[str, Any]:
-        return {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
+        own = {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
+        return {**own, **block_rules(graph)}
 
     @property
     def counted(self) -> Cost | None:
@@ -167,7 +175,7 @@ class MGPRun(Fading):
         if progress >= self.method.reach - self.method.fade:
             open_ = len(kinds)
         for number in range(max(open_, 1), len(kinds) + 1):
-            some = {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}
+            some = worth_of_blocks(graph, {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]})
             try:
                 plan = solve(graph, some, limits, **self._rules(graph))
                 break
@@ -244,7 +252,7 @@ class MGPRun(Fading):
             less = len(plan.keep[g.name]) - g.size if g.name in plan.keep else -int(going[number])
             if less:
                 saved = sum(-state.change(m, number, less) / max(getattr(self.dense, m), 1) for m in ("macs", "params"))
-                share[place[g.layer] if g.options else number] = max(saved, 0.0)
+                share[place.get(g.layer, number) if g.options else number] = max(saved, 0.0)
         pace = np.sqrt(share) * (1.0 + going / left)
         busy = pace > 0
         if not busy.any():
@@ -313,8 +321,10 @@ class MGPRun(Fading):
     def _carry_out(
         self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle], optimizer: torch.optim.Optimizer | None
     ) -> Removed:
+        gone = {n for n in self.shapes if any(b.holds(n) for b in self.graph.absent(stay))}
+        cut = {n: rectangle for n, rectangle in cut.items() if n not in gone}
         rows = [self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)]
-        rows += [np.arange(s.start, s.stop) for n, s in self.units.taps.items() if n not in cut]
+        rows += [np.arange(s.start, s.stop) for n, s in self.units.taps.items() if n not in cut and n not in gone]
         kept = self.graph.kept({n: np.asarray(u) for n, u in stay.items()})
         for layer, own in self.units.stripes.items():
             by_filter = np.arange(own.start, own.stop).reshape(self.stripes.gone[layer].shape)
@@ -329,8 +339,8 @@ class MGPRun(Fading):
         for tensor, by_dim in trimmed.items():
             removed.kept.setdefault(tensor, {}).update(by_dim)
         self.stripes.cut(kept)
-        self.shapes = {n: r for n, r in self.shapes.items() if n not in cut}
-        self.chosen = {n: r for n, r in self.chosen.items() if n not in cut}
+        self.shapes = {n: r for n, r in self.shapes.items() if n not in cut and n not in gone}
+        self.chosen = {n: r for n, r in self.chosen.items() if n not in cut and n not in gone}
         self._bind()
         self.sensitivity.value, self.sensitivity.batches = value[upload(survivors, self.units.device)], batches
         self._keep_rows(survivors)
@@ -399,7 +409,7 @@ FEWEST_INPUTS = 8  # an image has too few channels to select among
 
 
 def kind_of(group: str) -> str:
-    """The granularity of a group, by its name."""
+    """The granularity of a group, by its name; residual blocks take part from the beginning, as filters do."""
     layer = group.partition(":")[0]
     finer = {inputs_name(layer): INPUTS, alternatives_name(layer): SHAPES, stripes_name(layer): STRIPES}
     return finer.get(group, FILTERS)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from espalier.costs import CostModel
 from espalier.graph import files
 from espalier.methods.base import Batches, Removed
+from espalier.methods.blocks import WholeBlocks, block_rules, need_comparable, offer_blocks, worth_of_blocks
 from espalier.methods.importance import BY_WEIGHT, Moments, Returns, ScoreName, Sensitivity, diminishing
 from espalier.methods.pressure import LISTEN_EVERY, Fading, FadingMethod
 from espalier.methods.units import Units, upload
@@ -49,10 +50,12 @@ class TCP(FadingMethod):
     importance: ScoreName = "taylor"
     per_cost: Annotated[bool, described("weigh importance by what a unit costs, or take it as it is")] = True
     returns: Returns = 1.0
+    blocks: WholeBlocks = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_pace()
+        need_comparable("TCP", "importance", self.importance, self.blocks)
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> TCPRun:
         return TCPRun(model, example, budget, self)
@@ -65,9 +68,11 @@ class TCPRun(Fading):
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: TCP) -> None:
         super().__init__(model, example, budget, method)
-        solve(self.graph, {g.name: np.ones(g.size) for g in self.graph.groups}, budget)  # unreachable budgets fail now
         self.bake()
         self.hold_frozen()
+        if method.blocks:
+            offer_blocks(self)
+        self._solved({g.name: np.ones(g.size) for g in self.graph.groups}, self.limits)  # unreachable budgets fail now
         self._bind(Units(model, self.graph))
         self._begin()
 
@@ -103,15 +108,18 @@ class TCPRun(Fading):
 
     def _keep_set(self, limits: Mapping[str, int]) -> Mapping[str, np.ndarray]:
         worth = self.units.by_group(self.importance())
-        plan = solve(
+        return self._solved({n: diminishing(w, self.method.returns) for n, w in worth.items()}, limits)
+
+    def _solved(self, worth: Mapping[str, np.ndarray], limits: Mapping[str, int]) -> Mapping[str, np.ndarray]:
+        return solve(
             self.graph,
-            {n: diminishing(w, self.method.returns) for n, w in worth.items()},
+            worth_of_blocks(self.graph, worth),
             limits,
             multiple_of=self.budget.multiple_of,
             protect=self.budget.protected(self.graph),
             per_cost=self.method.per_cost,
-        )
-        return plan.keep
+            **block_rules(self.graph),
+        ).keep
 
     def _choose(self, progress: float) -> np.ndarray:
         keep = self._keep_set(self.limits_at(progress))

@@ -91,14 +91,36 @@ class Stripes:
         return per_position.view(self.parameter.shape[0], 1, *self.parameter.shape[2:])
 
 
-Consumer = Columns | Taps | Stripes
+@dataclass(frozen=True)
+class Whole:
+    """A parameter that a unit owns with all its elements: what silences a residual block."""
+
+    tensor: str
+    parameter: nn.Parameter
+    owner: Tensor  # int64, (1,)
+
+    def per_position(self, values: Tensor) -> Tensor:
+        """Sum over everything; shape ``(1,)``, float32."""
+        return values.sum(dtype=torch.float32).reshape(1)
+
+    def energy(self) -> Tensor:
+        """Sum of squares, like ``per_position``."""
+        return self.per_position(self.parameter.detach().square())
+
+    def shaped(self, per_position: Tensor) -> Tensor:
+        """The value, to be broadcast against the parameter."""
+        return per_position.view([1] * self.parameter.ndim)
+
+
+Consumer = Columns | Taps | Stripes | Whole
 
 
 class Units:
     """All units of a graph in one row, group after group, tied to the parameters of one model.
 
     Behind them come the kernel positions of the convolutions named in ``taps``, layer after layer, row by row, and behind
-    those the stripes of the convolutions named in ``stripes``, filter by filter.
+    those the stripes of the convolutions named in ``stripes``, filter by filter.  Of a block that may be left out
+    (``graph.blocks``) the second unit owns what silences it, and the first one nothing.
     """
 
     def __init__(
@@ -119,7 +141,9 @@ class Units:
         self.device = torch.device("cpu") if first is None else first.device
         reads = self._owners(lambda s: s.consumed)
         makes = self._owners(lambda s: not s.consumed and s.tensor in parameters)
+        silencers = [(n, self.offsets[graph.index[b.group]] + 1) for b in graph.blocks for n in b.silent]
         self.read = [*reads.values(), *(np.arange(own.start, own.stop) for own in rows)]  # owners, on the host
+        self.read += [np.array([unit]) for _, unit in silencers]
         every = [*self.read, *makes.values()]
         row = upload(np.concatenate(every) if every else np.zeros(0, dtype=np.int64), self.device)
         owners = iter(row.split([len(o) for o in every]))
@@ -127,6 +151,7 @@ class Units:
         for name, weight in zip((*taps, *stripes), weights, strict=True):
             kind = Taps if name in self.taps else Stripes
             self.consumers.append(kind(f"{name}.weight", weight, next(owners)))
+        self.consumers += [Whole(name, parameters[name], next(owners)) for name, _ in silencers]
         self.producers = [Columns(t, d, parameters[t], next(owners)) for t, d in makes]
         self._read = row[: sum(map(len, self.read))]
         self._together = self._by_size()

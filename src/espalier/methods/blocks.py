@@ -1,0 +1,57 @@
+"""Residual blocks in methods: which may go, what they are worth beside channels, how narrow one that stays may become.
+
+Two things were measured on trained networks (``benchmarks.block_importance``), and are the two constants below.  First-order
+importance overstates what a block is worth: all channels inside add up to more than leaving the block out does to the loss.
+And the last channels of a block are worth nothing: one channel wide it is no better than not there at all, and takes time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+
+from espalier.graph import Graph, find_blocks, with_blocks
+from espalier.graph.graph import CHANNELS
+from espalier.methods.base import FROZEN, Run
+from espalier.settings import described
+
+WholeBlocks = Annotated[
+    bool, described("let residual blocks go as a whole, where that gives up less than their channels")
+]
+
+SHARE = 0.25  # what a channel counts when its block goes as a whole, relative to when it goes by itself
+NARROWEST = 0.5  # of its inner widths, a block that stays
+
+
+def offer_blocks(run: Run) -> None:
+    """Let the residual blocks of the network that ``run`` works on be left out; those that hold a frozen weight stay."""
+    frozen = [n for n, p in run.model.named_parameters() if not p.requires_grad]
+    found = find_blocks(run.model, run.example)
+    free = [b for b in found.found if not any(b.holds(n) for n in frozen)]
+    run.graph = with_blocks(run.graph, free)
+    run.skipped.update(found.left)
+    run.skipped.update({b.module: FROZEN for b in found.found if b not in free})
+
+
+def need_comparable(where: str, name: str, score: str, blocks: bool) -> None:
+    """``ValueError`` for a score that is relative to the layer: it says nothing about whole blocks."""
+    if blocks and score != "taylor":
+        raise ValueError(
+            f"{where}(blocks=True, {name}={score!r}): this score is relative to each layer and cannot weigh whole blocks; "
+            f"take {name}='taylor', which is measured on data"
+        )
+
+
+def worth_of_blocks(graph: Graph, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``importance`` in which a block is worth nothing beyond what is inside it."""
+    return {**importance, **{b.group: np.zeros(graph.group(b.group).size) for b in graph.blocks}}
+
+
+def block_rules(graph: Graph) -> dict[str, Any]:
+    """How ``solve`` weighs the blocks of ``graph``."""
+    inner = {i for b in graph.blocks for i in graph.inner(b)}
+    channels = [g for i, g in enumerate(graph.groups) if i in inner and g.kind == CHANNELS]
+    return {"block_share": SHARE, "floor": {g.name: math.ceil(NARROWEST * g.size) for g in channels}}
