@@ -14,7 +14,8 @@ from test_graph import Net, conv
 from torch import Tensor, nn
 
 from espalier.costs import cost
-from espalier.graph import Graph, trace
+from espalier.forms.places import find_places
+from espalier.graph import Graph, hold, selectable, trace
 from espalier.plan import Plan
 from espalier.surgery import shrink, verify
 from espalier.surgery.verify import count_macs
@@ -322,3 +323,36 @@ def test_fused_attention_costs_what_torch_counts() -> None:
     model = Net(lambda m, x: m.b(m.t(m.a(x).flatten(2).transpose(1, 2))), a=conv(3, 16), t=layer, b=nn.Linear(16, 5))
     graph = trace(model, IMAGE)
     assert cost(graph).macs == count_macs(model, IMAGE)
+
+
+def central_difference(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.c((m.b(y) - 0.7 * nn.functional.conv2d(y, m.b.weight.sum((2, 3), keepdim=True))).relu())
+
+
+def test_a_weight_that_the_forward_reads_a_second_time_takes_no_other_form() -> None:
+    model = Net(central_difference, a=conv(3, 16), b=conv(16, 12), c=conv(12, 5))
+    graph = prove_every_width(model, IMAGE)
+    assert graph.reread == ("b.weight",) and sizes(graph) == {"a": 16, "b": 12}
+    places, reasons_ = find_places(model, IMAGE)
+    assert set(places) == {"a", "c"} and "b" in reasons_
+    assert selectable(hold(graph, ["a"], "test"), ["b", "c"]) == []
+
+
+def test_a_layer_that_runs_once_is_read_once_and_a_tied_decoder_twice() -> None:
+    once = Net(lambda m, x: m.b(m.a(x).flatten(1)), a=conv(3, 4), b=nn.Linear(256, 5))
+    assert trace(once, IMAGE).reread == ()
+    tied = Net(lambda m, x: nn.functional.linear(m.a(x).relu(), m.a.weight.t()), a=nn.Linear(8, 6))
+    assert trace(tied, torch.zeros(1, 8)).reread == ("a.weight",)
+
+
+def test_what_only_training_allocates_is_no_activation_memory() -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.a(x).relu()
+        out = m.b(y.mean((2, 3)))
+        return (out, m.head(y.repeat(1, 1, 4, 4))) if m.training else out
+
+    plain = Net(lambda m, x: m.b(m.a(x).relu().mean((2, 3))), a=conv(3, 16), b=nn.Linear(16, 5))
+    with_head = Net(run, a=conv(3, 16), b=nn.Linear(16, 5), head=conv(16, 5))
+    memory = [cost(trace(m, IMAGE)).activation_memory for m in (plain, with_head)]
+    assert memory[0] == memory[1]

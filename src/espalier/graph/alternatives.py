@@ -121,6 +121,10 @@ class _Build:
         found = [(i, s) for i, s in self.sites.items() if s.module == layer]
         if len(found) != 1:
             raise ValueError(f"alternatives of {layer!r}: it runs {len(found)} times in one forward, not once")
+        if f"{layer}.weight" in self.base.reread:
+            raise ValueError(
+                f"alternatives of {layer!r}: the forward reads its weight a second time, so it has to stay dense"
+            )
         return found[0]
 
     def _length(self, extent: int) -> int:

@@ -186,6 +186,7 @@ class Graph:
     spans: tuple[Span, ...] = ()
     fixed_lines: tuple[tuple[str, str, int], ...] = ()  # source line, operation, how much of it rehearsals have fixed
     fixed_modules: tuple[str, ...] = ()
+    reread: tuple[str, ...] = ()  # parameters that one forward reads more than once: their layers take no other form
     blocks: tuple[Block, ...] = ()  # that may be left out (``graph.blocks``)
 
     @cached_property

@@ -105,7 +105,7 @@ def _site(graph: Graph, layer: str) -> int | None:
     if len(found) != 1 or shape is None or len(shape) != 4 or f"{layer}.index" in graph.shapes:
         return None
     site = graph.sites[found[0]]
-    if site.kind != "convolution" or len(site.term.extents) != 2:
+    if site.kind != "convolution" or len(site.term.extents) != 2 or f"{layer}.weight" in graph.reread:
         return None
     outputs, inputs = (graph.extents[e] for e in site.term.extents)
     if inputs.groups or inputs.fixed != shape[1] or outputs.length(graph.sizes) != shape[0]:

@@ -24,6 +24,8 @@ def striped(graph: Graph, layer: str) -> bool:
     shape = graph.shapes.get(f"{layer}.weight")
     if len(found) != 1 or shape is None or len(shape) != 4 or len(found[0].term.extents) != 2:
         return False
+    if f"{layer}.weight" in graph.reread:
+        return False
     return tuple(graph.extents[e].length(graph.sizes) for e in found[0].term.extents) == shape[:2]
 
 

@@ -320,8 +320,10 @@ def _watch(
         raise _Failed(error, _blame(error, private)) from error
     forwards = [Forward(False, watch.records, [tuple(t.shape) for t in tensors_in(output)])]
     sites, memory, spans, known = watch.sites, watch.memory, watch.spans, watch.known
-    unused = [n for n in watch.parameters if n not in watch.seen]
+    reads = watch.reads
+    unused = [n for n in watch.parameters if n not in reads]
     watch.sites, watch.memory, watch.spans, watch.records = [], Memory(), [], []
+    watch.reads = Counter()
     trained = private_copy(model, device)  # a forward may leave caches in its copy
     watch.look_at(trained)
     try:
@@ -346,7 +348,7 @@ def _watch(
             watch.known = known
         shapes_ = [tuple(t.shape) for t in tensors_in(output)]
         forwards.append(Forward(True, watch.records, shapes_, alike=same))
-    watch.sites, watch.memory, watch.spans = sites, memory, spans
+    watch.sites, watch.memory, watch.spans, watch.reads = sites, memory, spans, reads | watch.reads
     component = _components(watch)
     graph = _build(watch, component, tuple(notes.values()))
     return Stage(model, example, device, deadline, watch, graph, tuple(forwards))
@@ -626,6 +628,7 @@ def _build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> Graph
         notes=notes,
         fixed_lines=tuple((*key, level) for key, level in watch.lessons.lines.items()),
         fixed_modules=tuple(watch.lessons.modules),
+        reread=tuple(name for name in watch.parameters if watch.reads[name] > 1),
     )
 
 

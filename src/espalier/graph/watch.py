@@ -16,6 +16,7 @@ import re
 import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -308,7 +309,7 @@ class Watch(TorchDispatchMode):
         self.whole_groups: dict[str, int] = {}  # module -> how many channels one of its groups holds
         self.spans: list[RawSpan] = []
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
-        self.seen: set[str] = set()  # parameters that were used
+        self.reads: Counter[str] = Counter()  # parameter -> operations that read it; to hand on a view is not to read
         self.unknown: dict[str, None] = {}
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
@@ -586,7 +587,9 @@ class Watch(TorchDispatchMode):
                     return out
                 position = rehearsal.position - 1
             else:
-                self.seen.update([known.source for known in operands if known.source is not None])
+                for source in {known.source for known in operands} - {known.source for known in made}:
+                    if source is not None:
+                        self.reads[source] += 1
                 for tensor, known in zip(outs, made, strict=True):
                     if not known.derived:
                         self._birth(tensor, known)
