@@ -20,6 +20,7 @@ ORDER = [
     "solver",
     "forms",
     "surgery",
+    "timing",
     "methods",
     "run",
     "trainers",  # compression inside the trainers of others

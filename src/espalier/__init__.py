@@ -51,6 +51,10 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.surgery import save as save
     from espalier.surgery import shrink as shrink
     from espalier.surgery import verify as verify
+    from espalier.timing.making import profile as profile
+    from espalier.timing.profile import Profile as Profile
+    from espalier.timing.profile import load_profile as load_profile
+    from espalier.timing.profile import save_profile as save_profile
 
 _HOME = {
     "Budget": "espalier.plan",
@@ -64,6 +68,7 @@ _HOME = {
     "Method": "espalier.methods.base",
     "MissingPackage": "espalier.run.optional",
     "Plan": "espalier.plan",
+    "Profile": "espalier.timing.profile",
     "ProofError": "espalier.run.compress",
     "Recipe": "espalier.run.recipe",
     "Result": "espalier.run.compress",
@@ -86,8 +91,11 @@ _HOME = {
     "load": "espalier.surgery",
     "load_data": "espalier.run.data",
     "load_run": "espalier.present.ship",
+    "load_profile": "espalier.timing.profile",
     "load_weights": "espalier.run.models",
+    "profile": "espalier.timing.making",
     "save": "espalier.surgery",
+    "save_profile": "espalier.timing.profile",
     "shrink": "espalier.surgery",
     "solve": "espalier.solver",
     "trace": "espalier.graph",

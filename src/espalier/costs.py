@@ -2,12 +2,13 @@
 
 Every cost is a sum of products of lengths; a length is linear in how many units each group keeps, or looked up in a table for
 that number (``graph.alternatives``).  So one evaluation is a few small matrix products.  One multiply-add is one MAC.
+Latency is a sum over tables of lengths, where the graph has them (``espalier.timing``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from espalier.graph import Graph, Term
 from espalier.plan import Plan
 
 METRICS = ("macs", "params", "activation_memory")
+LATENCY = "latency"
 
 FACTORS = 4  # a term is a product of at most so many extents
 Touched = tuple[float, int, int, int, int, float, float, float, float]
@@ -29,6 +31,12 @@ class Cost:
     macs: int  # multiply-accumulates of one forward
     params: int  # elements of all parameters
     activation_memory: int  # peak bytes of live activations in an eval-mode forward, inputs included
+    latency: float | None = field(default=None, repr=False)  # milliseconds as predicted from a profile, if there is one
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is counted, by name: everything but time."""
+        return {m: getattr(self, m) for m in METRICS}
 
     def fraction_of(self, dense: Cost) -> dict[str, float]:
         """This cost as fractions of ``dense``."""
@@ -68,6 +76,12 @@ class CostModel:
         self._baked_away = sum(int(np.prod(graph.shapes[n])) for n in graph.baked_away)
         self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(stays)}
         self.touching = {m: self._touched(p) for m, p in self._terms.items()}
+        self._times = [(s.time, s.term.extents) for s in graph.sites if s.time is not None]
+        depends = [e.groups for e in graph.extents]
+        self.timed: list[list[int]] = [[] for _ in range(groups)]  # per group: which of the times change with it
+        for number, (_, own) in enumerate(self._times):
+            for group in set().union(*(depends[e] for e in own)):
+                self.timed[group].append(number)
         self.moving: list[list[tuple[int, float]]] = [
             [] for _ in range(groups)
         ]  # per group (extent, positions per unit)
@@ -169,7 +183,17 @@ class CostModel:
         amounts = {m: round(float((c * length[e].prod(0)).sum())) for m, (c, e) in self._terms.items()}
         if (keep == self.graph.sizes).all():  # what surgery would not touch keeps its computed weights
             amounts["params"] += self._baked_away
-        return Cost(amounts["macs"], amounts["params"], round(float(self.live(keep).max(initial=0.0))))
+        took = None if self.graph.overhead is None else self.graph.overhead + sum(self.times(length))
+        return Cost(amounts["macs"], amounts["params"], round(float(self.live(keep).max(initial=0.0))), took)
+
+    def times(self, length: Any) -> list[float]:
+        """Milliseconds of every site that has a table, at these lengths of all extents."""
+        return [float(table.at([length[e] for e in extents])) for table, extents in self._times]
+
+    def time_at(self, number: int, length: Any, more: Mapping[int, Any]) -> Any:
+        """Milliseconds of one of ``times`` where lengths have grown by ``more``, numbers or arrays."""
+        table, extents = self._times[number]
+        return table.at([length[e] + more.get(e, 0.0) for e in extents])
 
     def at(self, keep: np.ndarray, *, metrics: Collection[str] = METRICS) -> CostState:
         """A state that can be moved unit by unit, cheaply, and knows ``metrics``."""
@@ -192,7 +216,8 @@ class CostState:
         self._missing = int((model.graph.sizes - self.keep).sum())  # units that are gone
         self._length: list[float] = model.lengths(self.keep).tolist()
         whole = model.cost(self.keep)
-        self.amount = {m: float(getattr(whole, m)) for m in ("macs", "params") if m in metrics}
+        self.amount = {m: float(getattr(whole, m)) for m in ("macs", "params", LATENCY) if m in metrics}
+        self._took = model.times(self._length) if LATENCY in metrics else []
         self._follows_live = "activation_memory" in metrics
         self._live = model.live(self.keep)
 
@@ -205,10 +230,13 @@ class CostState:
         return self.activation_memory if metric == "activation_memory" else self.amount[metric]
 
     def change(self, metric: str, group: int, units: Any) -> Any:
-        """How much ``macs`` or ``params`` grow when ``group`` gains ``units`` (negative: loses).
+        """How much ``macs``, ``params`` or ``latency`` grow when ``group`` gains ``units`` (negative: loses).
 
-        Here and below: of alternatives ``units`` may be an array ``(k,)``, and so is the answer, for each number by itself.
+        Here and below: ``units`` may be an array ``(k,)``, and so is the answer, for each number by itself.
         """
+        if metric == LATENCY:
+            more = self._model.longer(self.keep, group, units)
+            return sum(self._model.time_at(n, self._length, more) - self._took[n] for n in self._model.timed[group])
         length, growth = self._length, 0.0
         if self._model.has_table(group):
             more = self._model.longer(self.keep, group, units)
@@ -245,6 +273,9 @@ class CostState:
             self.amount[metric] += self.change(metric, group, units)
         for extent, more in self._model.longer(self.keep, group, units).items():
             self._length[extent] += float(more)
+        if self._took:
+            for number in self._model.timed[group]:
+                self._took[number] = float(self._model.time_at(number, self._length, {}))
         if self._follows_live:
             self._live += self._model.more_live(self.keep, group, units)
         self.keep[group] += units

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -67,6 +68,37 @@ class Plan:
             raise ValueError(f"plan: not an Espalier plan ({error})") from error
 
 
+class Timekeeper(Protocol):
+    """Who knows how long layers take: ``espalier.timing.Profile``."""
+
+    @property
+    def dense(self) -> float:
+        """Milliseconds of the dense network, as measured."""
+
+    def on(self, graph: Graph) -> Graph:
+        """``graph`` with the time of every layer, as a table over its lengths."""
+
+
+_UNITS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3}  # in milliseconds
+
+
+def milliseconds_of(latency: float | str, dense: float) -> float:
+    """A budget of time in milliseconds: "2.0 ms" as it stands, or a fraction of ``dense``.  Raises: ValueError for others."""
+    if isinstance(latency, str):
+        found = re.fullmatch(r"\s*([0-9.]+(?:e-?\d+)?)\s*(s|ms|us|µs)\s*", latency)
+        try:
+            amount = float(found[1]) * _UNITS[found[2]] if found else 0.0
+        except ValueError:
+            amount = 0.0
+        if amount > 0:
+            return amount
+    elif isinstance(latency, Real) and not isinstance(latency, bool) and 0 < latency <= 1:
+        return float(latency) * dense
+    raise ValueError(
+        f'Budget(latency={latency!r}): must be a fraction of the dense time, above 0 and up to 1, or a time such as "2.0 ms"'
+    )
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the small network may cost.  Several limits at once must all hold.
@@ -77,6 +109,9 @@ class Budget:
     makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX Runtime, 16 runs
     fastest there, and 8 is the least for a GPU (docs/results.md); ``protect`` lists groups or modules, wildcards allowed, that
     keep everything.
+
+    ``latency`` is time in a runtime: a fraction of what the dense network takes there, or a text such as "2.0 ms".  It needs a
+    ``profile`` (``es.profile``, ``es.load_profile``), which says how long every layer takes at every width.
     """
 
     macs: float | None = None
@@ -84,6 +119,8 @@ class Budget:
     activation_memory: float | None = None
     multiple_of: int = 1
     protect: Sequence[str] = ()
+    latency: float | str | None = None
+    profile: Timekeeper | None = None
 
     def __post_init__(self) -> None:
         for name, value in self._values().items():
@@ -95,9 +132,16 @@ class Budget:
                     "network or a whole number as a count"
                 )
             object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
-        if all(v is None for v in self._values().values()):
+        if self.latency is not None:
+            milliseconds_of(self.latency, 1.0)
+            if self.profile is None:
+                raise ValueError(
+                    f"Budget(latency={self.latency!r}): needs the profile of the network in a runtime: "
+                    "Budget(latency=0.5, profile=es.profile(model, example))"
+                )
+        if all(v is None for v in (*self._values().values(), self.latency)):
             raise ValueError(
-                "Budget(): give at least one of macs, params, activation_memory, for example Budget(macs=0.5)"
+                "Budget(): give at least one of macs, params, activation_memory, latency, for example Budget(macs=0.5)"
             )
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, Integral) or self.multiple_of < 1:
             raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): must be a whole number, 1 or more")
@@ -113,15 +157,35 @@ class Budget:
     def _values(self) -> dict[str, float | None]:
         return {"macs": self.macs, "params": self.params, "activation_memory": self.activation_memory}
 
-    def limits(self, dense: Any) -> dict[str, int]:
-        """Absolute limits, given the dense ``Cost``: the largest whole amounts that are allowed."""
-        resolved = {}
+    def limits(self, dense: Any) -> dict[str, float]:
+        """Absolute limits, given the dense ``Cost``: the largest whole amounts that are allowed; of latency, milliseconds."""
+        resolved: dict[str, float] = {}
         for name, value in self._values().items():
             if value is not None:
                 total = getattr(dense, name)
                 fraction = isinstance(value, float) and value <= 1.0
                 resolved[name] = min(math.floor(value * total + 1e-6) if fraction else math.floor(value), total)
+        if self.latency is not None and self.profile is not None:
+            if dense.latency is None:
+                raise ValueError("Budget(latency=...): this graph has no times; take budget.timed(graph)")
+            resolved["latency"] = milliseconds_of(self.latency, self.profile.dense)
         return resolved
+
+    @property
+    def counted(self) -> Budget | None:
+        """The limits on what is counted: all but time.  ``None`` where there is no other."""
+        if all(v is None for v in self._values().values()):
+            return None
+        return replace(self, latency=None, profile=None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What can be written down: everything but the profile, which is a file of its own."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "profile"}
+
+    def timed(self, graph: Graph) -> Graph:
+        """``graph`` with the time of every layer, where the budget is about time."""
+        return graph if self.latency is None or self.profile is None else self.profile.on(graph)
 
     def protected(self, graph: Graph) -> np.ndarray:
         """Boolean per group; a pattern that matches nothing is a ``ValueError``."""

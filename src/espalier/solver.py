@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.costs import METRICS, Cost, CostModel, CostState
+from espalier.costs import LATENCY, METRICS, Cost, CostModel, CostState
 from espalier.graph import Frozen, Graph, Group
 from espalier.graph.graph import CHANNELS
 from espalier.plan import Budget, Plan
@@ -26,7 +26,7 @@ class BudgetError(ValueError):
 def solve(
     graph: Graph,
     importance: Mapping[str, np.ndarray],
-    budget: Budget | Mapping[str, int],
+    budget: Budget | Mapping[str, float],
     *,
     multiple_of: int | None = None,
     protect: np.ndarray | None = None,
@@ -45,7 +45,8 @@ def solve(
     ``ceiling`` bounds the count of groups from above: what went in earlier decisions does not come back.  ``floor`` bounds it
     from below, inside of a block as long as the block stays.
     ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes first,
-    whatever it saves.
+    whatever it saves.  Time comes in steps: with a limit on latency a group gives up as many units at once as it takes to save
+    some, and gets back what a step holds for nothing.
 
     Greedy on importance per exact marginal cost with lazy updates (removing units only makes other units cheaper to keep,
     so an old key is a lower bound), then a fill pass that gives back, best first, every block that still fits.
@@ -63,10 +64,14 @@ def solve(
         limits = dict(budget)
     values, orders = _sorted(graph, importance)
     steps = np.array([block_size(g, multiple_of or 1) for g in graph.groups], dtype=np.int64)
-    lowest = np.minimum(steps, sizes)
+    timed = _all_timed(graph, multiple_of or 1, limits)
+    lowest = np.array(
+        [min(s, g.size) if t is None else t[0] for g, s, t in zip(graph.groups, steps, timed, strict=True)]
+    )
     for number, group in enumerate(graph.groups):
-        least = (floor or {}).get(group.name, 0)
-        lowest[number] = min(max(lowest[number], -(-least // steps[number]) * steps[number]), sizes[number])
+        least, counts = (floor or {}).get(group.name, 0), timed[number]
+        above = -(-least // steps[number]) * steps[number] if counts is None else _at_least(counts, least)
+        lowest[number] = min(max(lowest[number], above), sizes[number])
         if group.name not in importance or (protect is not None and protect[number]):
             lowest[number] = sizes[number]
     blocks = _Inside(graph, block_share)
@@ -78,8 +83,8 @@ def solve(
     _check_reachable(model, lowest, limits, dense, graph.frozen)
 
     state = model.at(highest, metrics=limits)
-    _remove(state, graph.groups, values, blocks, lowest, steps, limits, per_cost)
-    _fill(state, graph.groups, values, blocks, steps, highest, limits)
+    _remove(state, graph.groups, values, blocks, lowest, steps, limits, per_cost, timed)
+    _fill(state, graph.groups, values, blocks, steps, highest, limits, timed)
     for number in range(len(graph.groups)):
         if blocks.is_gone(number, state.keep):
             state.keep[number] = highest[number]  # gone with its block, and no decision
@@ -133,16 +138,17 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
 
 
 def _check_reachable(
-    model: CostModel, lowest: np.ndarray, limits: dict[str, int], dense: Cost, frozen: Sequence[Frozen]
+    model: CostModel, lowest: np.ndarray, limits: dict[str, float], dense: Cost, frozen: Sequence[Frozen]
 ) -> None:
     smallest = model.cost(lowest)
     for metric, limit in limits.items():
         reached = getattr(smallest, metric)
         if reached > limit:
             total = getattr(dense, metric)
+            asked, least, whole = (f"{n:.3g} ms" if metric == LATENCY else f"{n:,}" for n in (limit, reached, total))
             raise BudgetError(
-                f"budget {metric}={limit:,} cannot be met: the smallest reachable is {reached:,} "
-                f"({reached / total:.1%} of {total:,}); raise the budget, protect less, or lower multiple_of"
+                f"budget {metric}={asked} cannot be met: the smallest reachable is {least} "
+                f"({reached / total:.1%} of {whole}); raise the budget, protect less, or lower multiple_of"
                 + ("; 1 is a count, a fraction is a float: 1.0 is the whole network" if limit == 1 else "")
                 + _frozen_too(frozen),
                 smallest,
@@ -167,14 +173,39 @@ def block_size(group: Group, multiple_of: int) -> int:
     return 1 if group.options else multiple_of // math.gcd(multiple_of, group.width)
 
 
-def _lower(group: Group, keep: int, step: int, lowest: int) -> int | np.ndarray:
-    """The next allowed count below ``keep``, a multiple of ``step``; of alternatives all allowed counts, from the top."""
+def _lower(group: Group, keep: int, step: int, lowest: int, timed: np.ndarray | None) -> int | np.ndarray:
+    """The next allowed count below ``keep``, a multiple of ``step``; of alternatives or ``timed`` counts all, from the top."""
+    if timed is not None:
+        return timed[(timed < keep) & (timed >= lowest)][::-1]
     return np.arange(keep - 1, lowest - 1, -1) if group.options else max(((keep - 1) // step) * step, lowest)
 
 
-def _higher(group: Group, keep: int, step: int, highest: int) -> int | np.ndarray:
-    """The next allowed count above ``keep``; of alternatives all, from the bottom."""
+def _higher(group: Group, keep: int, step: int, highest: int, timed: np.ndarray | None) -> int | np.ndarray:
+    """The next allowed count above ``keep``; of alternatives, or of ``timed`` counts: all of them, from the bottom."""
+    if timed is not None:
+        return np.append(timed[(timed > keep) & (timed < highest)], highest)
     return np.arange(keep + 1, highest + 1) if group.options else min((keep // step + 1) * step, highest)
+
+
+def timed_counts(group: Group, grain: int, multiple_of: int = 1) -> np.ndarray:
+    """Counts of a group at which times are known: multiples of ``grain`` channels, a half and a quarter of it, and all."""
+    if group.options:
+        return np.arange(1, group.size + 1)
+    step, least = block_size(group, math.lcm(grain, multiple_of)), block_size(group, multiple_of)
+    below = [step // n for n in (4, 2) if step % n == 0 and step // n % least == 0]
+    counts = np.array([*below, *range(step, group.size + 1, step), group.size])
+    return np.unique(counts[counts <= group.size])
+
+
+def _at_least(counts: np.ndarray, least: int) -> int:
+    return int(counts[min(int(np.searchsorted(counts, least)), len(counts) - 1)])
+
+
+def _all_timed(graph: Graph, multiple_of: int, limits: Mapping[str, float]) -> Sequence[np.ndarray | None]:
+    """Per group the counts that may be planned where time is limited; ``None`` where it is not."""
+    if LATENCY not in limits:
+        return [None] * len(graph.groups)
+    return [timed_counts(g, graph.grain, multiple_of) for g in graph.groups]
 
 
 def _remove(
@@ -184,10 +215,11 @@ def _remove(
     blocks: _Inside,
     lowest: np.ndarray,
     steps: np.ndarray,
-    limits: dict[str, int],
+    limits: dict[str, float],
     per_cost: bool,
+    timed: Sequence[np.ndarray | None],
 ) -> None:
-    violated = {m for m in METRICS if m in limits and state.value(m) > limits[m]}
+    violated = {m for m in (*METRICS, LATENCY) if m in limits and state.value(m) > limits[m]}
     weights: dict[str, float] = {}
 
     def saved(group: int, units: Any) -> Any:
@@ -202,7 +234,7 @@ def _remove(
     def offer(group: int) -> tuple[float, int]:
         """What the best step down gives up per cost saved, and the count it leads to."""
         keep = int(state.keep[group])
-        lower = _lower(groups[group], keep, int(steps[group]), int(lowest[group]))
+        lower = _lower(groups[group], keep, int(steps[group]), int(lowest[group]), timed[group])
         worth = sums[group][keep] - sums[group][lower] + blocks.worth(group, state.keep, sums)
         saving = saved(group, keep - lower)
         price = saving if per_cost else keep - lower + blocks.units(group, state.keep)
@@ -254,7 +286,8 @@ def _fill(
     blocks: _Inside,
     steps: np.ndarray,
     highest: np.ndarray,
-    limits: dict[str, int],
+    limits: dict[str, float],
+    timed: Sequence[np.ndarray | None],
 ) -> None:
     """Give back blocks, best importance per share of the limits first, until none fits.
 
@@ -264,7 +297,7 @@ def _fill(
     def offer(group: int) -> tuple[float, int]:
         """The best step up that fits: minus its worth per cost, and its units; none is 0 units."""
         keep = int(state.keep[group])
-        upper = _higher(groups[group], keep, int(steps[group]), int(highest[group]))
+        upper = _higher(groups[group], keep, int(steps[group]), int(highest[group]), timed[group])
         growth, fits = _growth(state, group, upper - keep, limits)
         worth = sums[group][upper] - sums[group][keep] + blocks.worth(group, state.keep, sums)
         if isinstance(upper, int):
@@ -297,7 +330,7 @@ def _fill(
             heapq.heappush(heap, (fresh, number))
 
 
-def _growth(state: CostState, group: int, units: Any, limits: Mapping[str, int]) -> tuple[Any, Any]:
+def _growth(state: CostState, group: int, units: Any, limits: Mapping[str, float]) -> tuple[Any, Any]:
     """Shares of the limits that ``units`` more of ``group`` would take, added up, and whether they fit."""
     growth, fits = 0.0, True
     for metric, limit in limits.items():
@@ -320,11 +353,13 @@ def unused_blocks(graph: Graph, plan: Plan, budget: Budget, *, ceiling: Mapping[
     limits = budget.limits(model.cost(graph.sizes))
     state = model.at(plan.counts(graph), metrics=limits)
     blocks = _Inside(graph)
+    timed = _all_timed(graph, budget.multiple_of, limits)
     return [
         group.name
         for number, group in enumerate(graph.groups)
         for keep in [int(state.keep[number])]
         if keep < highest[number] and not blocks.is_gone(number, state.keep)
-        for more in [_higher(group, keep, block_size(group, budget.multiple_of), int(highest[number])) - keep]
+        for step in [block_size(group, budget.multiple_of)]
+        for more in [_higher(group, keep, step, int(highest[number]), timed[number]) - keep]
         if np.any(_growth(state, number, more, limits)[1])
     ]

@@ -21,6 +21,11 @@ def with_alternatives(graph: Graph, alternatives: Mapping[str, Sequence[ConvSequ
     """
     if not alternatives:
         return graph
+    if graph.overhead is not None:
+        raise ValueError(
+            "no times are known of other forms of a layer than the dense one: with a budget of latency use a method that "
+            "removes channels or blocks (TCP, MGP without shapes, Magnitude)"
+        )
     build = _Build(graph)
     for layer, sequences in alternatives.items():
         build.add(layer, tuple(sequences))

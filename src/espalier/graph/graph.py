@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from espalier.carving import Kept
+from espalier.graph.times import Staircase
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Site:
         tuple[float, int], ...
     ] = ()  # bytes alive when it ran, its output included: (bytes per position, extent)
     made: tuple[float, int] = (0.0, -1)  # its output: bytes per position, extent
+    time: Staircase | None = None  # by the extents of the term; ``espalier.timing`` knows it
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ class Graph:
     fixed_modules: tuple[str, ...] = ()
     reread: tuple[str, ...] = ()  # parameters that one forward reads more than once: their layers take no other form
     blocks: tuple[Block, ...] = ()  # that may be left out (``graph.blocks``)
+    overhead: float | None = None  # milliseconds beside those of the sites; ``None`` where nobody has measured
+    grain: int = 1  # times are known where widths are multiples of this, or whole
 
     @cached_property
     def index(self) -> dict[str, int]:

@@ -48,7 +48,7 @@ def with_stripes(graph: Graph, spare: Mapping[str, int]) -> Graph:
         groups.append(Group(stripes_name(layer), count + 1, (), kind=STRIPES, layer=layer))
         each = graph.sites[number].term.coefficient / (kernel[0] * kernel[1])  # MACs of a stripe per input channel
         sites[number] = replace(graph.sites[number], term=Term(layer, each, (outputs, inputs)))
-        sites.append(replace(sites[number], term=Term(layer, each / filters, (outputs, inputs, kept))))
+        sites.append(replace(sites[number], term=Term(layer, each / filters, (outputs, inputs, kept)), time=None))
         weight = f"{layer}.weight"
         place = next(i for i, t in enumerate(parameters) if t.name == weight)
         parameters[place] = Term(weight, 1.0, (outputs, inputs))

@@ -20,8 +20,13 @@ from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, hold, trace
 from espalier.plan import Budget, Plan, need_budget
 from espalier.settings import Settings
+from espalier.solver import solve
 from espalier.surgery import shrink_
 from espalier.surgery.shrink import bake
+from espalier.timing.closing import settle
+from espalier.timing.family import Family
+from espalier.timing.making import batched
+from espalier.timing.profile import Profile
 
 FROZEN = "its weight is frozen"  # why a layer is left as it is
 
@@ -97,9 +102,10 @@ class Run(ABC):
         self.model = model
         self.example = example
         self.budget = budget
-        self.graph: Graph = trace(model if dense is None else dense, example)
+        self._reference: bytes | None = None  # the dense network to be timed against
+        self.graph: Graph = budget.timed(trace(model if dense is None else dense, example))
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
-        self.limits: dict[str, int] = budget.limits(self.dense)
+        self.limits: dict[str, float] = budget.limits(self.dense)
         self._so_far: Plan | None = None  # until something is removed
         self._dense_graph: Graph | None = None  # ``graph`` when the first removal began
         # alternatives of ``self.graph`` -> option that is executed now; the top without an entry
@@ -156,7 +162,7 @@ class Run(ABC):
         if self.graph.baked:
             for name in self.graph.baked:
                 bake(self.model, name)
-            self.graph = trace(self.model, self.example)
+            self.graph = self.budget.timed(trace(self.model, self.example))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -168,6 +174,28 @@ class Run(ABC):
         frozen = {n for n, p in named_tensors(self.model)[0].items() if not p.requires_grad}
         read = [g.name for g in self.graph.groups if any(s.tensor in frozen for s in g.consumers)]
         self.graph = hold(self.graph, read, "is read by frozen weights")
+
+    def decide(
+        self,
+        importance: Mapping[str, np.ndarray],
+        *,
+        per_cost: bool = True,
+        rules: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The units to keep for good; ``rules`` are further options of ``solve``.
+
+        Where time is limited, the plan is built and measured until its time is right.
+        """
+        rules = rules or {}
+        if self.budget.latency is None:
+            return solve(self.graph, importance, self.budget, per_cost=per_cost, **rules)
+        assert isinstance(self.budget.profile, Profile)
+        family = Family(self.model, self.graph, batched(self.example, self.budget.profile.setting.batch))
+        if self._reference is None and self._dense_graph is None:  # nothing has gone yet
+            self._reference = family.file(Plan.dense(self.graph))
+        found = settle(family, self._reference, importance, self.budget, per_cost=per_cost, rules=rules)
+        self.budget, self.graph = found.budget, found.budget.timed(self.graph)
+        return found.plan
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""

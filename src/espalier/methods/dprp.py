@@ -265,7 +265,7 @@ class DPRPRun(Run):
     def _span(self) -> float:
         return self.method.reach - self.method.start_at
 
-    def limits_at(self, progress: float) -> dict[str, int]:
+    def limits_at(self, progress: float) -> dict[str, float]:
         """The budget now: from the dense cost to the target, fast at first (after Zhu & Gupta 2017)."""
         left = self._left_at(progress)
         return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
@@ -330,7 +330,7 @@ class DPRPRun(Run):
             ranks[name] = min(ranks[name], max(1, int(within[0]) if len(within) else ranks[name]))
         return ranks
 
-    def _aim(self, wanted: dict[str, int], limits: dict[str, int]) -> None:
+    def _aim(self, wanted: dict[str, int], limits: dict[str, float]) -> None:
         """The most important triplets within ``limits``, and never more than ``wanted``."""
         plan = solve(
             self.graph, self.alternatives.importance(self.scores()), limits, ceiling=self.alternatives.options(wanted)

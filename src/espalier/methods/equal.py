@@ -27,7 +27,7 @@ def equal_sequences(
     graph: Graph,
     places: Mapping[str, Place],
     spectra: Mapping[str, Spectra],
-    limits: Mapping[str, int],
+    limits: Mapping[str, float],
     *,
     forms: Collection[str],
     tt_fraction: float = 0.5,
@@ -85,7 +85,7 @@ def _filled(
     graph: Graph,
     places: Mapping[str, Place],
     spectra: Mapping[str, Spectra],
-    limits: Mapping[str, int],
+    limits: Mapping[str, float],
     sequences: Mapping[str, ConvSequence],
     raised: Mapping[str, ConvSequence],
 ) -> dict[str, ConvSequence]:

@@ -17,7 +17,6 @@ from espalier.methods.importance import Returns, ScoreName, diminishing, measure
 from espalier.methods.scoring import settle_batchnorm
 from espalier.plan import Budget
 from espalier.settings import described
-from espalier.solver import solve
 
 
 @dataclass(frozen=True)
@@ -55,5 +54,5 @@ class OneShot(AtOnce):
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
         worth, rules = worth_of_blocks(self.graph, importance), block_rules(self.graph)
-        self.remove(solve(self.graph, worth, budget, per_cost=method.per_cost, **rules).keep, None)
+        self.remove(self.decide(worth, per_cost=method.per_cost, rules=rules).keep, None)
         settle_batchnorm(model, batches)

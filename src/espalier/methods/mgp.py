@@ -166,7 +166,7 @@ class MGPRun(Fading):
 
     # -- 3. coarse to fine ---------------------------------------------------------------------------------------------
 
-    def _plan(self, limits: Mapping[str, int], progress: float) -> tuple[Plan, dict[str, Rectangle]]:
+    def _plan(self, limits: Mapping[str, float], progress: float) -> tuple[Plan, dict[str, Rectangle]]:
         """The keep-set inside ``limits`` with the granularities that take part by now, finer ones only if it needs them."""
         scores, best = self.importance()
         graph = self.stripes.graph(self.graph)
@@ -191,7 +191,7 @@ class MGPRun(Fading):
                 chosen[layer] = best[layer][option - 1]
         return Plan({n: u for n, u in plan.keep.items() if kind_of(n) != STRIPES}, plan.sizes), chosen
 
-    def _masks(self, plan: Plan, limits: Mapping[str, int]) -> Masks:
+    def _masks(self, plan: Plan, limits: Mapping[str, float]) -> Masks:
         """The stripes that stay beside ``plan``: ``_plan`` has only averaged over filters that go."""
         if not self.stripes.layers:
             return {}

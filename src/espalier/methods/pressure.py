@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espalier.costs import LATENCY
 from espalier.methods.base import Method, Removed, Run, Status, need_progress
 from espalier.methods.importance import Sensitivity
 from espalier.methods.units import Consumer, Units, upload
@@ -132,11 +133,12 @@ class Fading(Run):
 
     # -- keep-set ------------------------------------------------------------------------------------------------------
 
-    def limits_at(self, progress: float) -> dict[str, int]:
+    def limits_at(self, progress: float) -> dict[str, float]:
         """The budget now: from the dense cost to the target, fast at first (cubic, Zhu & Gupta 2017)."""
         begin, end = self.method.start_at, self.method.reach - self.method.fade
         left = (1.0 - min(max((progress - begin) / (end - begin), 0.0), 1.0)) ** self.method.power
-        return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
+        now = {m: limit + (getattr(self.dense, m) - limit) * left for m, limit in self.limits.items()}
+        return {m: limit if m == LATENCY else math.floor(limit) for m, limit in now.items()}
 
     def _decide(self, progress: float) -> None:
         self._decided = progress

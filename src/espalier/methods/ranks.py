@@ -68,7 +68,7 @@ class RankAlternatives:
             found[alternatives_name(layer)] = np.diff(sums[at])
         return found
 
-    def equal(self, limits: Mapping[str, int], *, share: float = 1.0) -> dict[str, int]:
+    def equal(self, limits: Mapping[str, float], *, share: float = 1.0) -> dict[str, int]:
         """Group -> ``share`` of its option where every layer has the same fraction of its factorised options.
 
         The largest fraction within ``limits``, by bisection; one option at least.

@@ -61,7 +61,7 @@ class StripeMasks:
         graph: Graph,
         worth: Mapping[str, np.ndarray],
         keep: Mapping[str, np.ndarray],
-        limits: Mapping[str, int],
+        limits: Mapping[str, float],
         budget: Budget,
     ) -> Masks:
         """The stripes that stay, exactly inside ``limits``, when the groups of ``graph`` keep ``keep``.

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.costs import CostModel
+from espalier.costs import LATENCY, CostModel
 from espalier.graph import files
 from espalier.methods.base import Batches, Removed
 from espalier.methods.blocks import WholeBlocks, block_rules, need_comparable, offer_blocks, worth_of_blocks
@@ -106,11 +106,14 @@ class TCPRun(Fading):
 
     # -- 2. keep-set -----------------------------------------------------------------------------------------------
 
-    def _keep_set(self, limits: Mapping[str, int]) -> Mapping[str, np.ndarray]:
+    def _keep_set(self, limits: Mapping[str, float]) -> Mapping[str, np.ndarray]:
         worth = self.units.by_group(self.importance())
         return self._solved({n: diminishing(w, self.method.returns) for n, w in worth.items()}, limits)
 
-    def _solved(self, worth: Mapping[str, np.ndarray], limits: Mapping[str, int]) -> Mapping[str, np.ndarray]:
+    def _solved(self, worth: Mapping[str, np.ndarray], limits: Mapping[str, float]) -> Mapping[str, np.ndarray]:
+        if LATENCY in limits and limits == self.limits:  # at the start and for good: measured
+            every = worth_of_blocks(self.graph, worth)
+            return self.decide(every, per_cost=self.method.per_cost, rules=block_rules(self.graph)).keep
         return solve(
             self.graph,
             worth_of_blocks(self.graph, worth),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from espalier import __version__
 from espalier.copies import copy_model, unwrapped
-from espalier.costs import Cost, cost
+from espalier.costs import METRICS, Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.base import Method, Run, budget_for
 from espalier.methods.tcp import TCP
@@ -37,6 +37,7 @@ from espalier.run.rundir import (
     HISTORY,
     LOG,
     PLAN,
+    PROFILE,
     WIDTHS,
     add_widths,
     begin_folder,
@@ -46,8 +47,10 @@ from espalier.run.rundir import (
     write_log,
     write_sealed,
 )
+from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof
 from espalier.surgery.verify import verify as proof_of
+from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
 """What to do with accuracy and loss of the dense network, and whether it is the teacher."""
@@ -65,7 +68,7 @@ class Result:
     model: nn.Module
     dense: Cost
     cost: Cost
-    limits: dict[str, int]
+    limits: dict[str, float]
     history: History
     dense_accuracy: float | None = None
     accuracy: float | None = None
@@ -74,6 +77,7 @@ class Result:
     plan: Plan | None = None
     graph: Graph | None = None
     proof: Proof | None = None
+    time: TimeKept | None = None  # what came of a budget of time, measured
 
 
 class ProofError(ValueError):
@@ -180,7 +184,7 @@ class _Job:
         self.device = pick_device(recipe.device) if source is not None else self.home
         if source is not None:
             check_fit(model, source, replace(recipe, distill=None))
-        self.dense = cost(trace(model, example))
+        self.dense = cost(self.budget.timed(trace(model, example)))
         self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
         self.plan: Plan | None = None
@@ -254,7 +258,7 @@ class _Job:
         """Say what is going to be done, and see that it is what was done so far."""
         self.config = {
             **{name: dict(table) for name, table in more.items()},
-            "budget": asdict(self.budget) if self.limited else {},
+            "budget": self.budget.settings if self.limited else {},
             "method": {"name": self.method.name, **asdict(self.method)},
             "recipe": self.recipe.to_dict() if self.source is not None else {},
             "start": {"trained": self.trained, "weights": fingerprint(self.model)},
@@ -272,13 +276,15 @@ class _Job:
         self.folder = folder
         if folder is not None and not resumes:
             begin_folder(folder, self.config)
+            if isinstance(self.budget.profile, Profile):
+                save_profile(self.budget.profile, folder / PROFILE)
             self._write_plan()
 
     def train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:
         """Train, with the method at work or after it, and let the method finish."""
         self.history = History()
         if self.source is not None and self.recipe.epochs:
-            constant = {} if self.method.trains else asdict(cost(trace(self.small, self.example)))
+            constant = {} if self.method.trains else cost(trace(self.small, self.example)).counts
 
             def after_epoch(history: History) -> None:
                 history = _with_cost(history, constant)
@@ -324,10 +330,11 @@ class _Job:
 
     def result(self, *, verify: bool) -> Result:
         """Evaluate, check what was promised, write the results, and only then complain."""
-        found = cost(trace(self.small, self.example))
+        found = cost(self.budget.timed(trace(self.small, self.example)))
         small_result = self._tested(self.small) if self.source is not None else {}
         small = _in_modes_of(self.model, self.small.to(self.home))
         proof = self._proof(small) if verify else None
+        time_of = time_kept(self.model, small, self.example, self.budget)
         if self.folder is not None:
             write_results(
                 self.folder,
@@ -338,6 +345,7 @@ class _Job:
                     dense=self.dense,
                     small=found,
                     counted=self.counted,
+                    time=time_of,
                     limits=self.limits,
                     dense_result=self.dense_result,
                     small_result=small_result,
@@ -362,6 +370,7 @@ class _Job:
             plan=self.plan,
             graph=self.graph,
             proof=proof,
+            time=time_of,
         )
         self._require(result)
         return result
@@ -371,7 +380,7 @@ class _Job:
         if self.plan is None or self.graph is None:
             return None
         # what only counts is checked by itself, and what was trained, or measured on data, has weights of its own
-        budget = self._absolute_budget() if self.limited and self.counted is None else None
+        budget = self._absolute_budget().counted if self.limited and self.counted is None else None
         own = self.source is not None or self.calibration is not None or self.method.trains
         return proof_of(
             self.model, self.graph, self.plan, self.example, small=small, trained=own, budget=budget, fills=False
@@ -380,7 +389,7 @@ class _Job:
     def _require(self, result: Result) -> None:
         """Raises: ProofError unless every limit and the proof hold."""
         meant = result.counted or result.cost  # what the budget is about
-        over = [m for m, limit in self.limits.items() if getattr(meant, m) > limit]
+        over = [m for m, limit in self.limits.items() if m in METRICS and getattr(meant, m) > limit]  # time is measured
         failed = [f"{m}={getattr(meant, m):,}, above the budget of {self.limits[m]:,}" for m in over]
         failed += [f"{c.name}: {c.detail}" for c in result.proof.checks if not c.passed] if result.proof else []
         if failed:

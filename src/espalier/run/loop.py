@@ -477,7 +477,7 @@ class _Run:
             return epoch
         status = self.process.status
         strength, remaining = float(status.strength), float(status.remaining)
-        return replace(epoch, **asdict(status.cost), strength=strength, remaining=remaining)
+        return replace(epoch, **status.cost.counts, strength=strength, remaining=remaining)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from espalier.costs import LATENCY, Cost
 from espalier.costs import METRICS as COSTS
-from espalier.costs import Cost
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
 from espalier.run.loop import History
@@ -18,6 +18,7 @@ from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widt
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
 from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, write_file, write_sealed
+from espalier.run.timed import TimeKept, time_sentence
 from espalier.surgery import save
 from espalier.surgery.verify import Proof
 
@@ -37,7 +38,7 @@ class Outcome:
     dense: Cost
     small: Cost
     counted: Cost | None  # what the limits are about, where that is not what is executed
-    limits: Mapping[str, int]
+    limits: Mapping[str, float]
     dense_result: Mapping[str, float]  # accuracy and loss; empty without data
     small_result: Mapping[str, float]
     history: History
@@ -45,6 +46,7 @@ class Outcome:
     skipped: Mapping[str, str]  # layers that the method left as they are, and why
     proof: Proof | None  # of the small model; None if nobody asked
     config: Mapping[str, Any]
+    time: TimeKept | None = None  # what came of a budget of time
     preprocessing: Preprocessing | None = None  # from a picture to an input, where the data says it
 
 
@@ -84,13 +86,14 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         notes["layers"] = first_line(error)
     dense_bytes, small_bytes = size_on_disk(outcome.dense_model), (folder / MODEL).stat().st_size
     return {
-        "dense": {**outcome.dense_result, **asdict(outcome.dense), "bytes": dense_bytes},
-        "small": {**outcome.small_result, **asdict(outcome.small), "bytes": small_bytes},
+        "dense": {**outcome.dense_result, **outcome.dense.counts, "bytes": dense_bytes},
+        "small": {**outcome.small_result, **outcome.small.counts, "bytes": small_bytes},
         "fraction": {**outcome.small.fraction_of(outcome.dense), "bytes": small_bytes / dense_bytes},
         "limits": dict(outcome.limits),
         "example_batch": _batch(outcome.example),
         "counted": None if outcome.counted is None else _counted(outcome.counted, outcome.dense),
         "latency": [asdict(timing) for timing in timings],
+        "time": None if outcome.time is None else asdict(outcome.time),
         "layers": layers,  # so that a report needs no network
         "onnx_difference": difference,
         "skipped": dict(outcome.skipped),
@@ -162,6 +165,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         share, limit = counted["fraction"][name], limits.get(name, "")
         lines.append(f"| {_LABELS[name]}, {COUNTED_WORDS} | {dense[name]:,} | {counted[name]:,}{limit} | {share:.1%} |")
     lines += ["", proven(metrics), "", *_latency_table(metrics["latency"])]
+    lines += [f"{time_sentence(metrics['time'])}\n"] if metrics.get("time") else []
     if metrics["epochs"]:
         epochs = "1 epoch" if metrics["epochs"] == 1 else f"{metrics['epochs']} epochs"
         lines += [f"Trained for {epochs} in {metrics['seconds']:.0f} s, seed {metrics['seed']}.", ""]
@@ -202,7 +206,10 @@ def slow_sentence(metrics: Mapping[str, Any]) -> str | None:
 def _sentence(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if not metrics["limits"]:
         return f"No budget: the method found the size. {basis(metrics)}"
-    limits = ", ".join(f"{name} up to {value:,}" for name, value in metrics["limits"].items())
+    limits = ", ".join(
+        f"{name} up to {value:.3g} ms" if name == LATENCY else f"{name} up to {value:,}"
+        for name, value in metrics["limits"].items()
+    )
     how = f", {metrics['counted']['note']}" if metrics["counted"] else ""
     multiple = config["budget"].get("multiple_of", 1)
     widths = f"; widths and ranks in multiples of {multiple}, or whole" if multiple > 1 else ""

@@ -11,6 +11,7 @@
 ``preprocessing.json``        what turns a picture into an input, where the data says it
 ``plan.json``                 which units stayed
 ``graph.json``                the channel structure of the dense network, in whose units the plan counts
+``profile.json``              what layers take in the runtime, where the budget is about time
 ``history.json``              what the method recorded on its way (ranks, kernels), to plot
 ``ranks.svg``, ``gap.svg``,   figures of that: rank of every layer, penalty gap by LC iteration, trials of the search; where
 ``search.svg``                the method has recorded them
@@ -49,10 +50,11 @@ CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
 GRAPH = "graph.json"
 WIDTHS, REPORT, PREPROCESSING = "widths.csv", "report.html", "preprocessing.json"
+PROFILE = "profile.json"
 RANKS, GAP, SEARCH = "ranks.svg", "gap.svg", "search.svg"
 FILES = (
     CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, GRAPH, HISTORY, JOURNAL, RANKS, GAP, SEARCH, METRICS, SUMMARY,
-    REPORT, PREPROCESSING,
+    REPORT, PREPROCESSING, PROFILE,
 )  # fmt: skip
 
 

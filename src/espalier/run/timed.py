@@ -1,0 +1,56 @@
+"""What came of a budget of time: the finished network as it is exported, measured in turns with the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from espalier.plan import Budget, milliseconds_of
+from espalier.run.onnx import to_onnx_bytes
+from espalier.timing import on_device
+from espalier.timing.making import asked
+from espalier.timing.profile import Profile, Setting
+
+SECONDS = 2.0  # of measuring
+
+
+@dataclass(frozen=True)
+class TimeKept:
+    """A budget of time and what the network takes.  ``dense`` and ``small`` are milliseconds of one run."""
+
+    asked: float | str  # as the budget has it
+    limit: float  # milliseconds
+    dense: float
+    small: float
+    setting: Setting
+
+    @property
+    def fraction(self) -> float:
+        return self.small / self.dense
+
+
+def time_kept(dense: nn.Module, small: nn.Module, example: Any, budget: Budget) -> TimeKept | None:
+    """Measure both networks where the budget is about time.  Raises: ValueError if one cannot be exported."""
+    profile = budget.profile
+    if budget.latency is None or not isinstance(profile, Profile):
+        return None
+    files = [to_onnx_bytes(dense, example), to_onnx_bytes(small, example)]
+    whole, left = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
+    return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting)
+
+
+def time_sentence(kept: Mapping[str, Any]) -> str:
+    """For people, from what ``metrics.json`` has."""
+    setting, share = kept["setting"], kept["small"] / kept["dense"]
+    wanted = f"{kept['asked']:.0%} of the dense network's" if isinstance(kept["asked"], float) else kept["asked"]
+    over = kept["small"] / kept["limit"] - 1.0
+    verdict = f"{over:.1%} above the budget" if over > 0 else f"{-over:.1%} below the budget"
+    threads = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
+    return (
+        f"Time: asked {wanted}, measured {share:.1%} ({kept['small']:.3g} of {kept['dense']:.3g} ms, "
+        f"{1 / share:.2f}x faster; {verdict}), in {setting['runtime']} {setting['version']}, {threads}, "
+        f"batch {setting['batch']}, on {setting['processor']}."
+    )

@@ -1,0 +1,172 @@
+"""Make a profile: measure a few dozen sub-networks of a network in a runtime, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from espalier.costs import CostModel
+from espalier.graph import Graph, trace
+from espalier.plan import Plan
+from espalier.solver import timed_counts
+from espalier.timing import on_device
+from espalier.timing.family import Family, layer_of
+from espalier.timing.profile import Measured, Profile, ProfiledLayer, Setting, load_profile, save_profile
+
+NETWORKS = 24  # measured for a profile
+GRAINS = (4, 8, 16)  # multiples of channels that a runtime may like; at others, ONNX Runtime falls back to slower code
+LEVEL = 0.05
+SECONDS = 0.3  # of measuring a network, at least
+
+Progress = Callable[[int, int], None]  # networks measured, networks in all
+
+
+def profile(
+    model: nn.Module,
+    example: Any,
+    *,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    batch: int = 1,
+    precision: str = "f32",
+    networks: int = NETWORKS,
+    to: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure sub-networks of ``model`` in ``runtime`` and return what its layers take there.
+
+    Weights do not matter, structure does: widths of all groups of channels are spread evenly, from few to all.  ``example`` is
+    what ``trace`` takes, tensors with the batch first.  With a file ``to``, every network is stored as soon as it is
+    measured, and a profile that was interrupted goes on.
+
+    Raises: ValueError for an unknown runtime; MissingPackage if it is not installed.
+    """
+    graph, family = _family(model, example, batch)
+    setting = Setting(
+        runtime, on_device.version(need_runtime(runtime)), on_device.processor(), threads, batch, precision
+    )
+    found = _begun(to, setting, family, graph)
+    if not found.grain:
+        found = replace(found, grain=find_grain(family, graph, setting))
+    plans = sample(graph, networks, found.grain)
+    for number, plan in enumerate(plans):
+        if number >= len(found.networks):
+            content = family.file(plan)
+            times = on_device.measure(content, seconds=SECONDS, **asked(setting))
+            found = replace(found, networks=(*found.networks, attributed(times, family, graph, plan)))
+            if to is not None:
+                save_profile(found, to)
+        if progress is not None:
+            progress(number + 1, len(plans))
+    return found
+
+
+def need_runtime(runtime: str) -> str:
+    """Raises: ValueError for a runtime that is not known; MissingPackage for one that is not installed."""
+    if runtime not in on_device.RUNTIMES:
+        raise ValueError(f"runtime {runtime!r}: choose {' or '.join(on_device.RUNTIMES)}")
+    return runtime
+
+
+def sample(graph: Graph, networks: int, grain: int) -> list[Plan]:
+    """The dense network, and others in which the widths of every group are spread evenly from few units to all."""
+    random = np.random.default_rng(0)
+    strata = np.stack([random.permutation(networks - 1) for _ in graph.groups], axis=1) if graph.groups else None
+    plans = [Plan.dense(graph)]
+    for number in range(networks - 1):
+        keep = {}
+        for column, group in enumerate(graph.groups):
+            assert strata is not None
+            share = (strata[number, column] + random.random()) / (networks - 1)
+            keep[group.name] = np.arange(_nearest(timed_counts(group, grain), share * group.size))
+        plans.append(Plan(keep, {g.name: g.size for g in graph.groups}))
+    return plans
+
+
+def _nearest(counts: np.ndarray, wanted: float) -> int:
+    return int(counts[np.abs(counts - wanted).argmin()])
+
+
+def find_grain(family: Family, graph: Graph, setting: Setting) -> int:
+    """The multiple of channels that this runtime computes fastest here: least time per multiply-accumulate of whole networks.
+
+    Of those that are within ``LEVEL`` of the best, the smallest: it leaves more to choose from.
+    """
+    model = CostModel(graph)
+    ratios: dict[int, list[float]] = {grain: [] for grain in GRAINS}
+    for share in (0.4, 0.6):
+        random = np.random.default_rng(0)
+        wanted = [float(share * random.uniform(0.7, 1.3) * g.size) for g in graph.groups]
+        for grain in GRAINS:
+            counts = [_nearest(timed_counts(g, grain), w) for g, w in zip(graph.groups, wanted, strict=True)]
+            plan = Plan({g.name: np.arange(c) for g, c in zip(graph.groups, counts, strict=True)})
+            times = on_device.measure(family.file(plan), seconds=SECONDS, **asked(setting))
+            ratios[grain].append(times["whole"] / max(model.cost(np.array(counts)).macs, 1))
+    found = {grain: float(np.mean(np.log(r))) for grain, r in ratios.items()}
+    return min(grain for grain, level in found.items() if level <= min(found.values()) + LEVEL)
+
+
+def attributed(times: Mapping[str, Any], family: Family, graph: Graph, plan: Plan) -> Measured:
+    """Every node's time to its layer; what the runtime has added goes to the layer before, or after where it is an input's."""
+    owners = [layer_of(name) for name, _, _ in times["nodes"]]
+    ms, nodes, rest = [0.0] * len(family.layers), [0] * len(family.layers), 0.0
+    for number, (_, kind, took) in enumerate(times["nodes"]):
+        owner = owners[number]
+        if owner is None:
+            near = owners[number + 1 :] if kind == "ReorderInput" else owners[number::-1]
+            owner = next((o for o in near if o is not None), -1)
+        if owner < 0:
+            rest += took
+        else:
+            ms[owner] += took
+            nodes[owner] += 1
+    counts = plan.counts(graph)
+    lengths = tuple(
+        tuple(graph.extents[e].length(counts) for e in graph.sites[layer.site].term.extents) for layer in family.layers
+    )
+    return Measured(
+        lengths, tuple(round(t, 6) for t in ms), tuple(nodes), round(rest, 6), times["whole"], times["spread"]
+    )
+
+
+def batched(example: Any, batch: int) -> tuple[Tensor, ...]:
+    """The example's tensors on the CPU, with another batch size.  Raises: ValueError for what is not tensors."""
+    tensors = example if isinstance(example, (tuple, list)) else (example,)
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        raise ValueError("profile: takes a tensor or a tuple of tensors as example")
+    return tuple(t.detach().cpu().repeat(-(-batch // len(t)), *[1] * (t.dim() - 1))[:batch] for t in tensors)
+
+
+def _family(model: nn.Module, example: Any, batch: int) -> tuple[Graph, Family]:
+    graph = trace(model, example)
+    return graph, Family(model, graph, batched(example, batch))
+
+
+def asked(setting: Setting) -> dict[str, Any]:
+    """What ``on_device.measure`` and ``race`` take."""
+    return {key: value for key, value in asdict(setting).items() if key not in ("version", "processor")}
+
+
+def _begun(to: str | Path | None, setting: Setting, family: Family, graph: Graph) -> Profile:
+    """What an interrupted profile has stored, if it is one of the same; else none of it."""
+    layers = tuple(
+        ProfiledLayer(
+            graph.sites[x.site].module,
+            x.signature,
+            tuple(graph.extents[e].length(graph.sizes) for e in graph.sites[x.site].term.extents),
+        )
+        for x in family.layers
+    )
+    fresh = Profile(setting, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), 0, layers, ())
+    if to is None or not Path(to).exists():
+        return fresh
+    stored = load_profile(to)
+    if stored.layers != layers or stored.setting != setting:
+        raise ValueError(f"{to}: holds a profile of another network or setting; remove it, or choose another file")
+    return stored

@@ -1,0 +1,235 @@
+"""Measure exported networks, node by node, where they will run.  A script of its own: needs Python, numpy and the runtime.
+
+    python measure.py FOLDER                # folder made by: espalier profile MODEL --export FOLDER
+
+Every ``*.onnx`` gets a ``*.json`` beside it; what is there already is not measured again, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WARM_UP = 2
+LEAST, MOST = 8, 400  # runs of one network
+BURST = 4  # runs in a row
+AGREE = 0.05  # halves of the runs whose fastest differ by more are run again
+SETTINGS = "settings.json"
+
+Run = Callable[[], None]
+Nodes = list[tuple[str, str, float]]  # name, operation, milliseconds of the fastest runs; in the order of execution
+Opened = tuple[Run, Run, Callable[[], Nodes]]  # the network alone, the network watched, and what was seen of its nodes
+
+
+def measure(
+    content: bytes, *, runtime: str, threads: int, batch: int, precision: str, seconds: float
+) -> dict[str, Any]:
+    """Milliseconds of the whole network and of every node, least of many runs, and how far two halves of the runs differ.
+
+    Alone and watched in turns, because what else the machine does then meets both; some runs at a time, because the other one
+    leaves the caches cold.
+    """
+    alone, watched, nodes = RUNTIMES[runtime](content, threads, batch, precision)
+    for _ in range(WARM_UP):
+        alone()
+        watched()
+    times: list[float] = []
+    for _ in range(3):
+        begin, runs = time.perf_counter(), 0
+        while runs < LEAST or (runs < MOST and time.perf_counter() - begin < seconds):
+            times += [_once(alone, threads) for _ in range(BURST)]
+            for _ in range(BURST):
+                watched()
+            runs += BURST
+        spread = _spread(times)
+        if spread <= AGREE:
+            break
+    return {"whole": 1e3 * min(times), "spread": spread, "nodes": nodes()}
+
+
+def race(
+    contents: list[bytes], *, runtime: str, threads: int, batch: int, precision: str, seconds: float
+) -> list[float]:
+    """Milliseconds of several networks, in turns, because the speed of a machine drifts; the fastest round of each."""
+    calls = [RUNTIMES[runtime](content, threads, batch, precision)[0] for content in contents]
+    loops = []
+    for call in calls:
+        call()
+        loops.append(max(1, round(2e-3 / max(_once(call, threads), 1e-6))))  # short ones several at once
+    found: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    while len(found[0]) < 5 or time.perf_counter() - begin < seconds:
+        for times, call, count in zip(found, calls, loops, strict=True):
+            times.append(_once(call, threads, count))
+    return [1e3 * min(times) for times in found]
+
+
+def version(runtime: str) -> str:
+    """Of the runtime that is installed here."""
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
+    import openvino
+
+    return str(openvino.__version__).partition("-")[0]
+
+
+def processor() -> str:
+    """Name of this machine's processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith(("model name", "Hardware", "Model")):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _once(call: Run, threads: int, count: int = 1) -> float:
+    """Seconds of one call.  Of one thread its time on the processor counts: what others take meanwhile is not its own."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    begin = clock()
+    for _ in range(count):
+        call()
+    return (clock() - begin) / count
+
+
+Seen = dict[tuple[str, str], list[float]]  # name and operation of a node -> milliseconds of every run
+
+
+def _fastest(seen: Seen) -> Nodes:
+    """Of every node the mean over the fastest quarter of its runs: whole microseconds are too coarse for the least."""
+    return [
+        (name, kind, float(np.mean(sorted(times)[: max(1, len(times) // 4)]))) for (name, kind), times in seen.items()
+    ]
+
+
+def _spread(times: list[float]) -> float:
+    one, two = min(times[::2]), min(times[1::2])
+    return abs(one - two) / min(one, two)
+
+
+# -- runtimes: how to run a network, and how to ask for the times of its nodes
+
+
+def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Opened:
+    import onnxruntime as ort
+
+    folder = tempfile.TemporaryDirectory()
+
+    def session(watched: bool) -> tuple[Any, dict[str, Any]]:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.enable_profiling = watched
+        options.profile_file_prefix = os.path.join(folder.name, "profile")
+        opened = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+        feeds = {i.name: _input(i.shape, kinds.get(i.type, np.float32), batch) for i in opened.get_inputs()}
+        return opened, feeds
+
+    (plain, inputs), (watched, own) = session(False), session(True)
+
+    def nodes() -> Nodes:
+        events = json.loads(Path(watched.end_profiling()).read_text(encoding="utf-8"))
+        folder.cleanup()
+        seen: Seen = {}
+        for event in events:  # a name stands for one node, the first run has all of them in the order of execution
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                key = (event["name"].removesuffix("_kernel_time"), event["args"].get("op_name", ""))
+                seen.setdefault(key, []).append(1e-3 * event["dur"])
+        return _fastest(seen)
+
+    return lambda: plain.run(None, inputs), lambda: watched.run(None, own), nodes
+
+
+def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opened:
+    import openvino
+
+    def request(watched: bool) -> tuple[Any, list[Any]]:
+        core = openvino.Core()
+        model = core.read_model(content)
+        shapes = {
+            i: [batch if number == 0 and d.is_dynamic else d.get_length() for number, d in enumerate(i.partial_shape)]
+            for i in model.inputs
+        }
+        model.reshape(shapes)
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # pinned to a core that others use, it would wait for them
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERF_COUNT": watched,
+        }
+        compiled = core.compile_model(model, "CPU", settings)
+        kinds = [i.get_element_type().to_dtype() for i in compiled.inputs]
+        inputs = [_input(list(i.shape), k, batch) for i, k in zip(compiled.inputs, kinds, strict=True)]
+        return compiled.create_infer_request(), inputs
+
+    plain, inputs = request(False)
+    fresh: list[Any] = []  # requests whose node times have not been read
+    seen: Seen = {}
+
+    def watch() -> None:
+        """The runtime tells means over all runs so far: of a new request, the runs after the first two, by difference."""
+        if not fresh:
+            fresh.append((*request(True), []))
+        watched, own, means = fresh[0]
+        watched.infer(own)
+        means.append({(n.node_name, n.node_type): 1e3 * n.real_time.total_seconds()
+                      for n in watched.get_profiling_info() if n.status == n.Status.EXECUTED})  # fmt: skip
+        if len(means) == 2 + 2 * BURST:
+            for first, last in ((2, 2 + BURST), (2 + BURST, 2 + 2 * BURST)):
+                for node, mean in means[last - 1].items():
+                    seen.setdefault(node, []).append(
+                        max(last * mean - first * means[first - 1][node], 0.0) / (last - first)
+                    )
+            fresh.clear()
+
+    return lambda: plain.infer(inputs), watch, lambda: _fastest(seen)
+
+
+def _input(shape: list[Any], kind: Any, batch: int) -> np.ndarray:
+    size = [d if isinstance(d, int) else batch for d in shape]
+    if np.issubdtype(kind, np.integer):
+        return np.zeros(size, dtype=kind)
+    return np.random.default_rng(0).standard_normal(size).astype(kind)
+
+
+RUNTIMES: dict[str, Callable[[bytes, int, int, str], Opened]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+
+
+def main(folder: Path) -> None:
+    """Measure every network in ``folder`` that has no times yet."""
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    asked = {key: settings[key] for key in ("runtime", "threads", "batch", "precision", "seconds")}
+    files = sorted(folder.glob("*.onnx"))
+    for number, file in enumerate(files):
+        target = file.with_suffix(".json")
+        if target.exists():
+            continue
+        found = measure(file.read_bytes(), **asked)
+        found |= {"version": version(asked["runtime"]), "processor": processor()}
+        beside = target.with_suffix(".part")
+        beside.write_text(json.dumps(found), encoding="utf-8")
+        beside.replace(target)
+        sys.stdout.write(f"{number + 1} of {len(files)}: {found['whole']:.3f} ms\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

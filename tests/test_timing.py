@@ -1,0 +1,267 @@
+"""Time as a budget: staircases, the solver on them, profiles as files, and the loop that is closed by measuring."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import espalier as es
+from espalier.costs import CostModel
+from espalier.graph.alternatives import with_alternatives
+from espalier.graph.times import Staircase
+from espalier.solver import solve, unused_blocks
+from espalier.timing import closing, making, on_device
+from espalier.timing.family import Family, layer_of
+from espalier.timing.fitting import staircases
+from espalier.timing.profile import from_json, to_json
+
+
+class Small(nn.Module):
+    """Two convolutions, a depthwise one and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.deep = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.last(self.deep(self.two(self.one(x))).mean((2, 3)))
+
+
+X = torch.zeros(1, 3, 16, 16)
+
+
+def stairs(step, most, per_step):
+    """Time that goes up by ``per_step`` with every ``step`` outputs, whatever the inputs."""
+    edges = np.arange(step, most + step, step)
+    return Staircase((edges, np.array([10_000])), per_step * np.arange(1, len(edges) + 1.0)[:, None])
+
+
+def timed(graph, step=16, grain=4):
+    """``graph`` with a staircase at every site."""
+    sites = [replace(s, time=stairs(step, 1024, 1.0)) for s in graph.sites]
+    return replace(graph, sites=tuple(sites), overhead=0.5, grain=grain)
+
+
+@cache
+def graph_of_small():
+    return es.trace(Small(), X)
+
+
+@pytest.fixture(scope="module")
+def profile():
+    pytest.importorskip("onnxruntime")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(making, "SECONDS", 0.01)
+    torch.manual_seed(0)
+    yield es.profile(Small().eval(), X, networks=8)
+    patch.undo()
+
+
+# -- staircases
+
+
+def test_a_length_takes_what_its_step_takes_and_nothing_takes_nothing():
+    table = Staircase((np.array([8, 16]), np.array([4, 8])), np.array([[1.0, 2.0], [3.0, 5.0]]))
+    assert [table.at((n, 4)) for n in (0, 1, 8, 9, 16)] == [0, 1, 1, 3, 3]
+    assert table.at((16, 8)) == 5
+    assert table.at((np.array([8, 16]), 8)).tolist() == [2, 5]
+    assert table.at((16, 8, 0)) == 0, "a third length says whether the layer is there"
+
+
+def test_blocks_of_a_runtime_are_found_in_its_times():
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 16, (60, 2)) * 4
+    blocks = np.ceil(lengths / 16) * 16
+    took = 0.1 + 0.01 * blocks[:, 0] + 0.002 * blocks[:, 0] * lengths[:, 1]
+    table = staircases({"s": np.column_stack([lengths, took])}, {"s": "conv"}, grain=4)["s"]
+    assert table.edges[0].tolist()[:3] == [16, 32, 48]
+    fit = np.array([float(table.at(pair)) for pair in lengths])
+    assert np.abs(fit / took - 1).max() < 0.05
+
+
+# -- the solver
+
+
+def test_latency_is_the_sum_of_the_tables_and_moves_with_the_units():
+    graph = timed(graph_of_small())
+    model = CostModel(graph)
+    state = model.at(graph.sizes, metrics=("latency",))
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        group = int(random.integers(len(graph.groups)))
+        there = int(random.integers(1, graph.groups[group].size + 1))
+        state.move(group, there - int(state.keep[group]))
+        assert state.value("latency") == pytest.approx(model.cost(state.keep).latency)
+
+
+@pytest.mark.parametrize("milliseconds", [4.5, 6.5, 9.5])
+def test_units_go_in_steps_that_save_time_and_a_step_is_filled(milliseconds):
+    graph = timed(graph_of_small())
+    random = np.random.default_rng(0)
+    importance = {g.name: random.random(g.size) for g in graph.groups}
+    plan = solve(graph, importance, {"latency": milliseconds})
+    assert CostModel(graph).cost(plan.counts(graph)).latency <= milliseconds
+    assert all(n % 16 == 0 for n in plan.counts(graph)), "a step that is paid for is used to its end"
+
+
+def test_other_limits_hold_together_with_latency():
+    graph = timed(graph_of_small())
+    importance = {g.name: np.ones(g.size) for g in graph.groups}
+    plan = solve(graph, importance, {"latency": 9.5, "params": 8000})
+    found = CostModel(graph).cost(plan.counts(graph))
+    assert found.latency <= 9.5 and found.params <= 8000
+
+
+def test_time_out_of_reach_is_refused_with_the_least_that_is():
+    graph = timed(graph_of_small())
+    importance = {g.name: np.ones(g.size) for g in graph.groups}
+    with pytest.raises(es.BudgetError, match=r"latency=0\.1 ms cannot be met: the smallest reachable is"):
+        solve(graph, importance, {"latency": 0.1})
+
+
+@pytest.mark.parametrize("latency", [0.0, 1.5, True, "2", "2 m", "-1 ms", "0 ms", "fast"])
+def test_a_budget_of_time_is_a_fraction_or_an_amount_with_its_unit(latency):
+    with pytest.raises(ValueError, match="latency"):
+        es.Budget(latency=latency)
+
+
+def test_a_budget_of_time_needs_a_profile():
+    with pytest.raises(ValueError, match="profile"):
+        es.Budget(latency=0.5)
+
+
+# -- networks to measure
+
+
+def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, graph = Small().eval(), graph_of_small()
+    family = Family(model, graph, (X,))
+    assert [graph.sites[x.site].module for x in family.layers] == ["one.0", "two.0", "deep", "last"]
+    plan = es.Plan({g.name: np.arange(16) for g in graph.groups})
+    found = on_device.measure(
+        family.file(plan), runtime="onnxruntime", threads=1, batch=1, precision="f32", seconds=0.0
+    )
+    assert {layer_of(name) for name, _, _ in found["nodes"]} >= {0, 1, 2, 3}
+    assert found["whole"] > 0
+
+
+# -- profiles
+
+
+def test_a_profile_predicts_what_it_has_measured(profile):
+    for network in profile.networks:
+        predicted = profile.overhead + profile._sum_of(profile.tables, network)
+        assert predicted == pytest.approx(network.whole, rel=1.0), "on a busy machine not closer"
+    assert {x.module for x in profile.layers} == {"one.0", "two.0", "deep", "last"}
+    graph = profile.on(graph_of_small())
+    assert CostModel(graph).cost(graph.sizes).latency == pytest.approx(profile.dense, rel=1.0)
+
+
+def test_a_profile_that_was_stored_is_the_same(profile, tmp_path):
+    es.save_profile(profile, tmp_path / "p.json")
+    assert es.load_profile(tmp_path / "p.json") == profile
+
+
+def test_an_interrupted_profile_goes_on(profile, tmp_path, monkeypatch):
+    file = tmp_path / "p.json"
+    es.save_profile(replace(profile, networks=profile.networks[:7]), file)
+    monkeypatch.setattr(making, "SECONDS", 0.0)
+    measured = []
+    whole = es.profile(Small().eval(), X, networks=8, to=file, progress=lambda done, of: measured.append(done))
+    assert whole.networks[:7] == profile.networks[:7]
+    assert len(es.load_profile(file).networks) == 8 and measured[-1] == 8
+
+
+def test_a_profile_of_another_network_goes_on_with_nothing(profile, tmp_path):
+    es.save_profile(profile, tmp_path / "p.json")
+    with pytest.raises(ValueError, match="another network"):
+        es.profile(nn.Sequential(nn.Conv2d(3, 4, 3)), X, networks=2, to=tmp_path / "p.json")
+
+
+def test_a_damaged_profile_is_refused(profile):
+    text = to_json(profile)
+    with pytest.raises(ValueError, match="truncated"):
+        from_json(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="not a profile"):
+        from_json("{}")
+    content = json.loads(text)
+    content["networks"][0]["whole"] *= 2
+    with pytest.raises(ValueError, match="changed after"):
+        from_json(json.dumps(content))
+    with pytest.warns(UserWarning, match="changed after"):
+        assert from_json(json.dumps(content), anyway=True).dense == pytest.approx(2 * profile.dense)
+    content["networks"][0]["ms"] = [-1.0]
+    with pytest.raises(ValueError, match="not a whole profile"):
+        from_json(json.dumps(content))
+
+
+def test_a_profile_of_another_network_or_setting_is_refused(profile):
+    with pytest.raises(ValueError, match="another network"):
+        profile.on(es.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), X))
+    wider = es.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), X)
+    assert wider.overhead is None
+    with pytest.raises(ValueError, match="threads 1, not 2"):
+        profile.need({"threads": 2})
+    with pytest.warns(UserWarning, match="threads 1, not 2"):
+        profile.need({"threads": 2}, anyway=True)
+
+
+def test_a_runtime_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="choose onnxruntime or openvino"):
+        es.profile(Small(), X, runtime="fastest")
+
+
+# -- the loop
+
+
+def test_a_plan_is_measured_and_corrected_until_its_time_is_right(profile, monkeypatch):
+    """Here every network takes 1.3 times what the profile says."""
+    model, graph = Small().eval(), graph_of_small()
+    importance = {g.name: np.random.default_rng(0).random(g.size) for g in graph.groups}
+
+    def race(contents, **_):
+        assert len(contents) == 2
+        return [1.3 * planned[-1] / profile.dense, 1.0]
+
+    planned = []
+    really = solve
+
+    def watched(timed, *args, **options):
+        plan = really(timed, *args, **options)
+        planned.append(profile.predict(graph, plan.counts(graph)))
+        return plan
+
+    monkeypatch.setattr(closing, "solve", watched)
+    monkeypatch.setattr(on_device, "race", race)
+    family = Family(model, graph, (X,))
+    found = closing.settle(family, b"dense", importance, es.Budget(latency=0.8, profile=profile))
+    assert found.measured <= found.limit == pytest.approx(0.8 * profile.dense)
+    assert found.rounds > 1
+    assert found.budget.profile.correction == pytest.approx(1.3)
+    assert (
+        not unused_blocks(found.budget.timed(graph), found.plan, replace(found.budget, latency=f"{found.limit} ms"))
+        or found.measured > 0.9 * found.limit
+    )
+
+
+def test_one_call_brings_a_network_to_a_fraction_of_its_time(profile, monkeypatch):
+    monkeypatch.setattr(closing, "SECONDS", 0.05)
+    monkeypatch.setattr(closing, "ROUNDS", 3)
+    torch.manual_seed(0)
+    result = es.compress(Small(), X, budget=es.Budget(latency=0.9, profile=profile), method=es.Magnitude())
+    assert result.cost.macs < result.dense.macs
+    assert result.limits["latency"] == pytest.approx(0.9 * profile.dense)
+
+
+def test_other_forms_of_layers_have_no_times_and_say_so():
+    with pytest.raises(ValueError, match="no times are known"):
+        with_alternatives(timed(graph_of_small()), {"one.0": ()})
