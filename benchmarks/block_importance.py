@@ -58,13 +58,17 @@ def main() -> None:
     example = batches[0][0][:1].contiguous()
     graph = with_blocks(trace(model, example), find_blocks(model, example).found)
     bench = Bench(model, graph, batches)
-    key = f"{options.model} {options.macs:g}"
-    found = read_results(NAME).get(key, {})
-    blocks = found.get("blocks") or bench.blocks()
-    setting = {"model": options.model, "macs": options.macs, "steps": options.steps, "dense": bench.dense}
-    setting |= {"blocks": blocks, "cuts": bench.cuts(options.macs, blocks)}
-    write_results(NAME, {**read_results(NAME), key: rounded({**setting, **environment()})})
-    print(blocks_table(setting["blocks"]), cuts_table(setting["cuts"]), sep="\n\n")
+    found = read_results(NAME)
+    blocks = found.get(options.model, {}).get("blocks")
+    if blocks is None:
+        blocks = bench.blocks()
+        one = {"model": options.model, "dense": bench.dense, "blocks": blocks, **environment()}
+        found = {**found, options.model: rounded(one)}
+        write_results(NAME, found)
+    cuts = bench.cuts(options.macs, blocks, shares=options.shares, narrowest=options.narrowest)
+    setting = {"model": options.model, "macs": options.macs, "steps": options.steps, "dense": bench.dense, "cuts": cuts}
+    write_results(NAME, {**found, f"{options.model} {options.macs:g}": rounded({**setting, **environment()})})
+    print(blocks_table(blocks), cuts_table(cuts), sep="\n\n")
 
 
 class Bench:
@@ -104,9 +108,11 @@ class Bench:
         recalibrate_batchnorm(small, self.settling, SETTLING)
         return evaluate(small, self.judging)
 
-    def cuts(self, macs: float, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def cuts(
+        self, macs: float, blocks: list[dict[str, Any]], *, shares: list[float], narrowest: list[float]
+    ) -> list[dict[str, Any]]:
         rows = []
-        for label, plan in self._plans(macs, blocks).items():
+        for label, plan in self._plans(macs, blocks, shares, narrowest).items():
             small = shrink(self.model, self.graph, plan)
             settled = self._settled(small)
             train(small, self.model, self.training)
@@ -122,7 +128,9 @@ class Bench:
             print(row, flush=True)
         return rows
 
-    def _plans(self, macs: float, blocks: list[dict[str, Any]]) -> dict[str, Plan]:
+    def _plans(
+        self, macs: float, blocks: list[dict[str, Any]], shares: list[float], narrowest: list[float]
+    ) -> dict[str, Plan]:
         limits = {"macs": math.floor(macs * cost(self.graph).macs)}
         channels = {n: w for n, w in self.worth.items() if not n.endswith(":block")}
         plans = {"channels": solve(self.graph, channels, limits)}
@@ -131,12 +139,12 @@ class Bench:
                 worth = {f"{r['block']}:block": np.array([0.0, max(r[score], 0.0)]) for r in blocks}
                 plans[f"blocks by {score}"] = solve(self.graph, worth, limits)
         nothing = {b.group: np.zeros(2) for b in self.graph.blocks}
-        for share in (1.0, 0.5, 0.25):
-            for narrowest in (0.0, 0.25, 0.5):
-                floor = {self.graph.groups[i].name: narrowest for b in self.graph.blocks for i in self.graph.inner(b)}
-                floors = {n: math.ceil(f * self.graph.group(n).size) for n, f in floor.items()}
-                plan = solve(self.graph, {**channels, **nothing}, limits, block_share=share, floor=floors)
-                plans[f"both, share {share}, narrowest {narrowest}"] = plan
+        inner = {i for b in self.graph.blocks for i in self.graph.inner(b)}
+        for share in shares:
+            for part in narrowest:
+                floor = {self.graph.groups[i].name: math.ceil(part * self.graph.groups[i].size) for i in inner}
+                plan = solve(self.graph, {**channels, **nothing}, limits, block_share=share, floor=floor)
+                plans[f"both, share {share}, narrowest {part}"] = plan
         return plans
 
 
@@ -182,6 +190,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data-dir")
     parser.add_argument("--macs", type=float, default=0.5)
+    parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--narrowest", type=float, nargs="*", default=[0.0, 0.25, 0.5])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any
 
 from benchmarks import shape_groups, without_training
@@ -258,8 +259,44 @@ def demo() -> str:
     return f"The demo took {content['seconds']:.0f} s; the goal is {content['limit']} s. {_by('demo', content)}"
 
 
+def block_importance() -> str:
+    """What residual blocks are worth beside channels, and cuts by both: ``benchmarks.block_importance``."""
+    content = read_results("block_importance")
+    lines: list[list[str | None]] = []
+    for name, one in content.items():
+        if "blocks" in one:
+            out, half = ([r[k] for r in one["blocks"]] for k in ("rise, BatchNorm anew", "rise of the half"))
+            per = [
+                (r["rise, BatchNorm anew"] / r["inside"]) / (r["rise of the half"] / r["inside the half"])
+                for r in one["blocks"]
+            ]
+            numbers = [f"{median(values):.3f}" for values in (out, half)]
+            lines.append([name, str(len(out)), *numbers, f"{median(per):.2f}"])
+    head = [
+        "network",
+        "blocks",
+        "rise of the loss, left out",
+        "half of its channels out",
+        "ratio per first-order worth",
+    ]
+    parts = ["Medians over blocks, BatchNorm estimated anew:", table(head, lines)]
+    for one in content.values():
+        if "cuts" in one:
+            rows: list[list[str | None]] = [
+                [r["cut"], f"{r['blocks out']}", f"{r['loss']:.2f}", f"{r['accuracy, trained']:.1f}"]
+                for r in one["cuts"]
+            ]
+            parts.append(
+                f"{one['model']} at {100 * one['macs']:g} % of the MACs, then {one['steps']} steps of training:"
+            )
+            parts.append(table(["cut", "blocks out", "loss at once", "accuracy, trained"], rows))
+            last = one
+    return "\n\n".join([*parts, f"*`python -m benchmarks.block_importance`; revision {last['revision']}.*"])
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "options": options,
+    "block-importance": block_importance,
     "budgets": budgets,
     "decompositions": decompositions,
     "demo": demo,
