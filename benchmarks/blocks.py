@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from benchmarks import shape_groups, without_training
+from benchmarks import int8, shape_groups, without_training
 from benchmarks.common import read_results, table
+from espalier.present.config import METHODS
+from espalier.settings import settings_of
 
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) ?([^>]*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -74,6 +76,20 @@ def no_training() -> str:
     if not content:
         return "*not run*"
     return without_training.as_table(content) + "\n\n" + _by("without_training", next(iter(content.values())))
+
+
+def eight_bits() -> str:
+    """Dense and small, float and int8, in time and accuracy; files and their load times: ``benchmarks.int8``."""
+    content = read_results(int8.NAME)
+    if not content:
+        return "*not run*"
+    return int8.as_table(content) + "\n\n" + _by("int8", next(iter(content.values())))
+
+
+def settings(method: str) -> str:
+    """The hyper-parameters of a method, as they are declared."""
+    rows = [[f"`{s.name}`", s.text or None, s.allowed, f"`{s.default}`"] for s in settings_of(METHODS[method])]
+    return table(["setting", "what it is", "allowed", "default"], rows)
 
 
 def dprp_overhead() -> str:
@@ -305,6 +321,8 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "families": families,
     "groups-of-shapes": groups_of_shapes,
     "importance": lambda: importance(),
+    "int8": eight_bits,
+    "settings": settings,
     "without-training": lambda: no_training(),
     "planted-ranks": planted_ranks,
     "removal": removal,
