@@ -61,6 +61,32 @@ def _wrapper(model: nn.Module) -> str | None:
     return next((k for k in kinds if k in _WRAPPERS), None)
 
 
+def check_sound(model: nn.Module, *, who: str) -> None:
+    """Whether training can come to anything: finite weights, no layer of width zero, names that a file can hold.
+
+    Raises: ValueError naming the first that is not so.
+    """
+    check_names(model, who=who)
+    for name, tensor in named_tensors(model)[0].items():
+        if 0 in tensor.shape:
+            raise ValueError(
+                f"{who}: {name} is of shape {tuple(tensor.shape)}; a layer of width zero computes nothing, leave it out"
+            )
+        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+            raise ValueError(
+                f"{who}: {name} has values that are NaN or infinite before anything is done; give sound weights"
+            )
+
+
+def check_names(model: nn.Module, *, who: str) -> None:
+    """Raise ``ValueError`` for a module's name that no file can hold."""
+    for name in named_modules(model):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{who}: the module {name!r} has a name that is not UTF-8; call it otherwise") from error
+
+
 def copy_model(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """What ``copy.deepcopy`` gives, except that ``tensors[id(t)]`` takes the place of every tensor ``t`` named there.
 

@@ -145,6 +145,8 @@ class Budget:
             )
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, Integral) or self.multiple_of < 1:
             raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): must be a whole number, 1 or more")
+        if self.multiple_of >= 2**31:
+            raise ValueError(f"Budget(multiple_of={self.multiple_of!r}): no layer is that wide; 4, 8 or 16 runs fast")
         object.__setattr__(self, "multiple_of", int(self.multiple_of))
         several = isinstance(self.protect, Iterable) and not isinstance(self.protect, str)
         names = tuple(self.protect) if several else (self.protect,)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept
-from espalier.copies import named_tensors, unwrapped
+from espalier.copies import check_sound, named_tensors, unwrapped
 from espalier.costs import Cost, CostModel
 from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, hold, trace
@@ -317,4 +317,6 @@ def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, meth
     ...     run.step(progress=(step + 1) / total, optimizer=optimizer)
     >>> small = run.finish()                                                           # doctest: +SKIP
     """
-    return method.start(unwrapped(model, who="attach", in_place=True), example, budget_for(method, budget))
+    model = unwrapped(model, who="attach", in_place=True)
+    check_sound(model, who="attach")
+    return method.start(model, example, budget_for(method, budget))

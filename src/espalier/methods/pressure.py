@@ -202,7 +202,7 @@ class Fading(Run):
         self._zero[self._outside] = found[3:] == 0
         self._mass = left / total
         lag = self._mass - planned / total
-        self.strength = min(max(self.strength * math.exp(GAIN * lag), WEAKEST), STRONGEST)
+        self.strength = min(max(self.strength * math.exp(min(GAIN * lag, 100.0)), WEAKEST), STRONGEST)
 
     # -- removal -------------------------------------------------------------------------------------------------------
 

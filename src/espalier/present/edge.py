@@ -42,8 +42,13 @@ class Edge(TyperGroup):
 
 def say_error(error: BaseException) -> None:
     """``error: ...`` on stderr, as it stands: no markup in brackets, no pictures for words between colons, no wrapping."""
-    text = str(error).strip() or type(error).__name__
+    text = printable(str(error).strip() or type(error).__name__)
     stderr.print(f"error: {text}", markup=False, emoji=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Names come from files: what would steer the terminal, or has no encoding, is written out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager

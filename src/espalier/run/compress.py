@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import __version__
-from espalier.copies import copy_model, unwrapped
+from espalier.copies import check_sound, copy_model, unwrapped
 from espalier.costs import METRICS, Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.base import Method, Run, budget_for
@@ -173,6 +173,7 @@ class _Job:
         calibration: list[Batch] | None,
     ) -> None:
         model = unwrapped(model, who="compress")
+        check_sound(model, who="compress")
         if source is not None:
             source = set_aside(source, method.withholds)
         self.model, self.source, self.example = model, source, example

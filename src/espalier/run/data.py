@@ -279,6 +279,14 @@ class Loaders:
         images, labels = item
         if not images.is_floating_point():
             raise ValueError(f"the {name} loader yields images of {images.dtype}; give normalised floats")
+        if len(images) == 0:
+            raise ValueError(f"the {name} loader yields an empty batch; leave it out")
+        first = getattr(self, "_shape", None)  # of the first batch; sizes may change, channels may not
+        if first is not None and (images.dim() != len(first) + 1 or images.shape[1] != first[0]):
+            shape = tuple(images.shape)
+            raise ValueError(
+                f"the {name} loader yields images of shape {shape} after others of {(len(images), *first)}"
+            )
         if len(images) != len(labels):
             raise ValueError(f"the {name} loader yields {len(images)} images with {len(labels)} labels")
         # Smallest and largest label would be fetched one by one.

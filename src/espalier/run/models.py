@@ -405,6 +405,7 @@ def _taken(build: Factory, sizes: Mapping[str, int], name: str) -> Mapping[str, 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 10
+_NESTED = 8  # dictionaries in dictionaries
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -445,14 +446,26 @@ def _read_weights(path: Path) -> object:
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
+    for _ in range(_NESTED):  # a file may hold itself
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    odd = [key for key, value in content.items() if isinstance(value, Tensor) and not isinstance(key, str)]
+    if odd:
+        raise ValueError(
+            f"{path} has weights under {odd[0]!r}, a {type(odd[0]).__name__}; names of parameters are strings"
+        )
     weights = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    for key, value in weights.items():
+        kind = "is quantised" if value.is_quantized else "is on meta, without numbers" if value.is_meta else ""
+        kind = kind or ("" if value.layout is torch.strided else f"is sparse ({value.layout})")
+        if kind:
+            raise ValueError(f"{path}: {key!r} {kind}; save plain tensors: tensor.dequantize(), tensor.to_dense()")
     if not weights:
         raise ValueError(f"{path} holds no weights (its entries: {', '.join(map(str, content)) or 'none'})")
     return weights

@@ -160,8 +160,13 @@ def add_widths(path: Path, epoch: int, widths: Mapping[str, int]) -> None:
     """
     rows: list[dict[str, Any]] = []
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file, strict=True) if int(row["epoch"]) < epoch]
+            if any(None in row or None in row.values() for row in rows):
+                raise ValueError("a row of another length")
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error}); move it away, and it begins anew") from error
     rows.append({"epoch": epoch, **widths})
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")

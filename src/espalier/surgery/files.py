@@ -31,7 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from espalier.carving import put_in_place, refresh
-from espalier.copies import unwrapped
+from espalier.copies import check_names, unwrapped
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
 from espalier.graph.watch import first_line
@@ -450,6 +450,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str
     Written beside and then renamed: a full disk leaves an existing file as it was.  ``extra`` are further metadata strings.
     """
     path, model = Path(path), unwrapped(model, who="save")
+    check_names(model, who="save")
     tensors: dict[str, Tensor] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # shared ones once
         tensors[name] = tensor.detach().cpu().contiguous()
