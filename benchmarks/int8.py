@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def record(label: str, found: dict[str, Any]) -> None:
-    write_results(NAME, {**read_results(NAME), label: {**rounded(found), **environment()}})
+    write_results(NAME, {**read_results(NAME), label: {**rounded(found), "environment": environment()}})
 
 
 def timed(name: str, classes: int, side: int) -> dict[str, Any]:
