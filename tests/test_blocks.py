@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import espalier as es
 from espalier.graph import files, find_blocks, trace, with_blocks
 from espalier.graph.blocks import LEFT
+from espalier.methods.blocks import takes_blocks
 from espalier.plan import Budget, Plan
 from espalier.solver import solve
 from espalier.surgery import load, rebuild, save, shrink, shrink_, structure, verify
@@ -391,6 +392,19 @@ def test_a_run_that_leaves_blocks_out_goes_on_exactly(method):
 def test_a_score_that_cannot_weigh_blocks_is_refused(make):
     with pytest.raises(ValueError, match="taylor"):
         make()
+
+
+def test_blocks_may_go_by_default_where_time_is_limited():
+    class Clock:
+        dense = 1.0
+
+        def on(self, graph):
+            return graph
+
+    by_time, by_macs = Budget(latency=0.5, profile=Clock()), Budget(macs=0.5)
+    assert takes_blocks(None, by_time) and not takes_blocks(None, by_macs)
+    assert not takes_blocks(False, by_time) and takes_blocks(True, by_macs)
+    assert not takes_blocks(None, by_time, score="scale")
 
 
 def test_frozen_weights_keep_their_block():

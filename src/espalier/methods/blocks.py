@@ -16,12 +16,17 @@ import numpy as np
 from espalier.graph import Graph, find_blocks, with_blocks
 from espalier.graph.graph import CHANNELS
 from espalier.methods.base import FROZEN, Run
+from espalier.plan import Budget
 from espalier.settings import described
 
 WholeBlocks = Annotated[
-    bool, described("let residual blocks go as a whole, where that gives up less than their channels")
+    bool | None,
+    described(
+        "let residual blocks go as a whole, where that gives up less than their channels; by default where time is limited"
+    ),
 ]
 
+COMPARABLE = "taylor"
 SHARE = 0.25  # what a channel counts when its block goes as a whole, relative to when it goes by itself
 NARROWEST = 0.5  # of its inner widths, a block that stays
 
@@ -36,13 +41,18 @@ def offer_blocks(run: Run) -> None:
     run.skipped.update({b.module: FROZEN for b in found.found if b not in free})
 
 
-def need_comparable(where: str, name: str, score: str, blocks: bool) -> None:
+def need_comparable(where: str, name: str, score: str, blocks: bool | None) -> None:
     """``ValueError`` for a score that is relative to the layer: it says nothing about whole blocks."""
-    if blocks and score != "taylor":
+    if blocks and score != COMPARABLE:
         raise ValueError(
             f"{where}(blocks=True, {name}={score!r}): this score is relative to each layer and cannot weigh whole blocks; "
-            f"take {name}='taylor', which is measured on data"
+            f"take {name}={COMPARABLE!r}, which is measured on data"
         )
+
+
+def takes_blocks(wanted: bool | None, budget: Budget, *, score: str = COMPARABLE) -> bool:
+    """Whether blocks may go: as asked, else where time is limited - launching layers costs time - and the score can tell."""
+    return (budget.latency is not None and score == COMPARABLE) if wanted is None else wanted
 
 
 def worth_of_blocks(graph: Graph, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -12,7 +12,14 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
-from espalier.methods.blocks import WholeBlocks, block_rules, need_comparable, offer_blocks, worth_of_blocks
+from espalier.methods.blocks import (
+    WholeBlocks,
+    block_rules,
+    need_comparable,
+    offer_blocks,
+    takes_blocks,
+    worth_of_blocks,
+)
 from espalier.methods.importance import Returns, ScoreName, diminishing, measure
 from espalier.methods.scoring import settle_batchnorm
 from espalier.plan import Budget
@@ -32,7 +39,7 @@ class Magnitude(Method):
     score: ScoreName = "scale_times_consumer"
     per_cost: Annotated[bool, described("importance per MAC saved, or importance alone")] = True
     returns: Returns = 0.5
-    blocks: WholeBlocks = False
+    blocks: WholeBlocks = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +56,7 @@ class OneShot(AtOnce):
         self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Batches | None
     ) -> None:
         super().__init__(model, example, budget)
-        if method.blocks:
+        if takes_blocks(method.blocks, budget, score=method.score):
             offer_blocks(self)
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}

@@ -39,7 +39,7 @@ from espalier.graph.inputs import inputs_name
 from espalier.graph.stripes import striped, stripes_name
 from espalier.layers import PartConv2d
 from espalier.methods.base import FROZEN, Batches, Removed, is_frozen
-from espalier.methods.blocks import WholeBlocks, block_rules, offer_blocks, worth_of_blocks
+from espalier.methods.blocks import WholeBlocks, block_rules, offer_blocks, takes_blocks, worth_of_blocks
 from espalier.methods.importance import Sensitivity
 from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
 from espalier.methods.stripes import Masks, StripeMasks
@@ -70,7 +70,7 @@ class MGP(FadingMethod):
             "let channels that several layers make, a residual stream, go as in TCP; readers then select nothing"
         ),
     ] = False
-    blocks: WholeBlocks = False
+    blocks: WholeBlocks = None
     stagger: Annotated[Share, described("how much later than the coarser one each finer granularity begins")] = 0.03
     stripes: Annotated[bool, described("free masks of stripes instead of kernel shapes: counted, not executed")] = False
 
@@ -98,7 +98,7 @@ class MGPRun(Fading):
         self.bake()
         self.hold_frozen()
         self.graph, self.shapes, self.skipped = granularities(model, self.graph, example, method)
-        if method.blocks:
+        if takes_blocks(method.blocks, budget) and not method.stripes:
             offer_blocks(self)
         self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
         self.stripes = StripeMasks(model, self._striped() if method.stripes else ())

@@ -32,7 +32,14 @@ from torch import Tensor, nn
 from espalier.costs import LATENCY, CostModel
 from espalier.graph import files
 from espalier.methods.base import Batches, Removed
-from espalier.methods.blocks import WholeBlocks, block_rules, need_comparable, offer_blocks, worth_of_blocks
+from espalier.methods.blocks import (
+    WholeBlocks,
+    block_rules,
+    need_comparable,
+    offer_blocks,
+    takes_blocks,
+    worth_of_blocks,
+)
 from espalier.methods.importance import BY_WEIGHT, Moments, Returns, ScoreName, Sensitivity, diminishing
 from espalier.methods.pressure import LISTEN_EVERY, Fading, FadingMethod
 from espalier.methods.units import Units, upload
@@ -50,7 +57,7 @@ class TCP(FadingMethod):
     importance: ScoreName = "taylor"
     per_cost: Annotated[bool, described("weigh importance by what a unit costs, or take it as it is")] = True
     returns: Returns = 1.0
-    blocks: WholeBlocks = False
+    blocks: WholeBlocks = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +77,7 @@ class TCPRun(Fading):
         super().__init__(model, example, budget, method)
         self.bake()
         self.hold_frozen()
-        if method.blocks:
+        if takes_blocks(method.blocks, budget, score=method.importance):
             offer_blocks(self)
         self._solved({g.name: np.ones(g.size) for g in self.graph.groups}, self.limits)  # unreachable budgets fail now
         self._bind(Units(model, self.graph))
