@@ -85,6 +85,20 @@ def test_types_and_strides_that_are_not_plain_are_left_to_the_kernel(func, args)
     assert shapes.output(func, args, {}) is None
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 6, 8), (2, 4, 5, 5), (2, 1, 7, 3)])
+def test_closed_forms_of_resampling_agree_with_the_kernels(shape):
+    x, grid = meta(*shape), meta(shape[0], 9, 11, 2)
+    for func, args in (
+        (aten.grid_sampler_2d.default, (x, grid, 0, 0, False)),
+        (aten.upsample_bilinear2d.default, (x, [12, 10], True)),
+        (aten.upsample_nearest2d.default, (x, [12, 10])),
+    ):
+        for values in (args, (x.contiguous(memory_format=torch.channels_last), *args[1:])):
+            closed, out = shapes.output(func, values, {}), func(*values)
+            assert closed is None or (closed.shape, closed.stride()) == (out.shape, out.stride()), func
+        assert shapes.output(func, args, {}) is not None
+
+
 def test_a_batch_norm_of_another_width_is_refused():
     with pytest.raises(RuntimeError, match="batch norm of 3 channels has 4 parameters"):
         shapes.output(

@@ -151,6 +151,19 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     return _new(first, shape)
 
 
+def grid_sampler(x: Tensor, grid: Tensor, *_: Any) -> Any:
+    plain = x.ndim == grid.ndim == 4 and grid.shape[3] == 2 and x.shape[0] == grid.shape[0] and x.dtype == grid.dtype
+    if not plain or not x.is_contiguous() or not x.is_floating_point() or 0 in x.shape:
+        return None
+    return _new(x, (x.shape[0], x.shape[1], grid.shape[1], grid.shape[2]))
+
+
+def upsample(x: Tensor, size: Any, *_: Any) -> Any:
+    if x.ndim != 4 or not x.is_contiguous() or not x.is_floating_point() or 0 in x.shape or min(size) < 1:
+        return None
+    return _new(x, (*x.shape[:2], *size))
+
+
 SHAPES: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm: batch_norm,
     aten.native_layer_norm: layer_norm,
@@ -161,6 +174,9 @@ SHAPES: dict[Any, Callable[..., Any]] = {
 
 OVERLOADS: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: mean,
+    aten.grid_sampler_2d.default: grid_sampler,
+    aten.upsample_bilinear2d.default: upsample,
+    aten.upsample_nearest2d.default: upsample,
     aten.add.Tensor: binary,
     aten.mul.Tensor: binary,
     aten.sub.Tensor: binary,
