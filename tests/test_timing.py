@@ -1,6 +1,8 @@
 """Time as a budget: staircases, the solver on them, profiles as files, and the loop that is closed by measuring."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -8,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import espalier as es
 from espalier.costs import CostModel
 from espalier.graph.alternatives import with_alternatives
 from espalier.graph.times import Staircase
+from espalier.present.cli import app
+from espalier.present.profiling import time_of
 from espalier.solver import solve, unused_blocks
 from espalier.timing import closing, making, on_device
 from espalier.timing.family import Family, layer_of
@@ -218,6 +223,45 @@ def test_a_profile_of_another_network_or_setting_is_refused(profile):
 def test_a_runtime_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="choose onnxruntime or openvino"):
         es.profile(Small(), X, runtime="fastest")
+
+
+def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(making, "SECONDS", 0.0)
+    torch.manual_seed(0)
+    model = Small().eval()
+    place = making.export_networks(model, X, tmp_path / "there", networks=3, grain=8)
+    with pytest.raises(ValueError, match=r"3 networks are not measured yet \(000.json\)"):
+        making.collect(model, X, place)
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1"}  # nothing of ours is needed there
+    for _ in range(2):  # the second time nothing is left to do
+        found = subprocess.run(
+            [sys.executable, "measure.py", "."], cwd=place, env=environment, capture_output=True, text=True, check=True
+        )
+    assert found.stdout == ""
+    profile = making.collect(model, X, place)
+    assert len(profile.networks) == 3 and profile.grain == 8 and profile.dense > 0
+    (place / "001.json").write_text("{")
+    with pytest.raises(ValueError, match="not a folder of exported and measured networks"):
+        making.collect(model, X, place)
+
+
+def test_the_command_makes_a_profile_and_checks_it(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(making, "SECONDS", 0.0)
+    monkeypatch.setattr(making, "NETWORKS", 3)
+    monkeypatch.setattr("espalier.present.cli.make_model", lambda config: Small())
+    file = tmp_path / "p.json"
+    options = ["profile", "resnet20", "--out", str(file), "--input", "1,3,16,16", "--check"]
+    found = CliRunner().invoke(app, options)
+    assert found.exit_code == 0, found.output
+    assert "onnxruntime" in found.output and "networks that are not in the profile" in found.output
+    assert len(es.load_profile(file).networks) == 3
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("2ms", "2ms"), (None, None)])
+def test_the_option_for_time_takes_a_fraction_or_an_amount(text, value):
+    assert time_of(text) == value
 
 
 # -- the loop

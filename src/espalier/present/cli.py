@@ -31,6 +31,7 @@ from espalier.present.demo import run_demo
 from espalier.present.edge import Edge, stdout, stopped
 from espalier.present.html import write_report
 from espalier.present.jobs import open_network, run_job
+from espalier.present.profiling import measured_profile, show_check, time_of
 from espalier.present.ship import described, exported, exported_int8, input_of_run, times, times_table
 from espalier.present.show import show_markdown, show_summary
 from espalier.present.sweep import as_markdown, numbers, points_of, sweep
@@ -39,7 +40,10 @@ from espalier.run.evaluate import pick_device
 from espalier.run.folder import Images
 from espalier.run.models import load_weights, runs_code
 from espalier.run.recipe import Recipe
-from espalier.run.rundir import ONNX, SUMMARY
+from espalier.run.rundir import ONNX, PROFILE, SUMMARY
+from espalier.timing.making import collect as collect_profile
+from espalier.timing.making import export_networks
+from espalier.timing.profile import save_profile
 
 app = typer.Typer(
     cls=Edge,
@@ -77,6 +81,9 @@ def compress(
     macs: opt.Macs = None,
     params: opt.Params = None,
     activation_memory: opt.ActivationMemory = None,
+    latency: opt.Latency = None,
+    profile: opt.Profile = None,
+    runtime: opt.TimeRuntime = None,
     multiple_of: opt.MultipleOf = None,
     protect: opt.Protect = None,
     method: opt.Method = None,
@@ -100,6 +107,9 @@ def compress(
             macs=macs,
             params=params,
             activation_memory=activation_memory,
+            latency=time_of(latency),
+            profile=profile,
+            runtime=runtime,
             multiple_of=multiple_of,
             protect=protect,
         ),
@@ -285,6 +295,44 @@ def time(
     """Milliseconds of one forward, of several networks in turns; the first is what the others are compared with."""
     found = times(networks, runtime=runtime, threads=threads, batches=batch or [1], given=input or [], trust=trust)
     stdout.print(times_table(found))
+
+
+@app.command()
+def profile(
+    model: opt.ModelArgument,
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Images at a time.", min=1)] = 1,
+    out: Annotated[Path, typer.Option("--out", help="The profile; one that was interrupted goes on.")] = Path(PROFILE),
+    check: Annotated[bool, typer.Option("--check", help="Predict networks that are not in it.")] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            "--export", help="Write networks and a script instead, to be measured on another machine.", metavar="DIR"
+        ),
+    ] = None,
+    collect: Annotated[
+        Path | None, typer.Option("--collect", help="Make the profile of what was measured there.", metavar="DIR")
+    ] = None,
+    num_classes: opt.NumClasses = None,
+    input: opt.Input = None,
+) -> None:
+    """Measure what the layers of a network take in a runtime, at every width: what a budget of time is planned by."""
+    config, inputs = described({"model": given(name=model)}, input, num_classes)
+    network = make_model(config).eval()
+    if export is not None:
+        place = export_networks(network, inputs, export, runtime=runtime, threads=threads, batch=batch)
+        stdout.print(f"{place}: copy it there and run: python measure.py .", markup=False, soft_wrap=True)
+        return
+    if collect is not None:
+        found = collect_profile(network, inputs, collect)
+        save_profile(found, out)
+    else:
+        with stopped(f"go on with the same command, {out} keeps what was measured"):
+            found = measured_profile(network, inputs, to=out, runtime=runtime, threads=threads, batch=batch)
+    stdout.print(f"{out}: {found.describe()}", markup=False, soft_wrap=True)
+    if check:
+        show_check(found, network, inputs)
 
 
 @app.command()

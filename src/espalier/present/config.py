@@ -184,10 +184,12 @@ def make_budget(config: Config, method: Method) -> Budget | None:
     Raises: ValueError for a limit that makes no sense, or none at all.
     """
     _check_names("budget", config["budget"], [f.name for f in fields(Budget)])
-    if not {"macs", "params", "activation_memory"} & config["budget"].keys():
+    if not {"macs", "params", "activation_memory", "latency"} & config["budget"].keys():
         if not method.needs_budget:
             return replace(WHOLE, **config["budget"]) if config["budget"] else None
-        raise ValueError("there is no budget: give --macs, --params or --activation-memory, for example --macs 0.5")
+        raise ValueError(
+            "there is no budget: give --macs, --params, --activation-memory or --latency, for example --macs 0.5"
+        )
     return Budget(**config["budget"])
 
 

@@ -20,6 +20,7 @@ from espalier.present.config import (
     make_recipe,
 )
 from espalier.present.edge import stderr, stdout
+from espalier.present.profiling import with_profile
 from espalier.present.progress import RunProgress
 from espalier.run.batches import Source
 from espalier.run.board import tensorboard
@@ -63,7 +64,8 @@ def run_job(
     ``known`` are the dense network's accuracy and loss, if they are; ``beat`` is called after every epoch.
     """
     recipe, method = make_recipe(config), make_method(config)
-    budget = None if method is None else make_budget(config, method)
+    timed = method is not None and "latency" in config["budget"]
+    budget = None if method is None or timed else make_budget(config, method)
     data = make_data(config, device=pick_device(recipe.device), download=download)
     config = fit_model_to(config, data)
     if isinstance(data, FolderData):
@@ -74,6 +76,9 @@ def run_job(
         stderr.print(f"warning: {doubt}{'; it is not made a teacher' if learns else ''}", markup=False, soft_wrap=True)
         recipe = replace(recipe, distill=0.0) if learns else recipe
     network.cpu()
+    if method is not None and timed:
+        config = with_profile(config, network, data.example(1).cpu(), out=out, resume=resume)
+        budget = make_budget(config, method)
     title = f"{config['model']['name']} on {config['data']['name']}"
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
         on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
@@ -118,6 +123,8 @@ def multiples(config: Config) -> list[int]:
     """
     if "multiple_of" in config["budget"]:
         return [config["budget"]["multiple_of"]]
+    if "latency" in config["budget"]:  # the profile knows what runs fast
+        return [1]
     return [4, 1]
 
 

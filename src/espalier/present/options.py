@@ -126,6 +126,25 @@ Params = Annotated[float | None, _option("--params", "Parameters, likewise.", "B
 ActivationMemory = Annotated[
     float | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget")
 ]
+Latency = Annotated[
+    str | None,
+    _option(
+        "--latency",
+        "Time in a runtime: a fraction of the dense network's, or a time such as 2ms. Measures a profile first, or takes one.",
+        "Budget",
+        metavar="TIME",
+    ),
+]
+Profile = Annotated[
+    Path | None,
+    _option(
+        "--profile", "What layers take there, from espalier profile; default: measured now.", "Budget", metavar="FILE"
+    ),
+]
+TimeRuntime = Annotated[
+    str | None,
+    _option("--runtime", "Where time counts: onnxruntime (default) or openvino.", "Budget", metavar="NAME"),
+]
 MultipleOf = Annotated[
     int | None,
     _option(

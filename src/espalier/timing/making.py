@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -35,7 +38,7 @@ def profile(
     threads: int = 1,
     batch: int = 1,
     precision: str = "f32",
-    networks: int = NETWORKS,
+    networks: int | None = None,
     to: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Profile:
@@ -45,7 +48,7 @@ def profile(
     what ``trace`` takes, tensors with the batch first.  With a file ``to``, every network is stored as soon as it is
     measured, and a profile that was interrupted goes on.
 
-    Raises: ValueError for an unknown runtime; MissingPackage if it is not installed.
+    Raises: ValueError for a runtime that is unknown or not installed.
     """
     graph, family = _family(model, example, batch)
     setting = Setting(
@@ -54,7 +57,7 @@ def profile(
     found = _begun(to, setting, family, graph)
     if not found.grain:
         found = replace(found, grain=find_grain(family, graph, setting))
-    plans = sample(graph, networks, found.grain)
+    plans = sample(graph, networks or NETWORKS, found.grain)
     for number, plan in enumerate(plans):
         if number >= len(found.networks):
             content = family.file(plan)
@@ -67,16 +70,94 @@ def profile(
     return found
 
 
-def need_runtime(runtime: str) -> str:
-    """Raises: ValueError for a runtime that is not known; MissingPackage for one that is not installed."""
+def check_profile(profile: Profile, model: nn.Module, example: Any, *, networks: int = 6) -> list[tuple[float, float]]:
+    """Predicted and measured milliseconds of networks that are not in the profile, in turns with the dense one."""
+    graph, family = _family(model, example, profile.setting.batch)
+    plans = sample(graph, networks + 1, profile.grain, seed=1)
+    dense = family.file(plans[0])
+    found = []
+    for plan in plans[1:]:
+        small, whole = on_device.race([family.file(plan), dense], seconds=2 * SECONDS, **asked(profile.setting))
+        found.append((profile.predict(graph, plan.counts(graph)), small * profile.dense / whole))
+    return found
+
+
+def export_networks(
+    model: nn.Module,
+    example: Any,
+    folder: str | Path,
+    *,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    batch: int = 1,
+    precision: str = "f32",
+    networks: int = NETWORKS,
+    grain: int = GRAINS[-1],
+) -> Path:
+    """Write the networks of a profile and a script that measures them, for another machine; ``collect`` reads what comes back.
+
+    What the machine computes fastest is not known here, so ``grain`` says at which multiples widths are measured.
+    """
+    need_known(runtime)
+    graph, family = _family(model, example, batch)
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    for number, plan in enumerate(sample(graph, networks, grain)):
+        (place / f"{number:03d}.onnx").write_bytes(family.file(plan))
+    asked_for = {"runtime": runtime, "threads": threads, "batch": batch, "precision": precision, "seconds": SECONDS}
+    settings = {**asked_for, "networks": networks, "grain": grain}
+    (place / on_device.SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (place / "measure.py").write_text(inspect.getsource(on_device), encoding="utf-8")
+    return place
+
+
+def collect(model: nn.Module, example: Any, folder: str | Path) -> Profile:
+    """The profile of networks that were exported and measured on another machine.
+
+    Raises: ValueError if something is missing or was measured elsewhere than the rest.
+    """
+    place = Path(folder)
+    try:
+        settings = json.loads((place / on_device.SETTINGS).read_text(encoding="utf-8"))
+        files = [place / f"{number:03d}.json" for number in range(settings["networks"])]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise ValueError(
+                f"{place}: {len(missing)} networks are not measured yet ({missing[0]}); run: python measure.py ."
+            )
+        times = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        where = {(t["version"], t["processor"]) for t in times}
+        if len(where) > 1:
+            raise ValueError(f"{place}: measured on several machines or versions: {sorted(where)}")
+        own = {key: settings[key] for key in ("runtime", "threads", "batch", "precision")}
+        setting = Setting(version=times[0]["version"], processor=times[0]["processor"], **own)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{place}: not a folder of exported and measured networks ({error})") from error
+    graph, family = _family(model, example, setting.batch)
+    plans = sample(graph, settings["networks"], settings["grain"])
+    found = replace(_begun(None, setting, family, graph), grain=settings["grain"])
+    rows = tuple(attributed(t, family, graph, plan) for t, plan in zip(times, plans, strict=True))
+    return replace(found, networks=rows)
+
+
+def need_known(runtime: str) -> None:
+    """Raises: ValueError for a runtime that is not known."""
     if runtime not in on_device.RUNTIMES:
         raise ValueError(f"runtime {runtime!r}: choose {' or '.join(on_device.RUNTIMES)}")
+
+
+def need_runtime(runtime: str) -> str:
+    """Raises: ValueError for a runtime that is not known, or not installed."""
+    need_known(runtime)
+    if importlib.util.find_spec(runtime) is None or importlib.util.find_spec("onnx") is None:
+        extra = "onnx" if runtime == "onnxruntime" else "onnx,openvino"
+        raise ValueError(f"{runtime} is not installed here: pip install 'espalier[{extra}]'")
     return runtime
 
 
-def sample(graph: Graph, networks: int, grain: int) -> list[Plan]:
+def sample(graph: Graph, networks: int, grain: int, *, seed: int = 0) -> list[Plan]:
     """The dense network, and others in which the widths of every group are spread evenly from few units to all."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     strata = np.stack([random.permutation(networks - 1) for _ in graph.groups], axis=1) if graph.groups else None
     plans = [Plan.dense(graph)]
     for number in range(networks - 1):
