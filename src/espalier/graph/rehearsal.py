@@ -120,6 +120,8 @@ class Rehearsal:
             return False
         if len(record.outputs) != len(outs) or record.scalars != scalars:
             return False
+        if any(value is not None for *_, value in record.outputs):  # a constant, which may be written to
+            return False
         kept: list[tuple[Layer, ...]] = []
         for tensor, (was, known, _) in zip(outs, record.outputs, strict=True):
             if not known.layers:

@@ -41,6 +41,9 @@ from espalier.graph.constants import (
     copied_value,
     own_value,
 )
+from espalier.graph.standins import stand_in
+
+DETACH = torch.ops.aten.detach.default
 
 Layer = np.ndarray  # int64, broadcastable to the tensor it describes; size 1 where the label does not change
 
@@ -313,6 +316,8 @@ class Watch(TorchDispatchMode):
         self.unknown: dict[str, None] = {}
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
+        self.made = 0  # constants that this forward has made
+        self.made_labels: set[int] = set()  # of their dimensions the last labels
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -341,6 +346,8 @@ class Watch(TorchDispatchMode):
                 known = Raw(partial(self._raw_layers, name, shape), name)
             known.origin = (name, 0)
             tensor._espalier = known  # type: ignore[attr-defined]
+        if self.rehearsal is None:
+            self._made_from = self._next  # labels from here on belong to no weight
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -440,9 +447,17 @@ class Watch(TorchDispatchMode):
         if isinstance(tensor, Tensor):
             kept = tuple(layers)
             if len(kept) > 1 and not derived:
+                # of a tensor that was made in the forward every dimension has labels: those of weights go first
+                kept = tuple(
+                    sorted(kept, key=lambda m: int(m.flat[-1]) >= self._made_from and 1 + (varying(m) != (1,)))
+                )
                 self.freeze(kept[1:], "two dimensions of one activation carry channels")
                 kept = kept[:1]
             tensor._espalier = State(kept, source=source, derived=derived, pending=pending)  # type: ignore[attr-defined]
+
+    def put_all(self, tensor: Tensor, layers: Iterable[Layer]) -> None:
+        """Every one of ``layers``, of a tensor that is no activation yet."""
+        tensor._espalier = State(tuple(layers))  # type: ignore[attr-defined]
 
     def consume(self, labels: np.ndarray) -> None:
         self.consumers.append(labels.reshape(-1))
@@ -485,6 +500,7 @@ class Watch(TorchDispatchMode):
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of ``model`` under this watch; returns its output."""
+        self.made = 0
         for number, tensor in enumerate(tensors_in((args, kwargs))):
             known = State()
             known.origin = ("input", number)
@@ -554,12 +570,17 @@ class Watch(TorchDispatchMode):
         try:
             out = shapes.output(func, args, kwargs)
             if out is None:
+                out = stand_in(func, args, kwargs)
+            if out is None:
                 out = func(*args, **kwargs)
         except Exception as error:
             self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
             if self.rehearsal is None:
                 raise
             raise Mismatch(self.key(), first_line(error), self.place()) from error
+        if func is DETACH:  # torch calls it by itself, and not every time
+            self._hand_on(args[0], out)
+            return out
         tensors, scalars = parted(args, kwargs)
         outs = [t for t in tensors_of(out) if t.numel()]  # batch norm makes several tensors of no elements in eval mode
         if not tensors and not outs:
@@ -574,10 +595,13 @@ class Watch(TorchDispatchMode):
             values: tuple[Value, ...] = ()
             if any(known.value is not None for known in operands):
                 values = tuple([copied_value(value_of(t)) for t in tensors])
+            constant = func._overloadpacket in MAKERS or (len(values) == len(tensors) and None not in values)
+            # before the rule, which describes anew what is written in place
+            computed = computed_values(func, args, kwargs, outs, value_of) if constant else [None] * len(outs)
             self._apply(rule, func, args, kwargs, out)
             made = [self._known(t) for t in outs]
-            if func._overloadpacket in MAKERS or (len(values) == len(tensors) and None not in values):
-                for known, value in zip(made, computed_values(func, args, kwargs, outs, value_of), strict=True):
+            for known, value in zip(made, computed, strict=True):
+                if constant:
                     known.value = value
             states = [(tuple(t.shape), k, copied_value(value_of(t))) for t, k in zip(outs, made, strict=True)]
             asked = (self.module_name, *user_call())
@@ -601,6 +625,14 @@ class Watch(TorchDispatchMode):
                 known.origin = (position, number)
         return out
 
+    def _hand_on(self, tensor: Tensor, same: Tensor) -> None:
+        """``same`` is ``tensor`` by another name."""
+        known = state(tensor)
+        if known is not NOTHING:
+            same._espalier = known  # type: ignore[attr-defined]
+            if self.rehearsal is None and not known.derived:
+                self._birth(same, known)
+
     def _known(self, tensor: Tensor) -> State:
         """The state of what an operation made, whether its rule says something of it or not."""
         if state(tensor) is NOTHING:
@@ -613,7 +645,8 @@ class Watch(TorchDispatchMode):
         rule = self._ruled.get(func)
         if rule is None:
             default = "pointwise" if torch.Tag.pointwise in func.tags else "unknown"
-            rule = self._ruled[func] = self.rules.get(func._overloadpacket, self.rules[default])
+            found = self.rules.get(func._overloadpacket) or self.rules.get(func._schema.name)
+            rule = self._ruled[func] = found or self.rules[default]
         return rule
 
     def _apply(self, rule: Callable[..., None], func: Any, args: Any, kwargs: Any, out: Any) -> None:

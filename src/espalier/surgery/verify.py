@@ -23,6 +23,7 @@ from espalier.forms import composed
 from espalier.forms.shapes import rectangle_of
 from espalier.graph import Graph
 from espalier.graph.graph import FORM
+from espalier.graph.standins import StandIns
 from espalier.graph.tracing import call_arguments, mode, observe, private_copy
 from espalier.graph.watch import first_line, tensors_in
 from espalier.plan import Budget, Plan, need_budget
@@ -358,12 +359,13 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def count_macs(model: nn.Module, example: Any) -> int:
-    """Multiply-accumulates of an eval-mode forward by ``torch.utils.flop_counter``, halved."""
+    """Multiply-accumulates of an eval-mode forward by ``torch.utils.flop_counter``, halved; where values decide how many rows
+    there are, of all of them (``graph.standins``)."""
     for device in ("meta", "cpu"):
         private = private_copy(model, device).eval()
         args, kwargs = call_arguments(example, device)
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter, StandIns():
                 private(*args, **kwargs)
         except Exception:
             if device == "cpu":

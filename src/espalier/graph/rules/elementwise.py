@@ -157,6 +157,31 @@ def unknown(watch: Watch, call: Call) -> None:
 RULES["unknown"] = unknown
 
 
+@rule("nonzero", "masked_select", "_unique2", "unique_dim", "torchvision::nms", "repeat_interleave", "bincount")
+def decided(watch: Watch, call: Call) -> None:
+    """How many rows there are, its values decide: what it reads stays, and what follows is traced as if all passed."""
+    watch.freeze_operands(call.args, call.kwargs, f"{call.packet} decides by these values how much there is")
+    for o in call.outs:
+        watch.put(o)
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+def made_here(watch: Watch, call: Call) -> None:
+    """The same number everywhere: it may be as wide as anything that it is combined with, if its size follows.
+
+    Every dimension has labels of its own, which hold no weight.
+    """
+    layers = []
+    watch.made += 1
+    for dim, size in enumerate(call.out.shape):
+        if size > 1:
+            labels = watch.axis_labels(f"{watch.module_name}#made{watch.made}.{dim}", 0, size)
+            watch.made_labels.update(labels[-1:].tolist())
+            if len(labels) == size:  # in a rehearsal it may be another than was predicted
+                layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (call.out.ndim - dim - 1)))
+    watch.put_all(call.out, layers)
+
+
 def fixed(watch: Watch, call: Call) -> None:
     """A rehearsal has shown that this line, or the module it is in, works for one size only."""
     watch.freeze_operands(call.args, call.kwargs, watch.reason())

@@ -95,7 +95,7 @@ rule(
     "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
     "replication_pad1d", "replication_pad2d", "replication_pad3d", "fractional_max_pool2d", "grid_sampler", "grid_sampler_2d",
-    "grid_sampler_3d",
+    "grid_sampler_3d", "torchvision::roi_align", "torchvision::roi_pool",
 )(spatial)  # fmt: skip
 
 

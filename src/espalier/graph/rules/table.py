@@ -23,11 +23,14 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function for ATen operations by name; names this torch does not have are skipped."""
+    """Register a function for ATen operations by name; names this torch does not have are skipped.
+
+    An operation of another library is named with its namespace, ``torchvision::roi_align``.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:
-            packet = getattr(aten, name, None)
+            packet = name if "::" in name else getattr(aten, name, None)
             if packet is not None:
                 RULES[packet] = function
         return function

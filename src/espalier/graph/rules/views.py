@@ -219,6 +219,11 @@ def join(watch: Watch, tensors: Sequence[Tensor], dim: int) -> list[Layer]:
     """Layers after concatenation: labels line up along ``dim`` and must agree along every other dimension."""
     if not any(state(t).layers for t in tensors):
         return []
+    for t in tensors:  # whose width a constant follows cannot be seen where it is only joined
+        made = [m for m in state(t).layers if m.shape[dim] > 1 and int(m.flat[-1]) in watch.made_labels]
+        if made:
+            watch.freeze(made, "is as wide as the forward says, and joined to others")
+            watch.put_all(t, [m for m in state(t).layers if not any(m is n for n in made)])
     along = [any(layer.shape[dim] > 1 for layer in state(t).layers) for t in tensors]
     single = [t.shape[dim] == 1 and any(not varying(m) for m in state(t).layers) for t in tensors]
     if any(along) or (any(single) and all(len(state(t).layers) <= 1 for t in tensors)):
@@ -243,9 +248,63 @@ def stack(watch: Watch, call: Call) -> None:
 
 @rule("index_select")
 def numbered(watch: Watch, call: Call) -> None:
-    """What is read by number cannot move."""
-    watch.freeze_operands(call.args, call.kwargs, "channels are selected by number")
-    watch.put(call.out, derived=derived_from([call.first]))
+    """What is read by number cannot move; what lies along other dimensions is not touched."""
+    dim = call["dim"] % max(call.first.ndim, 1)
+    kept = []
+    for layer in state(call.first).layers:
+        if layer.shape[dim] > 1:
+            watch.freeze([layer], "channels are selected by number")
+        else:
+            kept.append(layer)
+    watch.put(call.out, kept, derived=derived_from([call.first]))
+
+
+def _read(call: Call, layer: Layer) -> Layer | None:
+    """What ``x[indices]`` makes of a layer of ``x``, in full size; ``None`` if its channels lie along what is indexed.
+
+    Which rows are read is no matter then; a mask of ``n`` dimensions reads like ``n`` vectors of row numbers.
+    """
+    numbers: list[Any] = []
+    for i in call["indices"]:
+        masks = i is not None and i.dtype in (torch.bool, torch.uint8)
+        numbers += [None] if i is None else [(i.numel(),)] * i.ndim if masks else [tuple(i.shape)]
+    layer = align(layer, call.first.ndim)
+    if any(n > 1 and at is not None for n, at in zip(layer.shape, numbers, strict=False)):
+        return None
+    rows = np.zeros(np.broadcast_shapes(*[at for at in numbers if at is not None]), dtype=np.int64)
+    whole = np.broadcast_to(layer, call.first.shape)
+    return np.asarray(whole[tuple(slice(None) if at is None else rows for at in numbers)])
+
+
+@rule("index")
+def index(watch: Watch, call: Call) -> None:
+    """Rows are chosen by number or by a mask, while channels lie along another dimension."""
+    watch.freeze([m for i in call["indices"] if i is not None for m in state(i).layers], "are numbers to select by")
+    watch.put(call.out, _readable(watch, call), derived=derived_from([call.first]))
+
+
+def _readable(watch: Watch, call: Call) -> list[Layer]:
+    kept = []
+    for layer in state(call.first).layers:
+        read = _read(call, layer)
+        if read is None:
+            watch.freeze([layer], "channels are selected by number")
+        else:
+            kept.append(compact(read))
+    return kept
+
+
+@rule("index_put", "index_put_")
+def index_put(watch: Watch, call: Call) -> None:
+    """Rows are written: they are combined with what was there, and the others stay."""
+    watch.freeze([m for i in call["indices"] if i is not None for m in state(i).layers], "are numbers to select by")
+    into, values, known = call.first, call["values"], state(call.first)
+    whole = _read(call, np.zeros((1,) * into.ndim, dtype=np.int64))
+    assert whole is not None  # a layer of one channel lies along nothing
+    rows = values.new_empty(whole.shape)
+    watch.put(rows, _readable(watch, call))
+    combine(watch, [rows, values], rows.shape)
+    watch.put(call.out, [m for m in known.layers if _read(call, m) is not None], derived=derived_from([into, values]))
 
 
 @rule("constant_pad_nd")

@@ -1,0 +1,100 @@
+"""What used to stay whole, one kind a row: these channels go, and every obligation holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from proving import prove, sizes
+from torch import Tensor, nn
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward that is a function of them."""
+
+    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """The positions of the first picture, ``(positions, channels)``."""
+    return x.flatten(2).transpose(1, 2)[0]
+
+
+def detector(net: Any, x: Tensor) -> Tensor:
+    """Boxes above a threshold: as many as there are."""
+    y = tokens(net.head(net.b(net.a(x).relu()).relu()))
+    return y[(y[:, 0] > 0.0).nonzero()[:, 0]]
+
+
+def masked(net: Any, x: Tensor) -> Tensor:
+    return net.b(tokens(net.a(x))[x[0, 0].flatten() > 0])
+
+
+def recurrent(net: Any, x: Tensor) -> Tensor:
+    state = torch.zeros(1, net.h.out_channels, 8, 8, dtype=x.dtype)
+    for _ in range(2):
+        state = torch.tanh(net.a(x) + net.h(state))
+    return net.b(state)
+
+
+def written(net: Any, x: Tensor) -> Tensor:
+    y = tokens(net.a(x))
+    rows = torch.zeros(64, y.shape[1], dtype=y.dtype)
+    rows[torch.arange(64)] = y
+    return net.b(rows)
+
+
+def added(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.b(y + y.new_ones(1, y.shape[1], 8, 8))
+
+
+def reordered(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x)[:, :, torch.arange(7, -1, -1)])
+
+
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
+    "boxes above a threshold": (
+        detector, {"a": conv(3, 16), "b": conv(16, 12), "head": conv(12, 6, 1)}, {"a": 16, "b": 12},
+    ),
+    "positions that a mask selects": (masked, {"a": conv(3, 16), "b": nn.Linear(16, 4)}, {"a": 16}),
+    "a recurrent state of zeros": (recurrent, {"a": conv(3, 16), "h": conv(16, 16), "b": conv(16, 4)}, {"a": 16}),
+    "rows written one by one": (written, {"a": conv(3, 16), "b": nn.Linear(16, 4)}, {"a": 16}),
+    "ones of the same width": (added, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
+    "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_cut_and_proven(name: str) -> None:
+    run, layers, expected = CASES[name]
+    torch.manual_seed(0)
+    graph, _, _ = prove(Net(run, **layers), IMAGE)
+    assert sizes(graph) == expected
+
+
+def test_a_constant_that_is_only_joined_keeps_its_width() -> None:
+    """Its width follows other channels: as a group of its own it would be cut apart from them."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.b(torch.cat([y, y.new_zeros(y.shape)], 1))
+
+    torch.manual_seed(0)
+    graph, _, _ = prove(Net(run, a=conv(3, 2), b=conv(4, 4)), IMAGE, macs=0.9)
+    assert "#made" not in str([s.tensor for g in graph.groups for s in g.slices])
