@@ -1,0 +1,128 @@
+"""A disk that is full at every single write of a run, fifty runs in a row, two at a time: nothing is lost or left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import espalier as es
+
+X, Y = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 10
+BATCHES = list(zip(X.split(10), Y.split(10), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_here(*arguments: Any, **options: Any) -> Any:
+        raise ValueError("not in this test")
+
+    monkeypatch.setattr("espalier.run.report.latency", not_here)
+    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
+
+
+def compress(folder: Path, **options: Any) -> es.Result:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+    data = es.Loaders(BATCHES, BATCHES, num_classes=10)
+    recipe = es.Recipe(epochs=2, device="cpu", threads=1)
+    return es.compress(model, data, budget=es.Budget(macs=0.6), method=es.TCP(), recipe=recipe, out=folder, **options)
+
+
+def test_every_write_of_a_run_may_fail_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write number n fails, for every n: one line naming the folder's file, nothing half written, and then it is resumed."""
+    whole, count, fails_at = os.replace, 0, -1
+
+    def counted(source: Any, target: Any, **options: Any) -> None:
+        nonlocal count
+        count += str(target).startswith(str(tmp_path))  # not what verification saves and loads elsewhere
+        if count == fails_at and str(target).startswith(str(tmp_path)):
+            raise OSError(28, "No space left on device")
+        whole(source, target, **options)
+
+    monkeypatch.setattr("os.replace", counted)
+    compress(tmp_path / "right")
+    right = load_file(tmp_path / "right" / "model.safetensors")
+    total = count
+    assert total >= 8
+    for number in range(1, total + 1):
+        folder = tmp_path / str(number)
+        count, fails_at = 0, number
+        with pytest.raises(OSError, match=rf"{number}/[a-z.]+: .*No space left") as caught:
+            compress(folder)
+        assert "\n" not in str(caught.value)
+        left = list(folder.iterdir()) if folder.exists() else []
+        assert not [p for p in left if p.name.startswith(".") or p.name == "run.lock"]
+        fails_at = -1
+        compress(folder, resume=(folder / "config.toml").exists())
+        found = load_file(folder / "model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in right.items())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_named_before_training(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(OSError, match=r"locked.*(cannot be made|cannot be written)"):
+        compress(tmp_path / "locked" / "run")
+
+
+def test_fifty_runs_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors, threads, temporary files and the state of torch and Python are as they were."""
+    import random
+    import signal
+    import tempfile
+    import warnings
+
+    import numpy as np
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    example = torch.zeros(1, 8)
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+
+    def state() -> list[Any]:
+        return [
+            torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.is_grad_enabled(), signal.getsignal(signal.SIGTERM),
+            signal.getsignal(signal.SIGALRM), list(warnings.filters), threading.active_count(),
+            len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0, sorted(os.listdir(tmp_path)),
+        ]  # fmt: skip
+
+    es.compress(net, example, budget=es.Budget(macs=0.5), method=es.Magnitude())  # what is made once
+    before = state()
+    for _ in range(50):
+        es.compress(net, example, budget=es.Budget(macs=0.5), method=es.Magnitude(), verify=False)
+    for was, now in zip(before, state(), strict=True):
+        assert was == now
+
+
+def test_two_threads_compress_side_by_side(tmp_path: Path) -> None:
+    alone = compress(tmp_path / "alone").model
+    found: dict[int, Any] = {}
+
+    def one(number: int) -> None:
+        try:
+            found[number] = compress(tmp_path / str(number)).cost
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    macs = es.cost(es.trace(alone, X[:1])).macs
+    assert [getattr(found[n], "macs", found[n]) for n in range(2)] == [macs, macs]
