@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from espalier.costs import Cost
 from espalier.methods.base import Method, Removed, Run, Status
 from espalier.plan import Budget
 
@@ -38,6 +37,8 @@ class HalvingAtOnce(Method):
 
 
 class HalvingRun(Run):
+    remembers = ("halved", "steps")
+
     def __init__(self, model: nn.Module, example: Any, budget: Budget, at: float) -> None:
         super().__init__(model, example, budget)
         self.at, self.halved, self.steps = at, False, 0
@@ -63,15 +64,3 @@ class HalvingRun(Run):
     @property
     def status(self) -> Status:
         return Status(self.cost, 0.0 if self.halved else 1.0, 0.0 if self.halved else 1.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "halved": self.halved,
-            "steps": self.steps,
-            "dense": asdict(self.dense),
-            "limits": self.limits,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.halved, self.steps = state["halved"], state["steps"]
-        self.dense, self.limits = Cost(**state["dense"]), dict(state["limits"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from espalier.carving import Kept
 from espalier.copies import check_sound, named_tensors, unwrapped
-from espalier.costs import Cost, CostModel
+from espalier.costs import METRICS, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
-from espalier.graph import Graph, hold, trace
+from espalier.graph import Graph, files, hold, trace
+from espalier.methods.state import plain, restored
 from espalier.plan import Budget, Plan, need_budget
 from espalier.settings import Settings
 from espalier.solver import solve
-from espalier.surgery import shrink_
+from espalier.surgery import rebuild, shrink_, structure
 from espalier.surgery.shrink import bake
 from espalier.timing.closing import settle
 from espalier.timing.family import Family
@@ -114,6 +115,8 @@ class Run(ABC):
         # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
         self.history: dict[str, dict[str, list[list[float]]]] = {}
         self.folder: Path | None = None  # of the run, for a process that stores something of its own on the way
+        self._asked = False  # for the learning rate
+        self._seen: int | None = None  # the optimiser that ``checked`` was called with
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
 
     @property
@@ -226,16 +229,57 @@ class Run(ABC):
         """What the method adds to the loss; 0.0 for methods that act after the optimiser."""
         return 0.0
 
-    def rate(self, progress: float) -> float | None:
-        """Share of the peak learning rate that the method wants now; ``None``: the loop's own schedule."""
+    def schedule(self, progress: float) -> float | None:
+        """The method's own learning rate at ``progress``, as a share of the peak; ``None``: it has none."""
         return None
+
+    def rate(self, progress: float) -> float | None:
+        """``schedule``, for a loop that asks: the share of the peak learning rate to train with, or ``None`` for its own."""
+        self._asked = True
+        return self.schedule(progress)
+
+    def lr_scale(self, progress: float, *, default: float) -> float:
+        """What to multiply the peak learning rate with at ``progress``: ``default``, the loop's schedule, or the method's own.
+
+        Ask before every step: the rate is part of some methods (``TTLC``), which warn where nobody asked.
+
+        >>> for group in optimizer.param_groups:                                        # doctest: +SKIP
+        ...     group["lr"] = peak * run.lr_scale(step / total, default=cosine(step / total))
+        """
+        wanted = self.rate(progress)
+        return default if wanted is None else wanted
 
     @abstractmethod
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
         """After every optimiser step.  ``progress`` runs from 0 to 1; returns what was removed, if anything was.
 
-        Raises: ValueError for another ``progress`` (``need_progress``).
+        Raises: ValueError for another ``progress``, or an optimiser that does not train the model (``check_step``).
         """
+
+    def check_step(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
+        """What every ``step`` begins with.
+
+        Raises: ValueError unless ``progress`` is from 0 to 1, and for an optimiser that was made before the run began and holds
+        parameters that are no longer the model's.  Warns once where the method has a learning rate and the loop did not ask.
+        """
+        need_progress(progress)
+        if self._seen == id(optimizer):
+            return
+        self._seen = id(optimizer)
+        own = {id(p) for p in self.model.parameters()}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]
+        if lost and held - own:
+            raise ValueError(
+                f"step(optimizer=...): it does not train {lost[0]!r} and holds {len(held - own)} parameters that are not the "
+                "model's; make the optimiser from run.model.parameters() after es.attach"
+            )
+        if not self._asked and self.schedule(progress) is not None:
+            warnings.warn(
+                f"{type(self).__name__}: its learning rate is part of the method, and the loop did not ask for it; "
+                "before every step set the rate to peak * run.lr_scale(progress, default=...)",
+                stacklevel=3,
+            )
 
     @abstractmethod
     def finish(self) -> nn.Module:
@@ -245,14 +289,101 @@ class Run(ABC):
     @abstractmethod
     def status(self) -> Status: ...
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers; with the model's weights and structure enough to go on exactly."""
+    # -- state ---------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict()``; the model must already have the structure it had then."""
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a run needs to go on exactly, beside what every run has; those of base classes are added.
 
+    Plain values, tensors, arrays, and objects with a ``state_dict`` of their own.
+    """
+    per_unit: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are tensors with one value per unit, in the order of ``units``: remembered, and cut in ``follow``."""
+
+    def bind(self) -> None:
+        """Tie hooks, and all else that hangs on parameters or on ``graph``, to those of now; called before a state is read."""
+        return
+
+    def restored(self) -> None:
+        """Set anew what follows from what is remembered; called after a state was read."""
+        return
+
+    def follow(self, survivors: np.ndarray) -> None:
+        """Only the units ``survivors`` are still there: everything with one value per unit is cut along."""
+        for name in self._declared("per_unit"):
+            rows: Tensor = getattr(self, name)
+            setattr(self, name, rows[torch.from_numpy(survivors).to(rows.device, non_blocking=True)])
+
+    @property
+    def kind(self) -> str:
+        """Whose state it is: a run reads only its own."""
+        return type(self).__name__
+
+    @classmethod
+    def _declared(cls, table: str) -> list[str]:
+        return [name for base in reversed(cls.__mro__) for name in vars(base).get(table, ())]
+
+    def state_dict(self, *, model: bool = True) -> dict[str, Any]:
+        """What the run goes on with, plan and history included, as plain values: ``es.attach(..., state=)`` takes it.
+
+        Without ``model`` it leaves out structure and weights of the model, for who saves these beside it.
+        """
+        own = {n: getattr(self, n) for n in (*self._declared("remembers"), *self._declared("per_unit"))}
+        state = {
+            "format": STATE,
+            "kind": self.kind,
+            "shapes": {n: list(p.shape) for n, p in self.model.named_parameters()},
+            "dense": asdict(self.dense),
+            "limits": dict(self.limits),
+            "plan": None if self._so_far is None else self._so_far.to_json(),
+            "dense_graph": None if self._dense_graph is None else files.to_json(self._dense_graph),
+            "graph": files.to_json(self.graph),
+            "taken": dict(self.taken),
+            "skipped": dict(self.skipped),
+            "history": plain(self.history, "history"),
+            "own": {n: v.state_dict() if hasattr(v, "state_dict") else plain(v, n) for n, v in own.items()},
+        }
+        if model:
+            weights = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+            state["model"] = {"structure": structure(self.model), "weights": weights}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``; the model must have the structure and weights of then (``es.attach`` sees to it).
+
+        Raises: ValueError for the state of another method or network, or of an older version.
+        """
+        name = self.kind
+        if state.get("format") != STATE:
+            raise ValueError(
+                f"{name}: cannot resume: this state was saved by an older version, which kept less; begin the run anew"
+            )
+        if state["kind"] != name:
+            raise ValueError(
+                f"{name}: cannot resume: this is the state of a {state['kind']}; give the method that the run began with"
+            )
+        shapes = {n: list(p.shape) for n, p in self.model.named_parameters()}
+        odd = sorted(n for n in {**shapes, **state["shapes"]} if shapes.get(n) != state["shapes"].get(n))
+        if odd:
+            raise ValueError(
+                f"{name}: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
+            )
+        self.dense, self.limits = Cost(**state["dense"]), dict(state["limits"])
+        self._so_far = None if state["plan"] is None else Plan.from_json(state["plan"])
+        self._dense_graph = None if state["dense_graph"] is None else files.from_json(state["dense_graph"])
+        self.graph = files.from_json(state["graph"])  # a new trace would not find a group of which one channel is left
+        self.taken, self.skipped = dict(state["taken"]), dict(state["skipped"])
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.history = restored(state["history"], device)
+        stateful = {n for n in state["own"] if hasattr(getattr(self, n), "load_state_dict")}
+        for n in state["own"].keys() - stateful:
+            setattr(self, n, restored(state["own"][n], device))
+        self.bind()
+        for n in stateful:
+            getattr(self, n).load_state_dict(state["own"][n])
+        self.restored()
+
+
+STATE = "espalier-run/1"
 
 Process = Run  # its old name, for methods written outside
 
@@ -268,8 +399,12 @@ def need_progress(progress: float) -> None:
 class AtOnce(Run):
     """A run of a method that does everything when it starts; what follows is ordinary training of the small network."""
 
+    @property
+    def kind(self) -> str:
+        return "AtOnce"  # nothing is left to do but to remember what was done
+
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        need_progress(progress)
+        self.check_step(progress, optimizer)
         return None
 
     def finish(self) -> nn.Module:
@@ -278,12 +413,6 @@ class AtOnce(Run):
     @property
     def status(self) -> Status:
         return Status(self.cost, 0.0, 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
 
 
 WHOLE = Budget(macs=1.0, params=1.0)
@@ -303,10 +432,24 @@ def budget_for(method: Method, budget: Budget | None) -> Budget:
     return budget
 
 
-def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, method: Method) -> Run:
+def attach(
+    model: nn.Module,
+    example: Any,
+    *,
+    budget: Budget | None = None,
+    method: Method,
+    batches: Batches | None = None,
+    held_out: Batches | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Run:
     """Compress ``model`` inside your own training loop; it is trained and shrunk in place.
 
-    Methods that find the size by themselves take no ``budget``.
+    Methods that find the size by themselves take no ``budget``.  ``batches`` are a few training batches, inputs and labels, for
+    methods that measure something before they begin or search (``Magnitude(score="taylor")``, ``TTLC``); ``held_out`` are
+    training images that are not trained on, for methods that choose by them, to go through again and again.
+
+    To go on with an interrupted run give ``model`` as it was when the run began, or one like it, and ``run.state_dict()`` as
+    ``state``: structure, weights, plan and history are those of then.  The loop itself saves its optimiser and where it was.
 
     Make the optimiser from ``run.model.parameters()`` after this call; removals carry its state along.
 
@@ -316,7 +459,26 @@ def attach(model: nn.Module, example: Any, *, budget: Budget | None = None, meth
     ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
     ...     run.step(progress=(step + 1) / total, optimizer=optimizer)
     >>> small = run.finish()                                                           # doctest: +SKIP
+
+    Raises: ValueError if the budget cannot be met, or ``state`` is of another method or network.
     """
     model = unwrapped(model, who="attach", in_place=True)
     check_sound(model, who="attach")
-    return method.start(model, example, budget_for(method, budget))
+    wanted = budget_for(method, budget)
+    given = None if batches is None else list(batches)
+    if state is None:
+        run = method.start(model, example, wanted, batches=given)
+    else:
+        if "model" not in state:
+            raise ValueError("attach(state=...): it has no model; save run.state_dict() as it is")
+        rebuild(model, state["model"]["structure"])
+        model.load_state_dict(state["model"]["weights"])
+        # fractions were of the network that the run began with, not of what is left of it by now
+        limits: dict[str, Any] = {m: n for m, n in state["limits"].items() if m in METRICS}  # times are the profile's
+        absolute = replace(wanted, **limits)
+        run = (
+            method.start(model, example, absolute, batches=given) if method.trains else AtOnce(model, example, absolute)
+        )
+        run.load_state_dict(state)
+    run.held_out = held_out
+    return run

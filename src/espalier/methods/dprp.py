@@ -41,7 +41,7 @@ from espalier.forms.lowrank import BasisChange
 from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.alternatives import alternatives_name
-from espalier.methods.base import Batches, Method, Removed, Run, Status, need_progress
+from espalier.methods.base import Batches, Method, Removed, Run, Status
 from espalier.methods.ranks import LAYOUTS, energy, rank_alternatives, tails
 from espalier.plan import Budget, Plan
 from espalier.settings import Fraction, OneOf, Share, described
@@ -178,7 +178,7 @@ class DPRPRun(Run):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        need_progress(progress)
+        self.check_step(progress, optimizer)
         self._steps += 1
         if not self.done:
             self._take_in()
@@ -446,38 +446,13 @@ class DPRPRun(Run):
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        self._take_in()
-        return {
-            "numbers": {n: getattr(self, n) for n in _NUMBERS},
-            "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
-            "limits": dict(self.limits),
-            "targets": dict(self.targets),
-            "final": dict(self.final),
-            "given_up": dict(self.given_up),
-            "sensitivity": {n: v.clone() for n, v in self._sensitivity.items()},
-            "shares": {n: torch.from_numpy(v) for n, v in self.shares.items()},
-            "decomposed": {n: (t.u, t.s, t.v) for n, t in self._decomposed.items()},
-        }
+    remembers = (
+        "settled", "done", "forced", "_next", "_last", "_steps", "_batches",
+        "targets", "final", "given_up", "shares", "_sensitivity", "_decomposed",
+    )  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        other = {n: len(v) for n, v in state["sensitivity"].items()}
-        own = {n: layer.rank for n, layer in self.layers.items()}
-        if own != other:
-            raise ValueError("DPRP: the model does not have the ranks it had when this state was saved")
-        for name, value in state["numbers"].items():
-            setattr(self, name, value)
-        self.dense = type(self.dense)(*state["dense"])
-        self.limits = dict(state["limits"])
-        self.targets, self.given_up = dict(state["targets"]), dict(state["given_up"])
-        self.final = dict(state["final"])
-        self._sensitivity = {n: state["sensitivity"][n].to(layer.s.device) for n, layer in self.layers.items()}
-        self.shares = {n: v.cpu().numpy() for n, v in state["shares"].items()}
-        self._decomposed = {
-            n: BasisChange.alone(*(f.cpu() for f in factors)) for n, factors in state["decomposed"].items()
-        }
+    def restored(self) -> None:
         self._listen()
-        self._took_stock(self._last)
 
 
 def _dense_twin(model: nn.Module) -> nn.Module:
@@ -512,4 +487,3 @@ WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer g
 TURN_EVERY = 200  # steps after which factors are orthonormal again at the latest
 BISECTIONS = 30  # for the share of the way to the final ranks
 LISTEN_EVERY = 4  # steps between two readings of the gradients
-_NUMBERS = ("settled", "done", "forced", "_next", "_last", "_steps", "_batches")

@@ -134,6 +134,14 @@ class Sensitivity:
         for hook in self._hooks:
             hook.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        self.batch_done()
+        return {"value": self.value.clone(), "batches": self.batches, "listening": self.listening}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"].to(self.units.device)
+        self.batches, self.listening = state["batches"], state["listening"]
+
 
 # -- from activations --------------------------------------------------------------------------------------------------
 
@@ -178,6 +186,13 @@ class Moments:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "sums": dict(self.sums)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["active"]:
+            self.start({n: s.to(self.units.device) for n, s in state["sums"].items()})
 
     def _gather(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:

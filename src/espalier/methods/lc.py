@@ -122,6 +122,10 @@ class LearningCompression:
             f"What iteration {self.iterations} compressed the weights to is kept, and so is the last checkpoint"
         )
 
+    def release(self) -> None:
+        """The weights are no longer there: nothing is compressed, and nothing is pulled, any more."""
+        self.weights, self.compressed, self.multipliers, self._targets = {}, {}, {}, []
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "mu": self.mu,

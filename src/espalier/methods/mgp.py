@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from espalier.costs import Cost, CostModel
 from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_sequence, shapes
-from espalier.graph import Graph, files, hold, selectable, with_alternatives, with_inputs
+from espalier.graph import Graph, hold, selectable, with_alternatives, with_inputs
 from espalier.graph.alternatives import alternatives_name
 from espalier.graph.inputs import inputs_name
 from espalier.graph.stripes import striped, stripes_name
@@ -367,37 +367,11 @@ class MGPRun(Fading):
         self.stripes.read()
         return self.model
 
-    # -- resume --------------------------------------------------------------------------------------------------------
+    remembers = ("shapes", "chosen", "stripes")
 
-    def state_dict(self) -> dict[str, Any]:
-        self.sensitivity.batch_done()
-        return {
-            **self._numbers(),
-            "graph": files.to_json(self.graph),
-            "rows": {n: row.clone() for n, row in self._rows().items()},
-            "shapes": {n: [[_plain(r) for r in option] for option in options] for n, options in self.shapes.items()},
-            "chosen": {n: _plain(r) for n, r in self.chosen.items()},
-            "skipped": dict(self.skipped),
-            "gone": {n: gone.clone() for n, gone in self.stripes.gone.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        graph = files.from_json(state["graph"])
-        own = {n: tuple(p.shape[:2]) for n, p in self.model.named_parameters()}
-        if any(n in own and own[n] != shape[:2] for n, shape in graph.shapes.items()):
-            raise ValueError("MGP: the model does not have the structure it had when this state was saved")
+    def bind(self) -> None:
         self._silence()
-        self.graph = graph
-        self.shapes = {
-            n: [[Rectangle(*r) for r in option] for option in options] for n, options in state["shapes"].items()
-        }
-        self.chosen = {n: Rectangle(*r) for n, r in state["chosen"].items()}
-        self.skipped = dict(state.get("skipped", state.get("left", {})))
-        self.stripes.load(state.get("gone", {}))
         self._bind()
-        self._restore(state, state["rows"])
-        if self.done:
-            self._silence()
 
 
 # -- 1. granularities --------------------------------------------------------------------------------------------------
@@ -460,7 +434,3 @@ def _is_weight(graph: Graph, tensor: str) -> bool:
 
 def _bytes(place: Place) -> int:
     return place.positions * place.input_size[0] * place.input_size[1] * place.itemsize
-
-
-def _plain(rectangle: Rectangle) -> list[int]:
-    return [rectangle.top, rectangle.bottom, rectangle.left, rectangle.right]

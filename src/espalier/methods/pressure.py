@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.costs import LATENCY
-from espalier.methods.base import Method, Removed, Run, Status, need_progress
+from espalier.methods.base import Method, Removed, Run, Status
 from espalier.methods.importance import Sensitivity
 from espalier.methods.units import Consumer, Units, upload
 from espalier.plan import Budget
@@ -60,6 +60,10 @@ class Fading(Run):
     method: FadingMethod
     units: Units
     sensitivity: Sensitivity
+    remembers: ClassVar[tuple[str, ...]] = (
+        "settled", "done", "forced", "strength", "_last", "_decided", "_pressed_at", "_steps", "_mass", "sensitivity",
+    )  # fmt: skip
+    per_unit: ClassVar[tuple[str, ...]] = ("pressed", "reference", "since", "pull")
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: FadingMethod) -> None:
         super().__init__(model, example, budget)
@@ -107,7 +111,7 @@ class Fading(Run):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        need_progress(progress)
+        self.check_step(progress, optimizer)
         self._hold(optimizer)
         if self.done:
             return None
@@ -214,9 +218,8 @@ class Fading(Run):
         return self._zero & (waiting[group] == 0)
 
     def _keep_rows(self, survivors: np.ndarray) -> None:
-        rows = upload(survivors, self.units.device)
-        self.pressed, self.reference = self.pressed[rows], self.reference[rows]
-        self.since, self.pull, self.least = self.since[rows], self.pull[rows], self.least[rows]
+        self.follow(survivors)
+        self.least = self.least[upload(survivors, self.units.device)]
         self._find_busy(self._outside[survivors])
 
     def _finished(self) -> None:
@@ -228,40 +231,11 @@ class Fading(Run):
     def status(self) -> Status:
         return Status(self.cost, self.strength, self._mass)
 
-    # -- resume --------------------------------------------------------------------------------------------------------
-
-    def _numbers(self) -> dict[str, Any]:
-        """Everything but rows, as plain values."""
-        return {
-            "numbers": {n: getattr(self, n) for n in _NUMBERS},
-            "batches": self.sensitivity.batches,
-            "listening": self.sensitivity.listening,
-            "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
-            "limits": dict(self.limits),
-        }
-
-    def _rows(self) -> dict[str, Tensor]:
-        """Everything with one value per unit."""
-        return {
-            "value": self.sensitivity.value,
-            "pressed": self.pressed,
-            "reference": self.reference,
-            "since": self.since,
-            "pull": self.pull,
-        }
-
-    def _restore(self, state: dict[str, Any], rows: dict[str, Tensor]) -> None:
-        for name, value in state["numbers"].items():
-            setattr(self, name, value)
-        self.dense = type(self.dense)(*state["dense"])
-        self.limits = dict(state["limits"])
-        rows = {n: r.to(self.units.device) for n, r in rows.items()}
-        self.sensitivity.value, self.sensitivity.batches = rows["value"], state["batches"]
-        self.sensitivity.listening = state["listening"]
-        self.pressed, self.reference, self.since = rows["pressed"], rows["reference"], rows["since"]
-        self.pull = rows["pull"]
+    def restored(self) -> None:
         self.least = torch.full_like(self.reference, TINY)
         self._find_busy(self.pressed.cpu().numpy())
+        if self.done:
+            self._silence()
 
 
 LISTEN_EVERY = 4  # batches between two readings of the gradients
@@ -269,4 +243,3 @@ TINY = 1e-12  # norm of a unit that has none
 PRESSES = 32  # proximal steps while one unit fades
 GAIN, WEAKEST, STRONGEST = 0.5, 0.5, 20.0  # of the strength's control loop
 MOMENTA = ("momentum_buffer", "exp_avg")
-_NUMBERS = ("settled", "done", "forced", "strength", "_last", "_decided", "_pressed_at", "_steps", "_mass")

@@ -113,8 +113,14 @@ class StripeMasks:
             gone[gone.all(1), 0] = False
             self.gone[layer] = gone
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {n: gone.clone() for n, gone in self.gone.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.load(state)
+
     def load(self, gone: Mapping[str, Tensor]) -> None:
-        """Go on with masks that were saved."""
+        """Go on with these masks."""
         self.gone = {n: g.to(self.model.get_parameter(f"{n}.weight").device) for n, g in gone.items()}
 
 

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import LATENCY, CostModel
-from espalier.graph import files
 from espalier.methods.base import Batches, Removed
 from espalier.methods.blocks import (
     WholeBlocks,
@@ -184,33 +183,8 @@ class TCPRun(Fading):
             self._finished()
         return self.model
 
-    # -- resume --------------------------------------------------------------------------------------------------------
+    remembers = ("moments",)
 
-    def state_dict(self) -> dict[str, Any]:
-        self.sensitivity.batch_done()
-        rows = self._rows()
-        return {
-            **self._numbers(),
-            "graph": files.to_json(self.graph),
-            "moments": dict(self.moments.sums) if self.moments.active else None,
-            "groups": {
-                g.name: {k: v[a:b].clone() for k, v in rows.items()}
-                for g, a, b in zip(self.graph.groups, self.units.offsets, self.units.offsets[1:], strict=False)
-            },
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "graph" not in state:
-            raise ValueError("TCP: this state was saved by an older version, which kept less of it; begin the run anew")
-        graph = files.from_json(state["graph"])  # a new trace would not find a group of which one channel is left
-        if self.graph.shapes != graph.shapes:
-            raise ValueError("TCP: the model does not have the structure it had when this state was saved")
+    def bind(self) -> None:
         self._silence()
-        self.graph = graph
-        self._bind(Units(self.model, graph))
-        saved = [state["groups"][g.name] for g in self.graph.groups]
-        self._restore(state, {k: torch.cat([r[k] for r in saved]) if saved else v for k, v in self._rows().items()})
-        if state["moments"] is not None:
-            self.moments.start({n: s.to(self.units.device) for n, s in state["moments"].items()})
-        if self.done:
-            self._silence()
+        self._bind(Units(self.model, self.graph))

@@ -33,17 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from espalier.copies import copy_model
-from espalier.costs import Cost
-from espalier.forms import FORMS, Place, Wish, cost_of, dense_sequence, find_places, sequence, sequential
+from espalier.forms import FORMS, Place, Wish, cost_of, dense_sequence, find_places, sequential
 from espalier.forms.candidates import Factors, cheapest, compose, factorise, full_rank, options_at, ranks_of
 from espalier.forms.form import shape_of
 from espalier.forms.spectra import Spectra, measure
 from espalier.forms.table import possible
 from espalier.forms.transfer import moved
 from espalier.forms.trial import refused
-from espalier.graph import ConvSequence, files, with_alternatives
+from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
-from espalier.methods.base import FROZEN, Batches, Method, Removed, Run, Status, is_frozen, need_progress
+from espalier.methods.base import FROZEN, Batches, Method, Removed, Run, Status, is_frozen
 from espalier.methods.equal import equal_sequences
 from espalier.methods.lc import LearningCompression
 from espalier.methods.ranks import unreachable
@@ -234,7 +233,7 @@ class TTLCRun(Run):
     def penalty(self) -> Tensor | float:
         return 0.0 if self.replaced else self.lc.penalty()
 
-    def rate(self, progress: float) -> float:
+    def schedule(self, progress: float) -> float:
         """Exponential and cyclical in the L steps, then a cosine from where the next one would have started."""
         method = self.method
         if self.replaced:
@@ -258,7 +257,7 @@ class TTLCRun(Run):
         return self._at + (self._due() - self._at) * (self._arrived + 1) / (method.arrive + 1)
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        need_progress(progress)
+        self.check_step(progress, optimizer)
         group = optimizer.param_groups[0]
         self._travel += group["lr"] / (1.0 - group.get("momentum", 0.0))
         while not self.replaced and progress < self._due() - 1e-9 and progress >= self._next_approach() - 1e-9:
@@ -494,6 +493,7 @@ class TTLCRun(Run):
             if _is_channels_last(old.weight):  # type: ignore[arg-type]
                 row.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             replace(self.model, name, row, optimizer=optimizer)
+        self.lc.release()
         self.replaced, self._at = True, progress
         self.factors = {}
         alternatives = {n: [self.sequences[n], dense_sequence(self.places[n])] for n in final}
@@ -521,55 +521,9 @@ class TTLCRun(Run):
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "replaced": self.replaced,
-            "graph": files.to_json(self.graph),
-            "forced": self.forced,
-            "at": self._at,
-            "travel": self._travel,
-            "arrived": self._arrived,
-            "iterations": self.lc.iterations,
-            "lc": None if self.replaced else self.lc.state_dict(),
-            "sequences": {n: [c.name, list(ranks_of(self.places[n], c))] for n, c in self.sequences.items()},
-            "bases": {n: list(f.bases) for n, f in self.factors.items() if f.bases is not None},
-            "weights": {n: list(f.weights) for n, f in self.factors.items()},
-            "collapsed": {n: list(found) for n, found in self.collapsed.items()},
-            "trials": [dict(t) for t in self.trials],
-            "point": dict(self.point),
-            "skipped": dict(self.skipped),
-            "dense": [self.dense.macs, self.dense.params, self.dense.activation_memory],
-            "limits": dict(self.limits),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        rows = {n for n, m in self.model.named_modules() if isinstance(m, nn.Sequential)}
-        forms = state["sequences"] if "sequences" in state else state["chains"]  # the second: as first written
-        odd = [n for n in forms if (n not in rows if state["replaced"] else n not in self.places)]
-        if odd:
-            raise ValueError(
-                f"TT-LC: the model does not have the structure it had when this state was saved; it differs at {odd[0]!r}"
-            )
-        # of the dense network, which is no longer there once it is replaced
-        self.graph = files.from_json(state["graph"])
-        self.taken = {g.name: 1 for g in self.graph.groups if g.options}
-        self.replaced, self.forced = state["replaced"], state["forced"]
-        self._at, self._travel, self._arrived = state["at"], state["travel"], state.get("arrived", 0)
-        self.dense, self.limits = Cost(*state["dense"]), dict(state["limits"])
-        self.trials = [dict(t) for t in state["trials"]]
-        self.point, self.skipped = dict(state["point"]), dict(state.get("skipped", state.get("left", {})))
-        self.collapsed = {n: (a, b) for n, (a, b) in state["collapsed"].items()}
-        self.lc.iterations = state["iterations"]
-        if self.replaced:
-            return
-        self.lc.load_state_dict(state["lc"])
-        self.sequences = {n: sequence(self.places[n], form, widths) for n, (form, widths) in forms.items()}
-        self.factors = {}  # on the CPU, where they are made and go on
-        for name, weights in state["weights"].items():
-            bases = state["bases"].get(name)
-            pair = None if bases is None else tuple(b.cpu() for b in bases)
-            shape = self.places[name].weight_shape
-            self.factors[name] = Factors(forms[name][0], tuple(w.cpu() for w in weights), shape, pair)
+    remembers = (
+        "replaced", "forced", "_at", "_arrived", "_travel", "sequences", "factors", "collapsed", "trials", "point", "lc",
+    )  # fmt: skip
 
 
 def _is_channels_last(weight: Tensor) -> bool:

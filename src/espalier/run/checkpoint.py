@@ -61,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 ENTRIES: dict[str, tuple[type, ...]] = {
     "epoch": (int,), "step": (int,), "structure": (dict,), "weights": (dict,), "optimizer": (dict,),
-    "process": (dict, type(None)), "stayed": (str, type(None)), "course": (dict, type(None)), "average": (dict, type(None)),
+    "process": (dict, type(None)), "average": (dict, type(None)),
     "scaler": (dict,), "random": (dict,), "history": (list, tuple), "recipe": (dict,), "setting": (dict,),
 }  # fmt: skip
 """What the checkpoint of a training run holds."""

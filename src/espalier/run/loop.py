@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from espalier.copies import copy_model
-from espalier.graph import files
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
 from espalier.methods.base import Run
-from espalier.plan import Plan
 from espalier.run.batches import Source
 from espalier.run.checkpoint import (
     check_entries,
@@ -491,10 +489,7 @@ class _Run:
             "structure": structure(self.model),
             "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
-            "process": None if self.process is None else self.process.state_dict(),
-            "stayed": None if self.process is None else self.process.plan.to_json(),
-            "dense_graph": None if self.process is None else files.to_json(self.process.dense_graph),
-            "course": None if self.process is None else self.process.history,
+            "process": None if self.process is None else self.process.state_dict(model=False),
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
@@ -543,10 +538,6 @@ class _Run:
             load_optimizer_state(self.model, self.optimizer, content["optimizer"])
             if self.process is not None:
                 self.process.load_state_dict(content["process"])
-                self.process.plan = Plan.from_json(content["stayed"])
-                if "dense_graph" in content:
-                    self.process.dense_graph = files.from_json(content["dense_graph"])
-                self.process.history = content["course"]
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
             self.scaler.load_state_dict(content["scaler"])
