@@ -35,7 +35,6 @@ from espalier.run.loop import make_optimizer, train
 from espalier.run.recipe import Recipe
 from espalier.solver import unused_blocks
 from espalier.surgery import change_bases, cut_ranks, decompositions, load, save, split_layers, verify
-from espalier.surgery.files import rebuild, structure
 from espalier.surgery.verify import gradients
 from tests.steps import EXAMPLE, batch, network, train_step
 
@@ -576,35 +575,6 @@ def test_nothing_that_fits_is_left_out() -> None:
     assert unused_blocks(process.graph, process.plan, Budget(params=0.5)) == []
 
 
-def test_dropping_changes_no_logit() -> None:
-    model = network()
-    process = DPRP().start(model, EXAMPLE, Budget(params=0.4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    x, _ = batch(99)
-    drops, drop = [], process._drop
-
-    def watched(optimizer: torch.optim.Optimizer | None) -> Any:
-        model.eval()
-        with torch.no_grad():
-            before = model(x)
-            kept = drop(optimizer)
-            after = model(x)
-        model.train()
-        if kept:
-            drops.append(float((before - after).abs().max() / before.abs().max()))
-        return kept
-
-    process._drop = watched  # type: ignore[method-assign]
-    for step in range(STEPS):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        ours = {id(p) for p in model.parameters()}
-        assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
-        assert all(s["momentum_buffer"].shape == p.shape for p, s in optimizer.state.items() if s)
-    assert len(drops) >= 5
-    assert max(drops) < 1e-5
-
-
 @pytest.mark.parametrize("budget", [Budget(macs=0.4), Budget(macs=0.5, params=0.3)], ids=str)
 def test_decided_once_all_layers_walk_together_to_ranks_that_were_known_at_the_first_event(budget: Budget) -> None:
     model = network()
@@ -697,19 +667,6 @@ def test_energy_and_a_budget_hold_together() -> None:
     assert process.cost.params <= process.limits["params"]
 
 
-def test_training_that_stops_early_is_cut_and_says_so() -> None:
-    model = network()
-    process = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for step in range(8):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    small = process.finish()
-    assert process.forced
-    assert cost(trace(small, EXAMPLE)) == process.cost
-    assert process.cost.macs <= process.limits["macs"]
-
-
 def test_what_stays_dense_is_listed_with_the_reason() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -722,40 +679,6 @@ def test_what_stays_dense_is_listed_with_the_reason() -> None:
         "4": "too small: rank 2 costs as much as the layer itself",
     }
     assert list(process.layers) == ["0"]
-
-
-@pytest.mark.parametrize("method", [DPRP(), DPRP(importance="whole"), DPRP(once=True)], ids=["taylor", "whole", "once"])
-def test_resume_between_two_rank_events_is_the_uninterrupted_run(method: DPRP) -> None:
-
-    def whole(stop: int | None) -> list[Tensor]:
-        model = network()
-        process = method.start(model, EXAMPLE, Budget(macs=0.6, params=0.5))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        for step in range(STEPS):
-            if step == stop:
-                state, table = copy.deepcopy(process.state_dict()), structure(model)
-                limits, momentum = process.limits, copy.deepcopy(optimizer.state_dict())
-                weights = copy.deepcopy(model.state_dict())
-                model = rebuild(network(), json.loads(json.dumps(table)))
-                model.load_state_dict(weights)
-                process = method.start(model, EXAMPLE, Budget(**{m: float(v) for m, v in limits.items()}))
-                process.load_state_dict(state)
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-                optimizer.load_state_dict(momentum)
-            train_step(process, optimizer, step)
-            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        return [p.detach().clone() for p in process.finish().parameters()]
-
-    uninterrupted = whole(None)
-    for stop in (1, 13, 22, 50):
-        resumed = whole(stop)
-        assert [p.shape for p in resumed] == [p.shape for p in uninterrupted]
-        assert all(torch.equal(a, b) for a, b in zip(uninterrupted, resumed, strict=True))
-
-
-def test_an_unreachable_budget_fails_before_training() -> None:
-    with pytest.raises(es.BudgetError, match="smallest reachable"):
-        DPRP().start(network(), EXAMPLE, Budget(params=0.001))
 
 
 def test_memory_of_activations_is_not_a_budget_for_ranks() -> None:

@@ -284,38 +284,6 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     assert kinds == {FILTERS, INPUTS, SHAPES}
 
 
-def restarted(process: MGPRun, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, MGPRun, torch.optim.Optimizer]:
-    """Model, process and optimiser made anew from what a checkpoint holds."""
-    state, momentum = copy.deepcopy(process.state_dict()), copy.deepcopy(optimizer.state_dict())
-    absolute = Budget(**{m: float(v) for m, v in process.limits.items()})
-    model = rebuild(network(), structure(process.model))
-    model.load_state_dict(process.model.state_dict())
-    fresh = process.method.start(model, EXAMPLE, absolute)
-    fresh.load_state_dict(state)
-    again = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    again.load_state_dict(momentum)
-    return model, fresh, again
-
-
-def test_resumed_run_is_the_uninterrupted_one() -> None:
-    def run(stop: int | None) -> dict[str, Tensor]:
-        model = network()
-        process = MGP().start(model, EXAMPLE, Budget(macs=0.3, params=0.4))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        for step in range(STEPS):
-            if step == stop:
-                model, process, optimizer = restarted(process, optimizer)
-            train_step(process, optimizer, step)
-            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        return dict(process.finish().state_dict())
-
-    whole = run(None)
-    for stop in (20, 35, 52, 58):
-        parts = run(stop)
-        assert parts.keys() == whole.keys()
-        assert all(torch.equal(whole[n], parts[n]) for n in whole)
-
-
 def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
     process = MGP(stagger=0.1).start(network(), EXAMPLE, Budget(macs=0.3))
     gentle, tight = {"macs": int(0.9 * process.dense.macs)}, {"macs": int(0.03 * process.dense.macs)}
@@ -424,18 +392,6 @@ def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
     assert process.done
     found = cost(trace(process.model, EXAMPLE))
     assert found.macs == process.cost.macs <= process.limits["macs"]
-
-
-def test_training_that_stops_early_is_cut_and_says_so() -> None:
-    model = network()
-    process = MGP().start(model, EXAMPLE, Budget(macs=0.3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for step in range(10):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    process.finish()
-    assert process.forced
-    assert cost(trace(model, EXAMPLE)).macs == process.cost.macs <= process.limits["macs"]
 
 
 @pytest.mark.parametrize(
@@ -586,28 +542,6 @@ def test_masking_the_last_stripes_changes_no_logit() -> None:
     process._masked = watched  # type: ignore[method-assign]
     train_through(process, optimizer, steps=STEPS)
     assert differences == [0.0]
-
-
-def test_a_run_with_free_stripes_is_resumed_exactly() -> None:
-    def run(stop: int | None) -> tuple[dict[str, Tensor], MGPRun]:
-        model = network()
-        method, budget = MGP(stripes=True), Budget(macs=0.2, params=0.4)
-        process = method.start(model, EXAMPLE, budget)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
-        for step in range(STEPS):
-            if step == stop:
-                model, process, optimizer = restarted(process, optimizer)
-            train_step(process, optimizer, step)
-            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        assert process.done
-        return dict(process.finish().state_dict()), process
-
-    whole, process = run(None)
-    for stop in (20, 54, 58, 110):  # before the keep-set is final, while it fades, and after all masks are
-        parts, other = run(stop)
-        assert other.counted == process.counted
-        assert parts.keys() == whole.keys()
-        assert all(torch.equal(whole[n], parts[n]) for n in whole)
 
 
 @pytest.mark.parametrize("stop", [10, 54])

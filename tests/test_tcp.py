@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import espalier as es
 from espalier.costs import CostModel
@@ -97,72 +97,6 @@ def test_strength_rises_when_the_mass_lags_and_falls_when_it_leads() -> None:
     process.reference *= 4.0  # as if three quarters had gone at once
     process._adapt(0.1)
     assert process.strength < 1.0
-
-
-@pytest.mark.parametrize(
-    ("name", "budget", "single"),
-    [("resnet20", Budget(macs=0.5, params=0.6), False), ("resnet20a", Budget(macs=0.05), True)],
-)
-def test_resumed_run_is_the_uninterrupted_one(name: str, budget: Budget, single: bool) -> None:
-    """Also where one channel of a group is left, which a new trace would not call a group."""
-    narrowest = []
-
-    def run(stop: int | None) -> tuple[list[Tensor], dict[str, int]]:
-        model = network(name)
-        process = TCP().start(model, EXAMPLE, budget)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for step in range(STEPS):
-            if step == stop:
-                narrowest.append(min(g.size for g in process.graph.groups))
-                state = copy.deepcopy(process.state_dict())
-                kept, momentum = model, optimizer.state_dict()
-                limits = process.limits
-                process = TCP().start(copy.deepcopy(kept), EXAMPLE, Budget(**{m: float(v) for m, v in limits.items()}))
-                process.load_state_dict(state)
-                model = process.model
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-                optimizer.load_state_dict(copy.deepcopy(momentum))
-            train_step(process, optimizer, step)
-            process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        small = process.finish()
-        return [p.detach().clone() for p in small.parameters()], process.limits
-
-    whole, limits = run(None)
-    for stop in (20, 45, 80):
-        parts, again = run(stop)
-        assert again == limits
-        assert [p.shape for p in parts] == [p.shape for p in whole]
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert single == (min(narrowest) == 1)
-
-
-def test_a_state_of_another_network_or_version_is_refused() -> None:
-    process = TCP().start(network(), EXAMPLE, Budget(macs=0.5))
-    with pytest.raises(ValueError, match="does not have the structure"):
-        process.load_state_dict(TCP().start(Magnitude().start(network(), EXAMPLE, Budget(macs=0.5)).finish(), EXAMPLE,
-                                            Budget(macs=0.9)).state_dict())  # fmt: skip
-    with pytest.raises(ValueError, match="does not have the structure"):  # all its layers are in the larger network
-        TCP().start(network("resnet32a"), EXAMPLE, Budget(macs=0.5)).load_state_dict(process.state_dict())
-    older = {k: v for k, v in process.state_dict().items() if k != "graph"}
-    with pytest.raises(ValueError, match="older version"):
-        process.load_state_dict(older)
-
-
-def test_training_that_stops_early_is_cut_and_says_so() -> None:
-    model = network()
-    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for step in range(10):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    process.finish()
-    assert process.forced
-    assert process.cost.macs <= process.limits["macs"]
-
-
-def test_an_unreachable_budget_fails_before_training() -> None:
-    with pytest.raises(es.BudgetError, match="smallest reachable"):
-        TCP().start(network(), EXAMPLE, Budget(macs=0.0001))
 
 
 @pytest.mark.parametrize(

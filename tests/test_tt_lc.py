@@ -819,14 +819,6 @@ def test_wrong_hyper_parameters_are_named(options) -> None:
         es.TTLC(**options)
 
 
-def test_a_state_of_another_structure_is_refused() -> None:
-    method = es.TTLC(search=0)
-    done = method.start(net(), X, es.Budget(macs=0.4))
-    done.finish()
-    with pytest.raises(ValueError, match="does not have the structure"):
-        method.start(net(), X, es.Budget(macs=0.4)).load_state_dict(done.state_dict())
-
-
 @pytest.mark.parametrize("name", ["resnet20", "resnet20a"])
 def test_one_iteration_is_proven(name) -> None:
     one_iteration(es.build_model(name, num_classes=10), torch.zeros(1, 3, 32, 32))
