@@ -100,6 +100,8 @@ def verify(
     def claim(name: str, check: Callable[[], tuple[bool, str]]) -> None:
         try:
             passed, detail = check()
+        except (OSError, MemoryError):  # of the machine, not of the network: nothing is proven or refuted
+            raise
         except Exception as error:
             passed, detail = False, f"{type(error).__name__}: {first_line(error)}{_line_of(error)}"
         checks.append(Check(name, passed, detail))
