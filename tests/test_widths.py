@@ -356,3 +356,18 @@ def test_what_only_training_allocates_is_no_activation_memory() -> None:
     with_head = Net(run, a=conv(3, 16), b=nn.Linear(16, 5), head=conv(16, 5))
     memory = [cost(trace(m, IMAGE)).activation_memory for m in (plain, with_head)]
     assert memory[0] == memory[1]
+
+
+def test_boxes_that_depend_on_values_do_not_freeze_the_backbone() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.c(m.b(m.a(x).relu()).relu()).flatten(2).transpose(1, 2)[0]
+        return y[(y[:, 0] > 0.0).nonzero()[:, 0]]
+
+    torch.manual_seed(0)
+    model = Net(run, a=conv(3, 16), b=conv(16, 12), c=conv(12, 6))
+    graph = trace(model, torch.randn(1, 3, 8, 8))
+    assert sizes(graph) == {"a": 16, "b": 12}
+    frozen = Net(
+        lambda m, x: run(m, m.z(x).view(1, 8, 8, 8)), z=conv(3, 8), a=conv(8, 16), b=conv(16, 12), c=conv(12, 6)
+    )
+    assert sizes(trace(frozen, torch.randn(1, 3, 8, 8))) == {"a": 16, "b": 12}

@@ -103,6 +103,8 @@ class Rehearsal:
     alive: np.ndarray  # label -> survives
     whole_groups: dict[str, int]
     single: bool = False  # of some group one unit is left, which cannot say where it belongs
+    loose: bool = False  # an operation whose result's size depends on values has run: sizes and paths may be others
+    stopped: bool = False
     position: int = 0
     astray: tuple[str, str, int] | None = None  # the call that is not followed
     _predictions: dict[int, Prediction] = field(default_factory=dict)
@@ -113,10 +115,12 @@ class Rehearsal:
         If its operands have the channels that were predicted (by induction: each was checked when it was made) then so has
         its result, for a rule under which channels only flow.  So it is put, not derived.
         """
-        if self.position >= len(self.records) or self.astray is not None:
+        if self.position >= len(self.records) or self.astray is not None or self.stopped:
             return False
         record = self.records[self.position]
         if record.op is not func or record.origins != origins or None in origins or record.values:
+            return False
+        if record.by_values:
             return False
         if len(record.outputs) != len(outs) or record.scalars != scalars:
             return False
@@ -140,7 +144,13 @@ class Rehearsal:
 
     def check(self, watch: Watch, record: Record, operands: list[State], outs: list[Tensor]) -> bool:
         """The rule was applied anew: hold its result against the record."""
+        if self.stopped:
+            return False
+        self.loose = self.loose or record.by_values
         expected = self._expected(record)
+        if self.loose and (expected is None or len(expected.outputs) != len(outs)):
+            self.stopped = True  # other values, another path: what comes now is not rehearsed
+            return False
         if expected is None:
             if record.asked == self.astray:
                 return False
@@ -180,7 +190,7 @@ class Rehearsal:
 
     def _check_output(self, watch: Watch, tensor: Tensor, was: tuple[int, ...], known: State) -> None:
         shape, layers = tuple(tensor.shape), state(tensor).layers
-        if not layers and not known.layers and shape == was:
+        if not layers and not known.layers and (shape == was or self.loose):
             return
         layers = tuple(m for m in map(compact, layers) if m.size > 1)
         predictions = [self._predict(watch, layer) for layer in known.layers]
@@ -202,7 +212,7 @@ class Rehearsal:
 
     def ended(self, watch: Watch) -> None:
         """The forward is over: is everything there that was recorded?"""
-        if self.position < len(self.records) and self.astray is None:
+        if self.position < len(self.records) and self.astray is None and not (self.loose or self.stopped):
             text = f"ends before {self.records[self.position].op}: the forward takes another path"
             raise Mismatch(None, text, watch.place(), reason="decides which path the forward takes")
 

@@ -205,7 +205,7 @@ class Stage:
         except Exception as error:  # Python code of the forward itself
             return Mismatch(None, f"fails ({first_line(error)})", _blame(error, smaller))
         shapes = [tuple(t.shape) for t in tensors_in(output)]
-        if shapes != forward.shapes:
+        if shapes != forward.shapes and not rehearsal.loose:
             place = Place("", type(smaller).__name__, "")
             return Mismatch(None, f"gives outputs {shapes} instead of {forward.shapes}", place)
         return None

@@ -259,6 +259,7 @@ class Record:
     numbers: tuple[Any, ...]  # the scalars that are no sizes: what is computed with
     values: tuple[Value, ...]  # of its operands that are constants
     asked: tuple[str, str, int]  # module, source line and which call on it
+    by_values: bool  # values of activations decide on the size of its result, or on what Python does next
     outputs: list[tuple[tuple[int, ...], State, Value]]
 
 
@@ -605,7 +606,16 @@ class Watch(TorchDispatchMode):
                     known.value = value
             states = [(tuple(t.shape), k, copied_value(value_of(t))) for t, k in zip(outs, made, strict=True)]
             asked = (self.module_name, *user_call())
-            record = Record(func, origins, scalars, numbers_of(func, args, kwargs), values, asked, states)
+            record = Record(
+                func,
+                origins,
+                scalars,
+                numbers_of(func, args, kwargs),
+                values,
+                asked,
+                depends_on_values(func, tensors),
+                states,
+            )
             if rehearsal is not None:
                 if not rehearsal.check(self, record, operands, outs):
                     return out
@@ -733,6 +743,18 @@ def numbers_of(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
     return tuple(
         [v for v in found if not isinstance(v, Tensor) and not (isinstance(v, (list, tuple)) and tensors_of(v))]
     )
+
+
+DEPENDS_ON_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def depends_on_values(func: Any, tensors: list[Tensor]) -> bool:
+    """Do values of activations decide on the size of the result (``nonzero``), or on what Python does next (``item``)?"""
+    if DEPENDS_ON_VALUES.isdisjoint(func.tags) and "nms" not in func.name():
+        return False
+    if func._overloadpacket is torch.ops.aten.index and not any(t.dtype is torch.bool for t in tensors[1:]):
+        return False
+    return any(state(t).value is None for t in tensors)
 
 
 def uncompiled() -> AbstractContextManager[Any]:
