@@ -68,6 +68,23 @@ def reordered(net: Any, x: Tensor) -> Tensor:
     return net.b(net.a(x)[:, :, torch.arange(7, -1, -1)])
 
 
+def map_of_vector(net: Any, x: Tensor) -> Tensor:
+    return net.t(net.l(x.mean((2, 3))).relu().view(len(x), net.t.in_channels, 4, 4))
+
+
+def sequence_of_vector(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.l(x.mean((2, 3))).relu().view(len(x), -1, 16))
+
+
+def shuffled(net: Any, x: Tensor) -> Tensor:
+    """ShuffleNet's first unit: convolutions of four groups, a shuffle and a depthwise one between them."""
+    x = net.a(x)
+    y = net.c1(x)
+    b, c, h, w = y.shape
+    y = y.view(b, 4, c // 4, h, w).transpose(1, 2).reshape(b, c, h, w)
+    return net.f((x + net.c2(net.dw(y))).relu().mean((2, 3)))
+
+
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     "boxes above a threshold": (
         detector, {"a": conv(3, 16), "b": conv(16, 12), "head": conv(12, 6, 1)}, {"a": 16, "b": 12},
@@ -76,6 +93,16 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     "a recurrent state of zeros": (recurrent, {"a": conv(3, 16), "h": conv(16, 16), "b": conv(16, 4)}, {"a": 16}),
     "rows written one by one": (written, {"a": conv(3, 16), "b": nn.Linear(16, 4)}, {"a": 16}),
     "ones of the same width": (added, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
+    "a map made of a vector": (map_of_vector, {"l": nn.Linear(3, 12 * 16), "t": nn.ConvTranspose2d(12, 3, 4, 2, 1)}, {"l": 12}),
+    "a sequence made of a vector": (sequence_of_vector, {"l": nn.Linear(3, 12 * 16), "b": nn.Conv1d(12, 3, 3)}, {"l": 12}),
+    "convolutions of many groups with a shuffle between": (
+        shuffled,
+        {
+            "a": conv(3, 48), "c1": nn.Conv2d(48, 48, 1, groups=4), "dw": conv(48, 48, groups=48),
+            "c2": nn.Conv2d(48, 48, 1, groups=4), "f": nn.Linear(48, 5),
+        },
+        {"a": 12, "c1": 3},
+    ),
     "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
 }  # fmt: skip
 

@@ -78,6 +78,7 @@ def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, t
         lessons.lines = {(line, op): level for line, op, level in taught_by.fixed_lines}
         reason = Reason("the module around these channels works for one size only", Place("", type(model).__name__, ""))
         lessons.modules = dict.fromkeys(taught_by.fixed_modules, reason)
+        lessons.positions = {n for n, _ in model.named_modules()} - taught_by.group_width.keys()
     deadline = time.monotonic() + time_limit
     with watchdog(deadline), torch.inference_mode(False):
         return _watched(model, example, lessons, deadline, "meta", {})
@@ -91,12 +92,28 @@ def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool)
     while True:
         stage = _watched(model, example, lessons, deadline, device, notes)
         device = stage.device
+        if _guesses_anew(lessons, stage):
+            continue
         if not rehearse or not stage.graph.groups:
             return stage
         found, first = stage.first_mismatch(first)
         if found is None:
             return stage
         _learn(lessons, notes, found, stage)
+
+
+def _guesses_anew(lessons: Lessons, stage: Stage) -> bool:
+    """Did a guess of the watch leave channels whole that another may set free?  Then that one is next, once each.
+
+    A view may have split channels so that the dimension that shrinks is none that a layer takes for channels; and where a
+    channel shuffle lies between convolutions of many groups, whole groups hang together and only positions in all can go.
+    """
+    views = {key for key in stage.watch.wrong_guesses if not lessons.lines.get(key)}
+    lessons.lines |= dict.fromkeys(views, 1)
+    moving = {(s.tensor, s.dim) for g in stage.graph.groups if g.size > 1 for s in g.slices}
+    stuck = {n for n in stage.watch.divided if (f"{n}.weight", 0) not in moving} - lessons.positions
+    lessons.positions |= stuck
+    return bool(views or stuck)
 
 
 def _watched(

@@ -247,6 +247,7 @@ class Lessons:
     reasons: dict[Key, str] = field(default_factory=dict)  # of the same, once all of it is fixed
     channels: dict[tuple[str, int], tuple[np.ndarray, Reason]] = field(default_factory=dict)  # positions that stay
     modules: dict[str, Reason] = field(default_factory=dict)
+    positions: set[str] = field(default_factory=set)  # grouped convolutions that lose the same positions in all groups
 
 
 @dataclass(slots=True)
@@ -317,6 +318,9 @@ class Watch(TorchDispatchMode):
         self.unknown: dict[str, None] = {}
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
+        self.guesses: dict[int, tuple[Key, int]] = {}  # layer that a view split -> where, the dimension said to shrink
+        self.wrong_guesses: set[Key] = set()
+        self.divided: set[str] = set()  # convolutions that lose whole groups of several channels
         self.made = 0  # constants that this forward has made
         self.made_labels: set[int] = set()  # of their dimensions the last labels
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
@@ -421,7 +425,10 @@ class Watch(TorchDispatchMode):
         self.mixes.append((rows, Reason(text, self.place())))
 
     def vector(self, tensor: Tensor, dim: int) -> np.ndarray:
-        """Labels along one dimension, shape ``(size,)``; 0 where it is fixed.  Entangled layers are frozen."""
+        """Labels along one dimension, shape ``(size,)``; 0 where it is fixed.
+
+        Of a layer that changes along other dimensions as well, what lies at one position of ``dim`` goes together.
+        """
         shape = tensor.shape
         dim %= len(shape)
         size = shape[dim]
@@ -432,6 +439,15 @@ class Watch(TorchDispatchMode):
                 continue
             if layer.size == along == size and found is None:
                 found = layer.reshape(-1)
+            elif along == size and layer.ndim == len(shape) and found is None:
+                key, shrinks = self.guesses.get(id(layer), (None, dim))
+                if key is not None and shrinks != dim:
+                    self.wrong_guesses.add(key)
+                first = layer
+                for other in varying(layer):
+                    first = first if other == dim else narrowed(first, other)
+                self.tie(layer, first)
+                found = first.reshape(-1)
             else:
                 self.freeze([layer], "its channels are entangled with another dimension")
         return np.zeros(size, dtype=np.int64) if found is None else found

@@ -92,20 +92,24 @@ def grouped(
     outside = (cols.size * groups if transposed else rows.size) // groups
     x = channels.reshape(groups, inside)
     module = watch.module
-    if watch.rehearsal is None:
-        whole = inside == 1 or groups >= GROUPS_TAKEN_WHOLE
-    else:
-        whole = watch.module_name in watch.rehearsal.whole_groups
     owned = isinstance(
         module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     )
-    if whole and not (owned and module.groups == groups):
+    owned = owned and bool(module.groups == groups)
+    if watch.rehearsal is None:
+        many = owned and groups >= GROUPS_TAKEN_WHOLE and watch.module_name not in watch.lessons.positions
+        whole = inside == 1 or many
+    else:
+        whole = watch.module_name in watch.rehearsal.whole_groups
+    if whole and not owned:
         made = np.tile(cols, groups) if transposed else rows
         watch.freeze([channels, rows, cols], "a functional convolution fixes the number of groups")
         return made
     if whole:
         watch.tie(x, x[:, :1])
         watch.whole_groups[watch.module_name] = outside
+        if inside > 1:
+            watch.divided.add(watch.module_name)
         if transposed:  # weight (I, O/g): rows follow the inputs, columns stay
             watch.tie(rows.reshape(groups, inside), x)
             watch.freeze([cols], "is shared by all groups of a transposed convolution")

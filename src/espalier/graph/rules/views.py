@@ -93,8 +93,8 @@ def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
 def view(watch: Watch, call: Call) -> None:
     """Merging dimensions only flows; splitting the channel axis says that one factor stays fixed, which one is tried out.
 
-    First guess: the last factor shrinks (``view(b, groups, c // groups, h, w)``), then the first
-    (``view(b, c // 4, 2, 2, h, w)``), then none.  A rehearsal decides, see ``trace``.
+    First guess of two factors: the last shrinks (``view(b, groups, c // groups, h, w)``), of more: the first (a map made of a
+    vector, ``view(b, c, h, w)``); then the other; then none.  A rehearsal decides, see ``trace``.
     """
     tensor, known = call.first, state(call.first)
     layers = []
@@ -108,7 +108,8 @@ def view(watch: Watch, call: Call) -> None:
             if level >= 2:
                 watch.freeze([result], "a view splits the channels in a way that does not follow their number")
             else:
-                shrinking = dims[-1] if level == 0 else dims[0]
+                shrinking = dims[-1] if (level == 0) == (len(dims) == 2) else dims[0]
+                watch.guesses[id(result)] = (watch.key(), shrinking)
                 for dim in dims:
                     if dim != shrinking:
                         watch.tie(result, narrowed(result, dim))
