@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from espalier.methods.base import Method, Run, attach
 from espalier.plan import Budget, Plan
 from espalier.run.optional import import_lightning
-from espalier.trainers.attached import add_penalty, go_on, restore_optimizer, saved_run, set_rate
+from espalier.trainers.attached import add_penalty, restore_optimizer, saved_run, set_rate
 
 Callback: Any = import_lightning().Callback
 
@@ -75,7 +75,7 @@ class Compression(Callback):  # type: ignore[misc]
         def take_up(*_: Any) -> None:
             """Before Lightning loads the weights of a checkpoint: they need the structure that they were saved with."""
             self._saved = self._read(trainer.ckpt_path)
-            self.run = go_on(dense, example, budget=self.budget, method=self.method, saved=self._saved)
+            self.run = attach(dense, example, budget=self.budget, method=self.method, state=self._saved["run"])
             self._put(pl_module, self.run.model)
 
         self._hook = pl_module.register_load_state_dict_pre_hook(take_up)
