@@ -42,6 +42,7 @@ from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import Batches, Method, Removed, Run, Status
+from espalier.methods.pace import limits_on_the_way, still_to_go
 from espalier.methods.ranks import LAYOUTS, energy, rank_alternatives, tails
 from espalier.plan import Budget, Plan
 from espalier.settings import Fraction, OneOf, Share, described
@@ -266,14 +267,13 @@ class DPRPRun(Run):
         return self.method.reach - self.method.start_at
 
     def limits_at(self, progress: float) -> dict[str, float]:
-        """The budget now: from the dense cost to the target, fast at first (after Zhu & Gupta 2017)."""
-        left = self._left_at(progress)
-        return {m: math.floor(limit + (getattr(self.dense, m) - limit) * left) for m, limit in self.limits.items()}
+        """The budget now."""
+        return limits_on_the_way(self.limits, self.dense, self._left_at(progress))
 
     def _left_at(self, progress: float) -> float:
         """Share of what the cost has to fall that is still to fall."""
-        done: float = min(max((progress - self.method.start_at) / self._span, 0.0), 1.0)
-        return (1.0 - done) ** self.method.power
+        method = self.method
+        return still_to_go(progress, begin=method.start_at, end=method.reach, power=method.power)
 
     def _find_final(self) -> None:
         """Ranks at the end, from whole layers; of those that are split the ranks found before stand."""

@@ -280,11 +280,7 @@ class MGPRun(Fading):
             return None
         stay = {n: np.flatnonzero(~g) for n, g in self.units.split(ready).items()}
         self._descend(stay, cut)
-        now = CostModel(self.graph)
-        dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
-        last = self.settled and bool((ready == self._channels(self._outside)).all())
-        saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
-        if saved < self.method.chunk and not last:
+        if not self._worth_a_surgery(stay, last=bool((ready == self._channels(self._outside)).all())):
             return None
         return self._carry_out(stay, cut, optimizer)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.costs import LATENCY
+from espalier.costs import CostModel
 from espalier.methods.base import Method, Removed, Run, Status
 from espalier.methods.importance import Sensitivity
+from espalier.methods.pace import limits_on_the_way, still_to_go
 from espalier.methods.units import Consumer, Units, upload
 from espalier.plan import Budget
 from espalier.settings import Positive, Share, described
@@ -138,11 +140,10 @@ class Fading(Run):
     # -- keep-set ------------------------------------------------------------------------------------------------------
 
     def limits_at(self, progress: float) -> dict[str, float]:
-        """The budget now: from the dense cost to the target, fast at first (cubic, Zhu & Gupta 2017)."""
+        """The budget now."""
         begin, end = self.method.start_at, self.method.reach - self.method.fade
-        left = (1.0 - min(max((progress - begin) / (end - begin), 0.0), 1.0)) ** self.method.power
-        now = {m: limit + (getattr(self.dense, m) - limit) * left for m, limit in self.limits.items()}
-        return {m: limit if m == LATENCY else math.floor(limit) for m, limit in now.items()}
+        left = still_to_go(progress, begin=begin, end=end, power=self.method.power)
+        return limits_on_the_way(self.limits, self.dense, left)
 
     def _decide(self, progress: float) -> None:
         self._decided = progress
@@ -216,6 +217,13 @@ class Fading(Run):
         group = self.units.group_of()
         waiting = np.bincount(group[self._outside & ~self._zero], minlength=self.units.groups)
         return self._zero & (waiting[group] == 0)
+
+    def _worth_a_surgery(self, stay: Mapping[str, np.ndarray], *, last: bool) -> bool:
+        """Would keeping ``stay`` save a ``chunk`` of what the network costs now, or is nothing else left to do?"""
+        now = CostModel(self.graph)
+        dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
+        saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
+        return saved >= self.method.chunk or (self.settled and last)
 
     def _keep_rows(self, survivors: np.ndarray) -> None:
         self.follow(survivors)

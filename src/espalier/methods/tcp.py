@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.costs import LATENCY, CostModel
+from espalier.costs import LATENCY
 from espalier.methods.base import Batches, Removed
 from espalier.methods.blocks import (
     WholeBlocks,
@@ -147,11 +147,7 @@ class TCPRun(Fading):
         if not ready.any():
             return None
         stay = {n: np.flatnonzero(~g) for n, g in self.units.split(ready).items()}
-        now = CostModel(self.graph)
-        dense, then = now.cost(self.graph.sizes), now.cost(np.array([len(stay[g.name]) for g in self.graph.groups]))
-        last = self.settled and bool((ready == self._outside).all())
-        saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
-        if saved < self.method.chunk and not last:
+        if not self._worth_a_surgery(stay, last=bool((ready == self._outside).all())):
             return None
         return self._carry_out(stay, optimizer)
 
