@@ -55,6 +55,7 @@ def jobs(monkeypatch):
         beat()
         if "tcp-macs0.3" in out.name:
             raise TrainingDiverged("the loss is not finite: lower lr")
+        (out / "config.toml").write_text("[start]\ntrained = true\n")
         write_sealed(out / "metrics.json", metrics(80.0 + config["recipe"]["seed"], config["budget"]["macs"]))
 
     monkeypatch.setattr(room, "run_job", job)
@@ -198,6 +199,9 @@ def test_the_command_sweeps_and_goes_on(tmp_path):
     assert done.exit_code == 1, done.output  # one budget cannot be met
     rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert [r["state"] for r in rows] == ["complete", "fail"] and float(rows[0]["macs"]) <= 0.5
+    assert (
+        rows[0]["dense accuracy"] == "" and "Dense" not in (tmp_path / "sweep.md").read_text()
+    )  # untrained: no measure
     assert "cannot be met" in rows[1]["error"] and (tmp_path / "magnitude-macs0.5-seed0" / "model.safetensors").exists()
     assert json.loads((tmp_path / "magnitude-macs0.5-seed0" / "metrics.json").read_text())
     ledger = Ledger(str(Path(tmp_path) / JOURNAL), "espalier sweep")

@@ -22,7 +22,8 @@ from espalier.present.edge import stderr, stdout
 from espalier.present.jobs import run_job
 from espalier.run.charts import Dot, as_file, dot_chart
 from espalier.run.ledger import JOURNAL, Entry, Ledger
-from espalier.run.rundir import CONFIG, METRICS, read_sealed, to_toml, write_file
+from espalier.run.report import dense_accuracy
+from espalier.run.rundir import CONFIG, METRICS, read_config, read_sealed, to_toml, write_file
 
 COLUMNS = (
     "method",
@@ -141,7 +142,7 @@ def _work(
                 known=known,
                 beat=lambda: ledger.beat(entry),
             )
-        metrics = read_sealed(folder / METRICS)
+        metrics, config = read_sealed(folder / METRICS), read_config(folder / CONFIG)
     except Exception as error:  # it diverged, cannot meet its budget, or fills the memory: the rest goes on
         text = str(error).strip() or type(error).__name__
         ledger.fail(entry, text)
@@ -150,18 +151,18 @@ def _work(
     except BaseException:
         ledger.release(entry)
         raise
-    ledger.note(entry, **facts_of(metrics))
+    ledger.note(entry, **facts_of(metrics, config))
     ledger.complete(entry, float(metrics["small"].get("accuracy", 0.0)))
     shared = "weights" in point.config["model"] and "accuracy" in metrics["dense"]
     return {n: metrics["dense"][n] for n in ("accuracy", "loss")} if shared else None
 
 
-def facts_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What the table says of a run, from its ``metrics.json``; time is that of the last backend measured, at batch 1."""
     timings = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
     return {
         "accuracy": metrics["small"].get("accuracy"),
-        "dense accuracy": metrics["dense"].get("accuracy"),
+        "dense accuracy": dense_accuracy(metrics, config),  # none where the run began untrained
         **{name: metrics["fraction"][name] for name in COSTS},
         "time": 1 / timings[-1]["speedup"] if timings else None,
         "backend": timings[-1]["backend"] if timings else None,
