@@ -22,7 +22,18 @@ from espalier.present.cli import app
 from espalier.present.html import page
 from espalier.present.runs import read_run
 from espalier.run.anatomy import layers_of, timed
-from espalier.run.charts import Line, Pair, decades, frontier, line_chart, pair_bars, silhouette, spread_out, ticks
+from espalier.run.charts import (
+    Level,
+    Line,
+    Pair,
+    decades,
+    frontier,
+    line_chart,
+    pair_bars,
+    silhouette,
+    spread_out,
+    ticks,
+)
 from espalier.run.report import COUNTED_NOTE, summary
 from espalier.run.rundir import add_widths
 
@@ -310,6 +321,7 @@ def test_bars_stand_in_proportion():
 def test_charts_of_almost_nothing_are_drawn():
     ET.fromstring(line_chart([Line("one", ((1.0, 2.0),))], title="t", x_label="x", y_label="y"))
     ET.fromstring(silhouette([], title="t"))
+    ET.fromstring(silhouette([Level("gone", 8, (), "left out"), Level("here", 8, (4,), "4 of 8")], title="t"))
 
 
 # -- requests that cannot be met

@@ -114,9 +114,11 @@ def _what_stands_there(layer: Layer) -> str:
     if layer.factorised:
         ranks = ", ".join(str(stage.outputs) for stage in layer.small[:-1])
         return f"rank {ranks}: {', '.join(stage.shape for stage in layer.small)}"
-    kept = layer.small[-1].outputs if layer.small else 0
+    if not layer.small:
+        return "left out"
+    kept = layer.small[-1].outputs
     text = f"{kept}" if kept == layer.dense.outputs else f"{kept} of {layer.dense.outputs}"
-    if layer.small and layer.small[0].chooses:
+    if layer.small[0].chooses:
         text += f", reads {layer.small[0].inputs}"
     return f"{layer.small[0].shape}, {text}" if layer.reshaped else text
 
@@ -142,6 +144,8 @@ def cost_curves(run: Run) -> str:
     lines = []
     counted = run.metrics["counted"] or {}
     for cost, limit in run.metrics["limits"].items():
+        if cost not in COST_TONES:  # time is measured at the end
+            continue
         name, tone = COST_TONES[cost]
         whole = run.metrics["dense"][cost]
         points = tuple((e["epoch"], 100 * e[cost] / whole) for e in run.epochs if cost in e)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from espalier.costs import LATENCY
 from espalier.present.figures import (
     COST_TONES,
     PARETO_AXES,
@@ -28,6 +29,7 @@ from espalier.run.charts import figure_style
 from espalier.run.course import gap_curve, kernel_history, rank_bars, rank_history, search_curve
 from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, proven, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
+from espalier.run.timed import time_sentence
 
 COST_NAMES = {
     "macs": "multiply-adds (MACs)",
@@ -118,7 +120,7 @@ def _asked_and_met(run: Run) -> str:
         rows.append(("test accuracy, %", known[0], f"{small['accuracy']:.2f}", change, ""))
         rows.append(("test loss", known[1], _decimals(small["loss"]), "", ""))
     counted = metrics["counted"] or {"fraction": {}}
-    asked = {cost: f"{limit:,}" for cost, limit in limits.items()}
+    asked = {cost: f"{limit:,}" for cost, limit in limits.items() if cost in COST_NAMES}
     for cost, label in COST_NAMES.items():
         limit = "" if cost in counted else asked.get(cost, "")
         rows.append((label, f"{dense[cost]:,}", f"{small[cost]:,}", _percent(metrics["fraction"][cost]), limit))
@@ -127,8 +129,10 @@ def _asked_and_met(run: Run) -> str:
         rows.append((label, f"{dense[cost]:,}", f"{counted[cost]:,}", _percent(share), asked.get(cost, "")))
     table = _table(("", "dense", "small", "small / dense", "limit"), rows)
     caption = "The mark is the limit; the pale bar is the dense network."
-    kept = all({**small, **counted}[cost] <= limit for cost, limit in limits.items())
-    verdict = "Every limit is kept." if kept else "A LIMIT IS EXCEEDED."
+    kept = all({**small, **counted}[cost] <= limit for cost, limit in limits.items() if cost in COST_NAMES)
+    verdict = ("Every limit is kept." if kept else "A LIMIT IS EXCEEDED.") if set(limits) - {LATENCY} else ""
+    if metrics.get("time"):
+        verdict = f"{verdict} {time_sentence(metrics['time'])}".strip()
     if metrics["counted"]:
         verdict += f" Limits are met as {metrics['counted']['note']}; the other rows are what is executed."
     others = run.config["budget"].get("multiple_of", 1)

@@ -264,7 +264,7 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 def silhouette(levels: Sequence[Level], *, title: str, row: float = 17.0) -> str:
     """The network from input to output: pale the outputs that a layer had, strong those it has, stage by stage."""
-    most = max((max(lv.before, *lv.after) for lv in levels), default=1)
+    most = max((n for lv in levels for n in (lv.before, *lv.after)), default=1)
     left = _label_room([lv.name for lv in levels])
     right = WIDTH - 10 - LETTER * max((len(lv.text) for lv in levels), default=0)
     middle, half = (left + right) / 2, (right - left) / 2
@@ -278,7 +278,7 @@ def silhouette(levels: Sequence[Level], *, title: str, row: float = 17.0) -> str
         parts.append(_name(level.name, y + row / 2, left))
         reach = max(half * level.before / most, 0.8)
         parts.append(_box("before", middle - reach, y + 1.5, 2 * reach, row - 3))
-        strip = (row - 6) / len(level.after)
+        strip = (row - 6) / max(len(level.after), 1)  # nothing stands where a block was left out
         for place, width in enumerate(level.after):
             reach = max(half * width / most, 0.8)
             gap = 0.7 if place else 0.0
