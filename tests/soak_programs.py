@@ -1,7 +1,7 @@
 """``python -m tests.soak_programs N [FIRST] [--record]``: prove N random programs, of seeds FIRST, ...; exit code 1 if not.
 
 Three plans each - about a quarter of the units gone, half of what the MACs can lose, one unit left of every group - in eval and
-in train mode.  ``--record`` adds what came of it to ``benchmarks/results/soak_programs.json``, which ``docs/results.md`` reads.
+in train mode.  ``--record`` adds what came of it to ``benchmarks/results/soak_programs.json``.
 """
 
 from __future__ import annotations
