@@ -25,8 +25,9 @@ from espalier.run.checkpoint import (
 from espalier.run.data import Data, Loaders, load_data
 from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import evaluate, recalibrate_batchnorm
-from espalier.run.loop import History, TrainingDiverged, distillation, learning_rate, make_optimizer, train
+from espalier.run.loop import History, TrainingDiverged, learning_rate, make_optimizer, train
 from espalier.run.recipe import Recipe
+from espalier.tasks import distillation
 
 BUDGET = Budget(macs=0.5)
 

@@ -21,6 +21,7 @@ ORDER = [
     "forms",
     "surgery",
     "timing",
+    "tasks",  # what a network is for: loss, metric, teacher
     "methods",
     "run",
     "trainers",  # compression inside the trainers of others

@@ -51,12 +51,26 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.surgery import save as save
     from espalier.surgery import shrink as shrink
     from espalier.surgery import verify as verify
+    from espalier.tasks import Classification as Classification
+    from espalier.tasks import Detection as Detection
+    from espalier.tasks import Metric as Metric
+    from espalier.tasks import Regression as Regression
+    from espalier.tasks import Segmentation as Segmentation
+    from espalier.tasks import SuperResolution as SuperResolution
+    from espalier.tasks import Task as Task
     from espalier.timing.making import profile as profile
     from espalier.timing.profile import Profile as Profile
     from espalier.timing.profile import load_profile as load_profile
     from espalier.timing.profile import save_profile as save_profile
 
 _HOME = {
+    "Task": "espalier.tasks",
+    "SuperResolution": "espalier.tasks",
+    "Segmentation": "espalier.tasks",
+    "Regression": "espalier.tasks",
+    "Metric": "espalier.tasks",
+    "Detection": "espalier.tasks",
+    "Classification": "espalier.tasks",
     "Budget": "espalier.plan",
     "BudgetError": "espalier.solver",
     "Cost": "espalier.costs",

@@ -82,6 +82,11 @@ class Method(Settings, ABC):
         """Training images to keep out of training, for decisions on images that were not trained on; at most a tenth of all."""
         return 0
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it measures cross-entropy by itself, which only classifiers have."""
+        return self.withholds > 0
+
     @abstractmethod
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Run:
         """Begin on ``model``, which is trained and shrunk in place.

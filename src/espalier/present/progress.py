@@ -69,9 +69,13 @@ def epoch_line(epoch: Epoch, *, epochs: int, seconds_left: float) -> str:
     parts = [
         f"epoch {epoch.epoch:>{width}}/{epochs}",
         f"loss {epoch.loss:.3f}",
-        f"train {epoch.train_accuracy:.1f}%",
-        f"test {epoch.accuracy:.2f}%",
     ]
+    if epoch.train_accuracy is not None:
+        parts.append(f"train {epoch.train_accuracy:.1f}%")
+    if epoch.accuracy is not None:
+        parts.append(f"test {epoch.accuracy:.2f}%")
+    if epoch.metric is not None:
+        parts.append(f"test {epoch.metric:.4g}")
     if epoch.macs is not None and epoch.params is not None:
         parts.append(f"{short(epoch.macs)} MACs {short(epoch.params)} params")
     if epoch.strength is not None and epoch.remaining is not None:

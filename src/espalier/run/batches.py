@@ -22,7 +22,8 @@ class Source(Protocol):
     """Where a training loop gets its batches: :class:`Data`, :class:`FolderData` or :class:`Loaders`."""
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int | None:
+        """``None`` where batches are what a task takes apart, of which nothing is known here."""
 
     @property
     def in_channels(self) -> int: ...

@@ -20,13 +20,14 @@ from espalier.copies import check_sound, copy_model, unwrapped
 from espalier.costs import METRICS, Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.base import Method, Run, budget_for
+from espalier.methods.scoring import buffers_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
 from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
 from espalier.run.course import write_figures
 from espalier.run.data import Data, set_aside
-from espalier.run.evaluate import evaluate, pick_device
+from espalier.run.evaluate import evaluate, modes_kept, pick_device
 from espalier.run.lock import owned
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.recipe import WHERE, Recipe
@@ -50,6 +51,7 @@ from espalier.run.rundir import (
 from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof
 from espalier.surgery.verify import verify as proof_of
+from espalier.tasks import Classification, Metric, Task, example_of, moved
 from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -59,6 +61,8 @@ OnDense = Callable[[Mapping[str, float], bool], None]
 @dataclass(frozen=True)
 class Result:
     """A compressed network and what became of it.  Accuracies are in percent, ``None`` where there was no data.
+
+    ``metric`` and ``dense_metric`` are what the task is judged by, which ``judged_by`` names; for classifiers the accuracies.
 
     ``cost`` is what ``model`` executes.  ``counted`` is ``None``, unless the method met ``limits`` by counting zeros as nothing
     (``MGP(stripes=True)``): then it is that count, which is not executed.  ``plan`` says which units of ``graph``, that of the
@@ -78,6 +82,24 @@ class Result:
     graph: Graph | None = None
     proof: Proof | None = None
     time: TimeKept | None = None  # what came of a budget of time, measured
+    metric: float | None = None
+    dense_metric: float | None = None
+    judged_by: Metric | None = None
+
+    def __repr__(self) -> str:
+        """What was asked, met and lost; the network is ``result.model``."""
+        share = self.cost.fraction_of(self.dense)
+        parts = [f"{self.cost.macs:,} MACs ({share['macs']:.1%} of {self.dense.macs:,})"]
+        parts += [f"{self.cost.params:,} parameters ({share['params']:.1%})"]
+        parts += [f"{name} limit {limit:,}" for name, limit in self.limits.items()]
+        if self.judged_by is not None and self.metric is not None:
+            before = "" if self.dense_metric is None else f" (dense {self.judged_by.said(self.dense_metric)})"
+            parts.append(f"{self.judged_by.said(self.metric)}{before}")
+        if self.proof is not None:
+            parts.append("proven" if self.proof.passed else "NOT PROVEN")
+        if self.folder is not None:
+            parts.append(f"in {self.folder}")
+        return f"Result({', '.join(parts)})"
 
 
 class ProofError(ValueError):
@@ -105,6 +127,7 @@ def compress(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     on_dense: OnDense | None = None,
+    task: Task | None = None,
 ) -> Result:
     """Compress a copy of ``model`` to ``budget``; ``model`` itself is not touched.
 
@@ -115,6 +138,8 @@ def compress(
     a list or ``DataLoader`` of inputs or of pairs (inputs, labels), of which up to 64 are used to choose by and to estimate
     BatchNorm anew, or a single example input (a tensor, a tuple of arguments, a dictionary of keywords): nothing is trained
     then.  ``method`` defaults to ``TCP()``.
+
+    ``task`` says what the network is for: ``Classification()`` unless given; see ``espalier.tasks``.
 
     A ``trained`` network becomes the teacher of its small copy, unless ``recipe.distill`` is 0; ``None``
     means to find out: trained is what classifies training images far better than chance.
@@ -138,7 +163,8 @@ def compress(
     192
     """
     method = method or TCP()
-    source, example, calibration = _data_or_example(data, method)
+    task = task or Classification()
+    source, example, calibration = _data_or_example(data, method, task)
     recipe = recipe or Recipe()
     if source is not None and method.trains and recipe.epochs == 0:
         raise ValueError(f"{method.name} works while the network trains: give Recipe(epochs=1) or more")
@@ -147,7 +173,7 @@ def compress(
     folder = None if out is None else Path(out)
     with nullcontext() if folder is None else owned(folder):
         earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
-        job = _Job(model, source, example, budget, method, recipe, calibration)
+        job = _Job(model, source, example, budget, method, recipe, calibration, task)
         job.judge(earlier, trained, dense_result)
         if on_dense is not None and job.dense_result:
             on_dense(job.dense_result, job.teacher is not None)
@@ -171,6 +197,7 @@ class _Job:
         method: Method,
         recipe: Recipe,
         calibration: list[Batch] | None,
+        task: Task,
     ) -> None:
         model = unwrapped(model, who="compress")
         check_sound(model, who="compress")
@@ -179,12 +206,12 @@ class _Job:
         self.model, self.source, self.example = model, source, example
         self.budget, self.method, self.recipe = budget_for(method, budget), method, recipe
         self.limited = budget is not None
-        self.calibration = calibration
+        self.calibration, self.task = calibration, task
         first = next(model.parameters(), torch.empty(0))
         self.home = first.device
         self.device = pick_device(recipe.device) if source is not None else self.home
         if source is not None:
-            check_fit(model, source, replace(recipe, distill=None))
+            check_fit(model, source, replace(recipe, distill=None), task=task)
         self.dense = cost(self.budget.timed(trace(model, example)))
         self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
@@ -207,10 +234,10 @@ class _Job:
         self.dense_result = self._tested(reference) if known is None else dict(known)
         if trained is None and earlier is not None:
             trained = earlier.get("start", {}).get("trained")
-        self.trained = _is_trained(reference, self.source) if trained is None else bool(trained)
-        if self.trained and self.recipe.distill != 0:
+        self.trained = _is_trained(reference, self.source, self.task) if trained is None else bool(trained)
+        if self.trained and self.recipe.distill != 0 and self.task.follows:
             self.teacher = reference
-        check_fit(reference, self.source, self.recipe, teacher=self.teacher)
+        check_fit(reference, self.source, self.recipe, teacher=self.teacher, task=self.task)
 
     def start(self, folder: Path | None, *, resumes: bool) -> None:
         """Begin on a copy of the network, as it is or as the checkpoint has it."""
@@ -253,7 +280,12 @@ class _Job:
         if self.source is None:
             return self.calibration and [(x.to(self.home), y.to(self.home)) for x, y in self.calibration]
         chosen = self.source.calibration_batches(batch_size=self.recipe.batch_size, batches=8, seed=self.recipe.seed)
-        return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
+        if _is_plain(self.source, self.task):
+            return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
+        pairs = [self.task.split(batch)[0] for batch in chosen]
+        if not all(isinstance(x, Tensor) for x in pairs):
+            return None  # methods put tensors through the network
+        return [(x.to(self.device), torch.empty(0, dtype=torch.int64)) for x in pairs]
 
     def describe(self, earlier: Mapping[str, Any] | None, more: Mapping[str, Mapping[str, Any]]) -> None:
         """Say what is going to be done, and see that it is what was done so far."""
@@ -262,6 +294,7 @@ class _Job:
             "budget": self.budget.settings if self.limited else {},
             "method": {"name": self.method.name, **asdict(self.method)},
             "recipe": self.recipe.to_dict() if self.source is not None else {},
+            **({} if self.task == Classification() else {"task": self.task.to_dict()}),
             "start": {"trained": self.trained, "weights": fingerprint(self.model)},
             "versions": {
                 "espalier": __version__,
@@ -290,7 +323,7 @@ class _Job:
             def after_epoch(history: History) -> None:
                 history = _with_cost(history, constant)
                 if self.folder is not None:
-                    write_log(self.folder / LOG, history.epochs, Epoch)
+                    write_log(self.folder / LOG, history.epochs, Epoch, metric=self.task.metric.name)
                     if self.process is not None:
                         add_widths(self.folder / WIDTHS, history.last.epoch, self.process.widths)
                 if on_epoch is not None:
@@ -302,6 +335,7 @@ class _Job:
                 self.recipe,
                 process=self.process,
                 teacher=self.teacher,
+                task=self.task,
                 checkpoint=self.checkpoint,
                 resume=self.goes_on,
                 on_epoch=after_epoch,
@@ -355,6 +389,7 @@ class _Job:
                     skipped=self.skipped,
                     proof=proof,
                     config=self.config,
+                    metric=self.task.metric,
                     preprocessing=None if self.source is None else getattr(self.source, "preprocessing", None),
                 ),
             )
@@ -366,6 +401,9 @@ class _Job:
             history=self.history,
             dense_accuracy=self.dense_result.get("accuracy"),
             accuracy=small_result.get("accuracy"),
+            metric=small_result.get(self.task.metric.name),
+            dense_metric=self.dense_result.get(self.task.metric.name),
+            judged_by=self.task.metric,
             folder=self.folder,
             counted=self.counted,
             plan=self.plan,
@@ -409,7 +447,7 @@ class _Job:
     def _tested(self, model: nn.Module) -> dict[str, float]:
         assert self.source is not None
         batches = self.source.test_batches(channels_last=self.recipe.channels_last)
-        return evaluate(model, batches, device=self.device)
+        return evaluate(model, batches, device=self.device, task=self.task)
 
 
 class _HeldOut:
@@ -423,7 +461,7 @@ class _HeldOut:
             yield x.to(self.device), y.to(self.device)
 
 
-def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any, list[Batch] | None]:
+def _data_or_example(data: Any, method: Method, task: Task) -> tuple[Source | None, Any, list[Batch] | None]:
     """Where training batches come from, an example, and batches to calibrate by where there is no training."""
     batches = isinstance(data, (list, torch.utils.data.DataLoader))
     if batches or isinstance(data, (Tensor, tuple, dict)):
@@ -441,7 +479,7 @@ def _data_or_example(data: Any, method: Method) -> tuple[Source | None, Any, lis
     if isinstance(data, str):
         raise ValueError(f"compress: data is not a name; give load_data({data!r})")
     try:
-        return data, data.example(1), None
+        return data, data.example(1) if _is_plain(data, task) else _example(data, method, task), None
     except AttributeError as error:
         raise ValueError(
             f"compress: data is a {type(data).__name__}; give load_data(...), Loaders(...), calibration batches (a list or a "
@@ -464,11 +502,49 @@ def _pair(item: Any, number: int) -> Batch:
 CALIBRATION = 64  # batches at most that a method without training is given
 
 
-def _is_trained(model: nn.Module, source: Source) -> bool:
-    """A quarter of the way from chance to perfect, on up to 1024 training images."""
-    found = evaluate(model, source.calibration_batches(batch_size=256, batches=4))
+def _is_plain(source: Source, task: Task) -> bool:
+    """Whether batches are images and class numbers, as methods know them."""
+    return source.num_classes is not None and task == Classification()
+
+
+def _example(source: Source, method: Method, task: Task) -> Any:
+    """The first input of the first training batch, as the task takes it apart."""
+    if method.needs_labels:
+        raise ValueError(
+            f"{method.name}, as it is set, measures cross-entropy by itself, which goes with Loaders(..., num_classes=...) "
+            f"and no task; for {task.name} choose other settings or another method"
+        )
+    batch = next(iter(source.calibration_batches(batch_size=1, batches=1)))
+    return example_of(task.split(batch)[0])
+
+
+def _is_trained(model: nn.Module, source: Source, task: Task) -> bool:
+    """A quarter of the way from chance to perfect, on up to 1024 training images; of a task in which chance is not known, half
+    of the loss that the same network has with new weights."""
+    batches = source.calibration_batches(batch_size=256, batches=4)
+    if source.num_classes is None or not _is_plain(source, task):
+        seen = list(batches)
+        fresh = copy_model(model, {})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for module in fresh.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+            own, new = (_training_loss(network, seen, task) for network in (model, fresh))
+        return own < 0.5 * new
+    found = evaluate(model, batches)
     chance = 100.0 / source.num_classes
     return found["accuracy"] > chance + 0.25 * (100.0 - chance)
+
+
+def _training_loss(model: nn.Module, batches: list[Any], task: Task) -> float:
+    """In train mode, in which every task has a loss, and statistics of BatchNorm that were never estimated do not matter."""
+    device = next(model.parameters()).device
+    with modes_kept(model), buffers_kept(model), torch.no_grad():
+        model.train()
+        pairs = [moved(task.split(batch), device) for batch in batches]
+        return sum(float(task.loss(task.forward(model, x, y), y)) for x, y in pairs) / len(pairs)
 
 
 def _with_cost(history: History, constant: dict[str, int]) -> History:
@@ -490,7 +566,7 @@ ORIGIN = {"model": ("name", "num_classes", "in_channels", "image_size"), "data":
 
 def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """A run goes on as it began: same method, budget and recipe, and as far as is known model, data and weights."""
-    for table in ("method", "budget", "recipe", *ORIGIN, "start"):
+    for table in ("method", "budget", "recipe", "task", *ORIGIN, "start"):
         then, new = _said(earlier, table), _said(now, table)
         for key in _compared(table, then, new):
             if then.get(key) != new.get(key):

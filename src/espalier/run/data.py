@@ -28,6 +28,7 @@ from espalier.run.batches import (
 from espalier.run.cifar import LAYOUTS, read_cifar
 from espalier.run.folder import FolderData, Images, read_folder
 from espalier.run.preprocessing import Preprocessing
+from espalier.tasks import moved
 
 __all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "identity", "load_data", "set_aside"]
 
@@ -178,7 +179,8 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Loaders:
-    """The user's own loaders, which yield (images, labels): DataLoaders, lists of batches, or the like.
+    """The user's own loaders, which yield (images, labels): DataLoaders, lists of batches, or the like.  Without
+    ``num_classes`` they yield what the task takes apart, which is moved to the device and not looked at.
 
     They can be gone through again and again and know their length. Implements :class:`Source`.
 
@@ -193,13 +195,13 @@ class Loaders:
 
     train: Iterable[Any]
     test: Iterable[Any]
-    num_classes: int
+    num_classes: int | None = None
     holdout: Iterable[Any] | None = None
     device: str | torch.device = "cpu"
     _shape: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
+        if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes is 1 or more, not {self.num_classes}")
         for name, loader in self._named().items():
             if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
@@ -207,6 +209,9 @@ class Loaders:
                     f"the {name} loader is a {type(loader).__name__}, which cannot be gone through again "
                     "each epoch; give a DataLoader or a list of batches"
                 )
+        if self.num_classes is None:
+            next(self._batches("train", False))
+            return
         images = self.example()
         if images.dim() != 4:
             raise ValueError(f"train loader: images are (n, c, h, w); these are of shape {tuple(images.shape)}")
@@ -257,6 +262,8 @@ class Loaders:
             yield batch
 
     def example(self, batch: int = 1) -> Tensor:
+        if self.num_classes is None:
+            raise ValueError("Loaders without num_classes: only a task knows what of a batch is the input")
         images = next(self._batches("train", False, seed=0))[0]
         if len(images) < batch:
             images = images.repeat(-(-batch // len(images)), *[1] * (images.dim() - 1))
@@ -271,7 +278,9 @@ class Loaders:
             yield self._checked(item, name, channels_last)
             item = next(iterator, None)
 
-    def _checked(self, item: Any, name: str, channels_last: bool) -> Batch:
+    def _checked(self, item: Any, name: str, channels_last: bool) -> Any:
+        if self.num_classes is None:
+            return moved(item, self.device)
         if not (isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(t, Tensor) for t in item)):
             raise ValueError(
                 f"the {name} loader yields a {type(item).__name__}, not a pair (images, labels) of tensors"
@@ -289,6 +298,11 @@ class Loaders:
             )
         if len(images) != len(labels):
             raise ValueError(f"the {name} loader yields {len(images)} images with {len(labels)} labels")
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(
+                f"the {name} loader yields labels of {labels.dtype} and shape {tuple(labels.shape)}; with num_classes they are "
+                "class numbers, one integer per image; for other tasks leave num_classes out and give compress(task=...)"
+            )
         # Smallest and largest label would be fetched one by one.
         check_labels(labels.cpu(), num_classes=self.num_classes, where=f"{name} loader")
         images = images.to(self.device, non_blocking=True)

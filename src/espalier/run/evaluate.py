@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier, exactly counted; BatchNorm statistics of a changed network."""
+"""How good a network is at its task, exactly counted; BatchNorm statistics of a changed network."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.methods.scoring import modes_kept, recalibrate_batchnorm
-from espalier.run.batches import Batch
+from espalier.tasks import Classification, Task, image_count, main_logits, moved
 
 __all__ = [
     "AUTOCAST",
@@ -61,51 +60,41 @@ def thread_count(count: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def main_logits(output: Any, *, classes: int | None = None) -> Tensor:
-    """The logits ``(n, classes)`` in what a classifier returns: itself, or the first of a tuple (the rest are
-    auxiliary).
-
-    Raises: ValueError for anything else.
-    """
-    logits = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"the model returns {found}, not logits (images, classes); this loop trains classifiers")
-    if classes is not None and logits.shape[1] != classes:
-        raise ValueError(
-            f"the model returns {logits.shape[1]} logits for an image, the data has {classes} classes; "
-            "build the model for the data's classes"
-        )
-    return logits
-
-
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     *,
     device: str | torch.device | None = None,
     precision: str = "fp32",
+    task: Task | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent and mean cross-entropy over all images of ``batches``.
+    """What ``task.metric`` names, and as ``loss`` the mean loss over all images of ``batches``, where predictions have one.
 
-    Runs in eval mode on ``device`` (default: where the model is); the model is left as it was.  Correct
-    answers are counted as whole numbers, so the accuracy does not depend on the batch size.
+    Without a task: top-1 accuracy in percent and mean cross-entropy.  Runs in eval mode on ``device`` (default: where the model
+    is); the model is left as it was.  Neither depends on the batch size.
 
-    Raises: ValueError if there is no image, or if the model does not return logits.
+    Raises: ValueError if there is no image, or if the model does not return what the task takes.
     """
+    task = task or Classification()
     first = next(model.parameters(), None)
     place = pick_device(device) if device is not None else first.device if first is not None else torch.device("cpu")
-    correct = torch.zeros((), dtype=torch.int64, device=place)
+    meter = task.meter()
+    if isinstance(meter, nn.Module):  # as those of torchmetrics are
+        meter.to(place)
     loss = torch.zeros((), dtype=torch.float64, device=place)
-    images = 0
+    images, has_loss = 0, False
     with modes_kept(model), torch.no_grad(), autocast(place, precision):
         model.eval()
-        for x, y in batches:
-            x, y = x.to(place, non_blocking=True), y.to(place, non_blocking=True)
-            logits = main_logits(model(x)).float()
-            correct += (logits.argmax(1) == y).sum()
-            loss += F.cross_entropy(logits, y, reduction="sum").double()
-            images += len(y)
+        for batch in batches:
+            x, y = moved(task.split(batch), place)
+            count = image_count(x)
+            output = task.predict(model, x, y)
+            meter.update(output, y)
+            part = task.test_loss(output, y, count)
+            if part is not None:
+                loss, has_loss = loss + part.double(), True
+            images += count
     if not images:
         raise ValueError("evaluate: there are no images")
-    return {"accuracy": 100.0 * int(correct) / images, "loss": float(loss) / images}
+    found = {task.metric.name: float(meter.compute())}
+    return {**found, "loss": float(loss) / images} if has_loss else found

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -21,6 +20,7 @@ from espalier.copies import copy_model
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
 from espalier.methods.base import Run
+from espalier.methods.scoring import buffers_kept
 from espalier.run.batches import Source
 from espalier.run.checkpoint import (
     check_entries,
@@ -39,13 +39,13 @@ from espalier.run.checkpoint import (
 )
 from espalier.run.data import Data, FolderData, identity
 from espalier.run.ema import AveragedWeights
-from espalier.run.evaluate import autocast, evaluate, main_logits, modes_kept, pick_device, thread_count
+from espalier.run.evaluate import autocast, evaluate, modes_kept, pick_device, thread_count
 from espalier.run.recipe import WHERE, Recipe
 from espalier.run.replay import Replay, recorder_for, running
 from espalier.run.stopping import TrainingStopped, sigterm_noticed
 from espalier.surgery.files import structure, untouched_on_error
+from espalier.tasks import Classification, Task, image_count, main_logits, moved
 
-AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
 
@@ -60,9 +60,9 @@ class Epoch:
 
     epoch: int  # from 1 on
     loss: float  # mean of what was minimised, penalty included
-    train_accuracy: float  # percent, of the augmented training images as they were seen
-    accuracy: float  # percent, of the test images
-    test_loss: float
+    train_accuracy: float | None  # percent, of the augmented training images as they were seen
+    accuracy: float | None  # percent, of the test images; ``None`` where the task is judged otherwise
+    test_loss: float | None  # ``None`` where predictions have no loss
     lr: float  # at the last step
     seconds: float  # of training, without evaluation and checkpoint
     macs: int | None = None
@@ -71,6 +71,7 @@ class Epoch:
     strength: float | None = None
     remaining: float | None = None
     removals: int = 0  # how often channels were removed during the epoch
+    metric: float | None = None  # of the test images, where the task is not judged by accuracy
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,18 @@ def train(
     *,
     process: Run | None = None,
     teacher: nn.Module | None = None,
+    task: Task | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
 ) -> History:
-    """Train ``model``, a classifier, in place, and return what happened; with a ``process`` it is compressed
-    meanwhile.
+    """Train ``model`` for ``task`` (default: a classifier), in place, and return what happened; with a ``process`` it is
+    compressed meanwhile.
 
     ``process`` has been started on ``model``; call its ``finish()`` afterwards.  With a ``teacher`` the loss
-    is ``(1 - w) * cross-entropy + w * T^2 * KL(teacher || model)`` of predictions softened by ``T =
-    recipe.temperature`` (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015).
+    is ``(1 - w) * loss + w * task.follow(...)``, the latter for classifiers ``T^2 * KL(teacher || model)`` of predictions
+    softened by ``T = recipe.temperature`` (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015).
 
     ``checkpoint`` is a file that is replaced after every epoch.  With ``resume`` the run goes on from it
     (from the start if there is none yet) and, on the CPU and with the same number of threads, ends bit for
@@ -147,8 +149,8 @@ def train(
                 f"{path}: the model has another structure than this checkpoint; first "
                 "rebuild_from_checkpoint(model, path), then start the process on it"
             )
-        run = _Run(model, data, recipe, device, process, teacher, path)
-        check_fit(model, run.data, recipe, teacher=run.teacher)
+        run = _Run(model, data, recipe, device, process, teacher, path, task or Classification())
+        check_fit(model, run.data, recipe, teacher=run.teacher, task=run.task)
         if content is not None:
             run.load(content)
         with nullcontext(bool) if path is None else sigterm_noticed() as run.told_to_stop:
@@ -163,8 +165,10 @@ def train(
     return run.history
 
 
-def check_fit(model: nn.Module, data: Source, recipe: Recipe, *, teacher: nn.Module | None = None) -> None:
-    """Find out before anything is trained or written whether model, data and recipe go together.
+def check_fit(
+    model: nn.Module, data: Source, recipe: Recipe, *, teacher: nn.Module | None = None, task: Task | None = None
+) -> None:
+    """Find out before anything is trained or written whether model, data, task and recipe go together.
 
     Raises: ValueError saying what does not fit.
     """
@@ -174,9 +178,21 @@ def check_fit(model: nn.Module, data: Source, recipe: Recipe, *, teacher: nn.Mod
             f"Recipe(batch_size={recipe.batch_size}): there are {images} training images; "
             "give a batch size that is not larger"
         )
-    _distillation_weight(recipe, teacher)
+    task = task or Classification()
+    _distillation_weight(recipe, teacher, task)
     first = next(model.parameters(), None)
-    x = data.example(1).to(torch.device("cpu") if first is None else first.device)
+    device = torch.device("cpu") if first is None else first.device
+    if data.num_classes is None or not isinstance(task, Classification):
+        if recipe.graphs:
+            raise ValueError(
+                "Recipe(graphs=True): steps are replayed for classifiers with num_classes only; set graphs=False"
+            )
+        batch = next(iter(data.calibration_batches(batch_size=recipe.batch_size, batches=1, seed=recipe.seed)))
+        for network in (model, teacher):
+            if network is not None:
+                _check_task(network, task, *moved(task.split(batch), device))
+        return
+    x = data.example(1).to(device)
     for network in (model, teacher):
         if network is None:
             continue
@@ -189,6 +205,19 @@ def check_fit(model: nn.Module, data: Source, recipe: Recipe, *, teacher: nn.Mod
                     f"the model does not take the data's images {tuple(x.shape[1:])}: {first_line(error)}"
                 ) from error
         main_logits(output, classes=data.num_classes)
+
+
+def _check_task(model: nn.Module, task: Task, inputs: Any, targets: Any) -> None:
+    """One batch in train mode, of which nothing stays.  Raises: ValueError if the network or its loss does not take it."""
+    with modes_kept(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
+        model.train()
+        try:
+            output = task.forward(model, inputs, targets)
+            loss = task.loss(output, targets)
+        except Exception as error:
+            raise ValueError(f"{task.name}: a first training batch does not go through: {first_line(error)}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"{task.name}: loss(output, targets) is a tensor of one number, mean over the batch")
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -253,8 +282,10 @@ class _Run:
         process: Run | None,
         teacher: nn.Module | None,
         path: Path | None,
+        task: Task,
     ) -> None:
-        self.distill = _distillation_weight(recipe, teacher)
+        self.task = task.smoothed(recipe.label_smoothing) if recipe.label_smoothing else task
+        self.distill = _distillation_weight(recipe, teacher, task)
         self.model = _placed(model, device, recipe)
         self.teacher = None
         if teacher is not None and self.distill:
@@ -284,14 +315,17 @@ class _Run:
         """Train one epoch, evaluate, write the checkpoint."""
         found = self._pass(on_step)
         tested = self._evaluate()
-        if not math.isfinite(tested["loss"]):
-            self._diverged(self.steps, f"the test loss is {tested['loss']}")
+        test_loss = tested.get("loss")
+        if test_loss is not None and not math.isfinite(test_loss):
+            self._diverged(self.steps, f"the test loss is {test_loss}")
+        metric = self.task.metric.name
         epoch = Epoch(
             epoch=len(self.history.epochs) + 1,
             loss=found.losses.mean,
-            train_accuracy=100.0 * int(found.correct) / found.images,
-            accuracy=tested["accuracy"],
-            test_loss=tested["loss"],
+            train_accuracy=None if found.correct is None else 100.0 * int(found.correct) / found.images,
+            accuracy=tested.get("accuracy"),
+            test_loss=test_loss,
+            metric=None if metric == "accuracy" else tested[metric],
             lr=self.optimizer.param_groups[0]["lr"],
             seconds=found.seconds,
             removals=found.removals,
@@ -307,7 +341,7 @@ class _Run:
         begin = time.perf_counter()
         self.model.train()
         with running(self.replay):
-            for x, y in self.data.train_batches(
+            for batch in self.data.train_batches(
                 batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
             ):
                 if gone < found.done:
@@ -315,7 +349,7 @@ class _Run:
                     if gone == found.done:  # loading them drew numbers
                         restore_random_state(resumed_at, self.device)
                     continue
-                self._step(x, y, found)
+                self._step(batch, found)
                 if on_step is not None:
                     on_step(Step(number + 1, recipe.epochs, found.losses.seen, self.steps))
                 if self.told_to_stop() and found.losses.seen < self.steps:
@@ -331,13 +365,12 @@ class _Run:
         found.seconds += time.perf_counter() - begin
         return found
 
-    def _step(self, x: Tensor, y: Tensor, found: _Pass) -> None:
+    def _step(self, batch: Any, found: _Pass) -> None:
         if found.losses.seen == self.steps:
             raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        x, y = moved(self.task.split(batch), self.device)
         self._set_rate()
-        found.correct += self._forward_backward(x, y, found.losses)
-        found.images += len(y)
+        found.add(self._forward_backward(x, y, found.losses), image_count(x))
         self._update()
         found.removals += self._compress(found.losses)
         if self.average is not None:
@@ -364,20 +397,20 @@ class _Run:
         wanted = None if self.process is None else self.process.rate(step / (self.recipe.epochs * self.steps))
         return learning_rate(self.recipe, step, self.steps) if wanted is None else wanted * self.recipe.lr
 
-    def _forward_backward(self, x: Tensor, y: Tensor, losses: _Losses) -> Tensor:
-        """Returns how many were right, still on the device."""
+    def _forward_backward(self, x: Any, y: Any, losses: _Losses) -> Tensor | None:
+        """Returns how many were right, still on the device, where the task counts them."""
         if self.replay is not None:
             penalty = self._penalty()
             added = penalty if isinstance(penalty, Tensor) else None
             loss, right = self.replay(x, y, penalty=added)
             losses.add(loss + penalty)
             return right
-        loss, right = self._forward(x, y)
+        loss, hits = self._forward(x, y)
         loss = loss + self._penalty()
         losses.add(loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        return right
+        return hits
 
     def _penalty(self) -> Tensor | float:
         return 0.0 if self.process is None else self.process.penalty()
@@ -386,28 +419,21 @@ class _Run:
         """What is recorded where steps are replayed."""
         loss, right = self._forward(x, y)
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), right
+        return loss.detach(), torch.zeros_like(loss, dtype=torch.int64) if right is None else right
 
-    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
         """Loss without penalty, and how many were right."""
         with autocast(self.device, self.recipe.precision):
-            output = self.model(x)
+            output = self.task.forward(self.model, x, y)
             soft = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    soft = main_logits(self.teacher(x)).float()
-        logits = main_logits(output).float()
-        return self._loss(output, logits, y, soft), (logits.detach().argmax(1) == y).sum()
-
-    def _loss(self, output: Any, logits: Tensor, y: Tensor, soft: Tensor | None) -> Tensor:
-        smooth = self.recipe.label_smoothing
-        loss = F.cross_entropy(logits, y, label_smoothing=smooth)
-        for other in output[1:] if isinstance(output, (tuple, list)) else ():
-            if isinstance(other, Tensor) and other.shape == logits.shape:
-                loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other.float(), y, label_smoothing=smooth)
-        if soft is None:
-            return loss
-        return (1.0 - self.distill) * loss + self.distill * distillation(logits, soft, self.recipe.temperature)
+                    soft = self.task.predict(self.teacher, x, y)
+        loss = self.task.loss(output, y)
+        if self.teacher is not None:
+            apart = self.task.follow(output, soft, self.recipe.temperature)
+            loss = (1.0 - self.distill) * loss + self.distill * apart
+        return loss, self.task.hits(output, y)
 
     def _update(self) -> None:
         if self.recipe.clip_norm is not None:
@@ -465,7 +491,7 @@ class _Run:
         if self.average is not None:
             self.average.swap(self.model)
         try:
-            return evaluate(self.model, batches, device=self.device)
+            return evaluate(self.model, batches, device=self.device, task=self.task)
         finally:
             if self.average is not None:
                 self.average.swap(self.model)
@@ -509,6 +535,11 @@ class _Run:
             "classes": self.data.num_classes,
             "teacher's weights": self.teacher_print,
             "process": None if self.process is None else type(self.process).__name__,
+            **(
+                {}
+                if isinstance(self.task, Classification) and not self.task.multi_label
+                else {"task": self.task.to_dict()}
+            ),
         }
 
     @cached_property
@@ -593,41 +624,43 @@ class _Pass:
 
     def __init__(self, device: torch.device) -> None:
         self.losses = _Losses(device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.correct: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
         self.images = self.removals = 0
         self.seconds = 0.0
         self.done = 0  # steps before a stop
+
+    def add(self, right: Tensor | None, images: int) -> None:
+        self.correct = None if right is None or self.correct is None else self.correct + right
+        self.images += images
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values, once all losses have been read."""
         assert not self.losses.unread
         return {
-            "losses": list(self.losses.values), "correct": int(self.correct), "images": self.images,
-            "removals": self.removals, "seconds": self.seconds,
+            "losses": list(self.losses.values), "correct": None if self.correct is None else int(self.correct),
+            "images": self.images, "removals": self.removals, "seconds": self.seconds,
         }  # fmt: skip
 
     @staticmethod
     def from_state(state: dict[str, Any], device: torch.device) -> _Pass:
         found = _Pass(device)
         found.losses.values = [float(loss) for loss in state["losses"]]
-        found.correct += int(state["correct"])
+        found.correct = (
+            None if state["correct"] is None or found.correct is None else found.correct + int(state["correct"])
+        )
         found.images, found.removals = int(state["images"]), int(state["removals"])
         found.seconds, found.done = float(state["seconds"]), len(found.losses.values)
         return found
 
 
-def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T^2 * KL(softmax(teacher / T) || softmax(logits / T))``, mean over images; both are ``(n,
-    classes)``."""
-    student = F.log_softmax(logits / temperature, dim=1)
-    target = F.log_softmax(teacher / temperature, dim=1)
-    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
-
-
-def _distillation_weight(recipe: Recipe, teacher: nn.Module | None) -> float:
+def _distillation_weight(recipe: Recipe, teacher: nn.Module | None, task: Task) -> float:
+    if recipe.distill and not task.follows:
+        raise ValueError(f"Recipe(distill={recipe.distill:g}): {task.name} follows no teacher; leave it out")
     if teacher is None:
         if recipe.distill:
             raise ValueError(f"Recipe(distill={recipe.distill:g}): there is no trained network to learn from")
+        return 0.0
+    if not task.follows:
         return 0.0
     return 0.5 if recipe.distill is None else recipe.distill
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, wr
 from espalier.run.timed import TimeKept, time_sentence
 from espalier.surgery import save
 from espalier.surgery.verify import Proof
+from espalier.tasks import Classification, Metric
 
 BATCH_SIZES = (1, 64)
 COUNTED = ("macs", "params")
@@ -47,6 +48,7 @@ class Outcome:
     proof: Proof | None  # of the small model; None if nobody asked
     config: Mapping[str, Any]
     time: TimeKept | None = None  # what came of a budget of time
+    metric: Metric = field(default_factory=lambda: Classification().metric)
     preprocessing: Preprocessing | None = None  # from a picture to an input, where the data says it
 
 
@@ -88,6 +90,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
     return {
         "dense": {**outcome.dense_result, **outcome.dense.counts, "bytes": dense_bytes},
         "small": {**outcome.small_result, **outcome.small.counts, "bytes": small_bytes},
+        "metric": asdict(outcome.metric),
         "fraction": {**outcome.small.fraction_of(outcome.dense), "bytes": small_bytes / dense_bytes},
         "limits": dict(outcome.limits),
         "example_batch": _batch(outcome.example),
@@ -150,12 +153,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     title = " on ".join(origin) or "A network"
     lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics, config), ""]
     lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
-    if "accuracy" in small:
-        before = dense_accuracy(metrics, config)
-        change = "" if before is None else f"{small['accuracy'] - before:+.2f} points"
-        known = [UNTRAINED] * 2 if before is None else [f"{before:.2f}", f"{dense['loss']:.4f}"]
-        lines.append(f"| test accuracy, % | {known[0]} | {small['accuracy']:.2f} | {change} |")
-        lines.append(f"| test loss | {known[1]} | {small['loss']:.4f} | |")
+    lines += _judged(metrics, config)
     counted = metrics["counted"] or {}
     limits = {name: f" (limit {limit:,})" for name, limit in metrics["limits"].items()}
     for name, label in _LABELS.items():
@@ -177,6 +175,29 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     lines += [f"Made with {versions}. `config.toml` reproduces it, `log.csv` has every epoch.", ""]
     return "\n".join(lines)
+
+
+def _judged(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The rows of what the networks are judged by."""
+    dense, small = metrics["dense"], metrics["small"]
+    metric = Metric(**metrics.get("metric", {"name": "accuracy", "unit": "%"}))  # older runs were of classifiers
+    if metric.name not in small:
+        return []
+    trained = config.get("start", {}).get("trained")
+    sign = "points" if metric.unit == "%" else metric.unit
+    change = f"{small[metric.name] - dense[metric.name]:+.{_places(metric)}f} {sign}".rstrip() if trained else ""
+    label = f"test {metric.name.replace('_', ' ')}{', ' if metric.unit else ''}{metric.unit}"
+    label += "" if metric.higher_is_better else " (less is better)"
+    rows = [(label, metric.name, _places(metric), change), ("test loss", "loss", 4, "")]
+    return [
+        f"| {said} | {f'{dense[key]:.{places}f}' if trained else UNTRAINED} | {small[key]:.{places}f} | {changed} |"
+        for said, key, places, changed in rows
+        if key in small
+    ]
+
+
+def _places(metric: Metric) -> int:
+    return 2 if metric.unit else 4
 
 
 _LABELS = {

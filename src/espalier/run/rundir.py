@@ -141,15 +141,19 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, (json.dumps(_finite(content), indent=1) + "\n").encode())
 
 
-def write_log(path: Path, epochs: Sequence[Any], columns: type) -> None:
-    """One row per epoch, columns as in the dataclass; empty where there is nothing to say."""
+def write_log(path: Path, epochs: Sequence[Any], columns: type, *, metric: str = "accuracy") -> None:
+    """One row per epoch, columns as in the dataclass; empty where there is nothing to say.
+
+    Another ``metric`` than accuracy takes the place of it under its own name.
+    """
+    spared = ("metric",) if metric == "accuracy" else ("accuracy", "train_accuracy")
+    names = {f.name: metric if f.name == "metric" else f.name for f in fields(columns) if f.name not in spared}
     text = io.StringIO()
-    rows = csv.DictWriter(text, [f.name for f in fields(columns)], lineterminator="\n")
+    rows = csv.DictWriter(text, list(names.values()), lineterminator="\n")
     rows.writeheader()
     for epoch in epochs:
-        rows.writerow(
-            {k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(epoch).items()}
-        )
+        said = {names[k]: v for k, v in asdict(epoch).items() if k in names}
+        rows.writerow({k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in said.items()})
     write_file(path, text.getvalue().encode())
 
 
