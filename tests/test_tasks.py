@@ -78,8 +78,8 @@ def test_a_segmenter_is_halved_and_judged_by_its_mean_iou(maps, tmp_path):
     header, *rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert "mean_iou" in header.split(",") and "accuracy" not in header.split(",") and len(rows) == 6
     assert 'name = "Segmentation"' in (tmp_path / "run" / "config.toml").read_text()
-    other = es.Segmentation(classes=3, ignore_index=0)
-    with pytest.raises(ValueError, match=r"cannot resume: task.ignore_index was 255 and is 0"):
+    other = es.Segmentation(classes=3, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"cannot resume: task.label_smoothing was 0.0 and is 0.1"):
         es.compress(UNet(), maps, budget=HALF, task=other, recipe=RECIPE, out=tmp_path / "run", resume=True)
 
 
