@@ -263,7 +263,7 @@ def test_a_one_shot_run_without_data_has_a_folder_too(tmp_path, no_timing):
 
 
 def test_what_cannot_be_exported_is_said_and_the_run_is_kept(tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ValueError("no translation for this operation")
 
     monkeypatch.setattr(report, "export_onnx", broken)
