@@ -242,8 +242,8 @@ def test_a_run_from_python_is_exported_once_its_network_and_input_are_said(tiny,
 def test_an_input_given_for_a_run_leaves_its_classes(tiny, tmp_path, monkeypatch):
     begin(tiny, tmp_path / "run", "--method", "none")
     found = []
-    monkeypatch.setattr("espalier.present.cli.open_network", lambda path, config: found.append(config["model"]))
-    monkeypatch.setattr("espalier.present.cli.export_onnx", lambda *_: 0.0)
+    monkeypatch.setattr("espalier.present.ship.open_network", lambda path, config: found.append(config["model"]))
+    monkeypatch.setattr("espalier.present.ship.export_onnx", lambda *_, **__: 0.0)
     espalier("export", tmp_path / "run", "--input", "1,1,12,12", "--trust")
     assert [(m["num_classes"], m["image_size"]) for m in found] == [(10, 12)]
 

@@ -175,12 +175,12 @@ def compress(
         earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
         job = _Job(model, source, example, budget, method, recipe, calibration, task)
         job.judge(earlier, trained, dense_result)
-        if on_dense is not None and job.dense_result:
-            on_dense(job.dense_result, job.teacher is not None)
         job.describe(earlier, config or {})
         with seeded(recipe.seed, job.device):
             job.start(folder, resumes=earlier is not None)
             job.begin(folder, resumes=earlier is not None)
+            if on_dense is not None and job.dense_result:
+                on_dense(job.dense_result, job.teacher is not None)
             job.train(on_epoch, on_step)
         return job.result(verify=verify)
 
