@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espalier as es
-from espalier.methods.importance import Sensitivity, measure
+from espalier.methods.importance import Moments, Sensitivity, measure
 from espalier.methods.units import Units
 from espalier.surgery.files import rebuild, structure
 
@@ -151,20 +151,15 @@ def test_accumulated_gradients_give_the_importance_of_the_whole_batch() -> None:
     assert torch.allclose(*found, rtol=1e-3, atol=1e-7)
 
 
-def test_moments_of_a_resumed_run_are_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = es.TCP(importance="share").start(net(), X[:1], es.Budget(macs=0.5))
-    process.moments.start()
-    process.model(X[:8])
-    state = process.state_dict()
-    model = net()
-    again = es.TCP(importance="share").start(model, X[:1], es.Budget(macs=0.5))
-    model.to("meta")  # in the place of a GPU
-    again._bind(Units(model, again.graph))
-    again._begin()
-    monkeypatch.setattr(again, "_restore", lambda *_: None)  # reads what it puts there, which this device cannot
-    again.load_state_dict(state)
+def test_moments_of_a_resumed_run_are_where_the_model_is() -> None:
+    run = es.TCP(importance="share").start(net(), X[:1], es.Budget(macs=0.5))
+    run.moments.start()
+    run.model(X[:8])
+    model = net().to("meta")  # in the place of a GPU
+    again = Moments(model, Units(model, run.graph))
+    again.load_state_dict(run.moments.state_dict())
     model(torch.zeros(2, 1, 8, 8, device="meta"))  # adds to the sums
-    assert {s.device.type for s in again.moments.sums.values()} == {"meta"}
+    assert {s.device.type for s in again.sums.values()} == {"meta"}
 
 
 def test_frozen_weights_are_measured_and_nothing_is_left_behind() -> None:
@@ -197,7 +192,7 @@ def test_frozen_weights_are_measured_and_nothing_is_left_behind() -> None:
         (lambda: es.TCP(power=-1.0), r"TCP\(power=-1.0\): must be a number above 0"),
         (lambda: es.TTLC(share="half"), r"TTLC\(share='half'\): must be a number"),
         (lambda: es.TTLC(iterations=2.5), r"TTLC\(iterations=2.5\): must be a whole number"),
-        (lambda: es.DPRP(form=3), r"DPRP\(form=3\): must be a word"),
+        (lambda: es.DPRP(form=3), r"DPRP\(form=3\): must be one of auto, channel, spatial"),
     ],
 )  # fmt: skip
 def test_settings_of_the_wrong_type_are_refused(make: Callable[[], es.Method], words: str) -> None:
