@@ -500,5 +500,5 @@ def test_a_cut_gradient_is_found() -> None:
     small = shrink(model, graph, plan)
     small.cut = True
     proof = verify(model, graph, plan, EXAMPLE, small=small, budget=budget)
-    # The switch decides on outputs, and the fresh network does not have it on.
-    assert [c.name for c in proof.checks if not c.passed] == ["operations as predicted", "save and load", "backward"]
+    # The switch decides on outputs, and the fresh network does not have it on.  A detach is no operation on numbers.
+    assert [c.name for c in proof.checks if not c.passed] == ["save and load", "backward"]

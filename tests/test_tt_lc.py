@@ -19,7 +19,7 @@ from torch import nn
 import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
-from espalier.forms import Wish, candidates, dense_sequence, find_places
+from espalier.forms import Wish, dense_sequence, find_places, spectra
 from espalier.forms.candidates import compose, factorise, full_rank, options_at
 from espalier.forms.form import cost_of
 from espalier.forms.spectra import measure
@@ -303,7 +303,7 @@ def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monke
         trips.append(str(device))
         return here if trips[-1] == "cpu" else moved(tensors, device)
 
-    for module in (lc_module, tt_lc, candidates):
+    for module in (lc_module, tt_lc, spectra):
         monkeypatch.setattr(module, "moved", watched)
     monkeypatch.setattr(lc_module, "relative_gap", lambda *_: 0.5)  # waits once
     for number in range(1, 3):
