@@ -294,7 +294,7 @@ def time(
 ) -> None:
     """Milliseconds of one forward, of several networks in turns; the first is what the others are compared with."""
     found = times(networks, runtime=runtime, threads=threads, batches=batch or [1], given=input or [], trust=trust)
-    stdout.print(times_table(found))
+    stdout.print(times_table(found), markup=False, soft_wrap=True)
 
 
 @app.command()

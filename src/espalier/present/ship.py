@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from espalier.deploy.int8 import export_int8
@@ -142,14 +141,12 @@ def _timed(name: str, given: Sequence[str], *, trust: bool) -> tuple[nn.Module |
     return make_model(config).eval(), tuple(inputs[0].shape)
 
 
-def times_table(timings: Sequence[Timing]) -> Table:
-    """One row per network and batch size."""
-    table = Table("network", "batch", "ms", "speed-up", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for timing in timings:
-        table.add_row(timing.name, str(timing.batch), f"{timing.milliseconds:.3g}", f"{timing.speedup:.2f}x")
-    return table
+def times_table(timings: Sequence[Timing]) -> str:
+    """One line per network and batch size, whatever the length of names."""
+    rows = [(t.name, str(t.batch), f"{t.milliseconds:.3g}", f"{t.speedup:.2f}x") for t in timings]
+    width = max(len(name) for name, *_ in [("network",), *rows])
+    lines = [("network", "batch", "ms", "speed-up"), *rows]
+    return "\n".join(f"{name:<{width}}  {batch:>5}  {ms:>8}  {speed:>8}" for name, batch, ms, speed in lines)
 
 
 # -- inputs without data
