@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-from benchmarks import int8, shape_groups, without_training
+from benchmarks import int8, latency, shape_groups, without_training
 from benchmarks.common import read_results, table
 from espalier.present.config import METHODS
 from espalier.settings import settings_of
@@ -75,7 +75,7 @@ def no_training() -> str:
     content = read_results(without_training.NAME)
     if not content:
         return "*not run*"
-    return without_training.as_table(content) + "\n\n" + _by("without_training", next(iter(content.values())))
+    return without_training.as_table(content) + "\n\n" + _by("without_training", {"environment": next(iter(content.values()))})
 
 
 def eight_bits() -> str:
@@ -84,6 +84,12 @@ def eight_bits() -> str:
     if not content:
         return "*not run*"
     return int8.as_table(content) + "\n\n" + _by("int8", next(iter(content.values())))
+
+
+def times() -> str:
+    """How good predictions of time are and how well budgets of time are held: ``benchmarks.latency``."""
+    content = read_results("latency")
+    return f"{latency.as_table(content['rows'])}\n\n{_by('latency', content)}"
 
 
 def settings(method: str) -> str:
@@ -322,6 +328,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "groups-of-shapes": groups_of_shapes,
     "importance": lambda: importance(),
     "int8": eight_bits,
+    "latency": times,
     "settings": settings,
     "without-training": lambda: no_training(),
     "planted-ranks": planted_ranks,
