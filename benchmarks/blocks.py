@@ -75,7 +75,11 @@ def no_training() -> str:
     content = read_results(without_training.NAME)
     if not content:
         return "*not run*"
-    return without_training.as_table(content) + "\n\n" + _by("without_training", {"environment": next(iter(content.values()))})
+    return (
+        without_training.as_table(content)
+        + "\n\n"
+        + _by("without_training", {"environment": next(iter(content.values()))})
+    )
 
 
 def eight_bits() -> str:
