@@ -31,7 +31,10 @@ class Columns:
 
     def per_position(self, values: Tensor) -> Tensor:
         """Sum a tensor shaped like the parameter over everything but ``dim``; shape ``(size of dim,)``, float32."""
-        return values.sum([d for d in range(values.ndim) if d != self.dim], dtype=torch.float32)
+        others = [d for d in range(values.ndim) if d != self.dim]
+        return (
+            values.sum(others, dtype=torch.float32) if others else values.float()
+        )  # no dimensions would mean all of them
 
     def energy(self) -> Tensor:
         """Sum of squares per position, like ``per_position``; rows by rows, so that no large copy is made of the squares."""
