@@ -220,6 +220,16 @@ def test_channels_that_go_together_are_told_apart_when_they_change_places() -> N
     assert "a" not in sizes(prove_every_width(model, IMAGE))
 
 
+def test_what_roll_takes_round_the_end_may_go_or_stay() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.c(m.b(x.roll(1, 1) * m.scale) * x.sigmoid())
+
+    model = Net(run, a=conv(3, 8), b=conv(8, 8), c=nn.Conv2d(8, 4, 1, groups=2))
+    model.scale = nn.Parameter(torch.rand(8, 1, 1))
+    assert "scale" not in sizes(prove_every_width(model, IMAGE))
+
+
 def test_a_flip_follows() -> None:
     model = Net(lambda m, x: m.b(m.a(x).flip(1).relu()), a=conv(3, 16), b=conv(16, 5))
     assert sizes(prove_every_width(model, IMAGE)) == {"a": 16}

@@ -40,20 +40,24 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
     are widths that earlier rehearsals fixed.
     """
     yield Rehearsed(_spread(graph, _distinct(graph.sizes)))
-    yield Rehearsed(_spread(graph, np.minimum(graph.sizes, 2)))
+    yield Rehearsed(_spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
     yield Rehearsed(_spread(graph, np.ones_like(graph.sizes)), single=True)
     for fixed in dict.fromkeys((*stuck, *_fixed_widths(graph))):
         yield Rehearsed(_spread(graph, np.minimum(graph.sizes, fixed)))
 
 
-def _spread(graph: Graph, counts: Sequence[int] | np.ndarray) -> Units:
-    """``counts[g]`` units of group ``g``, unevenly, so that a wrong index cannot pass by accident."""
+def _spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: bool = False) -> Units:
+    """``counts[g]`` units of group ``g``, unevenly, so that a wrong index cannot pass by accident.
+
+    The first unit is one of them, or the last: at an end is what ``roll`` takes round it.
+    """
     units = {}
     for number, (group, keep) in enumerate(zip(graph.groups, counts, strict=True)):
         if keep == 1:
             units[group.name] = np.array([number % group.size])
         else:
-            units[group.name] = (np.arange(keep) * group.size) // keep
+            stay = (np.arange(keep) * group.size) // keep
+            units[group.name] = group.size - 1 - stay[::-1] if from_the_end else stay
     return units
 
 
