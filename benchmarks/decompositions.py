@@ -80,20 +80,20 @@ def low_rank(network: torch.nn.Module) -> dict[str, Tensor]:
 def c_step(rounds: int) -> dict[str, float]:
     """Seconds: everything from the weights to the factors, forms chosen anew."""
     network = build_model("resnet32", num_classes=10)
-    process = TTLC(search=0).start(network, torch.zeros(1, 3, 32, 32), BUDGET)
+    run = TTLC(search=0).start(network, torch.zeros(1, 3, 32, 32), BUDGET)
     with torch.no_grad():
         for name, weight in low_rank(network).items():
-            process.lc.weights[name].copy_(weight)
+            run.lc.weights[name].copy_(weight)
     times: dict[str, list[float]] = {"spectra": [], "choice": [], "fits": []}
-    wanted = process.lc.wanted()
+    wanted = run.lc.wanted()
     busy = time.process_time()
     for _ in range(rounds):
         marks = [time.perf_counter()]
         spectra = measure(wanted)
         marks.append(time.perf_counter())
-        process.chains = process._choose(spectra, {})
+        run.chains = run._choose(spectra, {})
         marks.append(time.perf_counter())
-        process.factors = process._fit(wanted, process.chains, sweeps=3)
+        run.factors = run._fit(wanted, run.chains, sweeps=3)
         marks.append(time.perf_counter())
         for kind, begin, end in zip(times, marks, marks[1:], strict=False):
             times[kind].append(end - begin)
@@ -177,8 +177,8 @@ def _planted(shape: tuple[int, int], rank: int, noise: float, seed: int) -> tupl
 def l_step(steps: int) -> dict[str, float]:
     """A training step (batch 128, bf16, channels last) with the penalty over one without, in turns."""
     network = build_model("resnet20", num_classes=10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    process = TTLC(search=0).start(network, torch.zeros(1, 3, 32, 32), BUDGET)
-    process._c_step(0.01)
+    run = TTLC(search=0).start(network, torch.zeros(1, 3, 32, 32), BUDGET)
+    run._c_step(0.01)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     x, y = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(10, (128,))
 
@@ -186,12 +186,12 @@ def l_step(steps: int) -> dict[str, float]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = F.cross_entropy(network(x).float(), y)
         if with_penalty:
-            loss = loss + process.penalty()
+            loss = loss + run.penalty()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if with_penalty:
-            process.step(progress=0.02, optimizer=optimizer)
+            run.step(progress=0.02, optimizer=optimizer)
 
     for kind in (True, False):
         step(kind)

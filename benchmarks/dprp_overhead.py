@@ -41,8 +41,8 @@ EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 def started(name: str, method: DPRP) -> tuple[Trainer, DPRPRun]:
     model = network(name)
-    process = method.start(model, EXAMPLE, BUDGET)
-    return Trainer(model, process=process), process
+    run = method.start(model, EXAMPLE, BUDGET)
+    return Trainer(model, run=run), run
 
 
 def standing_at(progress: float) -> Iterator[float]:
@@ -53,14 +53,14 @@ def standing_at(progress: float) -> Iterator[float]:
 def measured(name: str, method: DPRP, *, blocks: int, block: int, threads: int, events: int) -> dict[str, Any]:
     plain = Trainer(network(name))
     whole, _ = started(name, method)
-    full, process = started(name, method)
+    full, run = started(name, method)
     small, falling = started(name, method)
     still = standing_at(0.0)
     for trainer in (plain, whole, full, small):
         trainer.run(still, 2)
-    process.split(process.layers, optimizer=full.optimizer)
+    run.split(run.layers, optimizer=full.optimizer)
     full.run(still, 2)
-    event_full = event(full, process, threads=threads, events=events)
+    event_full = event(full, run, threads=threads, events=events)
     weights = [parameter_bytes(trainer) for trainer in (full, plain)]
     in_all = [3 * parameter_bytes(trainer) + kept_for_backward(trainer) for trainer in (full, plain)]
     arrive(small, falling)
@@ -84,10 +84,8 @@ def measured(name: str, method: DPRP, *, blocks: int, block: int, threads: int, 
         "event, at the end": event_small,
         "memory of weights and momentum": weights[0] / weights[1],
         "memory of a step": in_all[0] / in_all[1],
-        "layers": len(process.layers),
-        "forms": {
-            form: sum(layer.form == form for layer in process.layers.values()) for form in ("channel", "spatial")
-        },
+        "layers": len(run.layers),
+        "forms": {form: sum(layer.form == form for layer in run.layers.values()) for form in ("channel", "spatial")},
     }
 
 
@@ -125,18 +123,18 @@ def kept_for_backward(trainer: Trainer) -> int:
     return sum(size for place, size in kept.items() if place not in own)
 
 
-def arrive(trainer: Trainer, process: DPRPRun) -> None:
+def arrive(trainer: Trainer, run: DPRPRun) -> None:
     """Let the ranks fall in as few steps as there are events."""
-    progress = process.method.start_at
-    while not process.done:
+    progress = run.method.start_at
+    while not run.done:
         trainer.run(standing_at(progress), 1)
-        progress += process.method.every
+        progress += run.method.every
 
 
-def event(trainer: Trainer, process: DPRPRun, *, threads: int, events: int) -> dict[str, float]:
+def event(trainer: Trainer, run: DPRPRun, *, threads: int, events: int) -> dict[str, float]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    layers = {n: layer for n, layer in process.layers.items() if not layer.whole}
+    layers = {n: layer for n, layer in run.layers.items() if not layer.whole}
     row: dict[str, float] = {"ms": math.inf, "processor ms": math.inf, "weight": 0.0, "orthonormal": 0.0}
     for _ in range(events):
         with torch.no_grad():

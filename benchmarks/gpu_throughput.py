@@ -173,7 +173,7 @@ def method_steps(
     images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=device)
     recipe, total = Recipe(lr=0.01), EPOCHS * IMAGES // batch
-    process: Run | None = None
+    run: Run | None = None
     optimizer = make_optimizer(model, recipe)
 
     def forward(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,14 +190,14 @@ def method_steps(
     replay = None if recorder is None else Replay(recorded, model, recorder=recorder)
 
     def step(progress: float) -> None:
-        penalty = process.penalty() if process is not None else 0.0
+        penalty = run.penalty() if run is not None else 0.0
         if replay is not None:
             replay(images, labels, penalty=penalty if isinstance(penalty, torch.Tensor) else None)
         else:
             optimizer.zero_grad(set_to_none=True)
             (forward(images, labels)[0] + penalty).backward()
         optimizer.step()
-        removed = None if process is None else process.step(progress=progress, optimizer=optimizer)
+        removed = None if run is None else run.step(progress=progress, optimizer=optimizer)
         if replay is not None and removed is not None and removed.rebuilt:
             replay.forget()
 
@@ -214,7 +214,7 @@ def method_steps(
     with running(replay):
         timed(0, WARM_UP)
         plain = timed(0, steps)
-        process = method.start(model, images[:1], Budget(macs=0.5))
+        run = method.start(model, images[:1], Budget(macs=0.5))
         optimizer = make_optimizer(model, recipe)
         if replay is not None:
             replay.forget()

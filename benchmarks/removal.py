@@ -33,15 +33,15 @@ BUDGET = es.Budget(macs=0.5)
 
 
 class Witness:
-    """Looks at the network before and after every removal of one process."""
+    """Looks at the network before and after every removal of one run."""
 
-    def __init__(self, process: Run, data: Data, images: int) -> None:
-        self.process, self.rows = process, list[dict[str, Any]]()
-        self.dense = process.cost.macs
+    def __init__(self, run: Run, data: Data, images: int) -> None:
+        self.run, self.rows = run, list[dict[str, Any]]()
+        self.dense = run.cost.macs
         self.labels = data.test.labels[:images]
         self.images = torch.cat([x for x, _ in data.test_batches(500)])[:images]
-        self._remove = process.remove
-        process.remove = self.remove  # type: ignore[method-assign]
+        self._remove = run.remove
+        run.remove = self.remove  # type: ignore[method-assign]
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         before = self._logits()
@@ -56,7 +56,7 @@ class Witness:
         return removed
 
     def _logits(self) -> dict[str, Tensor]:
-        model = self.process.model
+        model = self.run.model
         with modes_kept(model), torch.no_grad():
             model.eval()
             exact = _bare(model).double()
@@ -84,17 +84,17 @@ def _difference(one: Tensor, other: Tensor) -> float:
 def one_run(model: nn.Module, data: Data, recipe: es.Recipe, *, images: int) -> dict[str, Any]:
     """Train with TCP; what was seen at every removal, and accuracies by epoch."""
     teacher = copy.deepcopy(model)
-    process = es.attach(model, data.example(), budget=BUDGET, method=es.TCP())
-    witness = Witness(process, data, images)
-    history = train(model, data, recipe, process=process, teacher=teacher)
-    process.finish()
+    run = es.attach(model, data.example(), budget=BUDGET, method=es.TCP())
+    witness = Witness(run, data, images)
+    history = train(model, data, recipe, run=run, teacher=teacher)
+    run.finish()
     return {
         "data": data.name,
         "images": images,
         "recipe": recipe.to_dict(),
         "accuracy by epoch": [e.accuracy for e in history.epochs],
-        "macs at the end": process.cost.macs / witness.dense,
-        "forced at the end": bool(getattr(process, "forced", False)),
+        "macs at the end": run.cost.macs / witness.dense,
+        "forced at the end": bool(getattr(run, "forced", False)),
         "removals": witness.rows,
     }
 

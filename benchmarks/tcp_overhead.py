@@ -5,14 +5,14 @@
 Batches of 128 random CIFAR-sized images (speed does not depend on what they show), bf16, channels_last, one thread, SGD.
 
 *While pressing*: a window of consecutive steps of a run of 20 epochs on 50,000 images (7,800 steps) at a MACs target of
-50 %, at one tenth of the run, where the keep-set is decided anew and units fade.  Blocks of steps with the process take
-turns with blocks of plain training of a network of the same structure, copied again whenever the process has removed
-something.  The ratio is that of the sums.  ``step`` is the part of it that is spent inside ``process.step``; the rest is
+50 %, at one tenth of the run, where the keep-set is decided anew and units fade.  Blocks of steps with the run take
+turns with blocks of plain training of a network of the same structure, copied again whenever the run has removed
+something.  The ratio is that of the sums.  ``step`` is the part of it that is spent inside ``run.step``; the rest is
 gradient hooks.
 
 *Whole run*: all of a run of fewer steps, whose schedule is the same in proportion, beside dense training of as many steps,
 in turns; with free widths and with multiples of 4 and 8.  A run takes as many decisions however short it is, so the time inside
-``process.step`` counts for the share that it has of a run of real length; "as measured" is without that correction.  The
+``run.step`` counts for the share that it has of a run of real length; "as measured" is without that correction.  The
 teacher's forward, timed beside, is added for the ratios with distillation.
 """
 
@@ -37,7 +37,8 @@ from benchmarks import common
 from espalier.methods.base import Run
 from espalier.methods.pressure import FadingMethod
 from espalier.run.evaluate import autocast
-from espalier.run.loop import distillation, make_optimizer
+from espalier.run.loop import make_optimizer
+from espalier.tasks import distillation
 
 NETWORKS = ("resnet20", "resnet56", "vgg16_bn")
 RECIPE = es.Recipe(precision="bf16", channels_last=True, lr=0.01, device="cpu", threads=1)
@@ -60,16 +61,16 @@ def batches(count: int = 4) -> list[tuple[Tensor, Tensor]]:
 
 
 class Trainer:
-    """Steps of training on one network, timed; with a process, its part apart."""
+    """Steps of training on one network, timed; with a run, its part apart."""
 
-    def __init__(self, model: nn.Module, *, process: Run | None = None, teacher: nn.Module | None = None) -> None:
-        self.model, self.process, self.teacher = model, process, teacher
+    def __init__(self, model: nn.Module, *, run: Run | None = None, teacher: nn.Module | None = None) -> None:
+        self.model, self.run, self.teacher = model, run, teacher
         self.optimizer = make_optimizer(model, RECIPE)
         self.data = batches()
-        self.inside = 0.0  # seconds in process.step
+        self.inside = 0.0  # seconds in run.step
         self.removals = 0
 
-    def run(self, progress: Iterator[float], steps: int) -> float:
+    def go(self, progress: Iterator[float], steps: int) -> float:
         """Seconds of ``steps`` steps."""
         begin = time.perf_counter()
         for number in range(steps):
@@ -86,14 +87,14 @@ class Trainer:
         loss = F.cross_entropy(logits, y)
         if soft is not None:
             loss = 0.5 * loss + 0.5 * distillation(logits, soft, RECIPE.temperature)
-        if self.process is not None:
-            loss = loss + self.process.penalty()
+        if self.run is not None:
+            loss = loss + self.run.penalty()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if self.process is not None:
+        if self.run is not None:
             begin = time.perf_counter()
-            removed = self.process.step(progress=progress, optimizer=self.optimizer)
+            removed = self.run.step(progress=progress, optimizer=self.optimizer)
             self.inside += time.perf_counter() - begin
             self.removals += removed is not None
 
@@ -111,10 +112,10 @@ def counting(start: float, total: int) -> Iterator[float]:
 
 
 def _arrive(trainer: Trainer, at: float) -> Iterator[float]:
-    """Put the process where it would be at ``at``, about to decide.  A jump in progress alone would count as a long press."""
-    process: Any = trainer.process
-    process._last = process._pressed_at = at
-    process._decided = at - process.method.every
+    """Put the run where it would be at ``at``, about to decide.  A jump in progress alone would count as a long press."""
+    run: Any = trainer.run
+    run._last = run._pressed_at = at
+    run._decided = at - run.method.every
     return counting(at, REAL_STEPS)
 
 
@@ -122,18 +123,18 @@ def pressing(name: str, method: FadingMethod, *, window: int, block: int) -> dic
     """Ratio of a window of the method to plain training of the same structure, in turns."""
     example = torch.zeros(1, 3, 32, 32)
     model = network(name)
-    fading = Trainer(model, process=method.start(model, example, BUDGET))
+    fading = Trainer(model, run=method.start(model, example, BUDGET))
     plain = Trainer(_without_hooks(model))
     at = _arrive(fading, WINDOW_AT)
-    fading.run(at, 2 * block)  # warm up; also the first decision, for which everything is new
-    plain.run(counting(0, REAL_STEPS), block)
+    fading.go(at, 2 * block)  # warm up; also the first decision, for which everything is new
+    plain.go(counting(0, REAL_STEPS), block)
     fading.inside, times = 0.0, []
     for _ in range(window // block):
         if sum(p.numel() for p in fading.model.parameters()) != sum(p.numel() for p in plain.model.parameters()):
             plain = Trainer(_without_hooks(fading.model))
-            plain.run(counting(0, REAL_STEPS), 2)
-        times.append((fading.run(at, block), plain.run(counting(0, REAL_STEPS), block)))
-    pressed = getattr(fading.process, "pressed", None)
+            plain.go(counting(0, REAL_STEPS), 2)
+        times.append((fading.go(at, block), plain.go(counting(0, REAL_STEPS), block)))
+    pressed = getattr(fading.run, "pressed", None)
     ours, theirs = (sum(column) for column in zip(*times, strict=True))
     return {
         "ratio": ours / theirs,
@@ -147,7 +148,7 @@ def pressing(name: str, method: FadingMethod, *, window: int, block: int) -> dic
 
 
 def _without_hooks(model: nn.Module) -> nn.Module:
-    """A copy that no process listens to: copied parameters have no hooks, copied modules have."""
+    """A copy that no run listens to: copied parameters have no hooks, copied modules have."""
     private = copy.deepcopy(model)
     for module in private.modules():
         module._forward_pre_hooks.clear()
@@ -163,28 +164,28 @@ def whole_run(name: str, method: FadingMethod, *, steps: int, block: int) -> dic
     runs: dict[str, Trainer] = {}
     for label, budget in BUDGETS.items():
         own = copy.deepcopy(model)
-        runs[label] = Trainer(own, process=method.start(own, example, budget))
+        runs[label] = Trainer(own, run=method.start(own, example, budget))
     dense = es.cost(es.trace(model, example)).macs
-    plain.run(counting(0, steps), block)
+    plain.go(counting(0, steps), block)
     at = {label: counting(0, steps) for label in runs}
     ours: dict[str, list[float]] = {label: [] for label in runs}
     macs: dict[str, list[float]] = {label: [] for label in runs}
     theirs, alone = [], []
     for _ in range(steps // block):
-        theirs.append(plain.run(counting(0, steps), block))
+        theirs.append(plain.go(counting(0, steps), block))
         alone.append(_forward_time(teacher, plain.data[0][0], 2) * block)
         for label, trainer in runs.items():
-            ours[label].append(trainer.run(at[label], block))
+            ours[label].append(trainer.go(at[label], block))
             macs[label].append(_macs(trainer) / dense)
     found: dict[str, Any] = {"steps": steps, "plain ms per step": 1e3 * sum(theirs) / steps}
     for label, trainer in runs.items():
-        assert trainer.process is not None
+        assert trainer.run is not None
         time_, plain_time, teacher_time = sum(ours[label]), sum(theirs), sum(alone)
         later = len(theirs) - len(theirs) // 4
         real = time_ - trainer.inside * (
             1 - steps / REAL_STEPS
         )  # as many decisions, over as many steps as a real run has
-        small = trainer.process.finish()
+        small = trainer.run.finish()
         found[label] = {
             "ratio as measured": time_ / plain_time,
             "ratio": real / plain_time,
@@ -201,8 +202,8 @@ def whole_run(name: str, method: FadingMethod, *, steps: int, block: int) -> dic
 
 
 def _macs(trainer: Trainer) -> int:
-    assert trainer.process is not None
-    return trainer.process.cost.macs
+    assert trainer.run is not None
+    return trainer.run.cost.macs
 
 
 def _forward_time(model: nn.Module, x: Tensor, repeats: int) -> float:
@@ -217,7 +218,7 @@ PARTS = ("_decide", "_press", "_adapt", "_remove_faded", "_carry_out", "_norm")
 
 
 def profile(name: str, method: FadingMethod, *, steps: int) -> dict[str, float]:
-    """Milliseconds per step in the parts of the process (some contain others) and in the gradient hooks."""
+    """Milliseconds per step in the parts of the run (some contain others) and in the gradient hooks."""
     spent: dict[str, float] = {}
 
     def timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -236,22 +237,22 @@ def profile(name: str, method: FadingMethod, *, steps: int) -> dict[str, float]:
     Sensitivity._hear = lambda self, columns: timed("hooks", hear(self, columns))  # type: ignore[method-assign]
     try:
         model = network(name)
-        process: Any = method.start(model, torch.zeros(1, 3, 32, 32), BUDGET)
+        run: Any = method.start(model, torch.zeros(1, 3, 32, 32), BUDGET)
     finally:
         Sensitivity._hear = hear  # type: ignore[method-assign]
     for part in PARTS:
-        if hasattr(process, part):
-            setattr(process, part, timed(part, getattr(process, part)))
-    process.sensitivity.batch_done = timed("batch_done", process.sensitivity.batch_done)
-    trainer = Trainer(model, process=process)
+        if hasattr(run, part):
+            setattr(run, part, timed(part, getattr(run, part)))
+    run.sensitivity.batch_done = timed("batch_done", run.sensitivity.batch_done)
+    trainer = Trainer(model, run=run)
     at = _arrive(trainer, WINDOW_AT)
-    trainer.run(at, 10)
+    trainer.go(at, 10)
     spent.clear()
     trainer.inside = 0.0
     begin = time.perf_counter()
-    trainer.run(at, steps)
+    trainer.go(at, steps)
     total = time.perf_counter() - begin
-    found = {"whole step": total, "process.step": trainer.inside, **spent}
+    found = {"whole step": total, "run.step": trainer.inside, **spent}
     return {label: 1e3 * seconds / steps for label, seconds in found.items()}
 
 
@@ -262,13 +263,13 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         if not r["run"]:
             body.append([r["network"], f"{press['plain ms per step']:.0f}", f"{press['ratio']:.3f}", *["-"] * 6])
         for label in BUDGETS if r["run"] else ():
-            run = r["run"][label]
+            whole = r["run"][label]
             body.append([
                 f"{r['network']}, {label}", f"{press['plain ms per step']:.0f}", f"{press['ratio']:.3f}",
-                f"{run['ratio']:.3f}", f"{run['ratio as measured']:.3f}",
-                f"{run['ratio with distillation, dense without']:.3f}",
-                f"{run['ratio with distillation, dense too']:.3f}", f"{run['ratio of the last quarter']:.3f}",
-                f"{run['MACs over the run']:.3f}",
+                f"{whole['ratio']:.3f}", f"{whole['ratio as measured']:.3f}",
+                f"{whole['ratio with distillation, dense without']:.3f}",
+                f"{whole['ratio with distillation, dense too']:.3f}", f"{whole['ratio of the last quarter']:.3f}",
+                f"{whole['MACs over the run']:.3f}",
             ])  # fmt: skip
     headers = [
         "network",
@@ -305,8 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in chosen.networks:
         press = pressing(name, method, window=chosen.window, block=chosen.block)
         steps = chosen.run_steps
-        run = whole_run(name, method, steps=steps, block=chosen.block) if steps else {}
-        rows.append({"network": name, "pressing": press, "run": run})
+        whole = whole_run(name, method, steps=steps, block=chosen.block) if steps else {}
+        rows.append({"network": name, "pressing": press, "run": whole})
         print("\n".join(as_table(rows).splitlines()[-4:-1]), flush=True)
     content = {
         "environment": common.environment(),

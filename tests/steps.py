@@ -29,19 +29,19 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(16, 1, 8, 8, generator=random), torch.randint(0, 10, (16,), generator=random)
 
 
-def train_step(process: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """One step of the optimiser on ``batch(step)``; the process has not acted yet."""
+def train_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One step of the optimiser on ``batch(step)``; the run has not acted yet."""
     x, y = batch(step)
-    (F.cross_entropy(process.model(x), y) + process.penalty()).backward()
+    (F.cross_entropy(run.model(x), y) + run.penalty()).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def train_through(process: Run, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
+def train_through(run: Run, optimizer: torch.optim.Optimizer, *, steps: int) -> None:
     """A whole run, ``finish`` excepted."""
     for step in range(steps):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / steps, optimizer=optimizer)
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / steps, optimizer=optimizer)
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:

@@ -188,9 +188,9 @@ def test_a_method_above_the_budget_is_found_out(digits):
     @dataclasses.dataclass(frozen=True)
     class Lazy(HalvingAtOnce):
         def start(self, model, example, budget, *, batches=None):
-            process = super().start(model, example, budget)
-            process.finish = lambda: model
-            return process
+            run = super().start(model, example, budget)
+            run.finish = lambda: model
+            return run
 
     with pytest.raises(ValueError, match="above the budget"):
         compress(net(), EXAMPLE, budget=BUDGET, method=Lazy())
@@ -348,7 +348,7 @@ def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, no_timing, m
     same = [dataclasses.replace(e, seconds=0.0) for e in result.history.epochs]
     assert same == [dataclasses.replace(e, seconds=0.0) for e in whole.history.epochs]
     assert len((tmp_path / "part" / "log.csv").read_text().splitlines()) == 5
-    plans = [(tmp_path / run / "plan.json").read_text() for run in ("whole", "part")]
+    plans = [(tmp_path / one / "plan.json").read_text() for one in ("whole", "part")]
     assert plans[0] == plans[1]
     plan = Plan.from_json(plans[0])
     expected = shrink(trained, trace(trained, EXAMPLE), plan)

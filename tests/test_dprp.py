@@ -41,16 +41,16 @@ from tests.steps import EXAMPLE, batch, network, train_step
 STEPS = 60
 
 
-def run(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[DPRPRun, list[dict[str, int]]]:
+def trained(method: DPRP, budget: Budget, *, steps: int = STEPS) -> tuple[DPRPRun, list[dict[str, int]]]:
     model = network()
-    process = method.start(model, EXAMPLE, budget)
+    run = method.start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     ranks = []
     for step in range(steps):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / steps, optimizer=optimizer)
-        ranks.append({n: layer.rank for n, layer in process.layers.items()})
-    return process, ranks
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / steps, optimizer=optimizer)
+        ranks.append({n: layer.rank for n, layer in run.layers.items()})
+    return run, ranks
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -233,7 +233,7 @@ def test_splitting_a_whole_layer_keeps_its_weight_and_its_next_step(kind: str, s
 def test_until_its_rank_falls_a_network_is_trained_as_the_dense_one() -> None:
     plain, ours = network("resnet20"), network("resnet20")
     ours.load_state_dict(plain.state_dict())
-    process = DPRP().start(ours, EXAMPLE, Budget(macs=0.5))
+    run = DPRP().start(ours, EXAMPLE, Budget(macs=0.5))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for m in (plain, ours)]
     for step in range(3):
         x, y = batch(step)
@@ -242,7 +242,7 @@ def test_until_its_rank_falls_a_network_is_trained_as_the_dense_one() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        assert process.step(progress=0.01 * step, optimizer=optimizers[1]) is None
+        assert run.step(progress=0.01 * step, optimizer=optimizers[1]) is None
     x, _ = batch(9)
     with torch.no_grad():
         assert torch.allclose(plain.eval()(x), ours.eval()(x), atol=1e-4)
@@ -250,10 +250,10 @@ def test_until_its_rank_falls_a_network_is_trained_as_the_dense_one() -> None:
 
 def test_factors_stay_orthonormal_between_events_and_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dprp, "TURN_EVERY", 10)
-    process, _ = run(DPRP(orthogonality=0.0), Budget(macs=0.5), steps=100)
-    assert process.done
-    assert not any(layer.whole for layer in process.layers.values() if layer.rank < min(len(layer.u), len(layer.v)))
-    split = [layer for layer in process.layers.values() if not layer.whole]
+    run, _ = trained(DPRP(orthogonality=0.0), Budget(macs=0.5), steps=100)
+    assert run.done
+    assert not any(layer.whole for layer in run.layers.values() if layer.rank < min(len(layer.u), len(layer.v)))
+    split = [layer for layer in run.layers.values() if not layer.whole]
     assert split
     for layer in split:  # the last step was one at which they were turned
         for factor in (layer.u, layer.v):
@@ -296,32 +296,32 @@ def test_a_rank_that_a_matrix_does_not_have_is_refused() -> None:
 
 def test_the_penalty_of_one_cycle_of_steps_is_on_average_the_sum_over_layers() -> None:
     model = network("resnet20")
-    process = DPRP(form="spatial", orthogonality=2.0, sparsity=0.3).start(model, EXAMPLE, Budget(macs=0.5))
-    assert process.penalty() == 0.0  # whole layers have none
-    split_layers(process.layers, decompositions(process.layers))
+    run = DPRP(form="spatial", orthogonality=2.0, sparsity=0.3).start(model, EXAMPLE, Budget(macs=0.5))
+    assert run.penalty() == 0.0  # whole layers have none
+    split_layers(run.layers, decompositions(run.layers))
     with torch.no_grad():
-        for layer in process.layers.values():
+        for layer in run.layers.values():
             layer.u.add_(0.1 * torch.randn_like(layer.u) / layer.u.shape[0] ** 0.5)
 
     def gradients_of(loss: Any) -> list[Tensor]:
         model.zero_grad()
         loss.backward()
         return [torch.zeros_like(f) if f.grad is None else f.grad.clone()
-                for layer in process.layers.values() for f in (layer.u, layer.s, layer.v)]  # fmt: skip
+                for layer in run.layers.values() for f in (layer.u, layer.s, layer.v)]  # fmt: skip
 
     expected: Any = 0.0
-    for layer in process.layers.values():
+    for layer in run.layers.values():
         off = sum((f.T @ f - torch.eye(layer.rank)).square().sum() for f in (layer.u, layer.v))
         expected = (
             expected + 2.0 * off / max(layer.rank, 16) ** 2 + 0.3 * layer.s.sum().square() / layer.s.square().sum()
         )
     wanted = gradients_of(expected)
     steps = 8 * 3  # a layer of rank 192, three times 64, takes its turn at one in so many
-    assert {max(layer.rank // 64, 1) for layer in process.layers.values()} == {1, 3}
+    assert {max(layer.rank // 64, 1) for layer in run.layers.values()} == {1, 3}
     found, total = [torch.zeros_like(w) for w in wanted], 0.0
     for step in range(steps):
-        process._steps = step
-        loss: Any = process.penalty()
+        run._steps = step
+        loss: Any = run.penalty()
         total += float(loss.detach()) / steps
         for sum_, gradient in zip(found, gradients_of(loss), strict=True):
             sum_.add_(gradient, alpha=1 / steps)
@@ -516,15 +516,15 @@ def test_second_moments_swap_places_with_their_columns() -> None:
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_weight_that_is_not_finite_names_its_layer(whole: bool) -> None:
     model = network()
-    process = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
-    layer = process.layers["layer2.0.conv1"]
+    run = DPRP().start(model, EXAMPLE, Budget(macs=0.5))
+    layer = run.layers["layer2.0.conv1"]
     if not whole:
-        process.split(process.layers, optimizer=None)
+        run.split(run.layers, optimizer=None)
     with torch.no_grad():
         (layer.matrix[3] if whole else layer.s[3:4]).fill_(float("nan"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"layer2\.0\.conv1"):
-        process.step(progress=0.2, optimizer=optimizer)
+        run.step(progress=0.2, optimizer=optimizer)
 
 
 def test_a_decomposition_that_fails_in_float32_is_done_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,17 +549,17 @@ def test_a_decomposition_that_fails_in_float32_is_done_in_float64(monkeypatch: p
     "budget", [Budget(macs=0.5), Budget(params=0.4), Budget(macs=0.6, params=0.5, multiple_of=4)], ids=str
 )
 def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None:
-    process, ranks = run(DPRP(), budget)
+    run, ranks = trained(DPRP(), budget)
     for before, after in pairwise(ranks):
         assert all(after[n] <= before[n] for n in before)
-    assert process.done
+    assert run.done
     assert sum(a != b for a, b in pairwise(ranks)) >= 5  # not in one go
-    recorded = {n: int(points[-1][1]) for n, points in process.history["rank"].items()}
+    recorded = {n: int(points[-1][1]) for n, points in run.history["rank"].items()}
     assert recorded == ranks[-1]
-    whole, limits, graph, planned = process.dense, process.limits, process.graph, process.cost
-    small = process.finish()
-    assert not process.forced
-    assert cost(trace(small, EXAMPLE)) == cost(graph, process.plan) == planned
+    whole, limits, graph, planned = run.dense, run.limits, run.graph, run.cost
+    small = run.finish()
+    assert not run.forced
+    assert cost(trace(small, EXAMPLE)) == cost(graph, run.plan) == planned
     assert all(getattr(planned, m) <= limit for m, limit in limits.items())
     assert all(getattr(planned, m) > 0.97 * limit for m, limit in limits.items()) or len(limits) > 1
     factored = [m for m in small.modules() if isinstance(m, nn.Sequential) and type(m[0]) is nn.Conv2d and len(m) == 2]
@@ -570,29 +570,29 @@ def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None
 
 
 def test_nothing_that_fits_is_left_out() -> None:
-    process, _ = run(DPRP(start_at=0.0, every=0.25, reach=0.25), Budget(params=0.5))
-    process.finish()  # one decision: no earlier one has bound it
-    assert unused_blocks(process.graph, process.plan, Budget(params=0.5)) == []
+    run, _ = trained(DPRP(start_at=0.0, every=0.25, reach=0.25), Budget(params=0.5))
+    run.finish()  # one decision: no earlier one has bound it
+    assert unused_blocks(run.graph, run.plan, Budget(params=0.5)) == []
 
 
 @pytest.mark.parametrize("budget", [Budget(macs=0.4), Budget(macs=0.5, params=0.3)], ids=str)
 def test_decided_once_all_layers_walk_together_to_ranks_that_were_known_at_the_first_event(budget: Budget) -> None:
     model = network()
-    process = DPRP(once=True, power=1.0).start(model, EXAMPLE, budget)
+    run = DPRP(once=True, power=1.0).start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     costs = []
     for step in range(STEPS):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        if process.final and not costs:
-            first = dict(process.final)
-        costs += [process.cost.params] if process.final else []
-    split = {n for n, layer in process.layers.items() if not layer.whole}
-    assert split and {n: process.layers[n].rank for n in split} == {n: first[n] for n in split}
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        if run.final and not costs:
+            first = dict(run.final)
+        costs += [run.cost.params] if run.final else []
+    split = {n for n, layer in run.layers.items() if not layer.whole}
+    assert split and {n: run.layers[n].rank for n in split} == {n: first[n] for n in split}
     assert all(a >= b for a, b in pairwise(costs)) and len(set(costs)) >= 5
     half = costs[STEPS // 4]  # in the middle between start_at and reach
     assert 0.3 < (costs[0] - half) / (costs[0] - costs[-1]) < 0.7
-    used = [getattr(process.cost, m) / limit for m, limit in process.limits.items()]
+    used = [getattr(run.cost, m) / limit for m, limit in run.limits.items()]
     assert max(used) <= 1.0 and max(used) >= 0.97
 
 
@@ -604,39 +604,39 @@ def test_decided_once_no_layer_falls_below_its_share_of_equal_ranks() -> None:
     with torch.no_grad():
         weight = model.get_parameter(f"{name}.weight")
         weight[:, :, 1, 1] += torch.ones_like(weight[:, :, 1, 1]) * 10
-    process = method.start(model, EXAMPLE, Budget(params=0.4))
+    run = method.start(model, EXAMPLE, Budget(params=0.4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    train_step(process, optimizer, 0)
-    process.step(progress=0.1, optimizer=optimizer)
-    equal = process.alternatives.equal(process.limits, share=0.5)
-    least = {n: process.alternatives.option(n, process.final[n]) for n in process.layers}
+    train_step(run, optimizer, 0)
+    run.step(progress=0.1, optimizer=optimizer)
+    equal = run.alternatives.equal(run.limits, share=0.5)
+    least = {n: run.alternatives.option(n, run.final[n]) for n in run.layers}
     assert all(least[n] >= equal[alternatives_name(n)] for n in least)
     assert least[name] == equal[alternatives_name(name)] > 1
 
 
 def test_equal_ranks_are_the_largest_equal_fraction_that_fits() -> None:
-    process = DPRP().start(network(), EXAMPLE, Budget(params=0.4))
-    ranks = process.alternatives.ranks
-    options = process.alternatives.equal(process.limits)
+    run = DPRP().start(network(), EXAMPLE, Budget(params=0.4))
+    ranks = run.alternatives.ranks
+    options = run.alternatives.equal(run.limits)
     fraction = max(options[alternatives_name(n)] / len(r) for n, r in ranks.items() if len(r) > 20)
     assert all(options[alternatives_name(n)] <= max(1, fraction * len(r) + 1) for n, r in ranks.items())
-    process.taken = options
-    assert process.cost.params <= process.limits["params"]
-    process.taken = {alternatives_name(n): min(options[alternatives_name(n)] + 1, len(r)) for n, r in ranks.items()}
-    assert process.cost.params > process.limits["params"]
+    run.taken = options
+    assert run.cost.params <= run.limits["params"]
+    run.taken = {alternatives_name(n): min(options[alternatives_name(n)] + 1, len(r)) for n, r in ranks.items()}
+    assert run.cost.params > run.limits["params"]
 
 
 def test_decided_once_energy_is_that_of_whole_layers() -> None:
-    process, _ = run(DPRP(once=True, energy=0.3), Budget(macs=1.0))
-    assert process.final and any(not layer.whole for layer in process.layers.values())
-    for name, layer in process.layers.items():
+    run, _ = trained(DPRP(once=True, energy=0.3), Budget(macs=1.0))
+    assert run.final and any(not layer.whole for layer in run.layers.values())
+    for name, layer in run.layers.items():
         if not layer.whole:
-            assert layer.rank == process.final[name] < process.history["full rank"][name][0][1]
+            assert layer.rank == run.final[name] < run.history["full rank"][name][0][1]
 
 
 def test_energy_finds_ranks_without_a_budget_and_gives_up_no_more() -> None:
-    few, _ = run(DPRP(energy=0.3), Budget(macs=1.0))
-    many, _ = run(DPRP(energy=0.05), Budget(macs=1.0))
+    few, _ = trained(DPRP(energy=0.3), Budget(macs=1.0))
+    many, _ = trained(DPRP(energy=0.05), Budget(macs=1.0))
     assert all(0 <= lost <= 0.3 + 1e-6 for lost in few.given_up.values())
     assert sum(layer.rank for layer in few.layers.values()) < sum(layer.rank for layer in many.layers.values())
     assert few.cost.params < many.cost.params <= many.dense.params
@@ -645,26 +645,26 @@ def test_energy_finds_ranks_without_a_budget_and_gives_up_no_more() -> None:
 @pytest.mark.parametrize("importance", ["energy", "whole"])
 def test_what_a_layer_is_worth_is_what_it_was_while_whole_or_what_is_left(importance: str) -> None:
     model = network()
-    process = DPRP(importance=importance).start(model, EXAMPLE, Budget(macs=0.5))
+    run = DPRP(importance=importance).start(model, EXAMPLE, Budget(macs=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    train_step(process, optimizer, 0)
-    process.step(progress=0.1, optimizer=optimizer)
-    split = [n for n, layer in process.layers.items() if not layer.whole]
-    dense = {n: process.scores()[n] for n in split}
-    assert split and len(split) < len(process.layers)
-    train_step(process, optimizer, 1)
-    process.step(progress=0.13, optimizer=optimizer)
+    train_step(run, optimizer, 0)
+    run.step(progress=0.1, optimizer=optimizer)
+    split = [n for n, layer in run.layers.items() if not layer.whole]
+    dense = {n: run.scores()[n] for n in split}
+    assert split and len(split) < len(run.layers)
+    train_step(run, optimizer, 1)
+    run.step(progress=0.13, optimizer=optimizer)
     for name in split:
-        rank, now = process.layers[name].rank, process.scores()[name]
+        rank, now = run.layers[name].rank, run.scores()[name]
         assert rank < len(dense[name]) and len(now) == rank
         left = dense[name][:rank] / (dense[name][:rank].sum() if importance == "energy" else 1.0)
         assert now == pytest.approx(left, rel=1e-4)
 
 
 def test_energy_and_a_budget_hold_together() -> None:
-    process, _ = run(DPRP(energy=0.05), Budget(params=0.3))
-    process.finish()
-    assert process.cost.params <= process.limits["params"]
+    run, _ = trained(DPRP(energy=0.05), Budget(params=0.3))
+    run.finish()
+    assert run.cost.params <= run.limits["params"]
 
 
 def test_what_stays_dense_is_listed_with_the_reason() -> None:
@@ -672,13 +672,13 @@ def test_what_stays_dense_is_listed_with_the_reason() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2)
     )
-    process = DPRP().start(model, EXAMPLE, Budget(macs=0.95, multiple_of=2, protect=["2"]))
-    assert process.skipped == {
+    run = DPRP().start(model, EXAMPLE, Budget(macs=0.95, multiple_of=2, protect=["2"]))
+    assert run.skipped == {
         "1": "grouped convolution",
         "2": "protected by the budget",
         "4": "too small: rank 2 costs as much as the layer itself",
     }
-    assert list(process.layers) == ["0"]
+    assert list(run.layers) == ["0"]
 
 
 def test_memory_of_activations_is_not_a_budget_for_ranks() -> None:
@@ -749,7 +749,7 @@ def test_a_killed_run_goes_on_exactly_and_leaves_everything(
     ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    texts = [(tmp_path / run / "history.json").read_text() for run in ("whole", "killed")]
+    texts = [(tmp_path / name / "history.json").read_text() for name in ("whole", "killed")]
     assert texts[0] == texts[1]
     ranks = json.loads(texts[0])["rank"]
     assert any(len(points) > 1 for points in ranks.values())
@@ -814,7 +814,7 @@ def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, 
     if name not in ("cifar:vgg16_bn", "vgg16_bn", "inception_v3"):  # the last: a head that trains on larger images only
         model.train()
     before = cost(trace(model, inputs))
-    process = DPRP(importance="energy").start(model, inputs, Budget(params=0.7))
+    run = DPRP(importance="energy").start(model, inputs, Budget(params=0.7))
     x = torch.randn(2, *inputs.shape[1:], generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     for progress in (0.1, 0.6):
@@ -822,15 +822,15 @@ def test_every_network_factorises_takes_steps_and_keeps_its_promises(name: str, 
         outputs = (
             [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, dict) else output)
         )
-        (sum(o.float().square().mean() for o in outputs) + process.penalty()).backward()
+        (sum(o.float().square().mean() for o in outputs) + run.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        process.step(progress=progress, optimizer=optimizer)
-    small = process.finish().eval()
+        run.step(progress=progress, optimizer=optimizer)
+    small = run.finish().eval()
     reached = cost(trace(small, inputs))
-    assert (reached.macs, reached.params) == (process.cost.macs, process.cost.params)
-    assert sum(p.numel() for p in small.parameters()) == reached.params <= process.limits["params"] < before.params
-    assert verify(dense, process.graph, process.plan, inputs, small=small, budget=Budget(params=0.7)).require()
+    assert (reached.macs, reached.params) == (run.cost.macs, run.cost.params)
+    assert sum(p.numel() for p in small.parameters()) == reached.params <= run.limits["params"] < before.params
+    assert verify(dense, run.graph, run.plan, inputs, small=small, budget=Budget(params=0.7)).require()
     save(small, tmp_path / "small.safetensors")
     loaded = load(tmp_path / "small.safetensors", base=build(name)).eval()
     y = torch.randn(1, *inputs.shape[1:], generator=torch.Generator().manual_seed(1))

@@ -108,18 +108,18 @@ def test_two_runs_with_one_seed_agree_and_another_seed_differs(digits):
 
 
 def test_the_rate_of_the_log_is_the_one_that_the_last_step_took(digits):
-    """A process that moves on in its last step asks for another rate afterwards."""
+    """A run that moves on in its last step asks for another rate afterwards."""
     model, used = net(), []
-    process = Halving().start(model, digits.example(), BUDGET)
-    process.rate = lambda progress: 1.0 / (1 + process.steps)
+    run = Halving().start(model, digits.example(), BUDGET)
+    run.rate = lambda progress: 1.0 / (1 + run.steps)
 
-    class Spy(type(process)):
+    class Spy(type(run)):
         def step(self, *, progress, optimizer):
             used.append(optimizer.param_groups[0]["lr"])
             return super().step(progress=progress, optimizer=optimizer)
 
-    process.__class__ = Spy
-    history = train(model, digits, recipe(), process=process)
+    run.__class__ = Spy
+    history = train(model, digits, recipe(), run=run)
     assert [e.lr for e in history.epochs] == used[5::6]
 
 
@@ -144,14 +144,14 @@ def test_training_leaves_the_callers_random_numbers_alone(digits):
 
 def test_a_process_sees_every_step_and_its_removal_reaches_optimiser_average_and_log(digits):
     model = net()
-    process = Halving(at=0.4).start(model, digits.example(), BUDGET)
-    history = train(model, digits, recipe(ema=0.9, optimizer="adamw", lr=0.01), process=process)
-    assert process.steps == 4 * 6
+    run = Halving(at=0.4).start(model, digits.example(), BUDGET)
+    history = train(model, digits, recipe(ema=0.9, optimizer="adamw", lr=0.01), run=run)
+    assert run.steps == 4 * 6
     assert model.conv1.out_channels == 4 and model.conv2.weight.shape == (4, 4, 3, 3)
     assert [e.removals for e in history.epochs] == [0, 1, 0, 0]
     assert [e.remaining for e in history.epochs] == [1.0, 0.0, 0.0, 0.0]
-    assert history.epochs[0].macs == process.dense.macs > history.last.macs
-    assert history.last.accuracy == evaluate(process.finish(), digits.test_batches())["accuracy"]
+    assert history.epochs[0].macs == run.dense.macs > history.last.macs
+    assert history.last.accuracy == evaluate(run.finish(), digits.test_batches())["accuracy"]
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16", "channels_last": True}, {"precision": "fp16"}])
@@ -288,29 +288,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(digits, tmp_path,
     plan = recipe(**SETTINGS[name])
     path, example, teacher = tmp_path / "checkpoint.pt", digits.example(), net(width=12)
     whole = net()
-    process = Halving(at=0.4).start(whole, example, BUDGET)
-    expected = train(whole, digits, plan, process=process, teacher=teacher)
+    run = Halving(at=0.4).start(whole, example, BUDGET)
+    expected = train(whole, digits, plan, run=run, teacher=teacher)
 
     first = net()
-    process = Halving(at=0.4).start(first, example, BUDGET)
+    run = Halving(at=0.4).start(first, example, BUDGET)
     with pytest.raises(Killed):
         train(
             first,
             digits,
             plan,
-            process=process,
+            run=run,
             teacher=teacher,
             checkpoint=path,
             on_epoch=killed_after(killed),
         )
     second = rebuild_from_checkpoint(net(), path)
-    process = Halving(at=0.4).start(second, example, BUDGET)
+    run = Halving(at=0.4).start(second, example, BUDGET)
     torch.manual_seed(99)
-    history = train(second, digits, plan, process=process, teacher=teacher, checkpoint=path, resume=True)
+    history = train(second, digits, plan, run=run, teacher=teacher, checkpoint=path, resume=True)
 
     assert_same(whole, second)
     assert without_seconds(history) == without_seconds(expected)
-    assert process.limits["macs"] == process.dense.macs // 2, "fractions must refer to the first network"
+    assert run.limits["macs"] == run.dense.macs // 2, "fractions must refer to the first network"
 
 
 def test_a_run_killed_inside_an_epoch_goes_on_from_the_last_whole_one(digits, tmp_path):
@@ -438,13 +438,13 @@ def test_a_checkpoint_from_before_data_was_compared_is_resumed(digits, tmp_path)
 
 def test_a_process_on_the_wrong_structure_is_refused(digits, tmp_path):
     path, model = tmp_path / "c.pt", net()
-    process = Halving(at=0.0).start(model, digits.example(), BUDGET)
+    run = Halving(at=0.0).start(model, digits.example(), BUDGET)
     with pytest.raises(Killed):
-        train(model, digits, recipe(), process=process, checkpoint=path, on_epoch=killed_after(1))
+        train(model, digits, recipe(), run=run, checkpoint=path, on_epoch=killed_after(1))
     fresh = net()
-    process = Halving(at=0.0).start(fresh, digits.example(), BUDGET)
+    run = Halving(at=0.0).start(fresh, digits.example(), BUDGET)
     with pytest.raises(ValueError, match="rebuild_from_checkpoint"):
-        train(fresh, digits, recipe(), process=process, checkpoint=path, resume=True)
+        train(fresh, digits, recipe(), run=run, checkpoint=path, resume=True)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello"])
@@ -518,37 +518,37 @@ def test_a_test_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoi
 def test_a_method_that_stumbles_over_nan_is_not_blamed(digits):
     class Strict(Halving):
         def start(self, model, example, budget, *, batches=None):
-            process = super().start(model, example, budget)
+            run = super().start(model, example, budget)
 
             def step(*, progress, optimizer):
                 if not model.head.weight.isfinite().all():
                     raise ValueError("importance must be finite")
 
-            process.step = step
-            return process
+            run.step = step
+            return run
 
     model = Exploding(3)
-    process = Strict().start(model, digits.example(), BUDGET)
+    run = Strict().start(model, digits.example(), BUDGET)
     with pytest.raises(TrainingDiverged, match="epoch 1 at step 3"):
-        train(model, digits, recipe(), process=process)
+        train(model, digits, recipe(), run=run)
 
 
 def test_weights_that_are_not_finite_are_named_with_what_the_method_found(digits):
     class Names(Halving):
         def start(self, model, example, budget, *, batches=None):
-            process = super().start(model, example, budget)
+            run = super().start(model, example, budget)
 
             def step(*, progress, optimizer):
                 with torch.no_grad():
                     model.head.weight[0, 0] = float("inf")
                 raise ValueError("layer 'head': its singular values are not finite")
 
-            process.step = step
-            return process
+            run.step = step
+            return run
 
     model = net()
     with pytest.raises(TrainingDiverged, match=r"weights are not finite \(layer 'head': its singular"):
-        train(model, digits, recipe(), process=Names().start(model, digits.example(), BUDGET))
+        train(model, digits, recipe(), run=Names().start(model, digits.example(), BUDGET))
 
 
 def test_what_does_not_fit_is_said_before_training(digits):

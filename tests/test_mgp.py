@@ -38,11 +38,11 @@ def network(name: str = "resnet20") -> nn.Module:
 
 
 def whole_run(model: nn.Module, method: MGP, budget: Budget) -> MGPRun:
-    process = method.start(model, EXAMPLE, budget)
+    run = method.start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    train_through(process, optimizer, steps=STEPS)
-    process.finish()
-    return process
+    train_through(run, optimizer, steps=STEPS)
+    run.finish()
+    return run
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -246,13 +246,13 @@ def test_a_graph_goes_through_text_and_follows_a_removal() -> None:
 def test_arrives_at_the_budget_without_force(method: MGP, tmp_path) -> None:
     model = network()
     dense = copy.deepcopy(model)
-    process = whole_run(model, method, Budget(macs=0.5))
-    assert process.done
-    assert not process.forced
+    run = whole_run(model, method, Budget(macs=0.5))
+    assert run.done
+    assert not run.forced
     found = cost(trace(model, EXAMPLE))
-    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
+    assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
     slack = 0.1 if method.shapes and not method.inputs else 0.02  # one option of a kernel is much
-    assert (1 - slack) * process.limits["macs"] <= found.macs <= process.limits["macs"]
+    assert (1 - slack) * run.limits["macs"] <= found.macs <= run.limits["macs"]
     save(model, tmp_path / "small.safetensors")
     again = load(tmp_path / "small.safetensors", base=dense)
     x = torch.randn(4, 1, 8, 8)
@@ -261,23 +261,23 @@ def test_arrives_at_the_budget_without_force(method: MGP, tmp_path) -> None:
 
 def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     model = network()
-    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.08, params=0.08))
+    run = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.08, params=0.08))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     kinds: set[str] = set()
-    carry_out = process._carry_out
+    carry_out = run._carry_out
 
     def watched(stay, cut, optimizer):
-        kinds.update(kind_of(n) for n, u in stay.items() if len(u) < process.graph.group(n).size)
+        kinds.update(kind_of(n) for n, u in stay.items() if len(u) < run.graph.group(n).size)
         before = logits(model, x)
         result = carry_out(stay, cut, optimizer)
         assert (before - logits(model, x)).abs().max() <= 1e-5 * before.abs().max()
         return result
 
-    process._carry_out = watched  # type: ignore[method-assign]
+    run._carry_out = watched  # type: ignore[method-assign]
     for step in range(STEPS):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         ours = {id(p) for p in model.parameters()}
         assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
         assert all(s["momentum_buffer"].shape == p.shape for p, s in optimizer.state.items())
@@ -285,14 +285,14 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
 
 
 def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
-    process = MGP(stagger=0.1).start(network(), EXAMPLE, Budget(macs=0.3))
-    gentle, tight = {"macs": int(0.9 * process.dense.macs)}, {"macs": int(0.03 * process.dense.macs)}
+    run = MGP(stagger=0.1).start(network(), EXAMPLE, Budget(macs=0.3))
+    gentle, tight = {"macs": int(0.9 * run.dense.macs)}, {"macs": int(0.03 * run.dense.macs)}
 
     def touched(limits: dict[str, int], progress: float) -> set[str]:
-        plan, _ = process._plan(limits, progress)
-        return {kind_of(n) for n, u in plan.keep.items() if len(u) < process.graph.group(n).size}
+        plan, _ = run._plan(limits, progress)
+        return {kind_of(n) for n, u in plan.keep.items() if len(u) < run.graph.group(n).size}
 
-    process.sensitivity.value = torch.rand(process.units.count, generator=torch.Generator().manual_seed(0))
+    run.sensitivity.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
     assert touched(gentle, 0.05) == {FILTERS}
     assert SHAPES not in touched(gentle, 0.15)
     assert touched(tight, 0.05) > {FILTERS}
@@ -300,18 +300,18 @@ def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
 
 def test_only_what_is_outside_is_pressed_and_dear_groups_fade_faster() -> None:
     model = network()
-    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
+    run = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for step in range(12):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    pressed, pull = process.pressed, process.pull
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    pressed, pull = run.pressed, run.pull
     assert pressed.any() and not pressed.all()
     assert 0.5 <= float(pull.min()) < float(pull.max()) <= 2.0
     free = [p.detach().clone() for p in model.parameters() if p.ndim == 1]
-    process._press(0.002, optimizer)
+    run._press(0.002, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(free, [p for p in model.parameters() if p.ndim == 1], strict=True))
-    untouched = {i for s in process.units.taps.values() for i in range(s.start, s.stop)} - set(
+    untouched = {i for s in run.units.taps.values() for i in range(s.start, s.stop)} - set(
         pressed.nonzero().ravel().tolist()
     )
     assert untouched
@@ -339,12 +339,12 @@ def test_importance_of_a_kernel_position_is_the_derivative_of_its_skeleton() -> 
 def test_onnx_gives_the_same_numbers(tmp_path) -> None:
     pytest.importorskip("onnxruntime")
     model = network()
-    process = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
+    run = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
     draw = np.random.default_rng(0)
-    stay = {g.name: np.sort(draw.permutation(g.size)[: max(1, g.size // 2)]) for g in process.graph.groups}
-    cut = {n: r[1][0] for n, r in process.shapes.items()}
-    process._descend(stay, cut)
-    process._carry_out(stay, cut, None)
+    stay = {g.name: np.sort(draw.permutation(g.size)[: max(1, g.size // 2)]) for g in run.graph.groups}
+    cut = {n: r[1][0] for n, r in run.shapes.items()}
+    run._descend(stay, cut)
+    run._carry_out(stay, cut, None)
     assert any(isinstance(m, PartConv2d) and m.index is not None and any(m.shift) for m in model.modules())
     export_onnx(model.eval(), tmp_path / "small.onnx", example=torch.randn(2, 1, 8, 8))  # raises where they differ
 
@@ -387,11 +387,11 @@ def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
             return self.fc(torch.relu(self.wide(self.even(x))).mean((2, 3)))
 
     torch.manual_seed(0)
-    process = whole_run(Net(), MGP(), Budget(macs=0.8))
-    assert set(process.skipped) == {"circular", "grouped", "twice", "even"}
-    assert process.done
-    found = cost(trace(process.model, EXAMPLE))
-    assert found.macs == process.cost.macs <= process.limits["macs"]
+    run = whole_run(Net(), MGP(), Budget(macs=0.8))
+    assert set(run.skipped) == {"circular", "grouped", "twice", "even"}
+    assert run.done
+    found = cost(trace(run.model, EXAMPLE))
+    assert found.macs == run.cost.macs <= run.limits["macs"]
 
 
 @pytest.mark.parametrize(
@@ -410,9 +410,9 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
 
 
 def test_a_protected_layer_keeps_its_inputs_and_its_kernel() -> None:
-    process = MGP().start(network(), EXAMPLE, Budget(macs=0.5, protect=["layer1.1.*"]))
-    protected = process.budget.protected(process.graph)
-    names = {g.name for g, p in zip(process.graph.groups, protected, strict=True) if p}
+    run = MGP().start(network(), EXAMPLE, Budget(macs=0.5, protect=["layer1.1.*"]))
+    protected = run.budget.protected(run.graph)
+    names = {g.name for g, p in zip(run.graph.groups, protected, strict=True) if p}
     assert {"layer1.1.conv1:inputs", "layer1.1.conv1:form", "layer1.1.conv2:form"} <= names
     assert "layer1.2.conv1:form" not in names
 
@@ -486,7 +486,7 @@ def test_stripes_are_counted_exactly_whatever_the_filters_do() -> None:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_free_stripes_arrive_at_the_counted_budget_and_stay_zero(kind: str, method: MGP, budget: Budget) -> None:
     model = network()
-    process = method.start(model, EXAMPLE, budget)
+    run = method.start(model, EXAMPLE, budget)
     if kind == "sgd":
         settings = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), **settings)
@@ -495,68 +495,68 @@ def test_free_stripes_arrive_at_the_counted_budget_and_stay_zero(kind: str, meth
     moments = "momentum_buffer" if kind == "sgd" else "exp_avg"
     held = 0
     for step in range(STEPS):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        for layer, gone in process.stripes.gone.items():
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        for layer, gone in run.stripes.gone.items():
             weight = model.get_submodule(layer).weight
             assert not (living(weight) & gone).any()
             assert not (living(optimizer.state[weight][moments]) & gone).any()
-            held += int(process.done and bool(gone.any()))
+            held += int(run.done and bool(gone.any()))
     assert held > 0
-    promised = process.counted
-    process.finish()
-    assert process.done and not process.forced
-    assert promised == process.counted
+    promised = run.counted
+    run.finish()
+    assert run.done and not run.forced
+    assert promised == run.counted
     macs, params = counted_by_hand(model)
-    assert (process.counted.macs, process.counted.params) == (macs, params)
+    assert (run.counted.macs, run.counted.params) == (macs, params)
     amounts = {"macs": macs, "params": params}
-    assert all(amounts[m] <= limit for m, limit in process.limits.items())
-    assert any(amounts[m] >= 0.995 * limit for m, limit in process.limits.items())
+    assert all(amounts[m] <= limit for m, limit in run.limits.items())
+    assert any(amounts[m] >= 0.995 * limit for m, limit in run.limits.items())
     found = cost(trace(model, EXAMPLE))
-    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
+    assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
     assert found.macs > macs and found.params > params
-    for layer in process.stripes.layers:
+    for layer in run.stripes.layers:
         module = model.get_submodule(layer)
         assert module.kernel_size == (3, 3)
         assert living(module.weight).any(1).all()
     if not method.filters:
-        assert found.macs == process.dense.macs
+        assert found.macs == run.dense.macs
 
 
 def test_masking_the_last_stripes_changes_no_logit() -> None:
     model = network()
-    process = MGP(stripes=True).start(model, EXAMPLE, Budget(macs=0.3))
+    run = MGP(stripes=True).start(model, EXAMPLE, Budget(macs=0.3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    masked = process._masked
+    masked = run._masked
     differences = []
 
     def watched():
         removed = masked()
         before = logits(model, x)
-        process._hold(optimizer)
+        run._hold(optimizer)
         differences.append(float((before - logits(model, x)).abs().max()))
-        assert removed.renewed == {f"{n}.weight" for n in process.stripes.layers}
+        assert removed.renewed == {f"{n}.weight" for n in run.stripes.layers}
         return removed
 
-    process._masked = watched  # type: ignore[method-assign]
-    train_through(process, optimizer, steps=STEPS)
+    run._masked = watched  # type: ignore[method-assign]
+    train_through(run, optimizer, steps=STEPS)
     assert differences == [0.0]
 
 
 @pytest.mark.parametrize("stop", [10, 54])
 def test_free_stripes_are_cut_where_training_stops_early(stop: int) -> None:
     model = network()
-    process = MGP(stripes=True).start(model, EXAMPLE, Budget(macs=0.3))
+    run = MGP(stripes=True).start(model, EXAMPLE, Budget(macs=0.3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step in range(stop):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    process.finish()
-    assert process.forced
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    run.finish()
+    assert run.forced
     macs, params = counted_by_hand(model)
-    assert (process.counted.macs, process.counted.params) == (macs, params)
-    assert macs <= process.limits["macs"]
+    assert (run.counted.macs, run.counted.params) == (macs, params)
+    assert macs <= run.limits["macs"]
 
 
 def test_a_budget_that_not_even_one_stripe_per_filter_meets_is_refused_at_once() -> None:
@@ -565,12 +565,12 @@ def test_a_budget_that_not_even_one_stripe_per_filter_meets_is_refused_at_once()
 
 
 def test_the_kernels_of_the_keep_set_are_recorded_over_time() -> None:
-    process = whole_run(network(), MGP(filters=False, inputs=False), Budget(macs=0.5))
-    kernels = process.history["kernel"]
+    run = whole_run(network(), MGP(filters=False, inputs=False), Budget(macs=0.5))
+    kernels = run.history["kernel"]
     assert set(kernels) == {n for n, p in find_places(network(), EXAMPLE)[0].items() if p.kernel == (3, 3)}
     assert all(points[0][1] <= 9 and points[0][0] < 0.1 for points in kernels.values())
     for layer, points in kernels.items():
-        assert points[-1][1] == process.model.get_submodule(layer).weight.shape[2:].numel()
+        assert points[-1][1] == run.model.get_submodule(layer).weight.shape[2:].numel()
     free = whole_run(network(), MGP(filters=False, inputs=False, stripes=True), Budget(macs=0.5))
     for layer, points in free.history["kernel"].items():
         alive = living(free.model.get_submodule(layer).weight).sum(1).double().mean()
@@ -585,13 +585,13 @@ NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
     model, example = build(name), zoo_example(name)
-    process = MGP(reach=0.5).start(model, example, Budget(macs=0.5))
-    process.sensitivity.value = torch.rand(process.units.count, generator=torch.Generator().manual_seed(0))
-    small = process.finish()
-    assert process.forced
+    run = MGP(reach=0.5).start(model, example, Budget(macs=0.5))
+    run.sensitivity.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
+    small = run.finish()
+    assert run.forced
     found = cost(trace(small, example))
-    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
-    assert found.macs <= process.limits["macs"]
+    assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
+    assert found.macs <= run.limits["macs"]
     save_and_load(small, name)
 
 
@@ -599,16 +599,16 @@ def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_zoo_half_the_macs_by_counting_free_stripes(name: str) -> None:
     model, example = build(name), zoo_example(name)
-    process = MGP(stripes=True).start(model, example, Budget(macs=0.5))
-    whole = process.counted
+    run = MGP(stripes=True).start(model, example, Budget(macs=0.5))
+    whole = run.counted
     plain = cost(trace(model, example))  # computed weights are plain ones by now
     assert (whole.macs, whole.params) == (plain.macs, plain.params)
-    process.sensitivity.value = torch.rand(process.units.count, generator=torch.Generator().manual_seed(0))
-    small = process.finish()
-    assert process.stripes.layers
-    assert 0.999 * process.limits["macs"] <= process.counted.macs <= process.limits["macs"]
+    run.sensitivity.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
+    small = run.finish()
+    assert run.stripes.layers
+    assert 0.999 * run.limits["macs"] <= run.counted.macs <= run.limits["macs"]
     found = cost(trace(small, example))
-    assert (found.macs, found.params) == (process.cost.macs, process.cost.params)
+    assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
     save_and_load(small, name)
 
 

@@ -18,9 +18,9 @@ from tests.steps import EXAMPLE, Again, batch, network
 
 def trained(method: Method | None, *, epochs: int = 3) -> tuple[nn.Module, History]:
     model = network()
-    process = None if method is None else method.start(model, EXAMPLE, es.Budget(macs=0.5))
-    history = train(model, load_data("digits"), Recipe(epochs=epochs, batch_size=128, lr=0.02), process=process)
-    return (model if process is None else process.finish()), history
+    run = None if method is None else method.start(model, EXAMPLE, es.Budget(macs=0.5))
+    history = train(model, load_data("digits"), Recipe(epochs=epochs, batch_size=128, lr=0.02), run=run)
+    return (model if run is None else run.finish()), history
 
 
 @pytest.mark.parametrize("method", [None, es.TCP(), es.MGP(), es.DPRP(sparsity=0.0, orthogonality=0.0)])
@@ -45,14 +45,14 @@ def test_recorded_steps_train_like_run_ones(method: Method | None, precision: st
     for graphs in (False, True):
         torch.manual_seed(0)
         model = network()
-        process = None if method is None else method.start(model.cuda(), EXAMPLE.cuda(), es.Budget(macs=0.5))
+        run = None if method is None else method.start(model.cuda(), EXAMPLE.cuda(), es.Budget(macs=0.5))
         recipe = Recipe(
             epochs=6, batch_size=128, lr=0.02, device="cuda", graphs=graphs, precision=precision, channels_last=True
         )
-        found.append([e.loss for e in train(model, load_data("digits"), recipe, process=process).epochs])
-    run, recorded = found
-    assert recorded[0] == pytest.approx(run[0], rel=2e-2)
-    assert recorded[-1] == pytest.approx(run[-1], rel=0.2)
+        found.append([e.loss for e in train(model, load_data("digits"), recipe, run=run).epochs])
+    plain, recorded = found
+    assert recorded[0] == pytest.approx(plain[0], rel=2e-2)
+    assert recorded[-1] == pytest.approx(plain[-1], rel=0.2)
     assert len(set(recorded)) == len(recorded)
 
 

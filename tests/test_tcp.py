@@ -24,26 +24,26 @@ STEPS = 120
 def test_arrives_at_the_budget_without_force(score: str) -> None:
     model = network()
     budget = Budget(macs=0.5, multiple_of=2)
-    process = TCP(importance=score).start(model, EXAMPLE, budget)
+    run = TCP(importance=score).start(model, EXAMPLE, budget)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    train_through(process, optimizer, steps=STEPS)
-    small = process.finish()
-    assert not process.forced
-    assert process.done
+    train_through(run, optimizer, steps=STEPS)
+    small = run.finish()
+    assert not run.forced
+    assert run.done
     graph = trace(small, EXAMPLE)
-    assert es.cost(graph) == process.cost
-    assert process.cost.macs <= process.limits["macs"]
-    assert process.cost.macs >= 0.9 * process.limits["macs"]
+    assert es.cost(graph) == run.cost
+    assert run.cost.macs <= run.limits["macs"]
+    assert run.cost.macs >= 0.9 * run.limits["macs"]
     assert all(g.size % 2 == 0 for g in graph.groups)
 
 
 def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     model = network()
-    process = TCP().start(model, EXAMPLE, Budget(macs=0.4))
+    run = TCP().start(model, EXAMPLE, Budget(macs=0.4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     removals = 0
-    carry_out = process._carry_out
+    carry_out = run._carry_out
 
     def watched(stay: dict[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> object:
         nonlocal removals
@@ -54,10 +54,10 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
         removals += 1
         return result
 
-    process._carry_out = watched  # type: ignore[method-assign, assignment]
+    run._carry_out = watched  # type: ignore[method-assign, assignment]
     for step in range(STEPS):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         ours = {id(p) for p in model.parameters()}
         assert ours == {id(p) for g in optimizer.param_groups for p in g["params"]}
         for parameter, state in optimizer.state.items():
@@ -68,35 +68,35 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
 
 def test_only_units_outside_the_keep_set_are_pressed() -> None:
     model = network()
-    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    run = TCP().start(model, EXAMPLE, Budget(macs=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for step in range(10):
-        train_step(process, optimizer, step)
-        process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    before = process._norm().clone()
-    pressed = process.pressed.clone()
+        train_step(run, optimizer, step)
+        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+    before = run._norm().clone()
+    pressed = run.pressed.clone()
     assert pressed.any()
     assert not pressed.all()
-    process._press(0.01, optimizer)
-    after = process._norm()
+    run._press(0.01, optimizer)
+    after = run._norm()
     assert torch.equal(before[~pressed], after[~pressed])
     assert (after[pressed] < before[pressed]).all()
 
 
 def test_strength_rises_when_the_mass_lags_and_falls_when_it_leads() -> None:
     model = network()
-    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
-    process.pressed[:5] = True
-    process._find_busy(process.pressed.numpy().copy())
-    process.reference = process._norm().clone()
-    process.since[:5] = 0.1
-    process.strength = 1.0
-    process._adapt(0.1 + process.method.fade)  # everything is due, nothing has faded
-    assert process.strength > 1.0
-    process.strength = 1.0
-    process.reference *= 4.0  # as if three quarters had gone at once
-    process._adapt(0.1)
-    assert process.strength < 1.0
+    run = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    run.pressed[:5] = True
+    run._find_busy(run.pressed.numpy().copy())
+    run.reference = run._norm().clone()
+    run.since[:5] = 0.1
+    run.strength = 1.0
+    run._adapt(0.1 + run.method.fade)  # everything is due, nothing has faded
+    assert run.strength > 1.0
+    run.strength = 1.0
+    run.reference *= 4.0  # as if three quarters had gone at once
+    run._adapt(0.1)
+    assert run.strength < 1.0
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_every_score_gives_one_finite_value_per_unit_and_leaves_the_model_alone(
 
 def test_graph_after_a_removal_is_what_a_fresh_trace_finds() -> None:
     model = network()
-    process = TCP().start(model, EXAMPLE, Budget(macs=0.5))
+    run = TCP().start(model, EXAMPLE, Budget(macs=0.5))
     random = np.random.default_rng(0)
-    stay = {g.name: np.sort(random.permutation(g.size)[: max(1, g.size // 2)]) for g in process.graph.groups}
-    process.remove(stay, None)
+    stay = {g.name: np.sort(random.permutation(g.size)[: max(1, g.size // 2)]) for g in run.graph.groups}
+    run.remove(stay, None)
     fresh = trace(model, EXAMPLE)
-    assert {g.name: g.size for g in fresh.groups} == {g.name: g.size for g in process.graph.groups}
-    assert CostModel(fresh).cost(fresh.sizes) == process.cost
+    assert {g.name: g.size for g in fresh.groups} == {g.name: g.size for g in run.graph.groups}
+    assert CostModel(fresh).cost(fresh.sizes) == run.cost
 
 
 def test_diminishing_returns_keep_the_order_and_the_total_and_lift_the_last_unit() -> None:

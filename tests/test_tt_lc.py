@@ -236,21 +236,21 @@ def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
 def test_the_penalty_pulls_as_far_in_a_long_run_as_in_a_short_one(steps: int, momentum: float) -> None:
     """Trained on the penalty alone, weights go the same share of the way in an L step, whatever its length."""
     model = net()
-    process = es.TTLC(search=0, iterations=4, share=0.8, pull=0.4, growth=1.5).start(model, X, es.Budget(macs=0.4))
+    run = es.TTLC(search=0, iterations=4, share=0.8, pull=0.4, growth=1.5).start(model, X, es.Budget(macs=0.4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
     name, begun, left = "3", None, []
     for step in range(4 * steps):
-        if process.lc.iterations:
+        if run.lc.iterations:
             optimizer.zero_grad()
-            process.penalty().backward()
+            run.penalty().backward()
             optimizer.step()
-        before = process.lc.iterations
-        target = process.lc.compressed.get(name)
+        before = run.lc.iterations
+        target = run.lc.compressed.get(name)
         off = None if target is None else float((model.get_submodule(name).weight - target).norm().detach())
-        process.step(progress=0.79 * (step + 1) / (4 * steps), optimizer=optimizer)
-        if process.lc.iterations != before:
+        run.step(progress=0.79 * (step + 1) / (4 * steps), optimizer=optimizer)
+        if run.lc.iterations != before:
             left.append(None if begun is None else off / begun)
-            begun = float((model.get_submodule(name).weight - process.lc.compressed[name]).norm().detach())
+            begun = float((model.get_submodule(name).weight - run.lc.compressed[name]).norm().detach())
     assert left[1] == pytest.approx(np.exp(-0.4), abs=0.04)
     assert left[2] == pytest.approx(np.exp(-0.6), abs=0.06)
 
@@ -260,30 +260,30 @@ def test_the_penalty_pulls_as_far_in_a_long_run_as_in_a_short_one(steps: int, mo
 
 def test_an_ordinary_step_never_waits_for_the_device(copied) -> None:
     model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
-    process = es.TTLC(search=0).start(model, X, es.Budget(macs=0.4))
+    run = es.TTLC(search=0).start(model, X, es.Budget(macs=0.4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    process.step(progress=0.06, optimizer=optimizer)  # a C step: from now on there is a penalty
+    run.step(progress=0.06, optimizer=optimizer)  # a C step: from now on there is a penalty
     with Waits(copied) as counted:
-        penalty = process.penalty()
+        penalty = run.penalty()
         forward = counted.operations
         penalty.backward()
         backward = counted.operations - forward
-        process.rate(0.07)
-        process.step(progress=0.07, optimizer=optimizer)
+        run.rate(0.07)
+        run.step(progress=0.07, optimizer=optimizer)
         assert (counted.waits, counted.operations) == (0, forward + backward)
         penalty.detach().item()
         penalty.detach().tolist()
     assert counted.waits == 2  # what waits is seen
-    assert process.lc.iterations == 1 and process.lc.compressed
-    assert forward <= 6 and backward <= 3 + len(process.lc.compressed)  # one pass over all weights, no copy of each
+    assert run.lc.iterations == 1 and run.lc.compressed
+    assert forward <= 6 and backward <= 3 + len(run.lc.compressed)  # one pass over all weights, no copy of each
 
 
 def test_the_rate_after_the_replacement_rises_to_its_peak_and_falls_to_nothing() -> None:
     def rates(**options: float) -> list[float]:
-        process = es.TTLC(search=0, lc=False, share=0.6, **options).start(net(), X, es.Budget(macs=0.4))
-        process.step(progress=0.6, optimizer=torch.optim.SGD(process.model.parameters(), lr=0.1))
-        assert process.replaced
-        return [process.rate(progress) for progress in (0.6, 0.65, 0.7, 0.8, 1.0)]
+        run = es.TTLC(search=0, lc=False, share=0.6, **options).start(net(), X, es.Budget(macs=0.4))
+        run.step(progress=0.6, optimizer=torch.optim.SGD(run.model.parameters(), lr=0.1))
+        assert run.replaced
+        return [run.rate(progress) for progress in (0.6, 0.65, 0.7, 0.8, 1.0)]
 
     plain, settled = rates(settle=1.0, rise=0.0), rates(settle=0.5, rise=0.25)
     assert plain[0] == 1.0 and plain[-1] == pytest.approx(0.0, abs=1e-12)
@@ -292,9 +292,9 @@ def test_the_rate_after_the_replacement_rises_to_its_peak_and_falls_to_nothing()
 
 def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monkeypatch) -> None:
     """``meta`` stands for a GPU: whatever reads a number of it, or mixes it with the CPU, raises."""
-    process = es.TTLC(search=0).start(net(), X, es.Budget(macs=0.4))
-    here = {n: w.detach() for n, w in process.lc.weights.items()}
-    process.lc.weights = {n: nn.Parameter(w.to("meta")) for n, w in here.items()}
+    run = es.TTLC(search=0).start(net(), X, es.Budget(macs=0.4))
+    here = {n: w.detach() for n, w in run.lc.weights.items()}
+    run.lc.weights = {n: nn.Parameter(w.to("meta")) for n, w in here.items()}
     trips = []
 
     def watched(tensors, device):
@@ -307,11 +307,11 @@ def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monke
         monkeypatch.setattr(module, "moved", watched)
     monkeypatch.setattr(lc_module, "relative_gap", lambda *_: 0.5)  # waits once
     for number in range(1, 3):
-        process._c_step(0.1 * number)
+        run._c_step(0.1 * number)
         assert trips == ["cpu", "meta"] * number
-    assert {w.device.type for f in process.factors.values() for w in f.weights} == {"cpu"}
-    assert {t.device.type for t in process.lc._targets} == {"meta"} and process.lc._targets
-    assert process.penalty().device.type == "meta"
+    assert {w.device.type for f in run.factors.values() for w in f.weights} == {"cpu"}
+    assert {t.device.type for t in run.lc._targets} == {"meta"} and run.lc._targets
+    assert run.penalty().device.type == "meta"
 
 
 def test_moving_keeps_every_tensor_what_it_was() -> None:
@@ -509,41 +509,41 @@ def test_compress_meets_the_budget_and_learns(digits, budget, tmp_path) -> None:
 
 def test_the_gap_falls_and_the_replacement_hardly_moves_the_logits(digits) -> None:
     data = set_aside(digits, 100)
-    process, x, _ = run_until(data, es.TTLC(search=0, iterations=10, share=0.8, pull=0.1, growth=2.0), stop_before=True)
-    gaps = [value for _, value in process.history["gap"]["all"]]
+    run, x, _ = run_until(data, es.TTLC(search=0, iterations=10, share=0.8, pull=0.1, growth=2.0), stop_before=True)
+    gaps = [value for _, value in run.history["gap"]["all"]]
     assert gaps[-1] < 0.25 * max(gaps)
-    process.model.eval()
-    before = process.model(x)
-    macs = process.cost.macs
-    optimizer = torch.optim.SGD(process.model.parameters(), lr=0.1, momentum=0.9)
-    removed = process.step(progress=0.8, optimizer=optimizer)
-    assert removed is not None and process.replaced
-    assert removed.cost.macs < 0.5 * macs and removed.cost == cost(es.trace(process.model, X))
+    run.model.eval()
+    before = run.model(x)
+    macs = run.cost.macs
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
+    removed = run.step(progress=0.8, optimizer=optimizer)
+    assert removed is not None and run.replaced
+    assert removed.cost.macs < 0.5 * macs and removed.cost == cost(es.trace(run.model, X))
     with torch.no_grad():
-        assert float((process.model(x) - before).abs().max() / before.abs().max()) < 0.2
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in process.model.parameters()}
-    assert process.penalty() == 0.0 and process.status.remaining == 0.0
+        assert float((run.model(x) - before).abs().max() / before.abs().max()) < 0.2
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in run.model.parameters()}
+    assert run.penalty() == 0.0 and run.status.remaining == 0.0
 
 
 def test_weights_have_arrived_at_their_compressed_form_before_it_takes_their_place(digits) -> None:
     method = es.TTLC(search=0, iterations=24, share=0.65, arrive=4)
-    process, x, _ = run_until(set_aside(digits, 100), method, stop_before=True, steps=300)
-    gaps = [value for _, value in process.history["gap"]["all"]]
+    run, x, _ = run_until(set_aside(digits, 100), method, stop_before=True, steps=300)
+    gaps = [value for _, value in run.history["gap"]["all"]]
     assert len(gaps) == 23 + 4 and gaps[-1] < 0.25 * max(gaps)
-    process.model.eval()
+    run.model.eval()
     with torch.no_grad():
-        before = process.model(x)
-        process.step(progress=0.65, optimizer=torch.optim.SGD(process.model.parameters(), lr=0.1, momentum=0.9))
-        assert process.history["gap"]["all"][-1][1] < 0.05
-        assert float((process.model(x) - before).abs().max() / before.abs().max()) < 0.05
+        before = run.model(x)
+        run.step(progress=0.65, optimizer=torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9))
+        assert run.history["gap"]["all"][-1][1] < 0.05
+        assert float((run.model(x) - before).abs().max() / before.abs().max()) < 0.05
 
 
 def run_until(data, method, *, stop_before, steps: int = 150):
     """Train by hand until the last C step is due."""
     model = net()
     batches = list(data.calibration_batches(batch_size=64, batches=4))
-    process = method.start(model, X, es.Budget(macs=0.4), batches=batches)
-    process.held_out = list(data.holdout_batches()) if data.has_holdout else None
+    run = method.start(model, X, es.Budget(macs=0.4), batches=batches)
+    run.held_out = list(data.holdout_batches()) if data.has_holdout else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model.train()
     step = 0
@@ -551,16 +551,16 @@ def run_until(data, method, *, stop_before, steps: int = 150):
         for x, y in data.train_batches(batch_size=64, epoch=step, seed=0):
             progress = (step + 1) / steps
             if stop_before and progress >= method.share:
-                return process, x, optimizer
+                return run, x, optimizer
             for group in optimizer.param_groups:
-                group["lr"] = 0.1 * process.rate(step / steps)
+                group["lr"] = 0.1 * run.rate(step / steps)
             optimizer.zero_grad()
-            (F.cross_entropy(model(x), y) + process.penalty()).backward()
+            (F.cross_entropy(model(x), y) + run.penalty()).backward()
             optimizer.step()
-            process.step(progress=progress, optimizer=optimizer)
+            run.step(progress=progress, optimizer=optimizer)
             step += 1
             if step == steps:
-                return process, x, optimizer
+                return run, x, optimizer
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
@@ -613,33 +613,31 @@ def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, ep
 def test_parallel_trials_do_not_touch_the_model(digits) -> None:
     data = set_aside(digits, 100)
     method = es.TTLC(search=4, workers=2, iterations=6, select=1.0)
-    process, _, _ = run_until(data, method, stop_before=True, steps=40)
-    process.trials.clear()
-    before = {n: t.clone() for n, t in process.model.state_dict().items()}
-    wanted = process.lc.wanted()
+    run, _, _ = run_until(data, method, stop_before=True, steps=40)
+    run.trials.clear()
+    before = {n: t.clone() for n, t in run.model.state_dict().items()}
+    wanted = run.lc.wanted()
     spectra = measure(wanted)
-    process.search(wanted, spectra)
-    assert all(torch.equal(t, before[n]) for n, t in process.model.state_dict().items())
-    assert [t["failed"] for t in process.trials] == [""] * 4
-    for trial in process.trials:  # what a worker finds on its copy is what the model itself gives
-        alone = process._loss_with(
-            process.model, process._fit(wanted, process._choose(spectra, trial["point"]), sweeps=0)
-        )
+    run.search(wanted, spectra)
+    assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
+    assert [t["failed"] for t in run.trials] == [""] * 4
+    for trial in run.trials:  # what a worker finds on its copy is what the model itself gives
+        alone = run._loss_with(run.model, run._fit(wanted, run._choose(spectra, trial["point"]), sweeps=0))
         assert trial["score"] == pytest.approx(alone, rel=1e-4)
 
 
 def test_the_course_of_the_search_is_recorded() -> None:
-    process = es.TTLC().start(net(), X, es.Budget(macs=0.4))
+    run = es.TTLC().start(net(), X, es.Budget(macs=0.4))
     scores = [0.7, None, 0.9, 0.4]
-    process.trials = [{"point": {"tt": 0.5}, "score": s, "failed": "" if s else "ValueError: x"} for s in scores]
-    process._record_search()
-    assert process.history["search"] == {
+    run.trials = [{"point": {"tt": 0.5}, "score": s, "failed": "" if s else "ValueError: x"} for s in scores]
+    run._record_search()
+    assert run.history["search"] == {
         "loss": [[1, 0.7], [3, 0.9], [4, 0.4]],
         "best": [[1, 0.7], [3, 0.7], [4, 0.4]],
         "feasible": [[1, 1.0], [2, 0.0], [3, 1.0], [4, 1.0]],
     }
-    assert process.history["search point"]["tt"] == [[n, 0.5] for n in (1, 2, 3, 4)]
-    drawing = ET.fromstring(as_file(search_curve(process.history["search"])))
+    assert run.history["search point"]["tt"] == [[n, 0.5] for n in (1, 2, 3, 4)]
+    drawing = ET.fromstring(as_file(search_curve(run.history["search"])))
     marks = [c.get("class") for c in drawing.iter("{http://www.w3.org/2000/svg}circle")]
     assert len(marks) == 4 and len(set(marks)) == 2
 
@@ -673,33 +671,31 @@ def test_a_run_leaves_its_figures(digits, tmp_path) -> None:
 @pytest.mark.parametrize("budget", [es.Budget(macs=0.2), es.Budget(macs=0.4, params=0.3)], ids=str)
 def test_equal_ranks_are_one_fraction_and_use_the_budget_up(form, budget) -> None:
     model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
-    process = es.TTLC(ranks="equal", forms=(form,)).start(model, X, budget)
-    spectra = measure(process.lc.wanted())
-    sequences = process._choose(spectra, {})
-    assert {c.name for n, c in sequences.items() if process.places[n].kernel == (3, 3)} == {form}
+    run = es.TTLC(ranks="equal", forms=(form,)).start(model, X, budget)
+    spectra = measure(run.lc.wanted())
+    sequences = run._choose(spectra, {})
+    assert {c.name for n, c in sequences.items() if run.places[n].kernel == (3, 3)} == {form}
     low, high = 0.0, 1.0  # what every rank says of the fraction: it is rounded, 1 at the least, or one more than that
     for name, taken in sequences.items():
-        wholes = [full_rank(process.places[name], taken.name)]
+        wholes = [full_rank(run.places[name], taken.name)]
         if taken.name in ("tucker", "tt"):
-            wholes = [process.places[name].in_channels, process.places[name].out_channels]
+            wholes = [run.places[name].in_channels, run.places[name].out_channels]
         for rank, whole in zip((taken.widths[0], taken.widths[-1]), wholes, strict=False):
             low, high = max(low, (rank - 1.5) / whole if rank > 2 else 0.0), min(high, (rank + 0.5) / whole)
     assert low <= high
-    wide = [n for n, p in process.places.items() if p.kernel == (3, 3) and p.in_channels > 1]
+    wide = [n for n, p in run.places.items() if p.kernel == (3, 3) and p.in_channels > 1]
     assert set(wide) <= sequences.keys()  # all of them, none dense
-    process.sequences = sequences
-    process.finish()
-    used = max(getattr(process.cost, m) / limit for m, limit in process.limits.items())
+    run.sequences = sequences
+    run.finish()
+    used = max(getattr(run.cost, m) / limit for m, limit in run.limits.items())
     assert 0.99 < used <= 1
 
 
 def test_equal_ranks_search_for_nothing_and_withhold_nothing() -> None:
     assert es.TTLC(ranks="equal").withholds == 0 and es.TTLC(ranks="energy").withholds == 1000
-    process = es.TTLC(ranks="equal").start(
-        net(), X, es.Budget(macs=0.4), batches=[(X, torch.zeros(1, dtype=torch.long))]
-    )
-    wanted = process.lc.wanted()
-    assert process.search(wanted, measure(wanted)) == {} and process.trials == []
+    run = es.TTLC(ranks="equal").start(net(), X, es.Budget(macs=0.4), batches=[(X, torch.zeros(1, dtype=torch.long))])
+    wanted = run.lc.wanted()
+    assert run.search(wanted, measure(wanted)) == {} and run.trials == []
     with pytest.raises(es.BudgetError, match="smallest reachable"):
         es.TTLC(ranks="equal").start(net(), X, es.Budget(macs=0.001))
 
@@ -709,25 +705,25 @@ def test_equal_ranks_search_for_nothing_and_withhold_nothing() -> None:
 def test_every_choice_of_ranks_runs_with_and_without_lc(digits, ranks, lc) -> None:
     data = set_aside(digits, 100)
     method = es.TTLC(ranks=ranks, search=2, lc=lc, iterations=4)
-    process, _, optimizer = run_until(data, method, stop_before=True, steps=60)
-    pulled = process.penalty()
+    run, _, optimizer = run_until(data, method, stop_before=True, steps=60)
+    pulled = run.penalty()
     assert bool(pulled > 0) if lc else pulled == 0.0
-    removed = process.step(progress=method.share, optimizer=optimizer)
-    assert removed is not None and process.replaced and process.cost.macs <= process.limits["macs"]
-    assert len(process.history["gap"]["all"]) == (4 if lc else 1)
-    assert len(process.trials) == (0 if ranks == "equal" else 2)
+    removed = run.step(progress=method.share, optimizer=optimizer)
+    assert removed is not None and run.replaced and run.cost.macs <= run.limits["macs"]
+    assert len(run.history["gap"]["all"]) == (4 if lc else 1)
+    assert len(run.trials) == (0 if ranks == "equal" else 2)
 
 
 def test_a_search_leaves_the_model_as_it_was_and_never_sees_test_images(digits) -> None:
     data = set_aside(digits, 100)
-    process, _, _ = run_until(data, es.TTLC(search=2, iterations=6, select=1.0), stop_before=True, steps=40)
-    process.trials.clear()
-    before = {n: t.clone() for n, t in process.model.state_dict().items()}
-    wanted = process.lc.wanted()
-    point = process.search(wanted, measure(wanted))
+    run, _, _ = run_until(data, es.TTLC(search=2, iterations=6, select=1.0), stop_before=True, steps=40)
+    run.trials.clear()
+    before = {n: t.clone() for n, t in run.model.state_dict().items()}
+    wanted = run.lc.wanted()
+    point = run.search(wanted, measure(wanted))
     assert set(point) == {"8x8", "4x4", "linear", "tt"}
-    assert all(torch.equal(t, before[n]) for n, t in process.model.state_dict().items())
-    assert len(process.trials) == 2
+    assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
+    assert len(run.trials) == 2
 
 
 def test_images_to_choose_by_are_not_trained_on(digits) -> None:
@@ -759,17 +755,17 @@ def test_what_cannot_take_a_form_stays_dense_with_its_reason() -> None:
             return self.fc(self.kept(self.frozen(x).relu()).mean((2, 3)))
 
     model = Odd()
-    process = es.TTLC(search=0).start(model, X, es.Budget(macs=0.75, protect=["kept"]))
-    assert process.skipped == {
+    run = es.TTLC(search=0).start(model, X, es.Budget(macs=0.75, protect=["kept"]))
+    assert run.skipped == {
         "circular": "padding mode 'circular'",
         "grouped": "grouped convolution",
         "frozen": "its weight is frozen",
         "kept": "protected",
     }
-    small = process.finish()
-    assert process.forced
+    small = run.finish()
+    assert run.forced
     assert isinstance(small.dilated, nn.Sequential) and isinstance(small.kept, nn.Conv2d)
-    assert cost(es.trace(small, X)).macs <= 0.75 * process.dense.macs
+    assert cost(es.trace(small, X)).macs <= 0.75 * run.dense.macs
 
 
 def test_a_layer_called_by_the_name_of_its_input_stays_dense_with_its_reason() -> None:
@@ -787,17 +783,17 @@ def test_a_layer_called_by_the_name_of_its_input_stays_dense_with_its_reason() -
 
 
 def test_only_the_forms_that_are_asked_for_are_used() -> None:
-    process = es.TTLC(search=0, forms=("tt",)).start(net(), X, es.Budget(macs=0.4))
-    process.finish()
-    assert {c.name for n, c in process.sequences.items() if process.places[n].kernel != (1, 1)} == {"tt"}
+    run = es.TTLC(search=0, forms=("tt",)).start(net(), X, es.Budget(macs=0.4))
+    run.finish()
+    assert {c.name for n, c in run.sequences.items() if run.places[n].kernel != (1, 1)} == {"tt"}
 
 
 def test_collapsed_proposals_are_floored_and_reported() -> None:
-    process = es.TTLC(search=0, floor=0.25).start(net(), X, es.Budget(macs=0.4))
-    weights = {n: torch.randn_like(w) for n, w in process.lc.weights.items()}  # pure noise: EVBMF finds nothing in it
-    process._choose(measure(weights), {})
-    assert process.proposal("5", measure(weights)["5"]) == (8, 8)
-    assert process.collapsed["5"] == (0, 0)
+    run = es.TTLC(search=0, floor=0.25).start(net(), X, es.Budget(macs=0.4))
+    weights = {n: torch.randn_like(w) for n, w in run.lc.weights.items()}  # pure noise: EVBMF finds nothing in it
+    run._choose(measure(weights), {})
+    assert run.proposal("5", measure(weights)["5"]) == (8, 8)
+    assert run.collapsed["5"] == (0, 0)
 
 
 def test_budgets_that_cannot_be_met_fail_at_once() -> None:
@@ -834,25 +830,25 @@ def one_iteration(model: nn.Module, images: torch.Tensor) -> None:
     """After one LC iteration and the replacement ``verify`` holds, saving and counting included."""
     model.eval()
     dense, budget = copy.deepcopy(model), es.Budget(macs=0.6)
-    process = es.TTLC(search=0, sweeps=1).start(model, images, budget)
-    process._c_step(0.1)
-    small = process.finish()
-    assert process.sequences
-    proof = es.verify(dense, process.graph, process.plan, images, small=small, budget=budget).require()
+    run = es.TTLC(search=0, sweeps=1).start(model, images, budget)
+    run._c_step(0.1)
+    small = run.finish()
+    assert run.sequences
+    proof = es.verify(dense, run.graph, run.plan, images, small=small, budget=budget).require()
     assert [c.name for c in proof.checks][1] == "small equals composed"
 
 
 def test_a_factorised_network_that_computes_something_else_is_named() -> None:
     model, images = es.build_model("resnet20", num_classes=10).eval(), torch.zeros(1, 3, 32, 32)
     dense = copy.deepcopy(model)
-    process = es.TTLC(search=0).start(model, images, es.Budget(macs=0.6))
-    process._c_step(0.1)
-    small = process.finish()
+    run = es.TTLC(search=0).start(model, images, es.Budget(macs=0.6))
+    run._c_step(0.1)
+    small = run.finish()
     with pytest.raises(ValueError, match=r"another form, 'conv1:form' first|give what its finish"):
-        es.verify(dense, process.graph, process.plan, images)
-    row = small.get_submodule(next(n for n in process.sequences if process.places[n].kernel == (3, 3) and n != "conv1"))
+        es.verify(dense, run.graph, run.plan, images)
+    row = small.get_submodule(next(n for n in run.sequences if run.places[n].kernel == (3, 3) and n != "conv1"))
     row[0].padding_mode = row[-1].padding_mode = "circular"  # the same cost and weights, another function
-    proof = es.verify(dense, process.graph, process.plan, images, small=small)
+    proof = es.verify(dense, run.graph, run.plan, images, small=small)
     assert [c.name for c in proof.checks if not c.passed] == ["small equals composed"]
 
 

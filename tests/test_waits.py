@@ -43,17 +43,17 @@ def test_waits_are_counted(ask: Callable[[Tensor], object], copied: Counter[str]
 @pytest.mark.parametrize("method", [es.TCP(), es.MGP()], ids=["TCP", "MGP"])
 def test_an_ordinary_step_waits_once_at_most(method: FadingMethod, copied: Counter[str]) -> None:
     model = network()
-    process = method.start(model, EXAMPLE, es.Budget(macs=0.5))
-    assert isinstance(process, Fading)
+    run = method.start(model, EXAMPLE, es.Budget(macs=0.5))
+    assert isinstance(run, Fading)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     waits: dict[str, list[int]] = {}
     for step in range(STEPS):
-        train_step_waits = _waits(copied, lambda step=step: train_step(process, optimizer, step))
-        decided, done = process._decided, process.done
+        train_step_waits = _waits(copied, lambda step=step: train_step(run, optimizer, step))
+        decided, done = run._decided, run.done
         with Waits(copied) as counted:
-            removed = process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-        event = removed is not None or process._decided != decided
-        phase = "done" if done else "event" if event else "pressing" if process._busy else "before"
+            removed = run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+        event = removed is not None or run._decided != decided
+        phase = "done" if done else "event" if event else "pressing" if run._busy else "before"
         waits.setdefault(phase, []).append(counted.waits + train_step_waits)
         if done:
             assert counted.operations == 0
@@ -72,14 +72,14 @@ def _waits(copied: Counter[str], act: Callable[[], None]) -> int:
 
 def test_a_step_of_dprp_between_events_never_waits(copied: Counter[str]) -> None:
     model = network()
-    process = es.DPRP().start(model, EXAMPLE, es.Budget(macs=0.5))
+    run = es.DPRP().start(model, EXAMPLE, es.Budget(macs=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     waits: dict[str, list[int]] = {}
     for step in range(STEPS):
-        before = _waits(copied, lambda step=step: train_step(process, optimizer, step))
-        done = process.done
+        before = _waits(copied, lambda step=step: train_step(run, optimizer, step))
+        done = run.done
         with Waits(copied) as counted:
-            removed = process.step(progress=(step + 1) / STEPS, optimizer=optimizer)
+            removed = run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
         phase = "event" if removed is not None else "done" if done else "between"
         waits.setdefault(phase, []).append(counted.waits + before)
         if done:

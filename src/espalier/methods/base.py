@@ -42,7 +42,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
 @dataclass(frozen=True)
 class Removed:
-    """A process has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights.
+    """A run has changed the model during training; ``kept`` says what stayed, for whoever holds copies of weights.
 
     Tensors in ``renewed`` hold something else than before, though their shapes may be the same: copies begin anew.
     The factors of the layers in ``turned`` are in another basis, after what is cut has gone: copies follow.
@@ -58,7 +58,7 @@ class Removed:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a process stands, for progress bars and logs."""
+    """Where a run stands, for progress bars and logs."""
 
     cost: Cost  # of the network as it is executed now
     strength: float  # how hard the method presses at present, in its own unit; 0 when done
@@ -99,8 +99,8 @@ class Method(Settings, ABC):
 class Run(ABC):
     """One run of a method on one model.
 
-    In a training loop: ``loss + process.penalty()``, ``optimizer.step()``, then ``process.step(...)``; at the end
-    ``process.finish()`` returns the small model.
+    In a training loop: ``loss + run.penalty()``, ``optimizer.step()``, then ``run.step(...)``; at the end
+    ``run.finish()`` returns the small model.
     """
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, *, dense: nn.Module | None = None) -> None:
@@ -119,7 +119,7 @@ class Run(ABC):
         self.skipped: dict[str, str] = {}  # layer that the method leaves as it is -> why
         # what can be plotted, kind -> layer -> (progress, value): kept in checkpoints, written into the run's folder
         self.history: dict[str, dict[str, list[list[float]]]] = {}
-        self.folder: Path | None = None  # of the run, for a process that stores something of its own on the way
+        self.folder: Path | None = None  # of the run, for one that stores something of its own on the way
         self._asked = False  # for the learning rate
         self._seen: int | None = None  # the optimiser that ``checked`` was called with
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again

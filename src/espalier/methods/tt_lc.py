@@ -141,7 +141,7 @@ class TTLC(Method):
         return self.iterations if self.lc else 1
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> TTLCRun:
-        """``batches`` estimate BatchNorm for the search, which scores on ``held_out`` of the process, or else on them too.
+        """``batches`` estimate BatchNorm for the search, which scores on ``held_out`` of the run, or else on them too.
 
         Without either, as in a loop of one's own, nothing is searched.
         """

@@ -92,7 +92,7 @@ def damage_said(where: str | os.PathLike[str]) -> Iterator[None]:
 def rebuild_from_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Give ``model``, the dense one a run began with, the structure and weights of a checkpoint, in place.
 
-    To resume a run with a process: rebuild, start the process on the result, then ``train(...,
+    To resume a run of a method: rebuild, start the method on the result, then ``train(...,
     resume=True)``.
 
     Raises: ValueError if the checkpoint is of another model; ``model`` is as it was then.

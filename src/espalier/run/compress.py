@@ -6,8 +6,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,37 @@ def compress(
         job.judge(earlier, trained, dense_result)
         job.describe(earlier, config or {})
         with seeded(recipe.seed, job.device):
-            job.start(folder, resumes=earlier is not None)
-            job.begin(folder, resumes=earlier is not None)
+            job.place(folder, resumes=earlier is not None)
+            if job.cuts:
+                with job.cutting():
+                    run = method.start(job.small, example, job.budget_now, batches=job.few_batches())
+                job.started(run)
+            job.write_down(resumes=earlier is not None)
             if on_dense is not None and job.dense_result:
                 on_dense(job.dense_result, job.teacher is not None)
-            job.train(on_epoch, on_step)
+            if job.source is not None and recipe.epochs:
+                history = train(
+                    job.small,
+                    job.source,
+                    recipe,
+                    run=job.run,
+                    teacher=job.teacher,
+                    task=task,
+                    checkpoint=job.checkpoint,
+                    resume=job.goes_on,
+                    on_epoch=job.logged(on_epoch),
+                    on_step=on_step,
+                )
+                job.history = _with_cost(history, job.constant)
+            if job.run is not None:
+                with job.cutting():
+                    job.small = job.run.finish()
+                job.finished(job.run)
         return job.result(verify=verify)
 
 
 class _Job:
-    """One call of ``compress``, step by step."""
+    """What one call of ``compress`` has to do and has found; ``compress`` itself goes step by step."""
 
     def __init__(
         self,
@@ -215,6 +237,8 @@ class _Job:
         self.dense = cost(self.budget.timed(trace(model, example)))
         self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
+        self.run: Run | None = None  # of a method that works while the network trains
+        self.history = History()
         self.plan: Plan | None = None
         self.graph: Graph | None = None
         self.course: dict[str, Any] = {}
@@ -239,30 +263,43 @@ class _Job:
             self.teacher = reference
         check_fit(reference, self.source, self.recipe, teacher=self.teacher, task=self.task)
 
-    def start(self, folder: Path | None, *, resumes: bool) -> None:
-        """Begin on a copy of the network, as it is or as the checkpoint has it."""
+    def place(self, folder: Path | None, *, resumes: bool) -> None:
+        """A copy of the network where it is going to be trained, as it is or as the checkpoint has it."""
+        self.folder = folder
         self.checkpoint = None if folder is None else folder / CHECKPOINT
         self.goes_on = resumes and self.checkpoint is not None and self.checkpoint.exists()
-        small = copy_model(self.model, {}).to(self.device)
+        self.small = copy_model(self.model, {}).to(self.device)
         if self.goes_on and self.checkpoint is not None:
-            rebuild_from_checkpoint(small, self.checkpoint)
-        self.process: Run | None = None
+            rebuild_from_checkpoint(self.small, self.checkpoint)
+            if not self.method.trains:
+                self._recall(folder)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the method has something to do still."""
+        return self.method.trains or not self.goes_on
+
+    @property
+    def budget_now(self) -> Budget:
+        """Fractions are of the network that the run began with, not of what is left of it by now."""
+        return self._absolute_budget() if self.goes_on and self.limited else self.budget
+
+    @contextmanager
+    def cutting(self) -> Iterator[None]:
+        """Inside it is the method's time."""
         begun = time.perf_counter()
-        if self.method.trains:
-            # Fractions are of the network that the run began with, not of what is left of it by now.
-            budget = self._absolute_budget() if self.goes_on and self.limited else self.budget
-            self.process = self.method.start(small, self.example, budget, batches=self._few_batches())
-            self.process.folder = folder
-            if self.method.withholds and self.source is not None and self.source.has_holdout:
-                self.process.held_out = _HeldOut(self.source, self.device)
-        elif not self.goes_on:
-            at_once = self.method.start(small, self.example, self.budget, batches=self._few_batches())
-            small = at_once.finish()
-            self._take_from(at_once)
-        else:
-            self._recall(folder)
+        yield
         self.cut_seconds += time.perf_counter() - begun
-        self.small = small
+
+    def started(self, run: Run) -> None:
+        """The method has begun, or is through with everything."""
+        if not self.method.trains:
+            self.small = run.finish()
+            self._take_from(run)
+            return
+        self.run, run.folder = run, self.folder
+        if self.method.withholds and self.source is not None and self.source.has_holdout:
+            run.held_out = _HeldOut(self.source, self.device)
 
     def _recall(self, folder: Path | None) -> None:
         """What a method that acted at once has recorded and decided: the checkpoint does not hold it."""
@@ -275,7 +312,7 @@ class _Job:
             self.course = read_sealed(folder / HISTORY)
             self.skipped = self.course.pop("skipped", None) or self.course.pop("left", {})  # older runs: "left"
 
-    def _few_batches(self) -> list[Batch] | None:
+    def few_batches(self) -> list[Batch] | None:
         """A few training batches on the device, for methods that measure before they cut."""
         if self.source is None:
             return self.calibration and [(x.to(self.home), y.to(self.home)) for x, y in self.calibration]
@@ -305,54 +342,42 @@ class _Job:
         if earlier is not None:
             _check_same(earlier, self.config)
 
-    def begin(self, folder: Path | None, *, resumes: bool) -> None:
-        """Write down what is going to be done."""
-        self.folder = folder
-        if folder is not None and not resumes:
-            begin_folder(folder, self.config)
+    def write_down(self, *, resumes: bool) -> None:
+        """What is going to be done, and the plan of a method that is through."""
+        if self.folder is not None and not resumes:
+            begin_folder(self.folder, self.config)
             if isinstance(self.budget.profile, Profile):
-                save_profile(self.budget.profile, folder / PROFILE)
+                save_profile(self.budget.profile, self.folder / PROFILE)
             self._write_plan()
 
-    def train(self, on_epoch: OnEpoch | None, on_step: OnStep | None) -> None:
-        """Train, with the method at work or after it, and let the method finish."""
-        self.history = History()
-        if self.source is not None and self.recipe.epochs:
-            constant = {} if self.method.trains else cost(trace(self.small, self.example)).counts
+    def logged(self, on_epoch: OnEpoch | None) -> OnEpoch:
+        """``on_epoch``, and before it the log."""
+        constant = self.constant
 
-            def after_epoch(history: History) -> None:
-                history = _with_cost(history, constant)
-                if self.folder is not None:
-                    write_log(self.folder / LOG, history.epochs, Epoch, metric=self.task.metric.name)
-                    if self.process is not None:
-                        add_widths(self.folder / WIDTHS, history.last.epoch, self.process.widths)
-                if on_epoch is not None:
-                    on_epoch(history)
+        def after_epoch(history: History) -> None:
+            history = _with_cost(history, constant)
+            if self.folder is not None:
+                write_log(self.folder / LOG, history.epochs, Epoch, metric=self.task.metric.name)
+                if self.run is not None:
+                    add_widths(self.folder / WIDTHS, history.last.epoch, self.run.widths)
+            if on_epoch is not None:
+                on_epoch(history)
 
-            history = train(
-                self.small,
-                self.source,
-                self.recipe,
-                process=self.process,
-                teacher=self.teacher,
-                task=self.task,
-                checkpoint=self.checkpoint,
-                resume=self.goes_on,
-                on_epoch=after_epoch,
-                on_step=on_step,
-            )
-            self.history = _with_cost(history, constant)
-        if self.process is not None:
-            begun = time.perf_counter()
-            self.small = self.process.finish()
-            self.cut_seconds += time.perf_counter() - begun
-            self._take_from(self.process)
-            self._write_plan()
+        return after_epoch
 
-    def _take_from(self, process: Run) -> None:
-        self.plan, self.graph = process.plan, process.dense_graph
-        self.course, self.skipped = process.history, process.skipped
-        self.counted = process.counted
+    @cached_property
+    def constant(self) -> dict[str, int]:
+        """The cost where training does not change it."""
+        return {} if self.method.trains else cost(trace(self.small, self.example)).counts
+
+    def finished(self, run: Run) -> None:
+        self._take_from(run)
+        self._write_plan()
+
+    def _take_from(self, run: Run) -> None:
+        self.plan, self.graph = run.plan, run.dense_graph
+        self.course, self.skipped = run.history, run.skipped
+        self.counted = run.counted
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:

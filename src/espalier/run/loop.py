@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from espalier.copies import copy_model
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
-from espalier.methods.base import Run
+from espalier.methods.base import Removed, Run
 from espalier.methods.scoring import buffers_kept
 from espalier.run.batches import Source
 from espalier.run.checkpoint import (
@@ -55,8 +55,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the log.  Costs, strength and remaining mass are those after the epoch; ``None`` without a
-    process."""
+    """One line of the log.  Costs, strength and remaining mass are those after the epoch; ``None`` without a run."""
 
     epoch: int  # from 1 on
     loss: float  # mean of what was minimised, penalty included
@@ -110,7 +109,7 @@ def train(
     data: Source,
     recipe: Recipe,
     *,
-    process: Run | None = None,
+    run: Run | None = None,
     teacher: nn.Module | None = None,
     task: Task | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -118,10 +117,10 @@ def train(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
 ) -> History:
-    """Train ``model`` for ``task`` (default: a classifier), in place, and return what happened; with a ``process`` it is
+    """Train ``model`` for ``task`` (default: a classifier), in place, and return what happened; with a ``run`` it is
     compressed meanwhile.
 
-    ``process`` has been started on ``model``; call its ``finish()`` afterwards.  With a ``teacher`` the loss
+    ``run`` has been started on ``model``; call its ``finish()`` afterwards.  With a ``teacher`` the loss
     is ``(1 - w) * loss + w * task.follow(...)``, the latter for classifiers ``T^2 * KL(teacher || model)`` of predictions
     softened by ``T = recipe.temperature`` (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015).
 
@@ -140,29 +139,37 @@ def train(
         raise ValueError("train(resume=True): say where the checkpoint is: checkpoint=PATH")
     if path is not None and path.exists() and not resume:
         raise ValueError(f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place")
-    if process is not None and any(p.device != device for p in model.parameters()):
-        raise ValueError(f"train: move the model to {device} before the process is started on it")
+    if run is not None and any(p.device != device for p in model.parameters()):
+        raise ValueError(f"train: move the model to {device} before the run is started on it")
     with thread_count(recipe.threads), seeded(recipe.seed, device):
         content = read_checkpoint(path) if path is not None and path.exists() else None
-        if content is not None and process is not None and not same_structure(model, content):
+        if content is not None and run is not None and not same_structure(model, content):
             raise ValueError(
                 f"{path}: the model has another structure than this checkpoint; first "
-                "rebuild_from_checkpoint(model, path), then start the process on it"
+                "rebuild_from_checkpoint(model, path), then start the run on it"
             )
-        run = _Run(model, data, recipe, device, process, teacher, path, task or Classification())
-        check_fit(model, run.data, recipe, teacher=run.teacher, task=run.task)
+        loop = _Loop(model, data, recipe, device, run, teacher, path, task or Classification())
+        check_fit(model, loop.data, recipe, teacher=loop.teacher, task=loop.task)
         if content is not None:
-            run.load(content)
-        with nullcontext(bool) if path is None else sigterm_noticed() as run.told_to_stop:
-            while len(run.history.epochs) < recipe.epochs:
-                run.epoch(on_step)
+            loop.load(content)
+        with nullcontext(bool) if path is None else sigterm_noticed() as loop.told_to_stop:
+            while len(loop.history.epochs) < recipe.epochs:
+                with running(loop.replay):
+                    for x, y in loop.batches():
+                        loop.learn(x, y)
+                        if run is not None:
+                            with loop.divergence_named():
+                                removed = run.step(progress=loop.progress, optimizer=loop.optimizer)
+                            loop.follow(removed)
+                        loop.end_step(on_step)
+                loop.end_epoch()
                 if on_epoch is not None:
-                    on_epoch(run.history)
-                if run.told_to_stop():
-                    run.stop()
-        if run.average is not None:
-            run.average.swap(model)
-    return run.history
+                    on_epoch(loop.history)
+                if loop.told_to_stop():
+                    loop.stop()
+        if loop.average is not None:
+            loop.average.swap(model)
+    return loop.history
 
 
 def check_fit(
@@ -270,8 +277,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 
 
-class _Run:
-    """The state of one training run."""
+class _Loop:
+    """The state of the training loop."""
 
     def __init__(
         self,
@@ -279,7 +286,7 @@ class _Run:
         data: Source,
         recipe: Recipe,
         device: torch.device,
-        process: Run | None,
+        run: Run | None,
         teacher: nn.Module | None,
         path: Path | None,
         task: Task,
@@ -292,12 +299,13 @@ class _Run:
             self.teacher = _placed(copy_model(teacher, {}), device, recipe).eval()
         self.teacher_print = fingerprint(self.teacher)
         self.data = data.to(device) if isinstance(data, Data) else data
-        self.recipe, self.device, self.process, self.path = recipe, device, process, path
+        self.recipe, self.device, self.run, self.path = recipe, device, run, path
         self.steps = data.steps(recipe.batch_size)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.history = History()
         self.done = 0  # steps of the whole run
         self.kept_checkpoint = 0  # the epoch that lies on disk
+        self.now = _Pass(device)
         self.begun: _Pass | None = None  # the epoch that a checkpoint was written in the middle of
         self.told_to_stop: Callable[[], bool] = bool
         self._begin()
@@ -309,111 +317,54 @@ class _Run:
         recorder = recorder_for(self.device, wanted=self.recipe.graphs)
         self.replay = None if recorder is None else Replay(self._compute, self.model, recorder=recorder)
 
-    # -- training --------------------------------------------------------------------------------------------
+    @property
+    def progress(self) -> float:
+        """Share of the whole run that is done."""
+        return self.done / (self.recipe.epochs * self.steps)
 
-    def epoch(self, on_step: OnStep | None) -> None:
-        """Train one epoch, evaluate, write the checkpoint."""
-        found = self._pass(on_step)
-        tested = self._evaluate()
-        test_loss = tested.get("loss")
-        if test_loss is not None and not math.isfinite(test_loss):
-            self._diverged(self.steps, f"the test loss is {test_loss}")
-        metric = self.task.metric.name
-        epoch = Epoch(
-            epoch=len(self.history.epochs) + 1,
-            loss=found.losses.mean,
-            train_accuracy=None if found.correct is None else 100.0 * int(found.correct) / found.images,
-            accuracy=tested.get("accuracy"),
-            test_loss=test_loss,
-            metric=None if metric == "accuracy" else tested[metric],
-            lr=self.optimizer.param_groups[0]["lr"],
-            seconds=found.seconds,
-            removals=found.removals,
-        )
-        self.history = History((*self.history.epochs, self._with_status(epoch)))
-        self._save()
+    # -- one epoch -------------------------------------------------------------------------------------------
 
-    def _pass(self, on_step: OnStep | None) -> _Pass:
-        """Once through the training images, or through the rest of them after a stop."""
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Inputs and targets on the device, once through the training images, or through the rest of them after a stop."""
         number, recipe = len(self.history.epochs), self.recipe
-        found, self.begun = self.begun or _Pass(self.device), None
+        self.now, self.begun = self.begun or _Pass(self.device), None
         gone, resumed_at = 0, random_state(self.device)
-        begin = time.perf_counter()
+        self.now.begin = time.perf_counter()
         self.model.train()
-        with running(self.replay):
-            for batch in self.data.train_batches(
-                batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
-            ):
-                if gone < found.done:
-                    gone += 1
-                    if gone == found.done:  # loading them drew numbers
-                        restore_random_state(resumed_at, self.device)
-                    continue
-                self._step(batch, found)
-                if on_step is not None:
-                    on_step(Step(number + 1, recipe.epochs, found.losses.seen, self.steps))
-                if self.told_to_stop() and found.losses.seen < self.steps:
-                    self._look_at(found.losses)
-                    self._check_weights(found.losses)
-                    found.seconds += time.perf_counter() - begin
-                    self.begun = found
-                    self.stop()
-        self._look_at(found.losses)
-        if found.losses.seen != self.steps:
-            raise ValueError(f"the data promised {self.steps} batches in an epoch and gave {found.losses.seen}")
-        self._check_weights(found.losses)
-        found.seconds += time.perf_counter() - begin
-        return found
+        for batch in self.data.train_batches(
+            batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
+        ):
+            if gone < self.now.done:
+                gone += 1
+                if gone == self.now.done:  # loading them drew numbers
+                    restore_random_state(resumed_at, self.device)
+                continue
+            if self.now.losses.seen == self.steps:
+                raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
+            yield moved(self.task.split(batch), self.device)
 
-    def _step(self, batch: Any, found: _Pass) -> None:
-        if found.losses.seen == self.steps:
-            raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
-        x, y = moved(self.task.split(batch), self.device)
-        self._set_rate()
-        found.add(self._forward_backward(x, y, found.losses), image_count(x))
-        self._update()
-        found.removals += self._compress(found.losses)
-        if self.average is not None:
-            self.average.update(self.model)
-        if found.losses.full:
-            self._look_at(found.losses)
-
-    def stop(self) -> NoReturn:
-        """Write the checkpoint of this very step and end."""
-        where = f"after epoch {len(self.history.epochs)}"
-        if self.begun is not None:
-            where = f"in epoch {len(self.history.epochs) + 1} after step {self.begun.losses.seen} of {self.steps}"
-            self._save()
-        raise TrainingStopped(
-            f"stopped by SIGTERM {where}; the checkpoint of there is in {self.path}: "
-            "the same call with resume=True goes on exactly"
-        )
-
-    def _set_rate(self) -> None:
+    def learn(self, x: Any, y: Any) -> None:
+        """Forward, backward, and a step of the optimiser."""
+        rate = None if self.run is None else self.run.rate(self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.done)
-
-    def _rate(self, step: int) -> float:
-        wanted = None if self.process is None else self.process.rate(step / (self.recipe.epochs * self.steps))
-        return learning_rate(self.recipe, step, self.steps) if wanted is None else wanted * self.recipe.lr
-
-    def _forward_backward(self, x: Any, y: Any, losses: _Losses) -> Tensor | None:
-        """Returns how many were right, still on the device, where the task counts them."""
-        if self.replay is not None:
-            penalty = self._penalty()
-            added = penalty if isinstance(penalty, Tensor) else None
-            loss, right = self.replay(x, y, penalty=added)
-            losses.add(loss + penalty)
-            return right
-        loss, hits = self._forward(x, y)
-        loss = loss + self._penalty()
-        losses.add(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        return hits
-
-    def _penalty(self) -> Tensor | float:
-        return 0.0 if self.process is None else self.process.penalty()
+            group["lr"] = learning_rate(self.recipe, self.done, self.steps) if rate is None else rate * self.recipe.lr
+        if self.replay is None:
+            loss, hits = self._forward(x, y)
+            loss = loss + (0.0 if self.run is None else self.run.penalty())
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+        else:
+            penalty = 0.0 if self.run is None else self.run.penalty()
+            loss, hits = self.replay(x, y, penalty=penalty if isinstance(penalty, Tensor) else None)
+            loss = loss + penalty
+        self.now.add(loss, hits, image_count(x))  # hits are on the device still
+        if self.recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.done += 1
 
     def _compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """What is recorded where steps are replayed."""
@@ -435,46 +386,91 @@ class _Run:
             loss = (1.0 - self.distill) * loss + self.distill * apart
         return loss, self.task.hits(output, y)
 
-    def _update(self) -> None:
-        if self.recipe.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.done += 1
-
-    def _compress(self, losses: _Losses) -> int:
-        """Let the process act; returns 1 if it removed something."""
-        if self.process is None:
-            return 0
+    @contextmanager
+    def divergence_named(self) -> Iterator[None]:
+        """A method stumbles over NaN before the loop looks: name the cause, and then the symptom."""
         try:
-            progress = self.done / (self.recipe.epochs * self.steps)
-            removed = self.process.step(progress=progress, optimizer=self.optimizer)
+            yield
         except Exception as error:
-            # a method stumbles over NaN before the loop looks: name the cause, and then the symptom
-            self._look_at(losses)
-            self._check_weights(losses, f" ({first_line(error)})")
+            self._look_at_losses()
+            self._check_weights(f" ({first_line(error)})")
             raise
+
+    def follow(self, removed: Removed | None) -> None:
+        """What holds tensors of the model beside it moves on with them."""
         if removed is None:
-            return 0
+            return
         if self.replay is not None and removed.rebuilt:
             self.replay.forget()
         if self.average is not None:
             self.average.cut(removed.kept, self.model, renewed=removed.renewed, turned=removed.turned)
-        return int(bool(removed.kept))
+        self.now.removals += bool(removed.kept)
+
+    def end_step(self, on_step: OnStep | None) -> None:
+        """Average, look at the losses now and then, and stop where that was asked for."""
+        if self.average is not None:
+            self.average.update(self.model)
+        if self.now.losses.full:
+            self._look_at_losses()
+        if on_step is not None:
+            on_step(Step(len(self.history.epochs) + 1, self.recipe.epochs, self.now.losses.seen, self.steps))
+        if self.told_to_stop() and self.now.losses.seen < self.steps:
+            self._close_pass()
+            self.begun = self.now
+            self.stop()
+
+    def end_epoch(self) -> None:
+        """Evaluate, and write the checkpoint."""
+        found = self.now
+        self._close_pass()
+        if found.losses.seen != self.steps:
+            raise ValueError(f"the data promised {self.steps} batches in an epoch and gave {found.losses.seen}")
+        tested = self._evaluate()
+        test_loss = tested.get("loss")
+        if test_loss is not None and not math.isfinite(test_loss):
+            self._diverged(self.steps, f"the test loss is {test_loss}")
+        metric = self.task.metric.name
+        epoch = Epoch(
+            epoch=len(self.history.epochs) + 1,
+            loss=found.losses.mean,
+            train_accuracy=None if found.correct is None else 100.0 * int(found.correct) / found.images,
+            accuracy=tested.get("accuracy"),
+            test_loss=test_loss,
+            metric=None if metric == "accuracy" else tested[metric],
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=found.seconds,
+            removals=found.removals,
+        )
+        self.history = History((*self.history.epochs, self._with_status(epoch)))
+        self._save()
+
+    def _close_pass(self) -> None:
+        self._look_at_losses()
+        self._check_weights()
+        self.now.seconds += time.perf_counter() - self.now.begin
+
+    def stop(self) -> NoReturn:
+        """Write the checkpoint of this very step and end."""
+        where = f"after epoch {len(self.history.epochs)}"
+        if self.begun is not None:
+            where = f"in epoch {len(self.history.epochs) + 1} after step {self.begun.losses.seen} of {self.steps}"
+            self._save()
+        raise TrainingStopped(
+            f"stopped by SIGTERM {where}; the checkpoint of there is in {self.path}: "
+            "the same call with resume=True goes on exactly"
+        )
 
     # -- looking ---------------------------------------------------------------------------------------------
 
-    def _look_at(self, losses: _Losses) -> None:
-        bad = losses.read()
+    def _look_at_losses(self) -> None:
+        bad = self.now.losses.read()
         if bad is not None:
             self._diverged(bad[0], f"the loss is {bad[1]}")
 
-    def _check_weights(self, losses: _Losses, symptom: str = "") -> None:
+    def _check_weights(self, symptom: str = "") -> None:
         finite = torch.stack([torch.isfinite(p.detach()).all() for p in self.model.parameters()]).all()
         if not bool(finite):
-            self._diverged(losses.seen, f"weights are not finite{symptom}")
+            self._diverged(self.now.losses.seen, f"weights are not finite{symptom}")
 
     def _diverged(self, step: int, what: str) -> None:
         epoch = len(self.history.epochs) + 1
@@ -497,9 +493,9 @@ class _Run:
                 self.average.swap(self.model)
 
     def _with_status(self, epoch: Epoch) -> Epoch:
-        if self.process is None:
+        if self.run is None:
             return epoch
-        status = self.process.status
+        status = self.run.status
         strength, remaining = float(status.strength), float(status.remaining)
         return replace(epoch, **status.cost.counts, strength=strength, remaining=remaining)
 
@@ -515,7 +511,7 @@ class _Run:
             "structure": structure(self.model),
             "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
-            "process": None if self.process is None else self.process.state_dict(model=False),
+            "process": None if self.run is None else self.run.state_dict(model=False),
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
@@ -534,7 +530,7 @@ class _Run:
             "batches in an epoch": self.steps,
             "classes": self.data.num_classes,
             "teacher's weights": self.teacher_print,
-            "process": None if self.process is None else type(self.process).__name__,
+            "process": None if self.run is None else type(self.run).__name__,
             **(
                 {}
                 if isinstance(self.task, Classification) and not self.task.multi_label
@@ -567,8 +563,8 @@ class _Run:
             take_over(self.model, content, where=str(self.path))
             self._begin()
             load_optimizer_state(self.model, self.optimizer, content["optimizer"])
-            if self.process is not None:
-                self.process.load_state_dict(content["process"])
+            if self.run is not None:
+                self.run.load_state_dict(content["process"])
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
             self.scaler.load_state_dict(content["scaler"])
@@ -626,10 +622,11 @@ class _Pass:
         self.losses = _Losses(device)
         self.correct: Tensor | None = torch.zeros((), dtype=torch.int64, device=device)
         self.images = self.removals = 0
-        self.seconds = 0.0
+        self.seconds = self.begin = 0.0  # begin: by the clock, since the last stop
         self.done = 0  # steps before a stop
 
-    def add(self, right: Tensor | None, images: int) -> None:
+    def add(self, loss: Tensor, right: Tensor | None, images: int) -> None:
+        self.losses.add(loss)
         self.correct = None if right is None or self.correct is None else self.correct + right
         self.images += images
 
