@@ -63,16 +63,16 @@ def test_a_graph_of_another_model_is_refused() -> None:
 
 
 class Gated(nn.Module):
-    """Keeps the width of its child as a number."""
+    """Keeps the width of its child where nobody sees it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.width = channels
+        self._width = channels
         self.conv = nn.Conv2d(3, 2 * channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        return y[:, : self.width] * y[:, self.width :].sigmoid()
+        return y[:, : self._width] * y[:, self._width :].sigmoid()
 
 
 def gated() -> nn.Module:
@@ -83,17 +83,17 @@ def test_a_module_that_repeats_the_width_of_its_child_is_refreshed(monkeypatch: 
     assert not trace(gated(), EXAMPLE).groups
 
     def refresh_gated(module: Gated, name: str, kept: object, width: int | None) -> None:
-        module.width = module.conv.out_channels // 2  # the child's own numbers are true already
+        module._width = module.conv.out_channels // 2  # the child's own numbers are true already
 
     monkeypatch.setitem(carving.REFRESH, Gated, refresh_gated)
-    monkeypatch.setitem(ATTRIBUTES, Gated, ("width",))
+    monkeypatch.setitem(ATTRIBUTES, Gated, ("_width",))
     model = gated()
     graph = trace(model, EXAMPLE)
     assert [g.size for g in graph.groups] == [12]
     budget = Budget(macs=0.5)
     plan = solve(graph, {g.name: np.arange(g.size) + 1.0 for g in graph.groups}, budget)
     verify(model, graph, plan, EXAMPLE, budget=budget, fresh=gated).require()
-    assert shrink(model, graph, plan)[0].width == len(plan.keep[graph.groups[0].name])  # type: ignore[index]
+    assert shrink(model, graph, plan)[0]._width == len(plan.keep[graph.groups[0].name])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,10 +15,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from espalier.copies import copy_model, named_modules, tensors_of_modules
-from espalier.layers import ChannelPad
 
 Kept = dict[str, dict[int, np.ndarray]]
-"""Tensor name -> dimension -> sorted indices that stay.  ``module#before``, ``#after`` and ``#channels`` name plain numbers."""
+"""Tensor name -> dimension -> sorted indices that stay.  A plain number of a module is named by ``number_name``."""
+
+
+def number_name(module: str, key: str) -> str:
+    """How the number ``key`` of ``module`` is named among tensors; ``key.1`` is the second of several."""
+    return f"{module}#{key}"
+
+
+def number_named(name: str) -> tuple[str, str] | None:
+    """Module and key of a number; ``None`` of a tensor."""
+    module, mark, key = name.partition("#")
+    return (module, key) if mark else None
 
 
 def carve(
@@ -74,7 +87,7 @@ def _changes(modules: dict[str, nn.Module], kept: Kept) -> Iterator[tuple[Tensor
     parameters, buffers = tensors_of_modules(modules)
     named: dict[str, Tensor] = {**parameters, **buffers}
     for name, by_dim in kept.items():
-        if "#" in name:
+        if number_named(name):
             continue
         tensor = named[name]
         shape = tensor.shape
@@ -104,7 +117,7 @@ def _refresh_all(
 
     And every module around one of these, inner ones first: it may keep the width of a child as a number.
     """
-    names = {n.partition("#")[0] for n in kept if "#" in n}
+    names = {found[0] for n in kept if (found := number_named(n))}
     new = {id(t) for t in changed}
     around: set[str] = set()
     for name, module in reversed(modules.items()):
@@ -112,6 +125,9 @@ def _refresh_all(
         if name in names or name in around or not new.isdisjoint(held):
             refresh(module, name, kept, (group_width or {}).get(name))
             around.add(name.rpartition(".")[0])
+    for name, by_dim in kept.items():
+        if found := number_named(name):
+            _set_number(modules[found[0]], found[1], len(by_dim[0]))
 
 
 _PIECE = 1 << 20  # elements that are cut at a time: more only makes the copy in between larger
@@ -168,7 +184,11 @@ def _linear(module: nn.Linear, name: str, kept: Kept, width: int | None) -> None
 
 
 def _batch_norm(module: _NormBase, name: str, kept: Kept, width: int | None) -> None:
-    known = [t for t in (module.weight, module.running_mean, kept.get(f"{name}#channels", {}).get(0)) if t is not None]
+    known = [
+        t
+        for t in (module.weight, module.running_mean, kept.get(number_name(name, "channels"), {}).get(0))
+        if t is not None
+    ]
     if known:
         module.num_features = known[0].shape[0]
 
@@ -179,7 +199,7 @@ def _layer_norm(module: nn.LayerNorm, name: str, kept: Kept, width: int | None) 
 
 
 def _group_norm(module: nn.GroupNorm, name: str, kept: Kept, width: int | None) -> None:
-    stays = kept.get(f"{name}#channels", {}).get(0)
+    stays = kept.get(number_name(name, "channels"), {}).get(0)
     channels = len(stays) if stays is not None else module.weight.shape[0] if module.weight is not None else None
     if channels is not None:
         module.num_channels = channels
@@ -191,13 +211,6 @@ def _prelu(module: nn.PReLU, name: str, kept: Kept, width: int | None) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
-def _pad(module: ChannelPad, name: str, kept: Kept, width: int | None) -> None:
-    for side in ("before", "after"):
-        stays = kept.get(f"{name}#{side}", {}).get(0)
-        if stays is not None:
-            setattr(module, side, len(stays))
-
-
 REFRESH: dict[type, Refresh] = {
     _ConvNd: _conv,
     nn.Linear: _linear,
@@ -205,7 +218,6 @@ REFRESH: dict[type, Refresh] = {
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
-    ChannelPad: _pad,
 }
 
 
@@ -215,3 +227,66 @@ def refresh(module: nn.Module, name: str, kept: Kept, width: int | None) -> None
         if kind in REFRESH:
             REFRESH[kind](module, name, kept, width)
             return
+
+
+def _set_number(module: nn.Module, key: str, value: int) -> None:
+    key, _, item = key.partition(".")
+    held = vars(module).get(key)
+    if item and isinstance(held, (list, tuple)):
+        setattr(module, key, type(held)(value if str(i) == item else n for i, n in enumerate(held)))
+    elif type(held) is int:
+        setattr(module, key, value)
+
+
+# -- numbers of code that is not ours ---------------------------------------------------------------------------------
+
+
+def whole_numbers(module: nn.Module) -> dict[str, Any]:
+    """Whole numbers, or several, that a module of somebody's own keeps: widths may be among them.
+
+    Not what its forward writes: that counts calls or remembers them.
+    """
+    return {k: v for k, v in settings_of(module) if _is_whole(v)} if is_own(type(module)) else {}
+
+
+def settings_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """What stands on the module itself and is a setting of it: not what its forward writes.
+
+    What begins with "drop" is for training alone.
+    """
+    written = _written(type(module))  # type: ignore[arg-type]
+    return [
+        (k, v)
+        for k, v in vars(module).items()
+        if not k.startswith(("_", "drop")) and k not in _NEITHER and k not in written
+    ]
+
+
+_NEITHER = frozenset(["training", "inplace", "grad_checkpointing"])  # outputs do not depend on them
+
+
+def is_own(kind: type) -> bool:
+    """A module type that is neither PyTorch's nor ours."""
+    return not kind.__module__.startswith(("torch.nn.", "espalier."))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (type(value) in (tuple, list) and bool(value) and all(type(v) is int for v in value))
+
+
+@functools.cache
+def _written(kind: type) -> frozenset[str]:
+    """Attributes that ``forward``, or a method that it calls, writes."""
+    methods: dict[str, types.CodeType] = {}
+    for base in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        methods |= {k: v.__code__ for k, v in vars(base).items() if isinstance(v, types.FunctionType)}
+    found: set[str] = set()
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        code = methods.get(waiting.pop())
+        if code is None:
+            continue
+        found |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
+        waiting += [n for n in code.co_names if n in methods and n not in seen]
+        seen.update(code.co_names)
+    return frozenset(found)

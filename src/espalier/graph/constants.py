@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from espalier.graph.numbers import numbers_in
+
 LARGEST = 1024  # elements: what is larger is compared by what it was made of
 
 
@@ -32,17 +34,25 @@ EMPTY = {aten.empty, aten.new_empty, aten.new_empty_strided, aten.empty_strided}
 
 
 class NumbersMadeTensors(TorchFunctionMode):
-    """Sees what makes a tensor of plain numbers on the meta device, which is no operation and loses them."""
+    """Sees what dispatch loses: numbers that make a tensor on the meta device, and those that come from a module."""
 
     MAKE = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
 
-    def __init__(self, note: Any) -> None:
+    def __init__(self, note: Any, say: Any) -> None:
         super().__init__()
         self.note = note  # called with the tensor and its value
+        self.say = say  # called with the numbers of modules that a call gets, and with none after it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        said = list(numbers_in((*args, *kwargs.values())))
+        if said:
+            self.say(said)
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            if said:
+                self.say([])
         if func in self.MAKE and isinstance(out, Tensor) and out.is_meta:
             data = args[1:] if func in (Tensor.new_tensor, Tensor.new) else args
             self.note(out, _value_of_numbers(data[0] if data else kwargs.get("data"), out))

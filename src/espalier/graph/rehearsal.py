@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from espalier.graph.constants import Value, same_value
 from espalier.graph.graph import Graph
-from espalier.graph.watch import Layer, Mismatch, Record, State, Watch, compact, state, varying
+from espalier.graph.watch import Key, Layer, Mismatch, Record, State, Watch, compact, state, varying
 
+SLICE = torch.ops.aten.slice.Tensor
 NUMBER = "is computed with a number that follows the widths"
 
 Units = dict[str, np.ndarray]  # group -> units that stay
@@ -159,7 +161,7 @@ class Rehearsal:
             if record.asked == self.astray:
                 return False
             text = f"is followed by {record.op}: the forward takes another path"
-            raise Mismatch(None, text, watch.place(), reason="decides which path the forward takes")
+            raise Mismatch(self.left_out(record.op), text, watch.place(), reason="decides which path the forward takes")
         if len(expected.outputs) != len(outs):
             raise Mismatch(watch.key(), f"gives {len(outs)} tensors instead of {len(expected.outputs)}", watch.place())
         differs = _another_number(expected, record, operands)
@@ -191,6 +193,13 @@ class Rehearsal:
             if due.asked == record.asked:
                 self.astray = record.asked
         return None
+
+    def left_out(self, op: Any) -> Key | None:
+        """Where a slice is due, and not ``op``: of a slice that takes everything torch makes no operation."""
+        due = self.records[self.position] if self.position < len(self.records) else None
+        if due is None or due.op is not SLICE or op is SLICE or not due.asked[1]:
+            return None
+        return due.asked[1], str(SLICE)
 
     def _check_output(self, watch: Watch, tensor: Tensor, was: tuple[int, ...], known: State) -> None:
         shape, layers = tuple(tensor.shape), state(tensor).layers

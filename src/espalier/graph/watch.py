@@ -41,6 +41,7 @@ from espalier.graph.constants import (
     copied_value,
     own_value,
 )
+from espalier.graph.numbers import Number, install
 from espalier.graph.standins import stand_in
 
 DETACH = torch.ops.aten.detach.default
@@ -284,6 +285,9 @@ class Observer(Protocol):
     def check(self, watch: Watch, record: Record, operands: list[State], outs: list[Tensor]) -> bool:
         """The rule was applied: is the result that which was predicted?  False where nothing was."""
 
+    def left_out(self, op: Any) -> Key | None:
+        """Where an operation is due that is not done, and ``op`` comes instead."""
+
 
 class Watch(TorchDispatchMode):
     """One watched forward."""
@@ -318,11 +322,15 @@ class Watch(TorchDispatchMode):
         self.unknown: dict[str, None] = {}
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
-        self.guesses: dict[int, tuple[Key, int]] = {}  # layer that a view split -> where, the dimension said to shrink
+        self._guesses: dict[bytes, tuple[Key, int]] = {}  # layer that a view split -> where, which dimension shrinks
         self.wrong_guesses: set[Key] = set()
         self.divided: set[str] = set()  # convolutions that lose whole groups of several channels
         self.made = 0  # constants that this forward has made
         self.made_labels: set[int] = set()  # of their dimensions the last labels
+        self.said: dict[
+            int, list[Number]
+        ] = {}  # size in the present call of torch's -> numbers of modules that it comes from
+        self.staying: set[str] = set()  # such numbers that count what stays
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -342,6 +350,7 @@ class Watch(TorchDispatchMode):
         self._stack: list[nn.Module] = [model]
         self._modules = named_modules(model)
         self._names = {id(m): n for n, m in self._modules.items()}
+        install(self._modules)
         self.parameters, self.buffers = tensors_of_modules(self._modules)
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             shape = tuple(tensor.shape)
@@ -440,9 +449,9 @@ class Watch(TorchDispatchMode):
             if layer.size == along == size and found is None:
                 found = layer.reshape(-1)
             elif along == size and layer.ndim == len(shape) and found is None:
-                key, shrinks = self.guesses.get(id(layer), (None, dim))
-                if key is not None and shrinks != dim:
-                    self.wrong_guesses.add(key)
+                guess = self.guessed(layer)
+                if guess is not None and guess[1] != dim:
+                    self.wrong_guesses.add(guess[0])
                 first = layer
                 for other in varying(layer):
                     first = first if other == dim else narrowed(first, other)
@@ -451,6 +460,19 @@ class Watch(TorchDispatchMode):
             else:
                 self.freeze([layer], "its channels are entangled with another dimension")
         return np.zeros(size, dtype=np.int64) if found is None else found
+
+    def guess(self, layer: Layer, shrinking: int) -> None:
+        """A view has split the channels of ``layer``: all that lies at one position of the dimension ``shrinking`` goes."""
+        self._guesses[layer.tobytes()] = self.key(), varying(layer).index(shrinking)
+        for dim in varying(layer):
+            if dim != shrinking:
+                self.tie(layer, narrowed(layer, dim))
+
+    def guessed(self, layer: Layer) -> tuple[Key, int] | None:
+        """Where ``layer``, which changes along several dimensions, was split, and the dimension that shrinks."""
+        dims = varying(layer)
+        found = self._guesses.get(layer.tobytes()) if len(dims) > 1 and self._guesses else None
+        return None if found is None else (found[0], dims[found[1]])
 
     def put(
         self,
@@ -475,6 +497,28 @@ class Watch(TorchDispatchMode):
     def put_all(self, tensor: Tensor, layers: Iterable[Layer]) -> None:
         """Every one of ``layers``, of a tensor that is no activation yet."""
         tensor._espalier = State(tuple(layers))  # type: ignore[attr-defined]
+
+    def follow(self, size: int, labels: np.ndarray) -> bool:
+        """Does ``size`` come from a number of a module in this call?  Then it counts ``labels``, and goes with them."""
+        numbers = self.said.get(size)
+        if not numbers or self.level():
+            return False
+        number = numbers.pop(0) if len(numbers) > 1 else numbers[0]  # of several of one size each in its turn
+        if self.rehearsal is None:
+            counted = number.labels(self)
+            if counted is not None and len(counted) == len(labels):
+                self.tie(counted, labels)
+        return True
+
+    def stay(self, size: int) -> None:
+        """If ``size`` comes from a number of a module, that stays."""
+        if self.rehearsal is None:
+            self.staying.update(number.leaf for number in self.said.get(size, ()))
+
+    def _say(self, numbers: Iterable[Number]) -> None:
+        self.said = {}
+        for number in numbers:
+            self.said.setdefault(abs(number), []).append(number)
 
     def consume(self, labels: np.ndarray) -> None:
         self.consumers.append(labels.reshape(-1))
@@ -527,7 +571,7 @@ class Watch(TorchDispatchMode):
         for module in self._modules.values():
             module.__dict__["_compiled_call_impl"] = partial(self._call, module)
         try:
-            with torch.no_grad(), uncompiled(), self, NumbersMadeTensors(_note_numbers):
+            with torch.no_grad(), uncompiled(), self, NumbersMadeTensors(_note_numbers, self._say):
                 output = model(*args, **kwargs)
         finally:
             for module in self._modules.values():
@@ -594,7 +638,8 @@ class Watch(TorchDispatchMode):
             self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
             if self.rehearsal is None:
                 raise
-            raise Mismatch(self.key(), first_line(error), self.place()) from error
+            key = self.rehearsal.left_out(func) or self.key()
+            raise Mismatch(key, first_line(error), self.place()) from error
         if func is DETACH:  # torch calls it by itself, and not every time
             self._hand_on(args[0], out)
             return out

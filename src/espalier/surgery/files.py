@@ -10,8 +10,6 @@ before its sizes are those of the tensors in the file; and a model that it does 
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
 import json
 import os
@@ -30,7 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from espalier.carving import put_in_place, refresh
+from espalier.carving import is_own, put_in_place, refresh, settings_of, whole_numbers
 from espalier.copies import check_names, unwrapped
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
@@ -122,44 +120,19 @@ def _declared(module: nn.Module) -> tuple[str, ...]:
     kind = next((k for k in type(module).__mro__ if k in ATTRIBUTES), None)
     if kind is not None:
         return tuple(k for k in ATTRIBUTES[kind] if hasattr(module, k))
-    if not _is_own(type(module)):
-        return ()
-    return tuple(k for k, v in _public(module) if _is_whole(v))
+    return tuple(whole_numbers(module))
 
 
 def _compared(module: nn.Module) -> dict[str, Any]:
     """What decides on outputs and never follows the widths: numbers, words and functions that a module keeps."""
     unseen = next((names for kind, names in _TRAINING_ONLY.items() if isinstance(module, kind)), ())
-    own = _is_own(type(module))
-    found = {k: _said(v) for k, v in _public(module) if k not in unseen and not (own and _is_whole(v))}
+    own = whole_numbers(module)
+    found = {k: _said(v) for k, v in settings_of(module) if k not in unseen and k not in own}
     return {k: v for k, v in found.items() if v is not _NOTHING}
 
 
 _TRAINING_ONLY: dict[type, tuple[str, ...]] = {_DropoutNd: ("p",), _NormBase: ("momentum",)}
-_NEITHER = frozenset(["training", "inplace", "grad_checkpointing"])  # outputs do not depend on them
 _NOTHING: Any = object()
-
-
-def _public(module: nn.Module) -> list[tuple[str, Any]]:
-    """What stands on the module itself and is a setting of it.
-
-    Not what its forward writes: that counts calls or remembers them.  What begins with "drop" is for training alone.
-    """
-    written = _written(type(module))  # type: ignore[arg-type]
-    return [
-        (k, v)
-        for k, v in vars(module).items()
-        if not k.startswith(("_", "drop")) and k not in _NEITHER and k not in written
-    ]
-
-
-def _is_own(kind: type) -> bool:
-    """A module type that is neither PyTorch's nor ours."""
-    return not kind.__module__.startswith(("torch.nn.", "espalier."))
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int or (type(value) in (tuple, list) and bool(value) and all(type(v) is int for v in value))
 
 
 def _said(value: Any) -> Any:
@@ -178,24 +151,6 @@ def _said(value: Any) -> Any:
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
         return f"{value.__module__}.{value.__qualname__}"
     return _NOTHING
-
-
-@functools.cache
-def _written(kind: type) -> frozenset[str]:
-    """Attributes that ``forward``, or a method that it calls, writes."""
-    methods: dict[str, types.CodeType] = {}
-    for base in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
-        methods |= {k: v.__code__ for k, v in vars(base).items() if isinstance(v, types.FunctionType)}
-    found: set[str] = set()
-    waiting, seen = ["forward"], {"forward"}
-    while waiting:
-        code = methods.get(waiting.pop())
-        if code is None:
-            continue
-        found |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
-        waiting += [n for n in code.co_names if n in methods and n not in seen]
-        seen.update(code.co_names)
-    return frozenset(found)
 
 
 # -- onto a fresh model -----------------------------------------------------------------------------------------------
@@ -371,7 +326,7 @@ def _set_numbers(module: nn.Module, numbers: Mapping[str, Any], name: str) -> No
         if key not in declared:
             raise ValueError(f"structure: {key!r} of {name!r} is no number that a {type(module).__name__} declares")
         own, new = getattr(module, key), tuple(value) if isinstance(value, list) else value
-        if not _same_kind(own, new, signed=_is_own(type(module))):
+        if not _same_kind(own, new, signed=is_own(type(module))):
             raise ValueError(f"structure: {key} of {name!r} cannot be {str(value)[:50]} where it was {own}")
         if own != new:
             setattr(module, key, list(new) if isinstance(own, list) else new)

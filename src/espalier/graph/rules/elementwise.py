@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -42,7 +42,8 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
             ):
                 watch.freeze([layer], "is a single channel that is broadcast")
                 continue
-            if _meets_fixed(tensor, dims, operands, shapes, ndim):
+            guess = watch.guessed(layer)
+            if _meets_fixed(tensor, dims if guess is None else (guess[1],), operands, shapes, ndim):
                 watch.freeze([layer], "is combined element by element with a tensor of fixed size")
                 continue
             for i, known in enumerate(merged):
@@ -171,15 +172,22 @@ def made_here(watch: Watch, call: Call) -> None:
 
     Every dimension has labels of its own, which hold no weight.
     """
+    new_widths(watch, call.out, range(call.out.ndim))
+
+
+def new_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> None:
+    """Labels for each of ``dims`` of a tensor that holds no channels; its own, or what a module's number counts."""
     layers = []
     watch.made += 1
-    for dim, size in enumerate(call.out.shape):
+    for dim in dims:
+        size = out.shape[dim]
         if size > 1:
             labels = watch.axis_labels(f"{watch.module_name}#made{watch.made}.{dim}", 0, size)
-            watch.made_labels.update(labels[-1:].tolist())
+            if not watch.follow(size, labels):
+                watch.made_labels.update(labels[-1:].tolist())
             if len(labels) == size:  # in a rehearsal it may be another than was predicted
-                layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (call.out.ndim - dim - 1)))
-    watch.put_all(call.out, layers)
+                layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
+    watch.put_all(out, layers)
 
 
 def fixed(watch: Watch, call: Call) -> None:

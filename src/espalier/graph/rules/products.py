@@ -101,12 +101,10 @@ def grouped(
         whole = inside == 1 or many
     else:
         whole = watch.module_name in watch.rehearsal.whole_groups
-    if whole and not owned:
-        made = np.tile(cols, groups) if transposed else rows
-        watch.freeze([channels, rows, cols], "a functional convolution fixes the number of groups")
-        return made
     if whole:
         watch.tie(x, x[:, :1])
+        if not owned:  # ``groups`` follows a width, or a rehearsal shows that it does not
+            watch.follow(groups, x[:, 0])
         watch.whole_groups[watch.module_name] = outside
         if inside > 1:
             watch.divided.add(watch.module_name)

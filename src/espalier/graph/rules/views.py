@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from espalier.graph.call import Call
-from espalier.graph.rules.elementwise import combine
+from espalier.graph.rules.elementwise import combine, new_widths
 from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
 from espalier.graph.watch import (
     Layer,
@@ -65,9 +66,14 @@ TURNS: dict[Any, Callable[..., Layer]] = {
 
 @rule("expand")
 def expand(watch: Watch, call: Call) -> None:
-    known = state(call.first)
+    """Along a dimension that had one position the result may be as wide as what it is combined with, if its size follows."""
+    tensor, known = call.first, state(call.first)
     layers = [align(layer, call.out.ndim) for layer in known.layers]
-    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+    if known.layers or known.derived or known.value is not None:
+        watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+        return
+    before = (1,) * (call.out.ndim - tensor.ndim) + tuple(tensor.shape)
+    new_widths(watch, call.out, [d for d, n in enumerate(before) if n == 1])
 
 
 def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
@@ -109,10 +115,13 @@ def view(watch: Watch, call: Call) -> None:
                 watch.freeze([result], "a view splits the channels in a way that does not follow their number")
             else:
                 shrinking = dims[-1] if (level == 0) == (len(dims) == 2) else dims[0]
-                watch.guesses[id(result)] = (watch.key(), shrinking)
+                watch.guess(result, shrinking)
                 for dim in dims:
                     if dim != shrinking:
-                        watch.tie(result, narrowed(result, dim))
+                        watch.stay(call.out.shape[dim])
+                dims = (shrinking,)
+        for dim in dims:
+            watch.follow(call.out.shape[dim], line(result, dim))
         layers.append(result)
     watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
@@ -145,28 +154,46 @@ def _put_along(watch: Watch, out: Tensor, dim: int, labels: np.ndarray) -> None:
     watch.put(out, [labels.reshape(shape)] if labels.any() else [])
 
 
-def chunked(watch: Watch, layer: Layer, dim: int, size: int) -> None:
-    """``layer`` is cut along ``dim`` into equal pieces: they stay equal only if their channels go together."""
-    if watch.level() >= 1:
+def line(layer: Layer, dim: int) -> np.ndarray:
+    """Labels along ``dim``, at the first position of every other dimension; shape ``(size,)``."""
+    for other in varying(layer):
+        layer = layer if other == dim else narrowed(layer, other)
+    return layer.reshape(-1)
+
+
+MOST_PIECES = 16  # that a width is taken to be made of, where no number says how it is cut
+
+
+def shares(watch: Watch, layer: Layer, dim: int, pieces: Sequence[int], text: str) -> None:
+    """``layer`` is cut along ``dim`` into ``pieces``, of which no number says why: are they shares of the width?
+
+    First guess: yes, so that equal pieces lose the same; then: no.  A rehearsal decides.
+    """
+    size = math.gcd(*pieces)
+    if layer.shape[dim] // size > MOST_PIECES or size < min(4, *pieces) or size == 1:
+        watch.mix(layer, [dim], text)
+    elif watch.level() >= 1:
         watch.freeze([layer], "is cut at a fixed width")
-        return
-    pieces = np.split(layer, range(size, layer.shape[dim], size), dim)
-    for piece in pieces[1:]:
-        watch.tie(pieces[0], piece)
+    else:
+        first, *others = np.split(layer, range(size, layer.shape[dim], size), dim)
+        for piece in others:
+            watch.tie(first, piece)
 
 
 @rule("slice", "narrow")
 def slice_(watch: Watch, call: Call) -> None:
     tensor, known = call.first, state(call.first)
     out, dim = call.out, call["dim"] % max(tensor.ndim, 1)
-    start, step = call["start"], call.get("step", 1)
     layers = []
     for layer in known.layers:
-        if layer.shape[dim] > 1 and out.shape[dim] != tensor.shape[dim]:
-            size, total = out.shape[dim], tensor.shape[dim]
-            start = (start or 0) % total
-            if step == 1 and call.packet is aten.slice and size and total % size == 0 and start % size == 0:
-                chunked(watch, layer, dim, size)
+        size, total = out.shape[dim], tensor.shape[dim]
+        if layer.shape[dim] > 1 and size != total:
+            start = (call["start"] or 0) % total
+            if call.get("step", 1) == 1 and size:
+                labels = line(layer, dim)
+                ends = [n for n in (start, start + size) if 0 < n < total]
+                if not all(watch.follow(n, labels[:n]) or watch.follow(total - n, labels[n:]) for n in ends):
+                    shares(watch, layer, dim, [*ends, total], "is sliced at a fixed index")
             else:
                 watch.mix(layer, [dim], "is sliced at a fixed index")
             layer = on_labels(call, layer)
@@ -174,7 +201,16 @@ def slice_(watch: Watch, call: Call) -> None:
     watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
-@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "unsafe_chunk",
+)
 def split(watch: Watch, call: Call) -> None:
     tensor, known = call.first, state(call.first)
     unbinds = call.packet is aten.unbind
@@ -184,11 +220,14 @@ def split(watch: Watch, call: Call) -> None:
         if layer.shape[dim] > 1:
             if unbinds:
                 watch.mix(layer, [dim], "is unbound one by one")
-            elif len({o.shape[dim] for o in out}) == 1:
-                if len(out) > 1:
-                    chunked(watch, layer, dim, out[0].shape[dim])
-            else:
-                watch.mix(layer, [dim], "is split at fixed widths")
+            elif len(out) > 1:
+                sizes = [o.shape[dim] for o in out]
+                parts = np.split(line(layer, dim), np.cumsum(sizes)[:-1])
+                follow = [watch.follow(n, part) for n, part in zip(sizes, parts, strict=True)]
+                if any(follow):
+                    watch.freeze([m for m, f in zip(parts, follow, strict=True) if not f], "is split at a fixed width")
+                else:
+                    shares(watch, layer, dim, sizes, "is split at fixed widths")
             cut = on_labels(call, layer)
         else:
             cut = [layer.squeeze(dim) if unbinds else layer] * len(out)
@@ -322,8 +361,25 @@ def pad(watch: Watch, call: Call) -> None:
             after = watch.axis_labels(f"{name}#after", 0, watch.module.after)
             vec = np.concatenate([before, layer.reshape(-1), after])
             layer = vec.reshape([1, -1] + [1] * (tensor.ndim - 2))
+        elif padded and (both := _padding(watch, layer, padded, amount[padded[0]])) is not None:
+            layer = both
         elif padded:
             watch.freeze([layer], "channels are padded by a fixed number")
             continue
         layers.append(layer)
     watch.put(call.out, layers, derived=known.derived, pending=known.pending)
+
+
+def _padding(watch: Watch, layer: Layer, dims: list[int], amount: tuple[int, int]) -> Layer | None:
+    """``layer`` with new channels before and after it, as many as numbers of modules say; ``None`` where they do not."""
+    if dims != [1] or varying(layer) != (1,):
+        return None
+    sides = []
+    for size in amount:
+        numbers = [] if watch.level() else watch.said.get(size, [])
+        labels = numbers[0].labels(watch) if numbers else np.zeros(0, dtype=np.int64)
+        if size < 0 or labels is None or len(labels) != size:
+            return None
+        sides.append(labels)
+    vec = np.concatenate([sides[0], layer.reshape(-1), sides[1]])
+    return vec.reshape([1, -1] + [1] * (layer.ndim - 2))

@@ -1,0 +1,153 @@
+"""Whole numbers that modules keep, and what a forward computes of them: how a width reaches a split, a slice or a view.
+
+In the private copy that is watched ``self.c`` is a ``Number``: an ``int`` that remembers which number of which module it is,
+through ``//``, ``*``, ``+`` and ``-``.  A call that gets one says which of its sizes came from there, so that the number can be
+as many as the channels that it counts, and follow when they go.  A rehearsal proves that it may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from espalier.carving import number_name, whole_numbers
+
+
+class Ties(Protocol):
+    """What a number needs of the watch."""
+
+    staying: set[str]  # names of numbers that do not follow
+
+    def axis_labels(self, tensor: str, dim: int, size: int) -> np.ndarray: ...
+
+    def tie(self, a: np.ndarray, b: np.ndarray) -> None: ...
+
+
+Labels = Callable[[Ties], "np.ndarray | None"]
+
+
+class Number(int):
+    """A whole number that remembers where it came from; ``labels(watch)``, shape ``(abs(number),)``, are what it counts.
+
+    They are ``None`` where it follows, and what it counts is not known.
+    """
+
+    labels: Labels
+    leaf: str  # its name, if it was not computed
+
+    @staticmethod
+    def of(value: int, labels: Labels, leaf: str = "") -> Number:
+        number = Number(value)
+        number.labels, number.leaf = labels, leaf
+        return number
+
+    def __floordiv__(self, parts: Any) -> Any:
+        """One of several equal parts, which all lose the same."""
+        whole = int(self) // parts
+        if not isinstance(parts, int) or parts < 1 or whole * parts != int(self):
+            return whole
+
+        def labels(watch: Ties) -> np.ndarray | None:
+            found = self.labels(watch)
+            if found is None:
+                return None
+            rows = found.reshape(parts, whole)
+            watch.tie(rows[1:], rows[:1])
+            return rows[0]
+
+        return Number.of(whole, labels)
+
+    def __mul__(self, times: Any) -> Any:
+        """As many parts, which all lose the same."""
+        if not isinstance(times, int) or times < 1:
+            return int(self) * times
+        return Number.of(int(self) * int(times), lambda watch: _repeated(watch, self, times))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        return _joined(self, other) if isinstance(other, int) else int(self) + other
+
+    def __radd__(self, other: Any) -> Any:
+        return _joined(other, self) if isinstance(other, int) else other + int(self)
+
+    def __sub__(self, other: Any) -> Any:
+        """What is left after the first ``other`` of them."""
+        if not isinstance(other, Number):
+            return int(self) - other
+
+        def labels(watch: Ties) -> np.ndarray | None:
+            all_, gone = self.labels(watch), other.labels(watch)
+            if all_ is None or gone is None or len(gone) > len(all_):
+                return None
+            watch.tie(all_[: len(gone)], gone)
+            return all_[len(gone) :]
+
+        return Number.of(int(self) - int(other), labels)
+
+    def __rsub__(self, other: Any) -> Any:
+        return Number.of(other - int(self), lambda _: None) if type(other) is int else other - int(self)
+
+    def __neg__(self) -> Number:
+        return Number.of(-int(self), self.labels)
+
+
+def _repeated(watch: Ties, one: Number, other: int) -> np.ndarray | None:
+    """Of two numbers that of which the watch knows that it stays says how often, else the smaller."""
+    if isinstance(other, Number) and (one.leaf in watch.staying or (other.leaf not in watch.staying and other > one)):
+        one, other = other, one
+    found = one.labels(watch)
+    return None if found is None else np.tile(found, int(other))
+
+
+def _joined(one: int, other: int) -> int:
+    def labels(watch: Ties) -> np.ndarray | None:
+        parts = [
+            n.labels(watch) if isinstance(n, Number) else np.zeros(max(n, 0), dtype=np.int64) for n in (one, other)
+        ]
+        return None if any(p is None for p in parts) else np.concatenate(parts)  # type: ignore[arg-type]
+
+    return Number.of(int(one) + int(other), labels)
+
+
+OF_LAYERS = {"out_channels": 0, "in_channels": 1, "out_features": 0, "in_features": 1, "num_features": 0}
+"""Numbers of torch's layers that repeat a dimension of their weight."""
+
+
+def install(modules: dict[str, nn.Module]) -> None:
+    """Let every number of ``modules``, private copies, remember what it is."""
+    for name, module in modules.items():
+        own = vars(module)
+        for key, value in whole_numbers(module).items():
+            if type(value) is int:
+                own[key] = _kept(name, key, value)
+            else:
+                own[key] = type(value)(_kept(name, f"{key}.{i}", n) for i, n in enumerate(value))
+        weight = own.get("_parameters", {}).get("weight")
+        for key, dim in OF_LAYERS.items():
+            if weight is not None and type(own.get(key)) is int and dim < weight.ndim and weight.shape[dim] == own[key]:
+                own[key] = _counting(f"{name}.weight", dim, own[key])
+
+
+def _kept(module: str, key: str, value: int) -> int:
+    return _counting(number_name(module, key), 0, value)
+
+
+def _counting(tensor: str, dim: int, value: int) -> int:
+    """A number that counts a dimension of ``tensor``; one is nobody's."""
+    leaf = f"{tensor} {dim}"
+    return Number.of(value, lambda watch: watch.axis_labels(tensor, dim, value), leaf) if value > 1 else value
+
+
+def numbers_in(args: Any) -> Iterator[Number]:
+    """The numbers among the arguments of a call of torch's, in slices and lists as well."""
+    for value in args:
+        if type(value) is Number:
+            yield value
+        elif type(value) in (tuple, list):
+            yield from numbers_in(value)
+        elif type(value) is slice:
+            yield from numbers_in((value.start, value.stop, value.step))
