@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 
 import espalier as es
 from espalier.costs import CostModel
+from espalier.forms import dense_sequence, find_places, sequence
 from espalier.graph.alternatives import with_alternatives
 from espalier.graph.times import Staircase
 from espalier.present.cli import app
 from espalier.present.profiling import time_of
 from espalier.solver import solve, unused_blocks
-from espalier.timing import closing, making, on_device
+from espalier.timing import closing, forms, making, on_device
 from espalier.timing.family import Family, layer_of
 from espalier.timing.fitting import staircases
+from espalier.timing.profile import _sum_of as sum_of
 from espalier.timing.profile import from_json, to_json
 
 
@@ -164,7 +166,7 @@ def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
 
 def test_a_profile_predicts_what_it_has_measured(profile):
     for network in profile.networks:
-        predicted = profile.overhead + profile._sum_of(profile.tables, network)
+        predicted = profile.overhead + sum_of(profile.tables, profile.layers, network)
         assert predicted == pytest.approx(network.whole, rel=1.0), "on a busy machine not closer"
     assert {x.module for x in profile.layers} == {"one.0", "two.0", "deep", "last"}
     graph = profile.on(graph_of_small())
@@ -306,6 +308,46 @@ def test_one_call_brings_a_network_to_a_fraction_of_its_time(profile, monkeypatc
     assert result.limits["latency"] == pytest.approx(0.9 * profile.dense)
 
 
-def test_other_forms_of_layers_have_no_times_and_say_so():
-    with pytest.raises(ValueError, match="no times are known"):
-        with_alternatives(timed(graph_of_small()), {"one.0": ()})
+# -- other forms of layers
+
+
+def test_forms_that_were_never_measured_are_named(profile):
+    places, _ = find_places(Small(), X)
+    place = places["two.0"]
+    graph = with_alternatives(
+        profile.on(graph_of_small()), {"two.0": [sequence(place, "channel", [8]), dense_sequence(place)]}
+    )
+    with pytest.raises(ValueError, match=r"form 'channel' of two\.0\.0 was never measured"):
+        profile.on(graph)
+
+
+def test_ranks_are_planned_by_what_factorised_layers_take_and_a_run_goes_on_with_these_times(profile, monkeypatch):
+    for module, name, value in (
+        (forms, "NETWORKS", 3),
+        (forms, "SECONDS", 0.0),
+        (closing, "SECONDS", 0.0),
+        (closing, "ROUNDS", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    torch.manual_seed(0)
+    model = Small().eval()
+    run = es.SVDOneShot().start(model, X, es.Budget(latency=0.95, profile=profile))
+    known = run.budget.profile
+    assert {x.form for part in known.forms for x in part.layers} == {"", "channel", "spatial"}
+    assert known.lacking(run.graph) == [] and run.cost.latency > 0
+    assert from_json(to_json(known)) == known
+    state = run.state_dict()
+    again = es.attach(Small(), X, budget=es.Budget(latency=0.95, profile=profile), method=es.SVDOneShot(), state=state)
+    assert again.budget.profile.forms == known.forms and again._reference == run._reference is not None
+    assert again.cost == run.cost
+
+
+def test_where_a_profile_was_made_elsewhere_its_prediction_counts(profile, monkeypatch):
+    """Another machine's times cannot be measured here; another version of the runtime is refused unless it is said."""
+    monkeypatch.setattr(on_device, "race", None)
+    budget = es.Budget(latency=0.9, profile=replace(profile, setting=replace(profile.setting, processor="a camera")))
+    run = es.Magnitude().start(Small().eval(), X, budget)
+    assert run.cost.macs < run.dense.macs
+    other = replace(profile, setting=replace(profile.setting, version="0.1"))
+    with pytest.raises(ValueError, match=r"version 0\.1, not"):
+        es.Magnitude().start(Small().eval(), X, es.Budget(latency=0.9, profile=other))

@@ -17,15 +17,11 @@ def with_alternatives(graph: Graph, alternatives: Mapping[str, Sequence[ConvSequ
     """``graph`` in which every layer named in ``alternatives`` may also be computed by one of its sequences.
 
     The sequences of a layer are given from cheap to dear; the last must cost what the layer costs now.  The new group is
-    called ``LAYER:form``.  ``ValueError`` for a layer that does not run exactly once or holds groups of channels.
+    called ``LAYER:form``.  Of times nothing is known afterwards: take ``budget.timed`` of the result.  ``ValueError`` for a
+    layer that does not run exactly once or holds groups of channels.
     """
     if not alternatives:
         return graph
-    if graph.overhead is not None:
-        raise ValueError(
-            "no times are known of other forms of a layer than the dense one: with a budget of latency use a method that "
-            "removes channels or blocks (TCP, MGP without shapes, Magnitude)"
-        )
     build = _Build(graph)
     for layer, sequences in alternatives.items():
         build.add(layer, tuple(sequences))
@@ -73,7 +69,8 @@ class _Build:
         self.parameters.remove(own)
         for kind in dict.fromkeys(replace(c, widths=()) for c in sequences):
             here = [replace(c, widths=()) == kind for c in sequences]
-            self._form(layer, site, group, kind, [c if h else None for c, h in zip(sequences, here, strict=True)])
+            form = "" if kind == replace(top, widths=()) else kind.name
+            self._form(layer, site, group, kind, form, [c if h else None for c, h in zip(sequences, here, strict=True)])
 
     def _form(
         self,
@@ -81,6 +78,7 @@ class _Build:
         site: Site,
         group: int,
         kind: ConvSequence,
+        form: str,
         options: list[ConvSequence | None],
     ) -> None:
         """Terms of all options of one kind: the same stages, with widths that differ."""
@@ -92,14 +90,15 @@ class _Build:
         ]
         if not between:  # one stage: there only while its option is taken
             chosen = self._extent(Extent(0, (), ((group, (0, *(int(c is not None) for c in options))),)))
-            ends: list[tuple[int, ...]] = [(inputs, outputs, chosen)]
+            ends: list[tuple[int, ...]] = [(outputs, inputs, chosen)]
         else:
-            ends = list(zip([inputs, *between], [*between, outputs], strict=True))
+            ends = list(zip([*between, outputs], [inputs, *between], strict=True))
         alone = kind.depthwise or (False,) * len(ends)
         for i, (extents, single) in enumerate(zip(ends, alone, strict=True)):
-            extents = extents[1:] if single else extents
+            extents = extents[:1] if single else extents
             label = layer if len(ends) == 1 else f"{layer}.{i}"
-            self.added.append(Site(label, f"{site.kind}, {kind.name}", Term(label, macs[i], extents)))
+            term = Term(label, macs[i], extents)
+            self.added.append(Site(label, f"{site.kind}, {kind.name}", term, form=form))
             self.parameters.append(Term(f"{label}.weight", kind.params[i], extents))
         self._memory(site, between, kind.bytes)
         if kind.copies and site.live:
@@ -147,4 +146,5 @@ class _Build:
             sites=(*self.sites.values(), *self.added),
             parameters=tuple(self.parameters),
             activations=tuple(self.activations),
+            overhead=None,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,9 @@ from espalier.graph.graph import (
 
 
 def to_json(graph: Graph) -> str:
-    """Everything in ``graph``."""
-    return json.dumps(asdict(graph), default=lambda value: value.tolist())
+    """Everything in ``graph`` but times, which its profile knows (``budget.timed``)."""
+    untimed = replace(graph, sites=tuple(replace(s, time=None) for s in graph.sites), overhead=None)
+    return json.dumps(asdict(untimed), default=lambda value: value.tolist())
 
 
 def from_json(text: str) -> Graph:

@@ -99,6 +99,7 @@ class Site:
     ] = ()  # bytes alive when it ran, its output included: (bytes per position, extent)
     made: tuple[float, int] = (0.0, -1)  # its output: bytes per position, extent
     time: Staircase | None = None  # by the extents of the term; ``espalier.timing`` knows it
+    form: str = ""  # the alternative that it belongs to; none of a layer as it is
 
 
 @dataclass(frozen=True)

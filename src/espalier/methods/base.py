@@ -26,8 +26,8 @@ from espalier.surgery import rebuild, shrink_, structure
 from espalier.surgery.shrink import bake
 from espalier.timing.closing import settle
 from espalier.timing.family import Family
-from espalier.timing.making import batched
-from espalier.timing.profile import Profile
+from espalier.timing.making import batched, is_here, need_here
+from espalier.timing.profile import Profile, from_json, to_json
 
 FROZEN = "its weight is frozen"  # why a layer is left as it is
 
@@ -192,18 +192,28 @@ class Run(ABC):
     ) -> Plan:
         """The units to keep for good; ``rules`` are further options of ``solve``.
 
-        Where time is limited, the plan is built and measured until its time is right.
+        Where time is limited, the plan is built and measured until its time is right; by prediction alone where the profile
+        comes from another machine.
         """
         rules = rules or {}
-        if self.budget.latency is None:
+        profile = self.budget.profile
+        if self.budget.latency is None or not (isinstance(profile, Profile) and is_here(profile.setting)):
             return solve(self.graph, importance, self.budget, per_cost=per_cost, **rules)
-        assert isinstance(self.budget.profile, Profile)
-        family = Family(self.model, self.graph, batched(self.example, self.budget.profile.setting.batch))
+        need_here(profile)
+        family = Family(self.plain_model(), self.graph, batched(self.example, profile.setting.batch), put=self.put)
         if self._reference is None and self._dense_graph is None:  # nothing has gone yet
             self._reference = family.file(Plan.dense(self.graph))
         found = settle(family, self._reference, importance, self.budget, per_cost=per_cost, rules=rules)
         self.budget, self.graph = found.budget, found.budget.timed(self.graph)
         return found.plan
+
+    def plain_model(self) -> nn.Module:
+        """The network whose graph ``graph`` is, in layers that anybody can shrink and export."""
+        return self.model
+
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        """Give layers of a copy of ``plain_model`` the forms of ``options``, by group of alternatives; weights mean nothing."""
+        raise NotImplementedError(f"{type(self).__name__} offers no forms of layers")
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
         """Shrink the model to ``units`` in place and move on to the graph of what is left."""
@@ -344,6 +354,11 @@ class Run(ABC):
             "graph": files.to_json(self.graph),
             "taken": dict(self.taken),
             "skipped": dict(self.skipped),
+            # times that were measured on the way, and the file that they are measured against
+            "profile": to_json(self.budget.profile) if isinstance(self.budget.profile, Profile) else None,
+            "reference": None
+            if self._reference is None
+            else torch.frombuffer(bytearray(self._reference), dtype=torch.uint8),
             "history": plain(self.history, "history"),
             "own": {n: v.state_dict() if hasattr(v, "state_dict") else plain(v, n) for n, v in own.items()},
         }
@@ -375,7 +390,12 @@ class Run(ABC):
         self.dense, self.limits = Cost(**state["dense"]), dict(state["limits"])
         self._so_far = None if state["plan"] is None else Plan.from_json(state["plan"])
         self._dense_graph = None if state["dense_graph"] is None else files.from_json(state["dense_graph"])
-        self.graph = files.from_json(state["graph"])  # a new trace would not find a group of which one channel is left
+        if state.get("profile") is not None:
+            self.budget = replace(self.budget, profile=from_json(state["profile"], anyway=True))
+        reference = state.get("reference")
+        self._reference = None if reference is None else reference.cpu().numpy().tobytes()
+        # a new trace would not find a group of which one channel is left
+        self.graph = self.budget.timed(files.from_json(state["graph"]))
         self.taken, self.skipped = dict(state["taken"]), dict(state["skipped"])
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.history = restored(state["history"], device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from espalier.costs import CostModel
 from espalier.forms import FORMS, MatrixForm, Place, cost_of, dense_sequence, find_places, sequence, sequential
+from espalier.forms.form import shape_of
 from espalier.forms.table import ALWAYS, matrix_form
 from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
@@ -23,6 +24,9 @@ from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import FROZEN, is_frozen
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
+from espalier.surgery import replace as put_layer
+from espalier.timing.forms import measured
+from espalier.timing.profile import Profile
 
 AUTO = "auto"
 LAYOUTS = (AUTO, *(name for name, form in FORMS.items() if isinstance(form, MatrixForm)))
@@ -40,6 +44,7 @@ class RankAlternatives:
     forms: Mapping[str, str]
     ranks: Mapping[str, tuple[int, ...]]
     skipped: Mapping[str, str]  # layers that stay dense, and why
+    budget: Budget  # whose profile knows the times of the factorised layers
 
     def top(self, layer: str) -> int:
         """The dense option."""
@@ -89,6 +94,21 @@ class RankAlternatives:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return options(share * low)
 
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        """Give layers of ``model``, of any widths, the ranks of ``options``: the structure, of weights that mean nothing."""
+        for name, whole in self.places.items():
+            option = options.get(alternatives_name(name), self.top(name))
+            if option == self.top(name):
+                continue
+            layer: Any = model.get_submodule(name)
+            place = replace(whole, out_channels=layer.weight.shape[0], in_channels=layer.weight.shape[1])
+            form = matrix_form(self.forms[name])
+            left, right = (
+                layer.weight.new_full((n, self.ranks[name][option - 1]), 0.1) for n in form.size(shape_of(place))
+            )
+            weights = form.stage_weights(left, right, place.weight_shape)
+            put_layer(model, name, sequential(place, self.forms[name], weights, layer.bias))
+
     def plain(self, layer: str, factors: tuple[Tensor, Tensor, Tensor], *, bias: Tensor | None) -> nn.Sequential:
         """Two plain layers in a row; both take a square root of ``s``, so that further training treats them alike."""
         u, s, v = (f.detach() for f in factors)
@@ -102,8 +122,10 @@ def rank_alternatives(
 ) -> RankAlternatives:
     """Find the layers of ``model``, a dense network with this ``graph``, that can be factorised, and their ranks.
 
-    Ranks are multiples of ``budget.multiple_of`` at which both MACs and parameters are below the dense layer's.
+    Ranks are multiples of ``budget.multiple_of`` at which both MACs and parameters are below the dense layer's; where time is
+    limited, also of what the runtime likes, and factorised layers that were never measured are measured now.
     """
+    multiple_of = budget.multiple_of if budget.latency is None else math.lcm(budget.multiple_of, graph.grain)
     if budget.activation_memory is not None:
         raise ValueError(
             "Budget(activation_memory=...): lower ranks do not lower the memory of activations; give macs or params"
@@ -117,31 +139,35 @@ def rank_alternatives(
     ranks: dict[str, tuple[int, ...]] = {}
     alternatives: dict[str, list[ConvSequence]] = {}
     for name, place in places.items():
-        sequences = _options(place, forms[name], budget.multiple_of)
+        sequences = _options(place, forms[name], multiple_of)
         if sequences:
             alternatives[name] = [*sequences, dense_sequence(place)]
             ranks[name] = tuple(c.widths[0] for c in sequences)
         else:
-            left[name] = f"too small: rank {budget.multiple_of} costs as much as the layer itself"
+            left[name] = f"too small: rank {multiple_of} costs as much as the layer itself"
     whole = with_alternatives(graph, alternatives)
     for group, held in zip(whole.groups, budget.protected(whole), strict=True):
         if held and group.options:
             name = next(n for n in alternatives if alternatives_name(n) == group.name)
             left[name] = "protected by the budget"
             del alternatives[name], ranks[name]
-    found = with_alternatives(graph, alternatives)
-    try:  # unreachable budgets fail now
-        even = {g.name: np.ones(g.size) for g in found.groups if g.options}
-        solve(found, even, budget.limits(CostModel(graph).cost(graph.sizes)))
-    except BudgetError as error:
-        raise unreachable(error, left) from error
-    return RankAlternatives(
-        found,
+    found = RankAlternatives(
+        with_alternatives(graph, alternatives),
         {n: places[n] for n in alternatives},
         {n: forms[n] for n in alternatives},
         ranks,
         left,
+        budget,
     )
+    if isinstance(budget.profile, Profile):
+        known = replace(budget, profile=measured(budget.profile, model, example, found.graph, found.put))
+        found = replace(found, graph=known.timed(found.graph), budget=known)
+    try:  # unreachable budgets fail now
+        even = {g.name: np.ones(g.size) for g in found.graph.groups if g.options}
+        solve(found.graph, even, budget.limits(CostModel(graph).cost(graph.sizes)))
+    except BudgetError as error:
+        raise unreachable(error, left) from error
+    return found
 
 
 def unreachable(error: BudgetError, skipped: Mapping[str, str]) -> BudgetError:

@@ -8,6 +8,7 @@ Sources: Denton et al. 2014, Zhang et al. 2016 (channel), Jaderberg et al. 2014 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -25,7 +26,6 @@ from espalier.methods.scoring import settle_batchnorm
 from espalier.methods.whitening import input_moments, whitened_svd
 from espalier.plan import Budget
 from espalier.settings import OneOf, described
-from espalier.solver import solve
 from espalier.surgery import replace
 
 
@@ -53,12 +53,13 @@ class Truncated(AtOnce):
         super().__init__(model, example, budget)
         self.bake()
         alternatives = rank_alternatives(model, example, graph=self.graph, budget=budget, form=method.form)
-        self.graph, self.skipped = alternatives.graph, dict(alternatives.skipped)
+        self.graph, self.skipped, self.budget = alternatives.graph, dict(alternatives.skipped), alternatives.budget
+        self.alternatives = alternatives
         layers: dict[str, Any] = {n: model.get_submodule(n) for n in alternatives.places}
         whitened = batches is not None and method.whiten
         factors = _factors(model, alternatives, batches if whitened else None)
         scores = alternatives.importance({n: energy(s) for n, (_, s, _) in factors.items()}, returns=method.returns)
-        self.plan = solve(self.graph, scores, self.limits)
+        self.plan = self.decide(scores)
         self.taken = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
         ranks = {}
         with torch.no_grad():
@@ -74,6 +75,9 @@ class Truncated(AtOnce):
                     replace(model, name, alternatives.plain(name, kept, bias=layers[name].bias))
         self.record("rank", ranks, progress=0.0)
         settle_batchnorm(model, batches)
+
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        self.alternatives.put(model, options)
 
 
 def _factors(

@@ -244,6 +244,7 @@ class _Job:
         self.course: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.counted: Cost | None = None
+        self.predicted: float | None = None  # milliseconds
         self.dense_result: dict[str, float] = {}
         self.cut_seconds = 0.0
 
@@ -346,8 +347,9 @@ class _Job:
         """What is going to be done, and the plan of a method that is through."""
         if self.folder is not None and not resumes:
             begin_folder(self.folder, self.config)
-            if isinstance(self.budget.profile, Profile):
-                save_profile(self.budget.profile, self.folder / PROFILE)
+            timed = self.budget if self.run is None else self.run.budget
+            if isinstance(timed.profile, Profile):
+                save_profile(timed.profile, self.folder / PROFILE)
             self._write_plan()
 
     def logged(self, on_epoch: OnEpoch | None) -> OnEpoch:
@@ -377,7 +379,7 @@ class _Job:
     def _take_from(self, run: Run) -> None:
         self.plan, self.graph = run.plan, run.dense_graph
         self.course, self.skipped = run.history, run.skipped
-        self.counted = run.counted
+        self.counted, self.predicted = run.counted, run.cost.latency
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
@@ -390,7 +392,7 @@ class _Job:
 
     def result(self, *, verify: bool) -> Result:
         """Evaluate, check what was promised, write the results, and only then complain."""
-        found = cost(self.budget.timed(trace(self.small, self.example)))
+        found = replace(cost(trace(self.small, self.example)), latency=self.predicted)
         small_result = self._tested(self.small) if self.source is not None else {}
         small = _in_modes_of(self.model, self.small.to(self.home))
         proof = self._proof(small) if verify else None

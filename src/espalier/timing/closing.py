@@ -68,7 +68,7 @@ def settle(
         files = [family.file(plan), *([] if reference is None else [reference])]
         small, *dense = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
         measured = small * (profile.dense / dense[0] if dense else 1.0)
-        profile = replace(profile, correction=profile.correction * measured / predicted)
+        profile = profile.corrected(measured / predicted)
         found = Settled(plan, replace(budget, profile=profile), limit, predicted, measured, number + 1)
         if best is None or _better(found, best):
             best = found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from espalier.copies import copy_model
 from espalier.graph import Graph
+from espalier.graph.graph import CHANNELS, FORM
 from espalier.plan import Plan
 from espalier.surgery import shrink
 
@@ -37,7 +38,16 @@ class Layer:
 class Family:
     """All networks that plans make of one model, as ONNX files."""
 
-    def __init__(self, model: nn.Module, graph: Graph, example: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        example: Sequence[torch.Tensor],
+        *,
+        put: Callable[[nn.Module, Mapping[str, int]], None] | None = None,
+    ) -> None:
+        """``put`` gives layers the forms that a plan has chosen among ``graph.alternatives``."""
+        self._put = put
         model = copy_model(model, {}).cpu().eval()
         self._model, self._graph, self._example = model, graph, tuple(example)
         self._dense = _exported(model, self._example)
@@ -53,16 +63,27 @@ class Family:
     def file(self, plan: Plan) -> bytes:
         """The network of ``plan``: its weights mean nothing, its nodes are marked by layer (``layer_of``)."""
         kept = self._graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
+        forms = {
+            g.name: len(plan.keep[g.name])
+            for g in self._graph.groups
+            if g.kind == FORM and g.name in plan.keep and len(plan.keep[g.name]) < g.size
+        }
         shorter = any(len(plan.keep.get(b.group, (0, 1))) < 2 for b in self._graph.blocks)
-        if shorter or (kept and not self._cuttable):
-            return _mark(_exported(shrink(self._model, self._graph, plan), self._example), self._graph).content
+        selects = any(f"{n}.index" in kept for n in self._graph.selects)
+        if shorter or forms or selects or (kept and not self._cuttable):
+            small = shrink(self._model, self._graph, plan)
+            if forms:
+                assert self._put is not None, "a graph with alternatives needs someone who builds them"
+                small = copy_model(small, {})
+                self._put(small, forms)
+            return _mark(_exported(small, self._example), self._graph).content
         return _mark(_cut(self._dense, kept, self._graph), self._graph).content
 
     def _try_to_cut(self) -> bool:
         """Does a file with cut weights compute what the cut network computes?"""
         if self._graph.baked:
             return False
-        half = {g.name: np.arange(max(1, g.size // 2)) for g in self._graph.groups}
+        half = {g.name: np.arange(max(1, g.size // 2)) for g in self._graph.groups if g.kind == CHANNELS}
         plan = Plan(half)
         try:
             content = _cut(self._dense, self._graph.kept(half), self._graph).SerializeToString()

@@ -234,9 +234,9 @@ def asked(setting: Setting) -> dict[str, Any]:
     return {key: value for key, value in asdict(setting).items() if key not in ("version", "processor")}
 
 
-def _begun(to: str | Path | None, setting: Setting, family: Family, graph: Graph) -> Profile:
-    """What an interrupted profile has stored, if it is one of the same; else none of it."""
-    layers = tuple(
+def profiled_layers(family: Family, graph: Graph) -> tuple[ProfiledLayer, ...]:
+    """The layers of the network, in the order of the file."""
+    return tuple(
         ProfiledLayer(
             graph.sites[x.site].module,
             x.signature,
@@ -244,6 +244,23 @@ def _begun(to: str | Path | None, setting: Setting, family: Family, graph: Graph
         )
         for x in family.layers
     )
+
+
+def is_here(setting: Setting) -> bool:
+    """Is this the machine that a profile was made on, and the runtime installed, so that networks can be measured?"""
+    there = importlib.util.find_spec(setting.runtime) is not None
+    return there and on_device.processor() == setting.processor
+
+
+def need_here(profile: Profile) -> None:
+    """Raises: ValueError where networks cannot be measured as those of ``profile`` were."""
+    need_runtime(profile.setting.runtime)
+    profile.need({"processor": on_device.processor(), "version": on_device.version(profile.setting.runtime)})
+
+
+def _begun(to: str | Path | None, setting: Setting, family: Family, graph: Graph) -> Profile:
+    """What an interrupted profile has stored, if it is one of the same; else none of it."""
+    layers = profiled_layers(family, graph)
     fresh = Profile(setting, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), 0, layers, ())
     if to is None or not Path(to).exists():
         return fresh
