@@ -13,6 +13,7 @@ import espalier as es
 from espalier.forms import find_places
 from espalier.forms.svd import svd
 from espalier.forms.table import matrix_form
+from espalier.methods.scoring import batchnorm_settled, recalibrate_batchnorm
 from espalier.methods.whitening import DAMPING, input_moments, whitened_svd
 from tests.steps import network
 
@@ -90,17 +91,57 @@ def test_calibration_batches_alone_are_enough_to_compress_and_settle_batchnorm(m
     random = torch.Generator().manual_seed(3)
     images = [3.0 * torch.randn(16, 1, 8, 8, generator=random) + 1.0 for _ in range(2)]
     batches = [(x, torch.zeros(16, dtype=torch.int64)) for x in images] if labels else images
-    model = network()
-    found = es.compress(model, batches, budget=es.Budget(macs=0.5), method=method)
+    found = es.compress(network(), batches, budget=es.Budget(macs=0.5), method=method)
     assert found.cost.macs <= found.limits["macs"] and found.accuracy is None
-    seen = []
-    first = next(m for m in found.model.modules() if isinstance(m, nn.BatchNorm2d))
-    first.register_forward_hook(lambda m, x, y: seen.append(x[0].detach()))
-    with torch.no_grad():
-        for x in images:
-            found.model.eval()(x)
-    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
-    assert torch.allclose(first.running_mean, mean, atol=1e-5)  # type: ignore[arg-type]
+    norms = [m for m in found.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert any(bool((m.running_mean != 0).any()) for m in norms)  # as it was built, they all were 0
+
+
+def test_a_cut_moves_the_statistics_of_batchnorm_by_what_it_changes_on_the_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 2, 1), nn.BatchNorm2d(2)
+    ).eval()
+    for x, _ in streams():
+        model.train()(2.0 * x + 1.0)  # what it was trained on differs from what it is calibrated by
+    before = copy.deepcopy(model.state_dict())
+    with batchnorm_settled(model, streams()):
+        pass
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, before[name], rtol=1e-4, atol=1e-5) or "num_batches" in name, name
+    first, last, kept = model[1], model[4], [0, 2, 3, 6]
+    with batchnorm_settled(model, streams()), torch.no_grad():
+        model[0] = shortened(model[0], kept, dim=0)
+        model[3] = shortened(model[3], kept, dim=1)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(first, name)[kept]
+            setattr(first, name, nn.Parameter(tensor) if name in ("weight", "bias") else tensor)
+        first.num_features = len(kept)
+    assert torch.allclose(
+        first.running_mean, before["1.running_mean"][kept], rtol=1e-4, atol=1e-5
+    )  # nothing before it changed
+    assert not torch.allclose(last.running_var, before["4.running_var"], rtol=1e-2)
+
+    def variance(net: nn.Module) -> Tensor:
+        twin = copy.deepcopy(net)
+        recalibrate_batchnorm(twin, streams(), 9)
+        return twin[4].running_var
+
+    whole = nn.Sequential(nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 2, 1), nn.BatchNorm2d(2))
+    whole.load_state_dict(before)
+    moved = before["4.running_var"] * variance(model) / variance(whole)
+    assert torch.allclose(last.running_var, moved, rtol=1e-3)
+    with pytest.raises(RuntimeError), batchnorm_settled(whole, streams()):
+        raise RuntimeError
+    assert torch.equal(whole[1].running_mean, before["1.running_mean"])  # a cut that fails leaves what was there
+
+
+def shortened(conv: nn.Conv2d, kept: list[int], *, dim: int) -> nn.Conv2d:
+    weight = conv.weight.detach().index_select(dim, torch.tensor(kept))
+    new = nn.Conv2d(weight.shape[1], weight.shape[0], conv.kernel_size)
+    new.weight.data = weight
+    new.bias.data = conv.bias.detach()[kept] if dim == 0 else conv.bias.detach()  # type: ignore[index,union-attr]
+    return new
 
 
 def test_a_loader_calibrates_a_method_that_needs_no_training_only() -> None:

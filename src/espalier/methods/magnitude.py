@@ -21,7 +21,7 @@ from espalier.methods.blocks import (
     worth_of_blocks,
 )
 from espalier.methods.importance import Returns, ScoreName, diminishing, measure
-from espalier.methods.scoring import settle_batchnorm
+from espalier.methods.scoring import batchnorm_settled
 from espalier.plan import Budget
 from espalier.settings import described
 
@@ -65,5 +65,6 @@ class OneShot(AtOnce):
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
         worth, rules = worth_of_blocks(self.graph, importance), block_rules(self.graph)
-        self.remove(self.decide(worth, per_cost=method.per_cost, rules=rules).keep, None)
-        settle_batchnorm(model, batches)
+        keep = self.decide(worth, per_cost=method.per_cost, rules=rules).keep
+        with batchnorm_settled(model, batches):
+            self.remove(keep, None)

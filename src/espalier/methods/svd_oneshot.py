@@ -22,7 +22,7 @@ from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.importance import Returns
 from espalier.methods.ranks import LAYOUTS, RankAlternatives, energy, rank_alternatives
-from espalier.methods.scoring import settle_batchnorm
+from espalier.methods.scoring import batchnorm_settled
 from espalier.methods.whitening import input_moments, whitened_svd
 from espalier.plan import Budget
 from espalier.settings import OneOf, described
@@ -62,7 +62,7 @@ class Truncated(AtOnce):
         self.plan = self.decide(scores)
         self.taken = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
         ranks = {}
-        with torch.no_grad():
+        with torch.no_grad(), batchnorm_settled(model, batches):
             for name, (u, s, v) in factors.items():
                 option = self.taken[alternatives_name(name)]
                 ranks[name] = len(s) if option == alternatives.top(name) else alternatives.ranks[name][option - 1]
@@ -74,7 +74,6 @@ class Truncated(AtOnce):
                         kept = turn.u, turn.s, turn.v
                     replace(model, name, alternatives.plain(name, kept, bias=layers[name].bias))
         self.record("rank", ranks, progress=0.0)
-        settle_batchnorm(model, batches)
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         self.alternatives.put(model, options)
