@@ -80,26 +80,33 @@ def batchnorm_settled(model: nn.Module, batches: Iterable[Batch] | None) -> Iter
         yield
         return
     with torch.no_grad():
-        before = [(m, m.running_mean.clone(), m.running_var.clone()) for m in _statistics(model)]  # type: ignore[union-attr,operator]
+        before = {norm: (mean.clone(), var.clone()) for norm, mean, var in _statistics(model)}
         recalibrate_batchnorm(model, batches, sys.maxsize)
-        for norm, mean, var in before:
-            norm.running_mean.copy_(mean - norm.running_mean)  # type: ignore[union-attr]
-            norm.running_var.copy_((var + norm.eps) / (norm.running_var + norm.eps))  # type: ignore[union-attr]
+        for norm, found_mean, found_var in _statistics(model):
+            mean, var = before[norm]
+            found_mean.neg_().add_(mean)
+            found_var.copy_((var + norm.eps) / (found_var + norm.eps))
         try:
             yield
         except BaseException:
-            for norm, mean, var in before:
+            for norm, (mean, var) in before.items():
                 norm.running_mean, norm.running_var = mean, var
             raise
-        apart = [(m, m.running_mean.clone(), m.running_var.clone()) for m in _statistics(model)]  # type: ignore[union-attr,operator]
+        apart = {norm: (shift.clone(), ratio.clone()) for norm, shift, ratio in _statistics(model)}
         recalibrate_batchnorm(model, batches, sys.maxsize)
-        for norm, shift, ratio in apart:
-            norm.running_mean.add_(shift)  # type: ignore[union-attr]
-            norm.running_var.add_(norm.eps).mul_(ratio).sub_(norm.eps).clamp_(min=0)  # type: ignore[union-attr]
+        for norm, mean, var in _statistics(model):
+            shift, ratio = apart[norm]
+            mean.add_(shift)
+            var.add_(norm.eps).mul_(ratio).sub_(norm.eps).clamp_(min=0)
 
 
-def _statistics(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def _statistics(model: nn.Module) -> list[tuple[_BatchNorm, Tensor, Tensor]]:
+    """Every BatchNorm that keeps statistics, with its mean and its variance."""
+    return [
+        (m, m.running_mean, m.running_var)
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
+    ]
 
 
 def _device(model: nn.Module) -> torch.device:
