@@ -24,8 +24,7 @@ from benchmarks.gpu_throughput import PLACES
 from benchmarks.peers import PEERS
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
-from espalier.run.charts import as_file
-from espalier.run.course import gap_curve, rank_bars
+from espalier.run.charts import gap_curve, rank_bars
 
 DOCS, README, FIGURES = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "figures"
 Rows = list[dict[str, Any]]
@@ -66,7 +65,7 @@ def figures(texts: Iterable[str], found: Rows) -> dict[Path, str]:
     drawn = {}
     for key in {key for text in texts for key in re.findall(r"<!-- results: course (\S+) -->", text)}:
         for kind, chart in _charts(key, found).items():
-            drawn[FIGURES / f"{key}.{kind}.svg"] = as_file(chart)
+            drawn[FIGURES / f"{key}.{kind}.svg"] = chart
     return drawn
 
 

@@ -1,7 +1,7 @@
 """The report: what it says is what the run measured, nothing comes from outside, and figures show in a real browser."""
 
+import csv
 import importlib.util
-import itertools
 import json
 import re
 import shutil
@@ -19,21 +19,10 @@ import espalier as es
 from espalier.forms import find_places
 from espalier.forms.sequences import sequential
 from espalier.present.cli import app
-from espalier.present.html import page
+from espalier.present.html import as_csv, page, sentence
 from espalier.present.runs import read_run
 from espalier.run.anatomy import layers_of, timed
-from espalier.run.charts import (
-    Level,
-    Line,
-    Pair,
-    decades,
-    frontier,
-    line_chart,
-    pair_bars,
-    silhouette,
-    spread_out,
-    ticks,
-)
+from espalier.run.charts import Dot, Line, dot_chart, frontier, line_chart, rank_bars
 from espalier.run.report import COUNTED_NOTE, summary
 from espalier.run.rundir import add_widths
 
@@ -64,6 +53,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def html(folder):
     return page([read_run(folder)], timing=False)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests of what the page says in words: drawing costs half a second."""
+    monkeypatch.setattr("espalier.present.html.figures_of", lambda run: [])
 
 
 def figures(html):
@@ -97,7 +92,7 @@ def test_accuracy_is_compared_with_that_of_a_trained_network_only(folder):
     )
 
 
-def test_a_limit_that_is_exceeded_is_not_called_kept(folder):
+def test_a_limit_that_is_exceeded_is_not_called_kept(folder, no_figures):
     run = read_run(folder)
     tight = {**run.metrics, "limits": {"macs": run.metrics["small"]["macs"] - 1}}
     assert "A LIMIT IS EXCEEDED." in page([replace(run, metrics=tight)], timing=False)
@@ -118,7 +113,6 @@ def test_what_is_counted_and_not_executed_is_called_that_and_carries_the_limit(f
     executed = re.search(r"<tr><td>multiply-adds \(MACs\)</td>.*?</tr>", html)[0]
     assert f"<td>{small['macs']:,}</td>" in executed and f"{limits['macs']:,}" not in executed
     assert "of the MACs: counted, not executed" in html
-    assert sum("counted, not executed" in figure for figure in figures(html)) == 1
     assert "limit of the count" in html
     above = {**counted, "macs": limits["macs"] + 1}
     assert "A LIMIT IS EXCEEDED." in page(
@@ -137,7 +131,7 @@ def test_what_is_counted_and_not_executed_is_called_that_and_carries_the_limit(f
         (torch.zeros(8), "costs are those of the example input."),
     ],
 )
-def test_the_summary_says_what_the_costs_are_those_of(example, words, tmp_path, monkeypatch):
+def test_the_summary_says_what_the_costs_are_those_of(example, words, tmp_path, monkeypatch, no_figures):
     def not_here(*arguments, **options):
         raise ValueError("not in this test")
 
@@ -161,25 +155,28 @@ def test_kernels_over_time_are_drawn_where_they_changed(folder, tmp_path):
 
 
 def test_nothing_comes_from_outside(html):
-    addresses = re.findall(r"[a-z]+://[^\"' <]+", html.replace("http://www.w3.org/2000/svg", ""))
-    assert addresses == []
+    addresses = re.findall(r"[a-z]+://[^\"' <]+", html)
+    assert set(addresses) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, which nobody opens
+    assert not re.search(r'(src|href)="(?!#|data:)', html)
     assert "<script" not in html
     assert "@import" not in html
 
 
 def test_every_figure_is_whole_xml(html):
     found = figures(html)
-    assert len(found) >= 7
+    assert len(found) == 4
     for figure in found:
         root = ET.fromstring(figure)
         assert root.find("{http://www.w3.org/2000/svg}title").text
+    names = re.findall(r' id="([^"]+)"', html)
+    assert len(names) == len(set(names))
 
 
 def test_no_folder_of_the_machine_is_named(folder, html):
     assert str(folder.parent) not in html
 
 
-def test_names_are_escaped(folder, tmp_path):
+def test_names_are_escaped(folder, tmp_path, no_figures):
     other = tmp_path / "<script>alert(1)"
     shutil.copytree(folder, other)
     html = page([read_run(folder), read_run(other)], timing=False)
@@ -187,14 +184,14 @@ def test_names_are_escaped(folder, tmp_path):
     assert "&lt;script&gt;alert(1)" in html
 
 
-def test_the_silhouette_has_a_bar_for_every_layer(folder, html):
+def test_every_layer_has_its_row(folder, html):
     run = read_run(folder)
     layers = layers_of(run.dense, run.small, EXAMPLE)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert sum(layer.dense_macs for layer in layers) == metrics["dense"]["macs"]
     assert sum(layer.small_macs for layer in layers) == metrics["small"]["macs"]
-    drawing = figures(html)[1]
-    assert drawing.count('class="before"') == len(layers)
+    drawing = re.search(r'<table class="layers">.*?</table>', html, re.DOTALL)[0]
+    assert drawing.count('class="bar middle"') == len(layers)
     shrunk = [lr for lr in layers if lr.small[0].outputs < lr.dense.outputs]
     assert shrunk
     for layer in shrunk:
@@ -213,11 +210,28 @@ def test_a_factorised_layer_shows_its_ranks():
     assert changed[0].small_macs == 64 * (16 * 5 * 3 + 5 * 16 * 3)
 
 
-def test_every_layer_is_timed(folder):
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_every_layer_is_timed(folder, monkeypatch, runtime):
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
     run = read_run(folder)
-    layers = timed(layers_of(run.dense, run.small, EXAMPLE), run.dense, run.small, example=EXAMPLE)
-    assert all(layer.dense_ms > 0 and layer.small_ms > 0 for layer in layers)
+    monkeypatch.setattr("espalier.run.anatomy.SECONDS", 0.02)
+    layers, apart = timed(run.layers, run.dense, run.small, example=EXAMPLE, runtime=runtime)
+    assert all(layer.dense_ms > 0 and layer.small_ms > 0 for layer in layers) and apart >= 0
     assert not any(module._forward_hooks for module in run.dense.modules())
+
+
+def test_times_that_two_measurements_disagree_on_are_called_unreliable(folder, monkeypatch, no_figures):
+    run, apart = read_run(folder), 0.02
+    latency = [{**t, "spread": 1.1} for t in run.metrics["latency"]]
+    run = replace(run, metrics={**run.metrics, "latency": latency})
+    monkeypatch.setattr("espalier.present.html.timed", lambda layers, *models, **options: (layers, apart))
+    assert "UNRELIABLE" not in page([run])
+    apart = 0.3
+    assert "layers are UNRELIABLE" in page([run])
+    slow = [{**t, "spread": 2.0} for t in run.metrics["latency"]]
+    busy = page([replace(run, metrics={**run.metrics, "latency": slow})], timing=False)
+    assert "UNRELIABLE: the machine was busy (median round 2.0× the fastest)" in busy
 
 
 def test_widths_are_logged_after_every_epoch(folder):
@@ -252,7 +266,7 @@ def test_recorded_ranks_are_drawn(folder, tmp_path):
     refused(report(tmp_path / "run"), "history.json", "damaged")
 
 
-def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path):
+def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path, no_figures):
     """Runs of one epoch of a method that factorises, and of one that leaves out inputs of single layers."""
 
     def drawn(method, **budget):
@@ -269,59 +283,141 @@ def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path):
         return page([read_run(folder)], timing=False)
 
     text = drawn(es.SVDOneShot(), macs=0.4)
-    assert re.search(r">rank \d+: 1×3, 3×1<", text) and "from an untrained network, 1 epoch in" in text
+    assert re.search(r">rank \d+: 1×3, 3×1<", text) and "of an untrained resnet20" in text and "1 epoch in" in text
     assert "factorised into several layers" in text and "another kernel" not in text
     assert re.search(r">(\d+ of )?\d+, reads \d+<", drawn(es.MGP(filters=False, shapes=False), macs=0.7))
+
+
+# -- several runs
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """The run, two more seeds of a trained network, and a dense run beside them."""
+    run = read_run(folder)
+
+    def of_seed(seed, accuracy, dense):
+        config = {**run.config, "recipe": {**run.config["recipe"], "seed": seed}, "start": {"trained": True}}
+        own = {
+            "small": {**run.metrics["small"], "accuracy": accuracy},
+            "dense": {**run.metrics["dense"], "accuracy": dense},
+        }
+        return replace(
+            run, config=config, metrics={**run.metrics, **own, "seed": seed}, folder=folder.parent / f"seed{seed}"
+        )
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = ["--model", "resnet20", "--data", "digits", "--method", "none", "--epochs", "1", "--batch-size", "256"]
+    done = CliRunner().invoke(app, ["compress", *arguments, "--device", "cpu", "--threads", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    return [run, of_seed(0, 90.0, 95.0), of_seed(1, 92.0, 97.0), read_run(out)]
+
+
+def test_seeds_of_a_setting_are_one_row_with_mean_and_spread_and_a_dense_run_is_another(runs, no_figures):
+    html = page(runs, timing=False)
+    rows = re.findall(r"<tr><td>.*?</tr>", html.partition("</table>")[0])
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+    assert len(cells) == 3
+    assert cells[1][0] == "tcp, 50 % of the MACs and 60 % of the parameters" and cells[1][-1] == "0, 1"
+    assert cells[1][3:5] == ["96.00 ± 1.41", "91.00 ± 1.41"]
+    assert cells[2][2] == "dense" and cells[2][5:7] == ["100.0 %", "100.0 %"] and cells[2][3] == "untrained"
+    assert "4 runs in 3 settings" in html
+    overlay = next(f for f in figures(html) if "Accuracy by epoch, all runs" in f)
+    assert all(f">{name}</text>" in overlay for name in (cells[0][0].replace("&lt;", "<") and cells[1][0], "whole"))
+    assert "fill-opacity" in overlay  # the band
+    alone = page([runs[-1]], timing=False)
+    assert "was trained as it is, and has a test accuracy of" in alone and "layer by layer" not in alone
+
+
+def test_the_numbers_are_written_as_a_table(runs, tmp_path, no_figures):
+    rows = list(csv.DictReader(as_csv(runs).splitlines()))
+    assert [row["setting"] for row in rows][1:3] == ["tcp, 50 % of the MACs and 60 % of the parameters"] * 2
+    assert [float(row["small"]) for row in rows[1:3]] == [90.0, 92.0]
+    assert int(rows[0]["small macs"]) == runs[0].metrics["small"]["macs"] and int(rows[0]["test_images"]) == 360
+    assert any("onnxruntime" in name or "torch" in name for name in rows[0])
+    folder = runs[-1].folder
+    done = report(folder, "--no-timing", "--csv", tmp_path / "runs.csv", "--out", tmp_path / "page.html")
+    assert done.exit_code == 0 and "dense" in (tmp_path / "runs.csv").read_text()
+
+
+def test_the_page_opens_with_what_was_asked_met_and_lost(runs, no_figures):
+    text = sentence(runs[1])
+    assert re.match(
+        r"tcp was asked for at most 50 % of the MACs and 60 % of the parameters of a trained resnet20 on digits, "
+        r"kept [\d.]+ % and [\d.]+ %, and lost 5\.00 points of accuracy \(90\.00 ± 1\.5\d %, before 95\.00 ± 1\.\d\d %\)\.$",
+        text,
+    )
+    html = page([runs[1]], timing=False)
+    assert text.partition(", and lost")[0] in html and "360 test images" in html and runs[1].metrics["processor"] in html
+    assert "an untrained resnet20" in sentence(runs[0]) and "and has a test accuracy of" in sentence(runs[0])
+
+
+def test_all_times_of_a_page_are_of_one_runtime(folder, runs, no_figures):
+    timings = [
+        {"name": n, "backend": b, "batch": 1, "threads": 1, "milliseconds": ms, "speedup": 3.0 / ms}
+        for b, scale in (("torch", 10.0), ("onnxruntime", 1.0))
+        for n, ms in (("dense", 3.0 * scale), ("small", 1.5 * scale))
+    ]
+    run = replace(runs[0], metrics={**runs[0].metrics, "latency": timings})
+    html = page([run], timing=False)
+    assert "takes 1.5 ms instead of 3" in html and "ONNX Runtime" in html and "PyTorch, one" not in html
+    other = page([run], timing=False, runtime="torch")
+    assert "takes 15 ms instead of 30" in other and "ONNX Runtime" not in other
+    with pytest.raises(ValueError, match="not every run was timed in 'openvino'; there is torch, onnxruntime"):
+        page([run], runtime="openvino")
+
+
+def test_another_task_is_told_in_its_own_metric(runs):
+    less = {"name": "mean_error", "unit": "", "higher_is_better": False}
+    epochs = tuple(
+        {**{k: v for k, v in e.items() if "acc" not in k}, "mean_error": 1 / e["epoch"]} for e in runs[1].epochs
+    )
+    metrics = {
+        **runs[1].metrics, "metric": less, "dense": {**runs[1].metrics["dense"], "mean_error": 0.5},
+        "small": {**runs[1].metrics["small"], "mean_error": 0.75},
+    }  # fmt: skip
+    run = replace(runs[1], metrics=metrics, epochs=epochs)
+    html = page([run], timing=False)
+    assert "and lost 0.2500 of mean error (0.7500, before 0.5000)" in html
+    assert "test mean error (less is better)" in html and "<td>+0.2500</td>" in html
+    assert "accuracy" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL).lower()
+    assert "Mean error by epoch" in html
+    with pytest.raises(ValueError, match="judged by accuracy and mean_error; make a page for each"):
+        page([runs[0], run])
 
 
 # -- charts
 
 
-def test_ticks_cover_what_they_are_for():
-    for low, high in ((0, 1), (97.8, 99.7), (-3, 12), (5, 5), (0, 1e-7)):
-        found = ticks(low, high)
-        assert found[0] <= low
-        assert found[-1] >= high
-        assert 2 <= len(found) <= 12
-
-
-def test_decades_cover_what_they_are_for():
-    for low, high in ((0.03, 0.4), (0.05, 0.9), (1.0, 1.0), (1e-7, 2.0), (0.1, 100.0)):
-        found = decades(low, high)
-        assert found[0] <= low
-        assert found[-1] >= high
-        assert 2 <= len(found) <= 12
-
-
 def test_a_logarithmic_axis_puts_equal_ratios_at_equal_distances():
     points = ((1.0, 1.0), (2.0, 0.1), (3.0, 0.01))
-    chart = ET.fromstring(line_chart([Line("", points)], title="t", x_label="x", y_label="y", logarithmic=True))
-    drawn = chart.find("{http://www.w3.org/2000/svg}polyline").get("points").split()
-    a, b, c = (float(p.partition(",")[2]) for p in drawn)
+    chart = line_chart([Line("", points)], title="t", x_label="x", y_label="y", logarithmic=True)
+    drawn = [path for path in re.findall(r'd="M ([^"]+)"', chart) if path.count("L") == 2][-1]
+    a, b, c = (float(pair.split()[1]) for pair in drawn.split("L"))
     assert b - a == pytest.approx(c - b, abs=0.2)
     assert b > a
-
-
-def test_labels_do_not_overlap():
-    moved = spread_out([10, 11, 12, 90], apart=13, low=0, high=100)
-    assert all(b - a >= 13 - 1e-9 for a, b in itertools.pairwise(moved))
-    assert moved[3] == 90
 
 
 def test_the_frontier_leaves_out_what_is_dearer_and_no_better():
     assert frontier([(50, 90.0), (60, 90.0), (40, 89.0), (100, 92.0)]) == [(40, 89.0), (50, 90.0), (100, 92.0)]
 
 
-def test_bars_stand_in_proportion():
-    chart = ET.fromstring(pair_bars([Pair("x", 100, 25, "")], title="t", unit="u", head="h"))
-    before, after = (float(r.get("width")) for r in chart.iter("{http://www.w3.org/2000/svg}rect"))
-    assert after / before == pytest.approx(0.25, abs=0.01)
+def test_charts_of_almost_nothing_are_drawn_and_the_same_twice():
+    one = [line_chart([Line("one", ((1.0, 2.0),))], title="t", x_label="x", y_label="y") for _ in range(2)]
+    assert one[0] == one[1]
+    dots = dot_chart(
+        [Dot("<a>", 40.0, 90.0, error=1.0), Dot("b", 100.0, 90.0, hollow=True)], title="t", x_label="x", y_label="y"
+    )
+    for chart in (one[0], dots, rank_bars({"x": [[0.0, 3]]}, {"x": [[0.0, 9]]})):
+        ET.fromstring(chart)
+    assert line_chart([Line("none", ())], title="t", x_label="x", y_label="y") == ""
 
 
-def test_charts_of_almost_nothing_are_drawn():
-    ET.fromstring(line_chart([Line("one", ((1.0, 2.0),))], title="t", x_label="x", y_label="y"))
-    ET.fromstring(silhouette([], title="t"))
-    ET.fromstring(silhouette([Level("gone", 8, (), "left out"), Level("here", 8, (4,), "4 of 8")], title="t"))
+def test_the_package_is_imported_without_the_plotting_library():
+    code = (
+        "import sys, espalier, espalier.present.cli; sys.exit(any(m in sys.modules for m in ('matplotlib', 'jinja2')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # -- requests that cannot be met
@@ -366,14 +462,14 @@ def test_a_damaged_file_is_named(folder, tmp_path, file, content):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_network_that_cannot_be_built_leaves_the_rest_of_the_page(folder, tmp_path):
+def test_a_network_that_cannot_be_built_leaves_the_rest_of_the_page(folder, tmp_path, no_figures):
     shutil.copytree(folder, tmp_path / "run")
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace('name = "resnet20"', 'name = "not.there:net"'))
     done = report(tmp_path / "run", "--no-timing", "--out", tmp_path / "page.html")
     assert done.exit_code == 0, done.output
     html = (tmp_path / "page.html").read_text()
-    assert "Not drawn" in html
+    assert "Not timed: not.there:net is code, which runs only if you say --trust" in html and "layer1.0.conv1" in html
     assert "Every limit is kept." in html
 
 
@@ -416,7 +512,7 @@ def test_figures_show_in_a_browser_without_errors(html, tmp_path, width):
     shown, console = looked_at(html.replace("</body>", f"{MEASURE}</body>"), tmp_path, width)
     assert console == []
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', shown)[1])
-    assert len(found["boxes"]) >= 7
+    assert len(found["boxes"]) == 4
     assert min(min(box) for box in found["boxes"]) > 20
     assert found["texts"] == 0
     assert found["page"] <= found["screen"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -29,8 +30,7 @@ from espalier.methods import tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
 from espalier.methods.scoring import loss_on, recalibrate_batchnorm
 from espalier.methods.search import MissingOptuna, minimise
-from espalier.run.charts import as_file
-from espalier.run.course import search_curve
+from espalier.run.charts import COLOURS, search_curve
 from espalier.run.data import load_data, set_aside
 from tests.waits import Waits
 
@@ -637,29 +637,29 @@ def test_the_course_of_the_search_is_recorded() -> None:
         "feasible": [[1, 1.0], [2, 0.0], [3, 1.0], [4, 1.0]],
     }
     assert run.history["search point"]["tt"] == [[n, 0.5] for n in (1, 2, 3, 4)]
-    drawing = ET.fromstring(as_file(search_curve(run.history["search"])))
-    marks = [c.get("class") for c in drawing.iter("{http://www.w3.org/2000/svg}circle")]
-    assert len(marks) == 4 and len(set(marks)) == 2
+    drawing = search_curve(run.history["search"])
+    marks = re.findall(r'<use xlink:href="#[^"]+" x="[^"]+" y="[^"]+" style="fill: (#\w+)', drawing)
+    assert marks.count(COLOURS["c5"]) == 3 + 1 and marks.count(COLOURS["c1"]) == 1 + 1  # and one of each in the legend
 
 
 def test_a_run_leaves_its_figures(digits, tmp_path) -> None:
     method = es.TTLC(search=2, iterations=5)
     es.compress(net(), digits, budget=es.Budget(macs=0.4), method=method, recipe=recipe(epochs=2), out=tmp_path / "run")
     history = json.loads((tmp_path / "run" / "history.json").read_text())
-    found = {n: ET.parse(tmp_path / "run" / f"{n}.svg").getroot() for n in ("ranks", "gap", "search")}
-    svg = "{http://www.w3.org/2000/svg}"
+    found = {n: (tmp_path / "run" / f"{n}.svg").read_text() for n in ("ranks", "gap", "search")}
+    assert all(ET.fromstring(svg).find("{http://www.w3.org/2000/svg}title").text for svg in found.values())
     assert len(history["gap"]["all"]) == 5
-    assert len(found["gap"].find(f"{svg}polyline").get("points").split()) == 5
-    strong = [
-        float(r.get("width")) for r in found["ranks"].iter(f"{svg}rect") if r.get("class", "").startswith("after")
-    ]
-    pale = [float(r.get("width")) for r in found["ranks"].iter(f"{svg}rect") if r.get("class") == "before"]
+    assert any(path.count("L") == 4 for path in re.findall(r'd="M ([^"]+)"', found["gap"]))
     shares = [history["rank"][n][-1][1] / history["full rank"][n][-1][1] for n in history["rank"]]
     assert len(shares) == 4 and min(shares) < 1
-    assert [a / b for a, b in zip(strong, pale, strict=True)] == pytest.approx(shares, abs=0.01)
-    assert len(list(found["search"].iter(f"{svg}circle"))) == 2
+    widths = {}
+    for path, colour in re.findall(r'<path d="M ([^"]+)z\n" clip-path[^>]*fill: (#\w+)', found["ranks"]):
+        places = [float(pair.split()[0]) for pair in path.split("L")]
+        widths.setdefault("pale" if colour == COLOURS["pale"] else "strong", []).append(max(places) - min(places))
+    drawn = [a / b for a, b in zip(widths["strong"], widths["pale"], strict=True)]
+    assert drawn == pytest.approx(shares, abs=0.01)
     for name in found:  # programs other than browsers know no variables of a style sheet
-        assert "var(" not in (tmp_path / "run" / f"{name}.svg").read_text()
+        assert "var(" not in found[name]
     es.compress(net(), X, budget=es.Budget(macs=0.4), method=es.Magnitude(), out=tmp_path / "run", force=True)
     assert not list((tmp_path / "run").glob("*.svg")) and len(list((tmp_path / "run" / "old-1").glob("*.svg"))) == 3
 

@@ -341,11 +341,19 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the page goes; default: into the first run.", metavar="FILE")
     ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="The numbers as a table, a row per run.", metavar="FILE")
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="What times are of: onnxruntime (where it was there) or torch.", metavar="NAME"),
+    ] = None,
     timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Time every layer now.")] = True,
     trust: opt.Trust = False,
 ) -> None:
-    """Write one HTML page about a run, or about several side by side: opens offline, can be sent and printed."""
-    stdout.print(f"{write_report(runs, out=out, timing=timing, trust=trust)}", markup=False, soft_wrap=True)
+    """Write one HTML page about a run, or about several side by side; seeds of a setting are one row, dense runs one more."""
+    page = write_report(runs, out=out, table=csv, runtime=runtime, timing=timing, trust=trust)
+    stdout.print(f"{page}", markup=False, soft_wrap=True)
 
 
 @app.command()

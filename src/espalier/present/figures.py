@@ -1,137 +1,117 @@
-"""From a run to its charts: which numbers go where, in which unit.  An empty string where a run has none of them."""
+"""From runs to their charts: which numbers go where, in which unit.  An empty string where there are none of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
 
 from espalier.graph.alternatives import alternatives_name
-from espalier.present.progress import short
 from espalier.present.runs import Run
-from espalier.run.anatomy import Layer, timed
 from espalier.run.charts import (
     Dot,
-    Level,
-    Limit,
     Line,
-    Pair,
+    Point,
     bundle,
     dot_chart,
-    limit_bars,
+    gap_curve,
     line_chart,
-    pair_bars,
-    silhouette,
+    rank_bars,
+    search_curve,
+    stairs,
 )
-from espalier.run.report import COUNTED_WORDS
+from espalier.run.report import places
+from espalier.tasks import Metric
 
-COST_TONES = {"macs": ("MACs", 0), "params": ("params", 1), "activation_memory": ("memory", 2)}
-PLAIN, FACTORISED, RESHAPED = 0, 1, 2  # tones of layers
-LAYER_TONES = {
-    PLAIN: "the layer as it was, or with fewer channels",
-    FACTORISED: "factorised into several layers",
-    RESHAPED: "another kernel",
-}
+COST_WORDS = {"macs": "MACs", "params": "parameters", "activation_memory": "activation memory"}
+AXES = {"macs": "MACs", "params": "parameters", "time": "time"}
+Figure = tuple[str, str, str]
+"""Title, caption, chart."""
 
 
-def budget_bars(run: Run, names: Mapping[str, str]) -> str:
-    """Share of every cost that is left, and its limit, which stands beside what was counted where that differs."""
-    dense, fraction, limits = run.metrics["dense"], run.metrics["fraction"], run.metrics["limits"]
-    counted = (run.metrics["counted"] or {}).get("fraction", {})
-    bars = []
-    for name, cost, share, meant in [
-        *((name.partition(",")[0], cost, fraction[cost], cost not in counted) for cost, name in names.items()),
-        *((f"{COST_TONES[cost][0]} {COUNTED_WORDS}", cost, share, True) for cost, share in counted.items()),
-    ]:
-        limit = limits[cost] / dense[cost] if cost in limits and meant else None
-        asked = "" if limit is None else f" of at most {100 * limit:.4g} %"
-        bars.append(Limit(name, share, limit, f"{100 * share:.4g} %{asked}"))
-    return limit_bars(bars, title="Share of the dense network that is left, by cost")
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting, which differ in their seeds."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    def values(self, of: Callable[[Run], float | None]) -> list[float]:
+        """Of all runs; empty where one has none."""
+        found = [of(run) for run in self.runs]
+        return [] if None in found else [value for value in found if value is not None]
+
+    def mean(self, of: Callable[[Run], float | None]) -> float | None:
+        values = self.values(of)
+        return mean(values) if values else None
+
+    def told(self, of: Callable[[Run], float | None]) -> str:
+        """A score: mean ± standard deviation over seeds; of one run ± its binomial error, where it has one."""
+        values = self.values(of)
+        if not values:
+            return "–"
+        around = stdev(values) if len(values) > 1 else self.first.error(values[0])
+        digits = places(self.first.metric)
+        return f"{mean(values):.{digits}f}{'' if around is None else f' ± {around:.{digits}f}'}"
 
 
-# -- layers
+def unit_of(metric: Metric) -> str:
+    """``accuracy, per cent``."""
+    unit = {"%": "per cent"}.get(metric.unit, metric.unit)
+    return f"{said(metric)}, {unit}" if unit else said(metric)
 
 
-def network_drawing(run: Run) -> str:
-    """The silhouette of the network."""
-    levels = [
-        Level(lr.name, lr.dense.outputs, tuple(s.outputs for s in lr.small), _what_stands_there(lr), _tone(lr))
-        for lr in run.layers
+def said(metric: Metric) -> str:
+    """Its name in words."""
+    return metric.name.replace("_", " ")
+
+
+# -- one run
+
+_KERNELS = (
+    "Positions that the keep-set leaves of a kernel, of free stripes the mean over filters; the kernel is cut, or the stripes "
+    "stay zero, once it is final. Layers that keep all are not drawn."
+)
+
+
+def figures_of(run: Run) -> list[Figure]:
+    """Those for which there is something to draw."""
+    history, epochs = run.history, max(run.metrics["epochs"], 1)
+    ranks, full, gap, search = (history.get(kind, {}) for kind in ("rank", "full rank", "gap", "search"))
+    kernels = {n: p for n, p in history.get("kernel", {}).items() if len({v for _, v in p}) > 1}
+    by_epoch = bundle(stairs(ranks, epochs), title="Ranks by epoch", y_label="rank")
+    of_kernels = bundle(stairs(kernels, epochs), title="Kernel positions by epoch", y_label="positions")
+    found = [
+        (said(run.metric).capitalize(), "Training images are augmented, and seen before the step.", score_curves(run)),
+        ("The budget closing in", "Cost of the network as it was executed; dashed: the limits.", cost_curves(run)),
+        ("Pressure", "What is to go and is still felt, and how hard the method presses.", pressure_curves(run)),
+        ("Loss", "Training: what was minimised, distillation and penalty included.", loss_curves(run)),
+        ("Width of every group over time", "Kept units as a share of what the group had.", width_history(run)),
+        ("Penalty gap", "How far the weights are from their compressed form.", gap_curve(gap)),
+        ("Search for ranks", "Every trial is within the budget, or failed.", search_curve(search)),
+        (
+            "Rank of every layer",
+            "Pale: full. Strong: kept; of several ranks of a form the least.",
+            rank_bars(ranks, full),
+        ),
+        ("Rank of every layer over time", "Lowest, middle and highest have their names.", by_epoch),
+        ("Kernel of every layer over time", _KERNELS, of_kernels),
     ]
-    return silhouette(levels, title="Outputs of every layer before and after")
+    return [figure for figure in found if figure[2]]
 
 
-def layer_key(run: Run) -> dict[int, str]:
-    """What the tones of layers mean, of those that occur; nothing where one tone is all there is."""
-    there = {_tone(layer) for layer in run.layers}
-    return {tone: text for tone, text in LAYER_TONES.items() if tone in there and len(there) > 1}
-
-
-def macs_by_layer(run: Run) -> str:
-    """Multiply-adds before and after."""
-    pairs = [
-        Pair(
-            lr.name,
-            lr.dense_macs,
-            lr.small_macs,
-            f"{100 * lr.small_macs / lr.dense_macs:.0f} %" if lr.dense_macs else "–",
-            _tone(lr),
-        )
-        for lr in run.layers
-    ]
-    total = sum(lr.dense_macs for lr in run.layers)
-    return pair_bars(
-        pairs, title="MACs of every layer before and after", unit=f"MACs, of {short(total)} in all", head="left"
-    )
-
-
-def latency_by_layer(run: Run) -> tuple[str, int]:
-    """Times before and after, measured now, and the batch they were measured at."""
-    assert run.dense is not None and run.small is not None
-    batch = 64 if run.config["model"]["image_size"] <= 64 else 8
-    example = _example(run).expand(batch, -1, -1, -1).contiguous()
-    layers = timed(run.layers, run.dense, run.small, example=example)
-    pairs = [
-        Pair(lr.name, lr.dense_ms, lr.small_ms, f"{lr.dense_ms / lr.small_ms:.2f}×" if lr.small_ms else "–", _tone(lr))
-        for lr in layers
-    ]
-    before, after = sum(lr.dense_ms for lr in layers), sum(lr.small_ms for lr in layers)
-    unit = f"{before:.3g} ms in all, {after:.3g} ms after"
-    return pair_bars(pairs, title="Time of every layer before and after", unit=unit, head="speed-up"), batch
-
-
-def _example(run: Run) -> torch.Tensor:
-    model = run.config["model"]
-    return torch.zeros(1, model["in_channels"], model["image_size"], model["image_size"])
-
-
-def _tone(layer: Layer) -> int:
-    return FACTORISED if layer.factorised else RESHAPED if layer.reshaped else PLAIN
-
-
-def _what_stands_there(layer: Layer) -> str:
-    """``12 of 16``; ``rank 5: 1×3, 3×1``; ``3×1, 12 of 16``; ``12 of 16, reads 9`` where inputs were left out as well."""
-    if layer.factorised:
-        ranks = ", ".join(str(stage.outputs) for stage in layer.small[:-1])
-        return f"rank {ranks}: {', '.join(stage.shape for stage in layer.small)}"
-    if not layer.small:
-        return "left out"
-    kept = layer.small[-1].outputs
-    text = f"{kept}" if kept == layer.dense.outputs else f"{kept} of {layer.dense.outputs}"
-    if layer.small[0].chooses:
-        text += f", reads {layer.small[0].inputs}"
-    return f"{layer.small[0].shape}, {text}" if layer.reshaped else text
-
-
-# -- training
-
-
-def accuracy_curves(run: Run) -> str:
-    lines = [_curve(run, "accuracy", "test", 0), _curve(run, "train_accuracy", "training", 1)]
-    epochs = [e["epoch"] for e in run.epochs]
-    if (dense := run.dense_accuracy) is not None:
-        lines.append(Line("dense", ((epochs[0], dense), (epochs[-1], dense)), 5, dashed=True))
-    return line_chart(lines, title="Accuracy by epoch", x_label="epoch", y_label="per cent")
+def score_curves(run: Run) -> str:
+    lines = [_curve(run, run.metric.name, "test", 0)]
+    if run.metric.name == "accuracy":
+        lines.append(_curve(run, "train_accuracy", "training", 1))
+    if (dense := run.dense_score) is not None:
+        lines.append(Line("dense", tuple((run.epochs[n]["epoch"], dense) for n in (0, -1)), 5, dashed=True))
+    title = f"{said(run.metric).capitalize()} by epoch"
+    return line_chart(lines, title=title, x_label="epoch", y_label=unit_of(run.metric))
 
 
 def loss_curves(run: Run) -> str:
@@ -142,34 +122,20 @@ def loss_curves(run: Run) -> str:
 def cost_curves(run: Run) -> str:
     """Every cost that has a limit, as a share of the dense network, from the dense network on."""
     lines = []
-    counted = run.metrics["counted"] or {}
-    for cost, limit in run.metrics["limits"].items():
-        if cost not in COST_TONES:  # time is measured at the end
-            continue
-        name, tone = COST_TONES[cost]
-        whole = run.metrics["dense"][cost]
-        points = tuple((e["epoch"], 100 * e[cost] / whole) for e in run.epochs if cost in e)
+    for tone, (cost, name) in enumerate(COST_WORDS.items()):  # time is measured at the end
+        points = _share(run, cost) if cost in run.metrics["limits"] else ()
         if points:
-            lines.append(Line(name, ((0.0, 100.0), *points), tone))
-            lines.append(
-                Line(
-                    f"{'limit of the count' if cost in counted else 'limit'} {100 * limit / whole:.3g}",
-                    ((0.0, 100 * limit / whole), (points[-1][0], 100 * limit / whole)),
-                    tone,
-                    dashed=True,
-                )
-            )
-    if not lines:
-        return ""
-    return line_chart(
-        lines, title="Cost by epoch", x_label="epoch", y_label="per cent of the dense network", low=0, high=100
-    )
+            limit = 100 * run.metrics["limits"][cost] / run.metrics["dense"][cost]
+            kind = "limit of the count" if cost in (run.metrics["counted"] or {}) else "limit"
+            lines.append(Line(name, points, tone))
+            ends = tuple((epoch, limit) for epoch, _ in (points[0], points[-1]))
+            lines.append(Line(f"{kind} {limit:.3g}", ends, tone, dashed=True))
+    title = "Cost by epoch"
+    return line_chart(lines, title=title, x_label="epoch", y_label="per cent of the dense network", low=0, high=100)
 
 
 def pressure_curves(run: Run) -> str:
     lines = [_curve(run, "remaining", "remaining", 3), _curve(run, "strength", "strength", 4)]
-    if not any(line.points for line in lines):
-        return ""
     return line_chart(lines, title="Remaining mass and strength by epoch", x_label="epoch", y_label="share", low=0)
 
 
@@ -180,38 +146,69 @@ def width_history(run: Run) -> str:
         g.removesuffix(alternatives_name("")): tuple((float(e), 100 * n / max(m for _, m in points)) for e, n in points)
         for g, points in changed.items()
     }
-    return bundle(shares, title="Kept units by epoch", y_label="per cent of the group")
+    return bundle(shares, title="Kept units by epoch", y_label="per cent of the group", high=100)
 
 
 def _curve(run: Run, column: str, name: str, tone: int) -> Line:
     return Line(name, tuple((e["epoch"], e[column]) for e in run.epochs if column in e), tone)
 
 
+def _share(run: Run, cost: str) -> tuple[Point, ...]:
+    whole = run.metrics["dense"][cost]
+    points = [(e["epoch"], 100 * e[cost] / whole) for e in run.epochs if cost in e]
+    return ((0.0, 100.0), *points) if points else ()
+
+
 # -- several runs
 
 
-def pareto_plot(runs: Sequence[Run], names: Sequence[str], *, cost: str) -> str:
-    """Accuracy against what is left of ``cost``, or of the "time" in the last backend measured, at batch 1.
+def figures_of_all(groups: Sequence[Group], runtime: str | None) -> list[Figure]:
+    """The metric against every cost, and curves over one another, means over seeds with the deviation around them."""
+    metric = groups[0].first.metric
+    name = said(metric).capitalize()
+    hollow, band = "Hollow: dense. Dashed: the frontier.", "Means over seeds; the band is ± their standard deviation."
+    found = [(f"{name} against {axis}", hollow, _trade_off(groups, cost, runtime)) for cost, axis in AXES.items()]
+    curves: dict[str, tuple[str, Callable[[Run], Sequence[Point]]]] = {
+        name: (unit_of(metric), lambda run: _curve(run, metric.name, "", 0).points),
+        "Multiply-adds": ("per cent of the dense network", lambda run: _share(run, "macs")),
+        "Test loss": ("loss", lambda run: _curve(run, "test_loss", "", 0).points),
+    }
+    for title, (label, points_of) in curves.items():
+        lines = [_mean_line(g.name, [points_of(run) for run in g.runs], tone) for tone, g in enumerate(groups)]
+        chart = line_chart(lines, title=f"{title} by epoch, all runs", x_label="epoch", y_label=label)
+        found.append((f"{title} by epoch", band, chart))
+    return [figure for figure in found if figure[2]]
 
-    Runs of one method have one colour.
-    """
-    methods = list(dict.fromkeys(run.method for run in runs))
+
+def _mean_line(name: str, curves: Sequence[Sequence[Point]], tone: int) -> Line:
+    """Over the epochs that all curves have."""
+    by_epoch = [dict(points) for points in curves]
+    values = {x: [points[x] for points in by_epoch] for x in by_epoch[0] if all(x in points for points in by_epoch)}
+    around = tuple((mean(v) - stdev(v), mean(v) + stdev(v)) for v in values.values()) if len(curves) > 1 else ()
+    return Line(name, tuple((x, mean(v)) for x, v in values.items()), tone, around=around)
+
+
+def _trade_off(groups: Sequence[Group], cost: str, runtime: str | None) -> str:
+    """The metric against what is left of ``cost``, or of the "time" in ``runtime`` at batch 1; ± over seeds."""
+    metric = groups[0].first.metric
     dots = []
-    for run, name in zip(runs, names, strict=True):
-        share = _time_left(run) if cost == "time" else run.metrics["fraction"][cost]
-        if "accuracy" in run.metrics["small"] and share is not None:
-            dots.append(Dot(name, 100 * share, run.metrics["small"]["accuracy"], methods.index(run.method) % 6))
-    if not dots:
-        return ""
-    for dense in sorted({known for run in runs if (known := run.dense_accuracy) is not None}):
-        dots.append(Dot("dense", 100.0, dense, 5, hollow=True))
-    x_label = f"{PARETO_AXES[cost]} left, per cent of the dense network"
-    return dot_chart(dots, title=f"Accuracy against {cost}", x_label=x_label, y_label="test accuracy, per cent")
+    for tone, group in enumerate(groups):
+        left = group.mean(lambda r: time_left(r, runtime) if cost == "time" else r.metrics["fraction"][cost])
+        scores = group.values(lambda r: r.score)
+        if left is not None and scores:
+            error = stdev(scores) if len(scores) > 1 else 0.0
+            dots.append(Dot(group.name, 100 * left, mean(scores), tone, hollow=group.first.is_dense, error=error))
+    if not any(group.first.is_dense for group in groups):
+        known = {score for group in groups for run in group.runs if (score := run.dense_score) is not None}
+        dots += [
+            Dot("" if n else "dense", 100.0, score, 5, hollow=True) for n, score in enumerate(sorted(known)) if dots
+        ]
+    x_label = f"{AXES[cost]} left, per cent of the dense network"
+    title, upwards = f"{said(metric).capitalize()} against {AXES[cost]}", metric.higher_is_better
+    return dot_chart(dots, title=title, x_label=x_label, y_label=f"test {unit_of(metric)}", higher_is_better=upwards)
 
 
-PARETO_AXES = {"macs": "MACs", "params": "parameters", "time": "time"}
-
-
-def _time_left(run: Run) -> float | None:
-    timings = [t for t in run.metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
-    return 1 / timings[-1]["speedup"] if timings else None
+def time_left(run: Run, runtime: str | None) -> float | None:
+    """Of the dense network's, at batch 1; a network that nothing was removed from takes all of it."""
+    times = run.times(runtime or "")
+    return 1.0 if run.is_dense else 1 / times[1][1]["speedup"] if 1 in times else None

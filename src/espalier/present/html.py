@@ -1,33 +1,27 @@
-"""The report: one HTML file with its style and figures inside, that needs nothing from outside."""
+"""The report: one HTML file with its style and figures inside, that needs nothing from outside, and the same numbers as CSV.
+
+``report.html.j2`` says what stands where; here is what it is told.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+import csv
+import io
+import re
+from collections.abc import Sequence
+from datetime import date
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from espalier.costs import LATENCY
-from espalier.present.figures import (
-    COST_TONES,
-    PARETO_AXES,
-    accuracy_curves,
-    budget_bars,
-    cost_curves,
-    latency_by_layer,
-    layer_key,
-    loss_curves,
-    macs_by_layer,
-    network_drawing,
-    pareto_plot,
-    pressure_curves,
-    width_history,
-)
-from espalier.present.runs import Run, read_run
-from espalier.run.charts import figure_style
-from espalier.run.course import gap_curve, kernel_history, rank_bars, rank_history, search_curve
-from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, proven, slow_sentence
+from espalier.present.figures import COST_WORDS, Group, figures_of, figures_of_all, said, time_left
+from espalier.present.progress import short
+from espalier.present.runs import COSTS, Run, example_of, read_run
+from espalier.run.anatomy import Layer, timed
+from espalier.run.charts import COLOURS
+from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, places, proven, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 from espalier.run.timed import time_sentence
 
@@ -37,281 +31,361 @@ COST_NAMES = {
     "activation_memory": "peak activations, bytes",
     "bytes": "size on disk, bytes",
 }
-BACKENDS = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+TONES = ("the layer as it was, or with fewer channels", "factorised into several layers", "another kernel")
+BUSY = 0.1  # two measurements further apart are not to be relied on
+BUSY_ROUNDS = 1.5  # nor are times whose median round took longer than the fastest by this factor
 
 
-def write_report(folders: Sequence[Path], *, out: Path | None = None, timing: bool = True, trust: bool = False) -> Path:
+def write_report(
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    table: Path | None = None,
+    runtime: str | None = None,
+    timing: bool = True,
+    trust: bool = False,
+) -> Path:
     """Write the page of the runs in ``folders`` to ``out``, by default into the first of them; returns where it is.
 
-    Without ``trust`` no code runs that a folder names: layers of such networks are drawn, and not timed.
+    ``table`` receives a row of numbers per run, as CSV.  Without ``trust`` no code runs that a folder names: layers of such
+    networks are drawn, and not timed.
 
-    Raises: ValueError for a folder without a finished, undamaged run.
+    Raises: ValueError for a folder without a finished, undamaged run, runs that are judged by different metrics, and a
+    ``runtime`` that not all of them were timed in.
     """
-    content = page([read_run(folder, trust=trust) for folder in folders], timing=timing)
+    runs = [read_run(folder, trust=trust) for folder in folders]
+    content = page(runs, timing=timing, runtime=runtime)
     target = out or folders[0] / REPORT
     write_file(target, content.encode())
+    if table is not None:
+        write_file(table, as_csv(runs).encode())
     return target
 
 
-def page(runs: Sequence[Run], *, timing: bool = True) -> str:
-    """The whole report; with ``timing`` layers are timed now, on this machine."""
-    names = _names(runs)
-    body = [_comparison(runs, names)] if len(runs) > 1 else []
-    body += [_run(run, name, timing=timing, only=len(runs) == 1) for run, name in zip(runs, names, strict=True)]
-    title = (
-        f"{len(runs)} compressions compared" if len(runs) > 1 else f"{runs[0].title}, compressed by {runs[0].method}"
+def page(runs: Sequence[Run], *, timing: bool = True, runtime: str | None = None) -> str:
+    """The whole report; with ``timing`` layers are timed now, on this machine.  All times are those in ``runtime``."""
+    from jinja2 import Environment, FunctionLoader
+    from markupsafe import Markup
+
+    groups, names, runtime = grouped(runs), _names(runs), _runtime(runs, runtime)
+    page = Environment(loader=FunctionLoader(_part), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"percent": percent, "what": what_stands_there, "chart": lambda svg: Markup(themed(svg))}
+    return page.get_template("report.html.j2").render(
+        title=f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].heading,
+        colours=COLOURS,
+        tones=TONES,
+        comparison=_comparison(groups, runtime) if len(runs) > 1 else None,
+        sections=[_section(run, name, runtime, timing) for run, name in zip(runs, names, strict=True)],
     )
-    style = figure_style() + files("espalier.present").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style></head>\n'
-        f"<body><main>\n<h1>{escape(title)}</h1>\n" + "\n".join(body) + "\n</main></body></html>\n"
-    )
+
+
+def _part(name: str) -> str:
+    return files("espalier.present").joinpath(name).read_text(encoding="utf-8")
+
+
+def themed(svg: str) -> str:
+    """The chart in the colours of the page, which knows light and dark."""
+    names = {colour: name for name, colour in COLOURS.items()}
+    return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)
+
+
+def _runtime(runs: Sequence[Run], wanted: str | None) -> str | None:
+    """What the times of the page are of: what was asked for, else the last that every run was timed in."""
+    measured = [[t["backend"] for t in run.metrics["latency"]] for run in runs if not run.is_dense]
+    common = [b for b in dict.fromkeys(chain(*measured)) if all(b in own for own in measured)]
+    if wanted is not None and wanted not in common:
+        raise ValueError(f"report: not every run was timed in {wanted!r}; there is {', '.join(common) or 'none'}")
+    return wanted or (common[-1] if common else None)
 
 
 # -- one run
 
 
-def _run(run: Run, name: str, *, timing: bool, only: bool) -> str:
-    parts = [] if only else [f'<h2 class="title" id="{escape(name)}">{escape(name)}: {escape(run.title)}</h2>']
-    parts += [_lead(run), _tiles(run), _asked_and_met(run), _network(run, timing=timing)]
-    parts += [_training(run), _speed(run.metrics), _origin(run)]
-    return f'<section class="run{" only" if only else ""}">' + "\n".join(filter(None, parts)) + "</section>"
-
-
-def _lead(run: Run) -> str:
-    metrics = run.metrics
-    epochs = metrics["epochs"]
-    words = f"{epochs} epoch{'s' if epochs != 1 else ''}"
-    trained = f"{words} in {_duration(metrics['seconds'])}" if epochs else "no training"
-    start = "a trained" if run.config.get("start", {}).get("trained") else "an untrained"
-    seed = "" if metrics.get("seed") is None else f", seed {metrics['seed']}"
-    return f'<p class="soft">Method {escape(run.method)}, from {start} network, {trained}{escape(seed)}.</p>'
-
-
-def _tiles(run: Run) -> str:
-    metrics, before = run.metrics, run.dense_accuracy
-    small, fraction = metrics["small"], metrics["fraction"]
-    tiles = []
-    if "accuracy" in small:
-        change = "" if before is None else f", {_signed(small['accuracy'] - before)} points"
-        tiles.append((f"{small['accuracy']:.2f} %", f"test accuracy{change}"))
-    tiles.append((_percent(fraction["macs"]), "of the MACs are left"))
-    tiles.append((_percent(fraction["params"]), "of the parameters are left"))
-    for cost, share in (metrics["counted"] or {}).get("fraction", {}).items():
-        tiles.append((_percent(share), f"of the {COST_TONES[cost][0]}: {COUNTED_WORDS}"))
-    fastest = [t for t in metrics["latency"] if t["name"] == "small"]
-    for timing in fastest[-2:]:
-        backend = BACKENDS.get(timing["backend"], timing["backend"])
-        tiles.append((f"{timing['speedup']:.2f}×", f"as fast in {backend}, batch {timing['batch']}"))
-    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(text)}</span></div>' for big, text in tiles)
-    return f'<div class="tiles">{cells}</div>'
-
-
-def _asked_and_met(run: Run) -> str:
-    metrics = run.metrics
-    dense, small, limits = metrics["dense"], metrics["small"], metrics["limits"]
-    rows = []
-    if "accuracy" in small:
-        before = run.dense_accuracy
-        change = "" if before is None else f"{_signed(small['accuracy'] - before)} points"
-        known = (UNTRAINED, UNTRAINED) if before is None else (f"{before:.2f}", _decimals(dense["loss"]))
-        rows.append(("test accuracy, %", known[0], f"{small['accuracy']:.2f}", change, ""))
-        rows.append(("test loss", known[1], _decimals(small["loss"]), "", ""))
-    counted = metrics["counted"] or {"fraction": {}}
-    asked = {cost: f"{limit:,}" for cost, limit in limits.items() if cost in COST_NAMES}
-    for cost, label in COST_NAMES.items():
-        limit = "" if cost in counted else asked.get(cost, "")
-        rows.append((label, f"{dense[cost]:,}", f"{small[cost]:,}", _percent(metrics["fraction"][cost]), limit))
-    for cost, share in counted["fraction"].items():
-        label = f"{COST_NAMES[cost]}, {COUNTED_WORDS}"
-        rows.append((label, f"{dense[cost]:,}", f"{counted[cost]:,}", _percent(share), asked.get(cost, "")))
-    table = _table(("", "dense", "small", "small / dense", "limit"), rows)
-    caption = "The mark is the limit; the pale bar is the dense network."
-    kept = all({**small, **counted}[cost] <= limit for cost, limit in limits.items() if cost in COST_NAMES)
-    verdict = ("Every limit is kept." if kept else "A LIMIT IS EXCEEDED.") if set(limits) - {LATENCY} else ""
-    if metrics.get("time"):
-        verdict = f"{verdict} {time_sentence(metrics['time'])}".strip()
-    if metrics["counted"]:
-        verdict += f" Limits are met as {metrics['counted']['note']}; the other rows are what is executed."
-    others = run.config["budget"].get("multiple_of", 1)
-    aligned = f" Widths and ranks are multiples of {others} or whole." if others != 1 else ""
-    return (
-        f"<h2>What was asked, and what was met</h2><p>{escape(f'{verdict}{aligned} {basis(metrics)} {proven(metrics)}')}</p>"
-        '<div class="figures asked">'
-        + _figure(budget_bars(run, COST_NAMES), "Share of the dense network that is left", caption)
-        + f"<div>{table}</div></div>"
-    )
-
-
-def _network(run: Run, *, timing: bool) -> str:
-    if not run.layers:
-        return f'<h2>The network</h2><p class="note">Not drawn: {escape(run.note)}.</p>'
-    drawing = network_drawing(run)
-    figures = [
-        _figure(
-            drawing, "Layer by layer, input on top", "Pale: outputs of the dense layer. Strong: outputs that stayed."
-        ),
-        _figure(macs_by_layer(run), "Multiply-adds of every layer", "Pale: dense. Strong: small, and its share."),
-    ]
-    if timing and run.dense is not None and run.small is not None:
-        chart, batch = latency_by_layer(run)
-        caption = (
-            f"PyTorch, batch {batch}, one thread of the machine that wrote this page; the fastest of interleaved runs."
-        )
-        figures.append(_figure(chart, "Time of every layer", caption))
-    key = "".join(
-        f'<span><i style="background:var(--c{tone})"></i>{escape(text)}</span>' for tone, text in layer_key(run).items()
-    )
-    key = f'<p class="legend soft">{key}</p>' if key else ""
-    note = f'<p class="note">Not drawn: the time of every layer; {escape(run.note)}.</p>' if run.note else ""
-    return f'<h2>The network</h2>{note}{key}<div class="figures three">{"".join(figures)}</div>'
-
-
-def _training(run: Run) -> str:
-    if not run.epochs:
-        return ""
-    figures = [
-        _figure(accuracy_curves(run), "Accuracy", "Training images are augmented, and seen before the step."),
-        _figure(
-            cost_curves(run), "The budget closing in", "Cost of the network as it was executed; dashed: the limits."
-        ),
-        _figure(pressure_curves(run), "Pressure", "What is to go and is still felt, and how hard the method presses."),
-        _figure(loss_curves(run), "Loss", "Training: what was minimised, distillation and penalty included."),
-        _figure(width_history(run), "Width of every group over time", "Kept units as a share of what the group had."),
-        *_course(run),
-    ]
-    return f'<h2>Training</h2><div class="figures">{"".join(figures)}</div>'
-
-
-_KERNELS = (
-    "Positions that the keep-set leaves of a kernel, of free stripes the mean over filters; the kernel is cut, or the stripes "
-    "stay zero, once it is final.  Layers that keep all are not drawn."
-)
-
-
-def _course(run: Run) -> list[str]:
-    """What the method recorded on its way."""
-    history, epochs = run.history, max(run.metrics["epochs"], 1)
-    ranks = history.get("rank", {})
-    bars = rank_bars(ranks, history.get("full rank", {}))
-    return [
-        _figure(
-            gap_curve(history.get("gap", {})), "Penalty gap", "How far the weights are from their compressed form."
-        ),
-        _figure(
-            search_curve(history.get("search", {})), "Search for ranks", "Every trial is within the budget, or failed."
-        ),
-        _figure(bars, "Rank of every layer", "Pale: full. Strong: kept; of several ranks of a form the least."),
-        _figure(
-            rank_history(ranks, epochs=epochs),
-            "Rank of every layer over time",
-            "Lowest, middle and highest have their names.",
-        ),
-        _figure(kernel_history(history.get("kernel", {}), epochs=epochs), "Kernel of every layer over time", _KERNELS),
-    ]
-
-
-def _speed(metrics: dict[str, Any]) -> str:
-    if not metrics["latency"]:
-        return ""
-    dense = {(t["backend"], t["batch"]): t["milliseconds"] for t in metrics["latency"] if t["name"] == "dense"}
-    rows = []
-    for timing in metrics["latency"]:
-        if timing["name"] != "dense":
-            where = f"{BACKENDS.get(timing['backend'], timing['backend'])}, batch {timing['batch']}"
-            before = dense[timing["backend"], timing["batch"]]
-            rows.append((where, f"{before:.3g}", f"{timing['milliseconds']:.3g}", f"{timing['speedup']:.2f}×"))
-    table = _table(("whole network", "dense, ms", "small, ms", "speed-up"), rows)
-    return f'<h2>Speed</h2><p class="soft">Measured at the end of the run; one thread, fastest of interleaved runs.</p>{table}'
-
-
-def _origin(run: Run) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run.metrics["versions"].items())
-    difference = run.metrics.get("onnx_difference")
-    lines = [f"Made with {versions}."]
-    if difference is not None:
-        lines.append(f"model.onnx differs from PyTorch by at most {difference:.1e}.")
-    notes = "".join(
-        f'<p class="note">Missing: {escape(name)} ({escape(str(reason))})</p>'
-        for name, reason in run.metrics["notes"].items()
-    )
-    if slow := slow_sentence(run.metrics):
-        notes += f'<p class="note">{escape(slow)}</p>'
+def _section(run: Run, name: str, runtime: str | None, timing: bool) -> dict[str, Any]:
     config = {section: dict(values) for section, values in run.config.items() if values}
-    if "weights" in config.get("model", {}):
-        config["model"]["weights"] = Path(
-            str(config["model"]["weights"])
-        ).name  # a page that is sent around names no folders
-    return (
-        f"<h2>How to repeat it</h2><p>{escape(' '.join(lines))}</p>{notes}"
-        f"<details><summary>Configuration</summary><pre>{escape(to_toml(config))}</pre></details>"
-    )
+    if "weights" in config.get("model", {}):  # a page that is sent around names no folders
+        config["model"]["weights"] = Path(str(config["model"]["weights"])).name
+    return {
+        "run": run,
+        "name": name,
+        "sentence": sentence(run, runtime),
+        "origin": _origin(run, runtime),
+        "tiles": [] if run.is_dense else _tiles(run, runtime),
+        "verdict": _verdict(run),
+        "scores": _scores(run),
+        "costs": _costs(run),
+        "layers": _layers(run, runtime, timing),
+        "figures": figures_of(run),
+        "slow": slow_sentence(run.metrics),
+        "config": to_toml(config),
+    }
+
+
+def sentence(run: Run, runtime: str | None = None) -> str:
+    """What was asked for, what was met, and what was lost, with an error where the test images give one."""
+    if run.is_dense:
+        return f"{run.title} was trained as it is{_reached(run)}."
+    metrics = run.metrics
+    network = f"{'a trained' if run.config.get('start', {}).get('trained') else 'an untrained'} {run.title}"
+    met = listed([percent(_meant(run, cost)) for cost in metrics["limits"] if cost in COST_NAMES])
+    if asked := _asked(run):
+        text = f"{run.method} was asked for at most {asked} of {network}{f', kept {met}' if met else ''}"
+    else:
+        text = f"{run.method} chose the size of {network}, kept {percent(metrics['fraction']['macs'])} of the MACs"
+    if time := run.times(runtime or "").get(1):
+        text += f", takes {time[1]['milliseconds']:.3g} ms instead of {time[0]['milliseconds']:.3g}"
+    return f"{text}{_reached(run)}."
+
+
+def _asked(run: Run) -> str:
+    """``40 % of the MACs and 50 % of the parameters``."""
+    dense, limits = run.metrics["dense"], run.metrics["limits"]
+    parts = [f"{100 * limits[c] / dense[c]:.4g} % of the {COST_WORDS[c]}" for c in limits if c in COST_WORDS]
+    return listed(parts + [f"{limits[cost]:.3g} ms" for cost in limits if cost == LATENCY])
+
+
+def _meant(run: Run, cost: str) -> float:
+    """The share that a limit is about."""
+    counted = (run.metrics["counted"] or {}).get("fraction", {})
+    return float(counted.get(cost, run.metrics["fraction"][cost]))
+
+
+def _reached(run: Run) -> str:
+    """``, and lost 0.56 points of accuracy (98.61 ± 0.63 %, before 99.17 ± 0.50 %)``."""
+    score, before = run.score, run.dense_score
+    if score is None:
+        return ""
+    if before is None:
+        return f", and has a test {said(run.metric)} of {run.told(score)}"
+    verb = "lost" if (before > score) is run.metric.higher_is_better and before != score else "gained"
+    amount = f"{abs(score - before):.{places(run.metric)}f}{run.points}"
+    return f", and {verb} {amount} of {said(run.metric)} ({run.told(score)}, before {run.told(before)})"
+
+
+def _origin(run: Run, runtime: str | None) -> str:
+    """How long, of which images, when, where, in what."""
+    metrics, epochs = run.metrics, run.metrics["epochs"]
+    day, images, seed = (metrics.get(key) for key in ("date", "test_images", "seed"))
+    facts = [
+        f"{epochs} epoch{'s' if epochs != 1 else ''} in {_duration(metrics['seconds'])}" if epochs else "no training",
+        "" if seed is None else f"seed {seed}",
+        f"{images:,} test images" if images else "",
+        "± is one binomial standard error" if run.score is not None and run.error(run.score) is not None else "",
+        f"{date.fromisoformat(day[:10]):%d %B %Y}".lstrip("0") if day else "",
+        metrics.get("processor", ""),
+        f"times in {RUNTIMES.get(runtime, runtime)}, one thread" if runtime and not run.is_dense else "",
+    ]
+    return " · ".join(filter(None, facts))
+
+
+def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
+    """Big, and small below it."""
+    tiles = []
+    if run.score is not None:
+        tiles.append(
+            (run.told(run.score, error=False), f"test {said(run.metric)}{f', {run.change}' if run.change else ''}")
+        )
+    shares = [(c, run.metrics["fraction"][c], " are left") for c in ("macs", "params")]
+    shares += [
+        (c, share, f": {COUNTED_WORDS}") for c, share in (run.metrics["counted"] or {}).get("fraction", {}).items()
+    ]
+    tiles += [(percent(share), f"of the {COST_WORDS[cost]}{how}") for cost, share, how in shares]
+    for batch, (dense, small) in run.times(runtime or "").items():
+        spread = max(dense.get("spread", 1.0), small.get("spread", 1.0))
+        text = f"{f'a batch of {batch}' if batch > 1 else 'one image'}, {small['speedup']:.2f}× as fast "
+        text += f"(dense: {dense['milliseconds']:.3g} ms)"
+        if spread > BUSY_ROUNDS:
+            text += (
+                f"; UNRELIABLE: the machine was busy (median round {spread:.1f}× the fastest)"
+            )
+        tiles.append((f"{small['milliseconds']:.3g} ms", text))
+    return tiles
+
+
+def _verdict(run: Run) -> str:
+    metrics, limits = run.metrics, run.metrics["limits"]
+    small = {**metrics["small"], **(metrics["counted"] or {})}
+    over = any(small[cost] > limit for cost, limit in limits.items() if cost in COST_NAMES)
+    multiple = run.config["budget"].get("multiple_of", 1)
+    parts = [
+        ("A LIMIT IS EXCEEDED." if over else "Every limit is kept.") if set(limits) - {LATENCY} else "",
+        time_sentence(metrics["time"]) if metrics.get("time") else "",
+        f"Limits are met as {metrics['counted']['note']}; the other rows are what is executed."
+        if metrics["counted"]
+        else "",
+        f"Widths and ranks are multiples of {multiple} or whole." if multiple != 1 else "",
+        basis(metrics),
+        "" if run.is_dense else proven(metrics),
+    ]
+    return " ".join(filter(None, parts))
+
+
+def _scores(run: Run) -> list[tuple[str, str, str, str]]:
+    """Label, dense, small, change; of what the networks are judged by."""
+    dense, small, metric = run.metrics["dense"], run.metrics["small"], run.metric
+    if run.score is None:
+        return []
+    label = f"test {said(metric)}{', ' if metric.unit else ''}{metric.unit}"
+    label += "" if metric.higher_is_better else " (less is better)"
+    rows = [(label, metric.name, places(metric), run.change), ("test loss", "loss", 4, "")]
+    return [
+        (text, UNTRAINED if run.dense_score is None else f"{dense[key]:.{digits}f}", f"{small[key]:.{digits}f}", change)
+        for text, key, digits, change in rows
+        if small.get(key) is not None and dense.get(key) is not None
+    ]
+
+
+def _costs(run: Run) -> list[tuple[Any, ...]]:
+    """Label, dense, small, share, limit, limit as a share; the limit stands beside what was counted where that differs."""
+    metrics, limits = run.metrics, run.metrics["limits"]
+    counted = metrics["counted"] or {"fraction": {}}
+    rows = [
+        (label, c, metrics["small"][c], metrics["fraction"][c], c not in counted) for c, label in COST_NAMES.items()
+    ]
+    rows += [(f"{COST_NAMES[c]}, {COUNTED_WORDS}", c, counted[c], s, True) for c, s in counted["fraction"].items()]
+    return [
+        (
+            label,
+            whole := metrics["dense"][c],
+            amount,
+            share,
+            limits.get(c) if meant else None,
+            limits.get(c, whole) / whole,
+        )
+        for label, c, amount, share, meant in rows
+    ]
+
+
+def _layers(run: Run, runtime: str | None, timing: bool) -> dict[str, Any]:
+    """Every layer before and after, timed if they can be; and the largest of everything, which bars are shares of."""
+    layers, note, batch, apart = run.layers, run.note, 0, 0.0
+    if timing and layers and run.dense is not None and run.small is not None:
+        batch = 64 if run.config["model"]["image_size"] <= 64 else 8
+        example = example_of(run.config).expand(batch, -1, -1, -1).contiguous()
+        try:
+            layers, apart = timed(layers, run.dense, run.small, example=example, runtime=runtime or "torch")
+        except (ValueError, RuntimeError, KeyError) as error:
+            note, batch = f"the layers cannot be timed: {error}", 0
+    tones = [1 if lr.factorised else 2 if lr.reshaped else 0 for lr in layers]
+    return {
+        "rows": list(zip(layers, tones, strict=True)),
+        "tones": sorted(set(tones)),
+        "widest": max((n for lr in layers for n in (lr.dense.outputs, *(s.outputs for s in lr.small))), default=1),
+        "most": {k: max((max(getattr(lr, f"dense_{k}"), getattr(lr, f"small_{k}")) for lr in layers), default=0) or 1
+                 for k in ("macs", "ms")},
+        "total": short(sum(lr.dense_macs for lr in layers)),
+        "note": note, "batch": batch, "runtime": RUNTIMES.get(runtime or "torch"), "apart": apart, "unreliable": apart > BUSY,
+    }  # fmt: skip
+
+
+def what_stands_there(layer: Layer) -> str:
+    """``12 of 16``; ``rank 5: 1×3, 3×1``; ``3×1, 12 of 16``; ``12 of 16, reads 9`` where inputs were left out as well."""
+    if layer.factorised:
+        ranks = ", ".join(str(stage.outputs) for stage in layer.small[:-1])
+        return f"rank {ranks}: {', '.join(stage.shape for stage in layer.small)}"
+    if not layer.small:
+        return "left out"
+    kept = layer.small[-1].outputs
+    text = f"{kept}" if kept == layer.dense.outputs else f"{kept} of {layer.dense.outputs}"
+    text += f", reads {layer.small[0].inputs}" if layer.small[0].chooses else ""
+    return f"{layer.small[0].shape}, {text}" if layer.reshaped else text
 
 
 # -- several runs
 
 
-def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in their seed alone, together.  Raises: ValueError for runs that are judged by different metrics."""
+    if len(metrics := dict.fromkeys(run.metric.name for run in runs)) > 1:
+        raise ValueError(f"report: these runs are judged by {listed(list(metrics))}; make a page for each")
+    settings: dict[str, list[tuple[Run, str]]] = {}
+    for run, name in zip(runs, _names(runs), strict=True):
+        settings.setdefault(run.setting, []).append((run, name))
+    groups: list[Group] = []
+    for members in settings.values():
+        first, name = members[0]
+        if len(members) > 1:
+            name = ", ".join(filter(None, [first.method, _asked(first)]))
+            name += f" ({len(groups) + 1})" if name in [group.name for group in groups] else ""
+        groups.append(Group(name, tuple(run for run, _ in members)))
+    return groups
+
+
+def _comparison(groups: Sequence[Group], runtime: str | None) -> dict[str, Any]:
+    metric, rows = groups[0].first.metric, []
+    for group in groups:
+        run = group.first
+        untrained = "–" if run.score is None else UNTRAINED
+        shares = [
+            group.mean(lambda r: r.metrics["fraction"]["macs"]),
+            group.mean(lambda r: r.metrics["fraction"]["params"]),
+        ]
+        took = group.mean(lambda r: r.times(runtime or "").get(1, ({}, {}))[1].get("milliseconds"))
+        left = None if run.is_dense else group.mean(lambda r: time_left(r, runtime))
+        seeds = [str(r.metrics.get("seed", "–")) for r in group.runs]
+        rows.append([
+            group.name, run.title, run.method, untrained if run.dense_score is None else group.told(lambda r: r.dense_score),
+            group.told(lambda r: r.score), *(percent(share or 0.0) for share in shares), "–" if took is None else f"{took:.3g}",
+            "–" if left is None else f"{1 / left:.2f}×", str(run.metrics["epochs"]), ", ".join(seeds),
+        ])  # fmt: skip
+    scores = {g: s for g in groups if not g.first.is_dense and (s := g.mean(lambda r: r.score)) is not None}
+    best = max(scores, key=lambda g: scores[g] * (1 if metric.higher_is_better else -1), default=None)
+    text = f"{sum(len(group.runs) for group in groups)} runs in {len(groups)} settings of "
+    text += f"{listed(list(dict.fromkeys(group.first.title for group in groups)))}."
+    if best is not None:
+        text += f" Best of the compressed: {best.name}, with a test {said(metric)} of {best.told(lambda r: r.score)}"
+        text += f" at {percent(best.first.metrics['fraction']['macs'])} of the MACs."
+    unit = f", {metric.unit}" if metric.unit else ""
+    head = f"setting|network|method|dense{unit}|small{unit}|MACs left|parameters left|ms|speed-up|epochs|seed"
+    return {
+        "sentence": text,
+        "head": head.split("|"),
+        "rows": rows,
+        "figures": figures_of_all(groups, runtime),
+        "runtime": RUNTIMES.get(runtime or "", runtime),
+        "metric": said(metric),
+        "better": "more" if metric.higher_is_better else "less",
+    }
+
+
+def as_csv(runs: Sequence[Run]) -> str:
+    """A row per run: what it was, its scores, costs of both networks, every measured time."""
     rows = []
-    for run, name in zip(runs, names, strict=True):
-        metrics, fraction = run.metrics, run.metrics["fraction"]
-        small, before = metrics["small"], run.dense_accuracy
-        fast = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
-        rows.append(
-            (
-                name, run.title, run.method, (UNTRAINED if "accuracy" in small else "–") if before is None else f"{before:.2f}",
-                f"{small['accuracy']:.2f}" if "accuracy" in small else "–",
-                _percent(fraction['macs']), _percent(fraction['params']),
-                f"{fast[-1]['speedup']:.2f}×" if fast else "–", str(metrics["epochs"]),
-            )
-        )  # fmt: skip
-    head = ("run", "network", "method", "dense, %", "small, %", "MACs left", "params left", "speed-up", "epochs")
-    figures = "".join(
-        _figure(pareto_plot(runs, names, cost=cost), f"Accuracy against {axis}", "Hollow: dense. Dashed: the frontier.")
-        for cost, axis in PARETO_AXES.items()
-    )
-    return (
-        f"{_table(head, rows)}<p class='soft'>Accuracy is that of the last epoch on the test set; speed-up at batch 1, in ONNX "
-        f"Runtime where it was there.</p><div class='figures'>{figures}</div>"
-    )
+    for name, run in [(group.name, run) for group in grouped(runs) for run in group.runs]:
+        metrics, error = run.metrics, None if run.score is None else run.error(run.score)
+        row: dict[str, Any] = {"run": run.name, "setting": name, "method": run.method}
+        row |= {"network": run.config["model"].get("name"), "data": run.config["data"].get("name")}
+        row |= {key: metrics.get(key) for key in ("seed", "epochs", "seconds", "date", "processor", "test_images")}
+        row |= {"metric": run.metric.name, "dense": run.dense_score, "small": run.score, "standard error": error}
+        for cost in COSTS:
+            row |= {f"{side} {cost}": metrics[side][cost] for side in ("dense", "small")}
+            row[f"limit {cost}"] = metrics["limits"].get(cost)
+        row |= {f"{t['name']} ms, {t['backend']}, batch {t['batch']}": t["milliseconds"] for t in metrics["latency"]}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(chain(*rows))), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """Folder names; with the folder above where two are the same."""
-    short = [run.name for run in runs]
-    return [
-        n if short.count(n) == 1 else "/".join(r.folder.resolve().parts[-2:]) for n, r in zip(short, runs, strict=True)
-    ]
+    names = [run.name for run in runs]
+    parts = [run.folder.resolve().parts[-2:] for run in runs]
+    return [name if names.count(name) == 1 else "/".join(part) for name, part in zip(names, parts, strict=True)]
 
 
-# -- parts
+# -- words
 
 
-def _figure(chart: str, title: str, caption: str) -> str:
-    """Nothing where there is nothing to draw."""
-    if not chart:
-        return ""
-    return f"<figure><figcaption>{escape(title)}<small>{escape(caption)}</small></figcaption>{chart}</figure>"
+def listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def _decimals(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from espalier.costs import cost
+from espalier.graph import trace
 from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
 from espalier.run.anatomy import Layer, layers_from, layers_of
+from espalier.run.measure import size_on_disk
 from espalier.run.models import load_weights, runs_code
-from espalier.run.report import COUNTED, dense_accuracy
+from espalier.run.report import COUNTED, dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_sealed, unfinished
+from espalier.tasks import Metric
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
 
@@ -45,13 +50,76 @@ class Run:
         return " on ".join(filter(None, (model, data))) or "A network"
 
     @property
-    def method(self) -> str:
-        return str(self.config["method"].get("name", "?"))
+    def heading(self) -> str:
+        return f"{self.title}, {'trained' if self.is_dense else f'compressed by {self.method}'}"
 
     @property
-    def dense_accuracy(self) -> float | None:
-        """``None`` where the dense network was untrained, and its accuracy says nothing."""
-        return dense_accuracy(self.metrics, self.config)
+    def method(self) -> str:
+        return "dense" if self.is_dense else str(self.config["method"].get("name", "?"))
+
+    @property
+    def is_dense(self) -> bool:
+        """A run that only trained."""
+        return bool(self.config["method"].get("name") == "none")
+
+    @property
+    def metric(self) -> Metric:
+        """What the networks are judged by; runs from before there were tasks are of classifiers."""
+        return metric_of(self.metrics)
+
+    @property
+    def score(self) -> float | None:
+        """Of the small network; ``None`` where nothing was tested."""
+        score: float | None = self.metrics["small"].get(self.metric.name)
+        return score
+
+    @property
+    def dense_score(self) -> float | None:
+        """``None`` where the dense network was untrained, and its score says nothing."""
+        return dense_score(self.metrics, self.config)
+
+    @property
+    def setting(self) -> str:
+        """Equal for runs that differ in their seed, and in the weights that a seed began with, only."""
+        own = {s: dict(values) for s, values in self.config.items() if s not in ("versions", "start")}
+        own.get("recipe", {}).pop("seed", None)
+        own.get("model", {}).pop("weights", None)
+        return repr((own, self.config.get("start", {}).get("trained")))
+
+    def error(self, score: float) -> float | None:
+        """Of an accuracy in per cent, one standard error: what another as large draw of test images would change it by.
+
+        Wilson's, which is not 0 at 100 %: ``sqrt(p (1 - p) / n + 1 / (4 n^2)) / (1 + 1 / n)``.
+        """
+        images = self.metrics.get("test_images", 0)
+        if self.metric != Metric("accuracy", "%") or not images:
+            return None
+        share = score / 100
+        return 100 * math.sqrt(share * (1 - share) / images + 1 / (4 * images**2)) / (1 + 1 / images)
+
+    def told(self, score: float, *, error: bool = True) -> str:
+        """``98.61 ± 0.63 %``."""
+        digits, unit = places(self.metric), f" {self.metric.unit}" if self.metric.unit else ""
+        around = self.error(score) if error else None
+        return f"{score:.{digits}f}{'' if around is None else f' ± {around:.{digits}f}'}{unit}"
+
+    @property
+    def points(self) -> str:
+        """What differences of scores are counted in."""
+        return " points" if self.metric.unit == "%" else self.metric.unit and f" {self.metric.unit}"
+
+    @property
+    def change(self) -> str:
+        """``−0.56 points``, from the dense network's; empty where that is not known."""
+        if self.score is None or self.dense_score is None:
+            return ""
+        return f"{self.score - self.dense_score:+.{places(self.metric)}f}{self.points}".replace("-", "−")
+
+    def times(self, runtime: str) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+        """Batch -> timing of the dense and of the small network in ``runtime``."""
+        rows = [t for t in self.metrics["latency"] if t["backend"] == runtime]
+        by_name = {(t["name"], t["batch"]): t for t in rows}
+        return {batch: (by_name["dense", batch], small) for (n, batch), small in by_name.items() if n == "small"}
 
 
 def read_run(folder: Path, *, trust: bool = False) -> Run:
@@ -63,16 +131,17 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder}: holds no run (no {CONFIG}); give a folder that espalier compress wrote")
     config = read_sections(folder / CONFIG)
-    if config["method"].get("name") == "none":
-        raise ValueError(f"{folder}: this run only trained a dense network; there is nothing to report on")
-    if not (folder / METRICS).exists():
+    only_trained = config["method"].get("name") == "none"
+    if not (folder / (MODEL if only_trained else METRICS)).exists():
         raise unfinished(folder)
+    config.setdefault("budget", {})
     dense, small, note = _networks(folder, config, trust=trust)
-    metrics = _metrics(folder / METRICS)
+    metrics = _dense_metrics(folder, config, small, note) if only_trained else _metrics(folder / METRICS)
     layers: tuple[Layer, ...] = metrics["layers"]
-    if not layers and dense is not None and small is not None:  # runs from before they were written down
-        model = config["model"]
-        layers = layers_of(dense, small, torch.zeros(1, model["in_channels"], model["image_size"], model["image_size"]))
+    if (
+        not layers and not only_trained and dense is not None and small is not None
+    ):  # runs from before they were written down
+        layers = layers_of(dense, small, example_of(config))
     return Run(
         folder=folder,
         config=config,
@@ -97,6 +166,7 @@ def _metrics(path: Path) -> dict[str, Any]:
         for timing in found["latency"]:
             for key in ("name", "backend", "batch", "milliseconds", "speedup"):
                 timing[key]
+        metric_of(found)
         if found.setdefault("counted", None) is not None:  # runs from before it existed have none
             for cost in COUNTED:
                 if not all(
@@ -116,6 +186,26 @@ def _metrics(path: Path) -> dict[str, Any]:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: damaged ({what}); repeat the run, its {CONFIG} says how") from error
     return found
+
+
+def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note: str) -> dict[str, Any]:
+    """What ``metrics.json`` would say of a run that only trained: nothing was removed, and its log has its scores."""
+    if network is None:
+        raise ValueError(f"{folder}: the dense network is not there to be counted: {note}")
+    log = _log(folder / LOG)
+    judged = {"accuracy": "accuracy", "loss": "test_loss"}
+    scores = {name: log[-1][column] for name, column in judged.items() if log and column in log[-1]}
+    used = {**cost(trace(network, example_of(config))).counts, "bytes": size_on_disk(network)}
+    return {
+        "dense": {**scores, **used}, "small": {**scores, **used}, "fraction": dict.fromkeys(used, 1.0), "limits": {},
+        "counted": None, "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),
+        "example_batch": 1, "epochs": len(log), "seconds": sum(e["seconds"] for e in log), "seed": config["recipe"].get("seed"),
+    }  # fmt: skip
+
+
+def example_of(config: Config) -> torch.Tensor:
+    model = config["model"]
+    return torch.zeros(1, model["in_channels"], model["image_size"], model["image_size"])
 
 
 def _log(path: Path) -> tuple[dict[str, float], ...]:

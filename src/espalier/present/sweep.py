@@ -20,9 +20,9 @@ from espalier.costs import METRICS as COSTS
 from espalier.present.config import SECTIONS, Config, hyper_parameters, make_budget, make_method, make_recipe
 from espalier.present.edge import stderr, stdout
 from espalier.present.jobs import run_job
-from espalier.run.charts import Dot, as_file, dot_chart
+from espalier.run.charts import Dot, dot_chart
 from espalier.run.ledger import JOURNAL, Entry, Ledger
-from espalier.run.report import dense_accuracy
+from espalier.run.report import dense_score
 from espalier.run.rundir import CONFIG, METRICS, read_config, read_sealed, to_toml, write_file
 
 COLUMNS = (
@@ -162,7 +162,7 @@ def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     timings = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
     return {
         "accuracy": metrics["small"].get("accuracy"),
-        "dense accuracy": dense_accuracy(metrics, config),  # none where the run began untrained
+        "dense accuracy": dense_score(metrics, config),  # none where the run began untrained
         **{name: metrics["fraction"][name] for name in COSTS},
         "time": 1 / timings[-1]["speedup"] if timings else None,
         "backend": timings[-1]["backend"] if timings else None,
@@ -195,7 +195,7 @@ def write_tables(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for axis, words in AXES.items():
         chart = picture(rows, axis, words)
         if chart:
-            write_file(out / f"sweep-{axis}.svg", as_file(chart).encode())
+            write_file(out / f"sweep-{axis}.svg", chart.encode())
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

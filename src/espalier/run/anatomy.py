@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from espalier.graph import trace
 from espalier.graph.summary import overview
 from espalier.layers import PartConv2d
+from espalier.plan import Plan
 from espalier.run.measure import layer_latency
+from espalier.timing import on_device
+from espalier.timing.family import Family
+from espalier.timing.making import attributed, batched
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,57 @@ def layers_from(rows: list[dict[str, Any]]) -> tuple[Layer, ...]:
     )
 
 
-def timed(layers: tuple[Layer, ...], dense: nn.Module, small: nn.Module, *, example: torch.Tensor) -> tuple[Layer, ...]:
-    """The same with times measured now, both networks in turns, on one thread."""
-    names = [layer.name for layer in layers]
-    times = layer_latency({"dense": dense, "small": small}, example, layers=names)
-    return tuple(replace(lr, dense_ms=times["dense"][lr.name], small_ms=times["small"][lr.name]) for lr in layers)
+SECONDS = 0.7  # of measuring a network, once
+Times = dict[str, dict[str, float]]  # network -> layer -> milliseconds
+
+
+def timed(
+    layers: tuple[Layer, ...], dense: nn.Module, small: nn.Module, *, example: torch.Tensor, runtime: str = "torch"
+) -> tuple[tuple[Layer, ...], float]:
+    """The same with times measured now, on one thread, and how far two measurements of a whole network were apart.
+
+    Times are the less of the two; where they are apart, something else was at work.  ``runtime`` is "torch" or "onnxruntime".
+    Raises: ValueError where ONNX Runtime does not time them.
+    """
+    measure = _TIMERS[runtime]({"dense": dense, "small": small}, example, [layer.name for layer in layers])
+    one, two = measure(), measure()
+    least = {n: {layer: min(t, two[n][layer]) for layer, t in row.items()} for n, row in one.items()}
+    totals = [sorted(sum(times[n].values()) for times in (one, two)) for n in one]
+    found = tuple(replace(lr, dense_ms=least["dense"][lr.name], small_ms=least["small"][lr.name]) for lr in layers)
+    return found, max(most / fewest - 1 for fewest, most in totals)
+
+
+def _in_torch(models: dict[str, nn.Module], example: torch.Tensor, names: list[str]) -> Callable[[], Times]:
+    return lambda: layer_latency(models, example, layers=names, seconds=2 * SECONDS)
+
+
+def _in_onnxruntime(models: dict[str, nn.Module], example: torch.Tensor, names: list[str]) -> Callable[[], Times]:
+    """By the runtime's own profile of its nodes; what is computed between two layers counts to the first."""
+    batch = len(example)
+    exported = {}
+    for name, model in models.items():
+        graph = trace(model, example[:1])
+        family = Family(model, graph, batched(example, batch))
+        exported[name] = (graph, family, family.file(Plan.dense(graph)))
+
+    def measure() -> Times:
+        found: Times = {}
+        for name, (graph, family, content) in exported.items():
+            times = on_device.measure(
+                content, runtime="onnxruntime", threads=1, batch=batch, precision="f32", seconds=SECONDS
+            )
+            found[name] = dict.fromkeys(names, 0.0)
+            spent = attributed(times, family, graph, Plan.dense(graph)).ms
+            for layer, took in zip(family.layers, spent, strict=True):
+                owner = next((n for n in names if _inside(graph.sites[layer.site].module, n)), None)
+                if owner is not None:
+                    found[name][owner] += took
+        return found
+
+    return measure
+
+
+_TIMERS = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
 
 
 def _stage(module: nn.Module) -> Stage | None:

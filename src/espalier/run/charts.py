@@ -1,138 +1,61 @@
-"""Charts as SVG text: lines, pairs of bars, bars against a limit, points, and a network's silhouette.
+"""Charts of a run as SVG, drawn by matplotlib: in the report, beside a run's other files, and on the pages of results.
 
-Every chart is 360 units wide, so that it stands at its natural size on a phone and three fit beside each other on a screen.
-Colours, fonts and strokes are classes of ``figures.css``; tone ``n`` is the palette's colour ``n``.  All text is escaped.
+Text stays text, so that it is searched, read aloud and shown in the reader's font.  Colours are those of ``COLOURS`` and no
+others: the report replaces them by variables of its style sheet, and the charts follow it into the dark.
+matplotlib is imported when the first chart is drawn.
 """
 
 from __future__ import annotations
 
-import math
+import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-WIDTH = 360
+from espalier.run.rundir import GAP, RANKS, SEARCH, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "paper": "#fefefe", "ink": "#1b1f24", "soft": "#5b6570", "rule": "#d9dee3", "pale": "#dfe5ea", "c0": "#0072b2",
+    "c1": "#c2510a", "c2": "#00805c", "c3": "#a3457d", "c4": "#8a6d00", "c5": "#4b5a66",
+}  # fmt: skip
+TONES = [COLOURS[f"c{number}"] for number in range(6)]
+MARKS = "osD^vP"
+WIDTH = 5.0  # inches, of 72 units each
 DRAWN = 60  # of a bundle: more curves than that are one grey smear
-LETTER = 6.1  # units that a character of the labels takes, on average
+LONGEST_NAME = 24
 Point = tuple[float, float]
+Series = Mapping[str, list[list[float]]]
+"""Layer, or another name, -> (progress or number, value) whenever the value changed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; ``dashed`` for limits and schedules, ``apart`` for points that no line joins."""
+    """A named curve; ``dashed`` for limits, ``apart`` for points that no line joins; ``around`` are (low, high) of a band."""
 
     name: str
     points: tuple[Point, ...]
     tone: int = 0
     dashed: bool = False
     apart: bool = False
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A quantity before and after."""
-
-    name: str
-    before: float
-    after: float
-    text: str
-    tone: int = 0
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What was asked and what was met, as shares of the dense network."""
-
-    name: str
-    share: float
-    limit: float | None
-    text: str
+    around: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A run among others; a hollow dot is a network that nothing was removed from."""
+    """A run among others, or the mean of some, with what they vary by; hollow: a network that nothing was removed from."""
 
     name: str
     x: float
     y: float
     tone: int = 0
     hollow: bool = False
-
-
-@dataclass(frozen=True)
-class Level:
-    """A layer in the silhouette: its outputs before, and the outputs of every stage that now stands there."""
-
-    name: str
-    before: int
-    after: tuple[int, ...]
-    text: str
-    tone: int = 0
-
-
-# -- scales
-
-
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers that cover ``low`` to ``high``, about ``wanted`` of them.
-
-    >>> ticks(0, 1)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    span = high - low if high > low else max(abs(high), 1.0)
-    rough = span / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil((low + span) / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten from just below ``low`` to just above ``high``; the powers alone if those are many.
-
-    >>> decades(0.03, 0.4)
-    [0.02, 0.05, 0.1, 0.2, 0.5]
-    """
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
-    marks = [round(m * 10.0**p, 12 - p) for p in powers for m in steps]
-    first = max((i for i, m in enumerate(marks) if m <= low), default=0)
-    last = min((i for i, m in enumerate(marks) if m >= high and i > first), default=len(marks) - 1)
-    return marks[first : last + 1]
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    scale = _scale(math.log(low), math.log(high), start, end)
-    return lambda value: scale(math.log(value))
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
-
-
-def spread_out(places: Sequence[float], *, apart: float, low: float, high: float) -> list[float]:
-    """The same places, moved as little as keeps them ``apart`` and inside ``low`` to ``high``, in the same order."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = list(places)
-    floor = low
-    for i in order:
-        moved[i] = floor = max(moved[i], floor)
-        floor += apart
-    ceiling = high
-    for i in reversed(order):
-        moved[i] = ceiling = min(moved[i], ceiling)
-        ceiling -= apart
-    return moved
-
-
-# -- charts
+    error: float = 0.0
 
 
 def line_chart(
@@ -145,108 +68,60 @@ def line_chart(
     high: float | None = None,
     logarithmic: bool = False,
 ) -> str:
-    """Curves over a common axis, each with its name, if it has one, at its end; ``logarithmic`` upwards, of numbers above 0."""
+    """Curves over a common axis of whole numbers; ``logarithmic`` upwards, of numbers above 0.  Empty without a point."""
     lines = [line for line in lines if line.points]
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
-    names = [line.name for line in lines]
-    right = WIDTH - 14 - LETTER * max((len(n) for n in names), default=0)
-    low, high = min(ys) if low is None else low, max(ys) if high is None else high
-    y_ticks = decades(low, high) if logarithmic else ticks(low, high)
-    # Epochs, iterations, trials: there is none between two of them.
-    x_ticks = [t for t in ticks(min(xs), max(xs), 6) if min(xs) <= t <= max(xs) and t == round(t)] or [min(xs)]
-    left, top, bottom = 14 + LETTER * max(len(_number(t)) for t in y_ticks), 24.0, 190.0
-    x = _scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, left, right)
-    y = (_logarithmic if logarithmic else _scale)(y_ticks[0], y_ticks[-1], bottom, top)
-    parts = [_text(0, 11, y_label, "axis")]
-    parts += _horizontal_grid(y_ticks, y, left, right)
-    parts += [_text(x(t), bottom + 15, _number(t), "axis", "middle") for t in x_ticks]
-    parts.append(_text((left + right) / 2, bottom + 31, x_label, "axis", "middle"))
-    for line in lines:
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
-        style = f"line t{line.tone}" + (" dashed" if line.dashed else "")
-        if not line.apart:
-            parts.append(f'<polyline class="{style}" points="{path}"/>')
-        if line.apart or len(line.points) == 1:
-            parts += [
-                f'<circle class="dot t{line.tone} f{line.tone}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>'
-                for a, b in line.points
-            ]
-    named = [line for line in lines if line.name]
-    places = spread_out([y(line.points[-1][1]) for line in named], apart=13, low=top, high=bottom)
-    for line, place in zip(named, places, strict=True):
-        parts.append(_text(right + (10 if line.apart else 6), place + 4, line.name, f"label f{line.tone}"))
-    return svg(parts, height=226, title=title)
+
+    def paint(axes: Axes) -> None:
+        for line in lines:
+            (x, y), tone, alone = (
+                zip(*line.points, strict=True),
+                TONES[line.tone % 6],
+                line.apart or len(line.points) == 1,
+            )
+            style, marker, width = ("none", "o", 2.0) if alone else ("--", "", 1.3) if line.dashed else ("-", "", 2.0)
+            axes.plot(x, y, color=tone, linestyle=style, marker=marker, label=line.name or "_", linewidth=width)
+            if line.around:
+                low_edge, high_edge = zip(*line.around, strict=True)
+                axes.fill_between(x, low_edge, high_edge, color=tone, alpha=0.2, linewidth=0)
+        _levels(axes, low, high, logarithmic)
+
+    return drawn(paint, title=title, x_label=x_label, y_label=y_label) if lines else ""
 
 
-def bundle(curves: Mapping[str, tuple[Point, ...]], *, title: str, y_label: str, high: float | None = 100) -> str:
-    """Many curves by epoch in one chart; lowest, middle and highest at the end have their names there."""
+def bundle(curves: Mapping[str, tuple[Point, ...]], *, title: str, y_label: str, high: float | None = None) -> str:
+    """Many curves by epoch; those that end lowest, in the middle and highest have a colour and their names."""
     ordered = sorted(curves, key=lambda name: curves[name][-1][1])[:DRAWN]
     if not ordered:
         return ""
-    named = {ordered[0], ordered[len(ordered) // 2], ordered[-1]}
-    lines = [Line(n if n in named else "", curves[n], number % 6) for number, n in enumerate(ordered)]
-    return line_chart(lines, title=title, x_label="epoch", y_label=y_label, low=0, high=high)
+    named = list(dict.fromkeys((ordered[-1], ordered[len(ordered) // 2], ordered[0])))
+
+    def paint(axes: Axes) -> None:
+        for name in [n for n in ordered if n not in named]:
+            axes.plot(*zip(*curves[name], strict=True), color=COLOURS["soft"], linewidth=0.8, alpha=0.6)
+        for tone, name in enumerate(named):
+            axes.plot(*zip(*curves[name], strict=True), color=TONES[tone], label=name, linewidth=2.0)
+        _levels(axes, 0, high, False)
+
+    return drawn(paint, title=title, x_label="epoch", y_label=y_label)
 
 
-def pair_bars(pairs: Sequence[Pair], *, title: str, unit: str, head: str, row: float = 17.0) -> str:
-    """For every name a wide pale bar, before, and a narrow strong one in it, after."""
-    most = max((max(p.before, p.after) for p in pairs), default=0.0) or 1.0
-    left = _label_room([p.name for p in pairs])
-    right = WIDTH - 10 - LETTER * max((len(p.text) for p in pairs), default=0)
-    x = _scale(0, most, left, right)
-    top = 22.0
-    parts = [_text(left, 11, unit, "axis"), _text(WIDTH, 11, head, "axis", "end")]
-    for number, pair in enumerate(pairs):
-        y = top + number * row
-        parts.append(_name(pair.name, y + row / 2, left))
-        before, after = max(x(pair.before) - left, 0.8), max(x(pair.after) - left, 0.8)
-        parts.append(_box("before", left, y + 2, before, row - 4))
-        parts.append(_box(f"after f{pair.tone}", left, y + 5, after, row - 10))
-        parts.append(_text(WIDTH, y + row / 2 + 4, pair.text, "label", "end"))
-    return svg(parts, height=top + len(pairs) * row + 4, title=title)
-
-
-def limit_bars(limits: Sequence[Limit], *, title: str) -> str:
-    """What is left of every cost, in per cent of the dense network, with a mark where the limit stands."""
-    parts, row = [], 50.0
-    x = _scale(0, max(1.0, *(b.share for b in limits)), 0.5, WIDTH - 0.5)
-    for number, bar in enumerate(limits):
-        y = number * row
-        parts += [_text(0, y + 12, bar.name, "strong"), _text(WIDTH, y + 12, bar.text, "label", "end")]
-        parts.append(_box("before", 0.5, y + 19, x(1.0) - 0.5, 14))
-        parts.append(_box("after f0", 0.5, y + 19, max(x(bar.share) - 0.5, 0.8), 14))
-        if bar.limit is not None:
-            at = x(bar.limit)
-            parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{y + 15:.1f}" y2="{y + 37:.1f}"/>')
-    return svg(parts, height=row * len(limits) - 8, title=title)
-
-
-def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str, y_label: str) -> str:
+def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str, y_label: str, higher_is_better: bool = True) -> str:
     """Points with their names, and the frontier: as cheap as it and better there is none."""
-    xs, ys = [d.x for d in dots], [d.y for d in dots]
-    x_ticks, y_ticks = ticks(0.0, max(*xs, 100.0)), ticks(min(ys) - 0.05, max(ys) + 0.05)
-    left, right, top, bottom = 14 + LETTER * max(len(_number(t)) for t in y_ticks), WIDTH - 14.0, 24.0, 240.0
-    x, y = _scale(x_ticks[0], x_ticks[-1], left, right), _scale(y_ticks[0], y_ticks[-1], bottom, top)
-    parts = [_text(0, 11, y_label, "axis")]
-    parts += _horizontal_grid(y_ticks, y, left, right)
-    parts += [_text(x(t), bottom + 15, _number(t), "axis", "middle") for t in x_ticks]
-    parts.append(_text((left + right) / 2, bottom + 31, x_label, "axis", "middle"))
-    best = frontier([(d.x, d.y) for d in dots])
-    corners = [best[0]]
-    for point in best[1:]:
-        corners += [(point[0], corners[-1][1]), point]
-    steps = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in corners)
-    parts.append(f'<polyline class="frontier" points="{steps}"/>')
-    for at_right in (True, False):
-        side = [d for d in dots if (x(d.x) + 10 + LETTER * len(d.name) <= WIDTH) is at_right]
-        heights = spread_out([y(d.y) - 6 for d in side], apart=13, low=top - 8, high=bottom)
-        for dot, height in zip(side, heights, strict=True):
-            style = "dot hollow" if dot.hollow else f"dot f{dot.tone} t{dot.tone}"
-            parts.append(f'<circle class="{style}" cx="{x(dot.x):.1f}" cy="{y(dot.y):.1f}" r="4.5"/>')
-            place, anchor = (x(dot.x) + 8, "start") if at_right else (x(dot.x) - 8, "end")
-            parts.append(_text(place, height + 3, dot.name, "label", anchor))
-    return svg(parts, height=276, title=title)
+    sign = 1 if higher_is_better else -1
+
+    def paint(axes: Axes) -> None:
+        best = [(x, sign * y) for x, y in frontier((d.x, sign * d.y) for d in dots)]
+        axes.step(*zip(*best, strict=True), where="post", color=COLOURS["soft"], linestyle="--", linewidth=1.2)
+        for number, dot in enumerate(dots):
+            fill = COLOURS["paper"] if dot.hollow else TONES[dot.tone % 6]
+            edge = COLOURS["soft"] if dot.hollow else TONES[dot.tone % 6]
+            axes.errorbar(
+                dot.x, dot.y, yerr=dot.error or None, color=edge, markerfacecolor=fill, label=dot.name or "_", capsize=3,
+                marker=MARKS[number % 6], markersize=7, linestyle="none",
+            )  # fmt: skip
+        axes.set_xlim(0, 1.05 * max(100.0, *(d.x for d in dots)))
+
+    return drawn(paint, title=title, x_label=x_label, y_label=y_label, height=3.4) if dots else ""
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
@@ -262,93 +137,140 @@ def frontier(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
-def silhouette(levels: Sequence[Level], *, title: str, row: float = 17.0) -> str:
-    """The network from input to output: pale the outputs that a layer had, strong those it has, stage by stage."""
-    most = max((n for lv in levels for n in (lv.before, *lv.after)), default=1)
-    left = _label_room([lv.name for lv in levels])
-    right = WIDTH - 10 - LETTER * max((len(lv.text) for lv in levels), default=0)
-    middle, half = (left + right) / 2, (right - left) / 2
-    top = 22.0
-    parts = [_text(left, 11, "outputs", "axis"), _text(WIDTH, 11, "kept", "axis", "end")]
-    parts.append(
-        f'<line class="stem" x1="{middle:.1f}" x2="{middle:.1f}" y1="{top}" y2="{top + len(levels) * row:.1f}"/>'
-    )
-    for number, level in enumerate(levels):
-        y = top + number * row
-        parts.append(_name(level.name, y + row / 2, left))
-        reach = max(half * level.before / most, 0.8)
-        parts.append(_box("before", middle - reach, y + 1.5, 2 * reach, row - 3))
-        strip = (row - 6) / max(len(level.after), 1)  # nothing stands where a block was left out
-        for place, width in enumerate(level.after):
-            reach = max(half * width / most, 0.8)
-            gap = 0.7 if place else 0.0
-            parts.append(
-                _box(f"after f{level.tone}", middle - reach, y + 3 + place * strip + gap, 2 * reach, strip - gap)
-            )
-        parts.append(_text(WIDTH, y + row / 2 + 4, level.text, "label", "end"))
-    return svg(parts, height=top + len(levels) * row + 4, title=title)
+# -- what a method recorded on its way
+
+
+def write_figures(folder: Path, history: Mapping[str, Series]) -> None:
+    """Write those for which there is something to draw; a method that records nothing of the kind writes none."""
+    charts = {
+        RANKS: rank_bars(history.get("rank", {}), history.get("full rank", {})),
+        GAP: gap_curve(history.get("gap", {})),
+        SEARCH: search_curve(history.get("search", {})),
+    }
+    for name, chart in charts.items():
+        if chart:
+            write_file(folder / name, chart.encode())
+
+
+def rank_bars(ranks: Series, full: Series) -> str:
+    """Of every layer the rank at the end as a share of the full rank of the form that it has."""
+    pairs = [(layer, points[-1][1], full[layer][-1][1]) for layer, points in ranks.items() if layer in full]
+
+    def paint(axes: Axes) -> None:
+        rows = range(len(pairs))
+        axes.barh(rows, [1.0] * len(pairs), height=0.75, color=COLOURS["pale"])
+        axes.barh(
+            rows, [r / whole for _, r, whole in pairs], height=0.4, color=[TONES[int(r < w)] for _, r, w in pairs]
+        )
+        axes.set_yticks(rows, [n if len(n) <= LONGEST_NAME else f"…{n[1 - LONGEST_NAME :]}" for n, *_ in pairs])
+        axes.set(xlim=(0, 1), ylim=(len(pairs) - 0.4, -0.6))
+        axes.grid(False)
+        for row, (_, rank, whole) in enumerate(pairs):
+            words = f"{rank:g} of {whole:g}" if rank < whole else "whole"
+            axes.text(1.02, row, words, va="center", transform=axes.get_yaxis_transform())
+
+    height = 0.8 + 0.22 * len(pairs)
+    return drawn(paint, title="Rank of every layer", x_label="share of the full rank", height=height) if pairs else ""
+
+
+def stairs(series: Series, epochs: int) -> dict[str, tuple[Point, ...]]:
+    """By epoch; a value holds until the next one."""
+    found = {}
+    for layer, points in series.items():
+        corners = [(epochs * points[0][0], points[0][1])]
+        for progress, value in points[1:]:
+            corners += [(epochs * progress, corners[-1][1]), (epochs * progress, value)]
+        found[layer] = (*corners, (float(epochs), points[-1][1]))
+    return found
+
+
+def gap_curve(gap: Series) -> str:
+    """``|w - D(theta)| / |w|`` after every C step."""
+    points = tuple((float(n), value) for n, (_, value) in enumerate(gap.get("all", []), 1) if value > 0)
+    title, label = "Penalty gap by LC iteration", "|w − D(θ)| / |w|"
+    return line_chart([Line("", points)], title=title, x_label="LC iteration", y_label=label, logarithmic=True)
+
+
+def search_curve(search: Series) -> str:
+    """The loss of every trial and the least so far; trials that failed stand at the top."""
+    tried = tuple((n, loss) for n, loss in search.get("loss", []))
+    if not tried:
+        return ""
+    best = stairs({"best": search["best"]}, 1)["best"][:-1]
+    failed = tuple((n, max(loss for _, loss in tried)) for n, feasible in search["feasible"] if not feasible)
+    lines = [
+        Line("best", (*best, (search["feasible"][-1][0], best[-1][1])), 0),
+        Line("trial", tried, 5, apart=True),
+        Line("failed", failed, 1, apart=True),
+    ]
+    return line_chart(lines, title="Search for ranks by trial", x_label="trial", y_label="loss on held-out images")
 
 
 # -- parts
 
 
-def svg(parts: Sequence[str], *, height: float, title: str) -> str:
-    """One image with a title for those who cannot see it."""
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" xmlns="http://www.w3.org/2000/svg">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
-    )
+def drawn(
+    paint: Callable[[Axes], None], *, title: str, x_label: str = "", y_label: str = "", height: float = 2.9
+) -> str:
+    """One image with a title for those who cannot see it.  The same input gives the same bytes."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    # Salted by the title: two charts on a page must not define a shape under one name.
+    with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": title}]):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlabel=x_label)
+        axes.set_title(y_label, loc="left", fontsize=10, color=COLOURS["soft"])
+        paint(axes)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        names = axes.get_legend_handles_labels()[1]
+        if names:
+            columns = max(1, min(len(names), 60 // (4 + max(map(len, names)))))
+            figure.legend(loc="outside lower left", ncols=columns, frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every chart, and a page holds several
+    svg = re.sub(r"\s*\n\s*", "\n", svg.replace("'DejaVu Sans', ", "system-ui, "))
+    return svg.replace("<svg ", '<svg role="img" ', 1).replace(">", f"><title>{escape(title)}</title>", 1)
 
 
-def figure_style() -> str:
-    """The style of all charts, for a page that holds them."""
-    return files("espalier.run").joinpath("figures.css").read_text(encoding="utf-8")
+def _levels(axes: Axes, low: float | None, high: float | None, logarithmic: bool) -> None:
+    """Whole numbers along, round ones upwards."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if logarithmic:
+        axes.set_yscale("log")
+        bottom, top = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 300 * bottom else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        margin = 0.05 * (high or 0)
+        axes.set_ylim(low, None if high is None else high + margin)
 
 
-def as_file(chart: str) -> str:
-    """The same chart as a file of its own: on white, its colours written out, as programs other than browsers need them."""
-    style = figure_style()
-    light = dict(re.findall(r"--(\w+):(#\w+)", style.partition("@media")[0]))
-    rules = re.sub(r"var\(--(\w+)\)", lambda name: light[name[1]], style[style.index("svg {") :])
-    head, mark, rest = chart.partition("</title>")
-    wide, high = (int(n) + 2 * MARGIN for n in re.findall(r'viewBox="0 0 (\d+) (\d+)"', head)[0])
-    frame = f'viewBox="{-MARGIN} {-MARGIN} {wide} {high}" width="{2 * wide}" height="{2 * high}"'
-    head = re.sub(r'viewBox="[^"]*"', frame, head)
-    ground = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{wide}" height="{high}" fill="{light["paper"]}"/>'
-    return f"{head}{mark}<style>\n{rules}</style>{ground}{rest}\n"
-
-
-MARGIN = 10
-
-
-def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _box(style: str, x: float, y: float, width: float, height: float) -> str:
-    return f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="1.5"/>'
-
-
-LONGEST_NAME = 17
-
-
-def _label_room(names: Sequence[str]) -> float:
-    return 8 + LETTER * min(max((len(n) for n in names), default=0), LONGEST_NAME)
-
-
-def _name(name: str, y: float, left: float) -> str:
-    """A layer's name, its beginning cut off where it is long; the whole stands in its title."""
-    short = name if len(name) <= LONGEST_NAME else f"…{name[-LONGEST_NAME + 1 :]}"
-    return (
-        f'<text class="label" x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">'
-        f"<title>{escape(name)}</title>{escape(short)}</text>"
-    )
-
-
-def _horizontal_grid(values: Sequence[float], y: Callable[[float], float], left: float, right: float) -> list[str]:
-    lines = []
-    for value in values:
-        at = y(value)
-        lines.append(f'<line class="grid" x1="{left:.1f}" x2="{right:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        lines.append(_text(left - 5, at + 4, _number(value), "axis", "end"))
-    return lines
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["soft"],
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"],
+    "xtick.color": COLOURS["rule"],
+    "ytick.color": COLOURS["rule"],
+    "xtick.labelcolor": COLOURS["soft"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "ytick.major.size": 0,
+    "lines.markersize": 5,
+    "figure.facecolor": COLOURS["paper"],
+    "axes.facecolor": "none",
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,8 +25,8 @@ from espalier.methods.scoring import buffers_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
+from espalier.run.charts import write_figures
 from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
-from espalier.run.course import write_figures
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, modes_kept, pick_device
 from espalier.run.lock import owned
@@ -52,7 +52,7 @@ from espalier.run.rundir import (
 from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof
 from espalier.surgery.verify import verify as proof_of
-from espalier.tasks import Classification, Metric, Task, example_of, moved
+from espalier.tasks import Classification, Metric, Task, example_of, image_count, moved
 from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -241,6 +241,7 @@ class _Job:
         self.history = History()
         self.plan: Plan | None = None
         self.graph: Graph | None = None
+        self.test_images = 0
         self.course: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
         self.counted: Cost | None = None
@@ -418,6 +419,7 @@ class _Job:
                     config=self.config,
                     metric=self.task.metric,
                     preprocessing=None if self.source is None else getattr(self.source, "preprocessing", None),
+                    test_images=self.test_images,
                 ),
             )
         result = Result(
@@ -474,7 +476,13 @@ class _Job:
     def _tested(self, model: nn.Module) -> dict[str, float]:
         assert self.source is not None
         batches = self.source.test_batches(channels_last=self.recipe.channels_last)
-        return evaluate(model, batches, device=self.device, task=self.task)
+        self.test_images = 0
+        return evaluate(model, self._counted(batches), device=self.device, task=self.task)
+
+    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.test_images += image_count(self.task.split(batch)[0])
+            yield batch
 
 
 class _HeldOut:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Timing:
     threads: int
     milliseconds: float  # of the fastest round
     speedup: float  # over the first model, at the same batch size
+    spread: float = 1.0  # the median round over the fastest; far above 1 other work was in the way
 
 
 LANES = 4  # channels that ONNX Runtime's depthwise convolution takes at a time
@@ -100,9 +102,13 @@ def latency(
     with thread_count(threads):
         makers = {name: _BACKENDS[backend](model, example, threads) for name, model in named.items()}
         for batch in batch_sizes:
-            fastest = _race({name: make(batch) for name, make in makers.items()}, repeats, seconds)
+            rounds = _race({name: make(batch) for name, make in makers.items()}, repeats, seconds)
+            fastest = {name: min(times) for name, times in rounds.items()}
             first = next(iter(fastest.values()))
-            found += [Timing(name, backend, batch, threads, 1e3 * t, first / t) for name, t in fastest.items()]
+            found += [
+                Timing(name, backend, batch, threads, 1e3 * t, first / t, median(rounds[name]) / t)
+                for name, t in fastest.items()
+            ]
     return found
 
 
@@ -163,8 +169,8 @@ def size_on_disk(model: nn.Module) -> int:
 Call = Callable[[], Any]
 
 
-def _race(calls: dict[str, Call], repeats: int, seconds: float) -> dict[str, float]:
-    """Seconds of one call in the fastest round, by name."""
+def _race(calls: dict[str, Call], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of one call in every round, by name."""
     loops = {}
     for name, call in calls.items():
         for _ in range(WARM_UP):
@@ -179,7 +185,7 @@ def _race(calls: dict[str, Call], repeats: int, seconds: float) -> dict[str, flo
             break
         for name, call in calls.items():
             times[name].append(_time(call, loops[name]))
-    return {name: min(values) for name, values in times.items()}
+    return times
 
 
 def _time(call: Call, loops: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from espalier.run.timed import TimeKept, time_sentence
 from espalier.surgery import save
 from espalier.surgery.verify import Proof
 from espalier.tasks import Classification, Metric
+from espalier.timing.on_device import processor
 
 BATCH_SIZES = (1, 64)
 COUNTED = ("macs", "params")
@@ -50,6 +52,7 @@ class Outcome:
     time: TimeKept | None = None  # what came of a budget of time
     metric: Metric = field(default_factory=lambda: Classification().metric)
     preprocessing: Preprocessing | None = None  # from a picture to an input, where the data says it
+    test_images: int = 0
 
 
 def write_results(folder: Path, outcome: Outcome) -> None:
@@ -107,6 +110,9 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.history.seconds,
         "cut_seconds": outcome.cut_seconds,
         "seed": outcome.config["recipe"].get("seed"),
+        "test_images": outcome.test_images,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "processor": processor(),
         "versions": outcome.config["versions"],
     }
 
@@ -140,10 +146,15 @@ def _timings(outcome: Outcome, backend: str) -> list[Timing]:
 UNTRAINED = "untrained"
 
 
-def dense_accuracy(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:
-    """Of the network that the run began with, in per cent; ``None`` where it was untrained or nothing was tested."""
-    accuracy: float | None = metrics["dense"].get("accuracy")
-    return accuracy if config.get("start", {}).get("trained") else None
+def metric_of(metrics: Mapping[str, Any]) -> Metric:
+    """What the networks of a run are judged by; older runs, which do not say it, were of classifiers."""
+    return Metric(**metrics.get("metric", {"name": "accuracy", "unit": "%"}))
+
+
+def dense_score(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:
+    """Of the network that the run began with, in its metric; ``None`` where it was untrained or nothing was tested."""
+    score: float | None = metrics["dense"].get(metric_of(metrics).name)
+    return score if config.get("start", {}).get("trained") else None
 
 
 def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -180,15 +191,15 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def _judged(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The rows of what the networks are judged by."""
     dense, small = metrics["dense"], metrics["small"]
-    metric = Metric(**metrics.get("metric", {"name": "accuracy", "unit": "%"}))  # older runs were of classifiers
+    metric = metric_of(metrics)
     if metric.name not in small:
         return []
     trained = config.get("start", {}).get("trained")
     sign = "points" if metric.unit == "%" else metric.unit
-    change = f"{small[metric.name] - dense[metric.name]:+.{_places(metric)}f} {sign}".rstrip() if trained else ""
+    change = f"{small[metric.name] - dense[metric.name]:+.{places(metric)}f} {sign}".rstrip() if trained else ""
     label = f"test {metric.name.replace('_', ' ')}{', ' if metric.unit else ''}{metric.unit}"
     label += "" if metric.higher_is_better else " (less is better)"
-    rows = [(label, metric.name, _places(metric), change), ("test loss", "loss", 4, "")]
+    rows = [(label, metric.name, places(metric), change), ("test loss", "loss", 4, "")]
     return [
         f"| {said} | {f'{dense[key]:.{places}f}' if trained else UNTRAINED} | {small[key]:.{places}f} | {changed} |"
         for said, key, places, changed in rows
@@ -196,7 +207,8 @@ def _judged(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _places(metric: Metric) -> int:
+def places(metric: Metric) -> int:
+    """Decimals that a value is shown with."""
     return 2 if metric.unit else 4
 
 
