@@ -196,9 +196,7 @@ def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
         text = f"{f'a batch of {batch}' if batch > 1 else 'one image'}, {small['speedup']:.2f}× as fast "
         text += f"(dense: {dense['milliseconds']:.3g} ms)"
         if spread > BUSY_ROUNDS:
-            text += (
-                f"; UNRELIABLE: the machine was busy (median round {spread:.1f}× the fastest)"
-            )
+            text += f"; UNRELIABLE: the machine was busy (median round {spread:.1f}× the fastest)"
         tiles.append((f"{small['milliseconds']:.3g} ms", text))
     return tiles
 
