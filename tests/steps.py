@@ -17,7 +17,7 @@ from espalier.run.replay import Computed
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 
 
-def network(name: str = "resnet20a") -> nn.Module:
+def network(name: str = "resnet8a") -> nn.Module:
     """The same weights every time."""
     torch.manual_seed(0)
     return build_model(name, num_classes=10, in_channels=1, image_size=8)

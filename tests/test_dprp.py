@@ -599,7 +599,7 @@ def test_decided_once_all_layers_walk_together_to_ranks_that_were_known_at_the_f
 def test_decided_once_no_layer_falls_below_its_share_of_equal_ranks() -> None:
     """One layer whose energy is all in one triplet would be left with it, by additive energy."""
     method = DPRP(once=True, importance="energy", floor=0.5)
-    model = network()
+    model = network("resnet20a")
     name = "layer2.0.conv2"
     with torch.no_grad():
         weight = model.get_parameter(f"{name}.weight")

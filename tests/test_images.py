@@ -161,12 +161,12 @@ def test_weights_that_expect_another_normalisation_are_found_out(tmp_path):
 
 def test_the_command_line_says_what_was_found_and_warns_of_weights_that_do_not_fit(tmp_path):
     pictures = write(tmp_path / "pictures", mode="L", per_class=8)
-    net = es.build_model("resnet20", num_classes=2, in_channels=1, image_size=16)
+    net = es.build_model("resnet8", num_classes=2, in_channels=1, image_size=16)
     es.save(net, tmp_path / "weights.safetensors")
     found = CliRunner().invoke(
         app,
         [
-            *("compress", "--model", "resnet20", "--weights", str(tmp_path / "weights.safetensors"), "--grey"),
+            *("compress", "--model", "resnet8", "--weights", str(tmp_path / "weights.safetensors"), "--grey"),
             *("--data", f"imagefolder:{pictures}", "--mean", "measured", "--std", "measured", "--augment", "none"),
             *(
                 "--method",

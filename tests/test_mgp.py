@@ -33,7 +33,7 @@ from tests.steps import EXAMPLE, batch, logits, train_step, train_through
 STEPS = 120
 
 
-def network(name: str = "resnet20") -> nn.Module:
+def network(name: str = "resnet8") -> nn.Module:
     return randomise(steps.network(name))
 
 
@@ -260,7 +260,7 @@ def test_arrives_at_the_budget_without_force(method: MGP, tmp_path) -> None:
 
 
 def test_removal_changes_no_logit_and_keeps_training_going() -> None:
-    model = network()
+    model = network("resnet20")
     run = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.08, params=0.08))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -410,7 +410,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
 
 
 def test_a_protected_layer_keeps_its_inputs_and_its_kernel() -> None:
-    run = MGP().start(network(), EXAMPLE, Budget(macs=0.5, protect=["layer1.1.*"]))
+    run = MGP().start(network("resnet20"), EXAMPLE, Budget(macs=0.5, protect=["layer1.1.*"]))
     protected = run.budget.protected(run.graph)
     names = {g.name for g, p in zip(run.graph.groups, protected, strict=True) if p}
     assert {"layer1.1.conv1:inputs", "layer1.1.conv1:form", "layer1.1.conv2:form"} <= names

@@ -27,7 +27,7 @@ from espalier.run.report import COUNTED_NOTE, summary
 from espalier.run.rundir import add_widths
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
-RESNET = {"name": "resnet20", "num_classes": 10, "in_channels": 1, "image_size": 8}
+RESNET = {"name": "resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8}
 
 
 def report(*arguments):
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "a run <&> more"
     recipe = es.Recipe(epochs=2, batch_size=256, lr=0.02, device="cpu", threads=1)
     es.compress(
-        es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8),
+        es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
         es.load_data("digits"),
         budget=es.Budget(macs=0.5, params=0.6),
         recipe=recipe,
@@ -200,8 +200,8 @@ def test_every_layer_has_its_row(folder, html):
 
 
 def test_a_factorised_layer_shows_its_ranks():
-    dense = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
-    small = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    dense = es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
+    small = es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
     place = find_places(small, EXAMPLE)[0]["layer1.0.conv1"]
     small.layer1[0].conv1 = sequential(place, "spatial", [torch.zeros(5, 16, 1, 3), torch.zeros(16, 5, 3, 1)], None)
     changed = [layer for layer in layers_of(dense, small, EXAMPLE) if layer.changed]
@@ -272,7 +272,7 @@ def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path, no_figures):
     def drawn(method, **budget):
         folder = tmp_path / method.name
         es.compress(
-            es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8),
+            es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
             es.load_data("digits"),
             budget=es.Budget(**budget),
             method=method,
@@ -467,7 +467,7 @@ def test_a_damaged_file_is_named(folder, tmp_path, file, content):
 def test_a_network_that_cannot_be_built_leaves_the_rest_of_the_page(folder, tmp_path, no_figures):
     shutil.copytree(folder, tmp_path / "run")
     config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace('name = "resnet20"', 'name = "not.there:net"'))
+    config.write_text(config.read_text().replace('name = "resnet8"', 'name = "not.there:net"'))
     done = report(tmp_path / "run", "--no-timing", "--out", tmp_path / "page.html")
     assert done.exit_code == 0, done.output
     html = (tmp_path / "page.html").read_text()

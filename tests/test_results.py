@@ -29,7 +29,7 @@ title = "Tiny"
 seeds = [0, 1]
 value = 1
 [model]
-name = "resnet20"
+name = "resnet8"
 [start]
 epochs = 1
 batch_size = 256

@@ -21,14 +21,14 @@ def folder(tmp_path_factory):
     """A finished run on the digits, moved to another place."""
     made = tmp_path_factory.mktemp("runs") / "made"
     es.compress(
-        es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8),
+        es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
         es.load_data("digits"),
         budget=es.Budget(macs=0.5, multiple_of=4),
         method=es.MGP(),
         recipe=ONE_EPOCH,
         out=made,
         config={
-            "model": {"name": "resnet20", "num_classes": 10, "in_channels": 1, "image_size": 8},
+            "model": {"name": "resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8},
             "data": {"name": "digits"},
         },
     )
@@ -44,7 +44,7 @@ def run(*arguments):
 def test_a_run_folder_gives_its_network_from_anywhere(folder):
     small = es.load_run(folder)
     again = es.load(
-        folder / "model.safetensors", base=es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+        folder / "model.safetensors", base=es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
     ).eval()
     x = torch.randn(2, 1, 8, 8)
     assert not small.training

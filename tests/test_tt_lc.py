@@ -259,7 +259,7 @@ def test_the_penalty_pulls_as_far_in_a_long_run_as_in_a_short_one(steps: int, mo
 
 
 def test_an_ordinary_step_never_waits_for_the_device(copied) -> None:
-    model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    model = es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
     run = es.TTLC(search=0).start(model, X, es.Budget(macs=0.4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.step(progress=0.06, optimizer=optimizer)  # a C step: from now on there is a penalty
@@ -670,7 +670,7 @@ def test_a_run_leaves_its_figures(digits, tmp_path) -> None:
 @pytest.mark.parametrize("form", ["channel", "spatial", "tucker", "tt"])
 @pytest.mark.parametrize("budget", [es.Budget(macs=0.2), es.Budget(macs=0.4, params=0.3)], ids=str)
 def test_equal_ranks_are_one_fraction_and_use_the_budget_up(form, budget) -> None:
-    model = es.build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    model = es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
     run = es.TTLC(ranks="equal", forms=(form,)).start(model, X, budget)
     spectra = measure(run.lc.wanted())
     sequences = run._choose(spectra, {})

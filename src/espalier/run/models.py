@@ -3,7 +3,7 @@
 Names that :func:`build_model` understands:
 
 =========================  ==========================================================================
-``resnet20``               CIFAR ResNet with option-B shortcuts (also 32, 44, 56, 110)
+``resnet20``               CIFAR ResNet with option-B shortcuts (also 8, 32, 44, 56, 110)
 ``resnet20a``              the same with option-A shortcuts (parameter-free)
 ``cifar_resnet18``         ResNet-18 with a 3x3 first convolution, for small images
 ``vgg16_bn``               CIFAR VGG-16 with BatchNorm; also ``cifar_vgg16_bn``
@@ -112,6 +112,11 @@ def _init_convolutions(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+def resnet8(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
+    """CIFAR ResNet-8, one block a stage: the image classifier of MLPerf Tiny."""
+    return CifarResNet(8, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
 def resnet20(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
     """CIFAR ResNet-20."""
     return CifarResNet(20, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
@@ -215,10 +220,10 @@ def vgg16_bn(num_classes: int = 10, in_channels: int = 3, *, image_size: int = 3
 Factory = Callable[..., nn.Module]
 
 CIFAR_MODELS: dict[str, Factory] = {
-    **{build.__name__: build for build in (resnet20, resnet32, resnet44, resnet56, resnet110)},
+    **{build.__name__: build for build in (resnet8, resnet20, resnet32, resnet44, resnet56, resnet110)},
     **{
         f"{build.__name__}a": partial(build, shortcut="A")
-        for build in (resnet20, resnet32, resnet44, resnet56, resnet110)
+        for build in (resnet8, resnet20, resnet32, resnet44, resnet56, resnet110)
     },
     "cifar_resnet18": cifar_resnet18,
     "vgg16_bn": vgg16_bn,
