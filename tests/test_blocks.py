@@ -336,7 +336,7 @@ def test_one_shot_leaves_out_blocks_where_that_gives_up_less():
 
 @pytest.mark.parametrize("method", [es.TCP(blocks=True), es.MGP(blocks=True)], ids=lambda m: m.name)
 def test_fading_blocks_arrives_without_force_and_without_a_jump(method):
-    model = network()
+    model = network("resnet20a")
     run = method.start(model, STEP_EXAMPLE, Budget(macs=0.3))
     assert len(run.graph.blocks) == 7
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
