@@ -214,7 +214,7 @@ def _forward_time(model: nn.Module, x: Tensor, repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-PARTS = ("_decide", "_press", "_adapt", "_remove_faded", "_carry_out", "_norm")
+PARTS = ("keep_set", "_aim", "_press", "_adapt", "_remove_faded", "realise", "_norm")
 
 
 def profile(name: str, method: FadingMethod, *, steps: int) -> dict[str, float]:
@@ -243,7 +243,7 @@ def profile(name: str, method: FadingMethod, *, steps: int) -> dict[str, float]:
     for part in PARTS:
         if hasattr(run, part):
             setattr(run, part, timed(part, getattr(run, part)))
-    run.sensitivity.batch_done = timed("batch_done", run.sensitivity.batch_done)
+    run.score.batch_done = timed("batch_done", run.score.batch_done)
     trainer = Trainer(model, run=run)
     at = _arrive(trainer, WINDOW_AT)
     trainer.go(at, 10)

@@ -47,12 +47,12 @@ class Row:
 ROWS = {
     "tcp": Row(
         es.TCP(),
-        removal="_carry_out",
+        removal="realise",
         bad=({"importance": "colour"}, {"every": 0.0}, {"returns": 2.0}, {"start_at": 0.5}),
     ),
-    "tcp-share": Row(es.TCP(importance="share", returns=0.7), es.Budget(params=0.6), removal="_carry_out"),
+    "tcp-share": Row(es.TCP(importance="share", returns=0.7), es.Budget(params=0.6), removal="realise"),
     "mgp": Row(
-        es.MGP(), removal="_carry_out", bad=({"filters": False, "inputs": False, "shapes": False}, {"stagger": -1.0})
+        es.MGP(), removal="realise", bad=({"filters": False, "inputs": False, "shapes": False}, {"stagger": -1.0})
     ),
     "mgp-stripes": Row(es.MGP(stripes=True)),
     "dprp": Row(es.DPRP(orthogonality=0.1), removal="_drop", bad=({"form": "round"}, {"energy": 1.5}, {"every": 0.9})),

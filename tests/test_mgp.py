@@ -265,16 +265,16 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     kinds: set[str] = set()
-    carry_out = run._carry_out
+    carry_out = run.realise
 
-    def watched(stay, cut, optimizer):
+    def watched(stay, optimizer):
         kinds.update(kind_of(n) for n, u in stay.items() if len(u) < run.graph.group(n).size)
         before = logits(model, x)
-        result = carry_out(stay, cut, optimizer)
+        result = carry_out(stay, optimizer)
         assert (before - logits(model, x)).abs().max() <= 1e-5 * before.abs().max()
         return result
 
-    run._carry_out = watched  # type: ignore[method-assign]
+    run.realise = watched  # type: ignore[method-assign]
     for step in range(STEPS):
         train_step(run, optimizer, step)
         run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
@@ -289,10 +289,10 @@ def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
     gentle, tight = {"macs": int(0.9 * run.dense.macs)}, {"macs": int(0.03 * run.dense.macs)}
 
     def touched(limits: dict[str, int], progress: float) -> set[str]:
-        plan, _ = run._plan(limits, progress)
+        plan = run.keep_set(limits, progress)
         return {kind_of(n) for n, u in plan.keep.items() if len(u) < run.graph.group(n).size}
 
-    run.sensitivity.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
+    run.score.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
     assert touched(gentle, 0.05) == {FILTERS}
     assert SHAPES not in touched(gentle, 0.15)
     assert touched(tight, 0.05) > {FILTERS}
@@ -342,9 +342,8 @@ def test_onnx_gives_the_same_numbers(tmp_path) -> None:
     run = MGP(stagger=0.0).start(model, EXAMPLE, Budget(macs=0.3))
     draw = np.random.default_rng(0)
     stay = {g.name: np.sort(draw.permutation(g.size)[: max(1, g.size // 2)]) for g in run.graph.groups}
-    cut = {n: r[1][0] for n, r in run.shapes.items()}
-    run._descend(stay, cut)
-    run._carry_out(stay, cut, None)
+    run.kernels.chosen = {n: r[1][0] for n, r in run.kernels.options.items()}
+    run.realise({**stay, **run.kernels.going(run.kernels.layers)}, None)
     assert any(isinstance(m, PartConv2d) and m.index is not None and any(m.shift) for m in model.modules())
     export_onnx(model.eval(), tmp_path / "small.onnx", example=torch.randn(2, 1, 8, 8))  # raises where they differ
 
@@ -586,7 +585,7 @@ NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for 
 def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
     model, example = build(name), zoo_example(name)
     run = MGP(reach=0.5).start(model, example, Budget(macs=0.5))
-    run.sensitivity.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
+    run.score.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
     small = run.finish()
     assert run.forced
     found = cost(trace(small, example))
@@ -603,7 +602,7 @@ def test_zoo_half_the_macs_by_counting_free_stripes(name: str) -> None:
     whole = run.counted
     plain = cost(trace(model, example))  # computed weights are plain ones by now
     assert (whole.macs, whole.params) == (plain.macs, plain.params)
-    run.sensitivity.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
+    run.score.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
     small = run.finish()
     assert run.stripes.layers
     assert 0.999 * run.limits["macs"] <= run.counted.macs <= run.limits["macs"]

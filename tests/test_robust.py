@@ -15,7 +15,7 @@ from torch import nn
 
 import espalier as es
 from espalier.methods.importance import Moments, Sensitivity, measure
-from espalier.methods.units import Columns, Units
+from espalier.methods.units import Positions, Units
 from espalier.surgery.files import rebuild, structure
 
 X, Y = torch.randn(160, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(160) % 10
@@ -222,6 +222,6 @@ def test_progress_that_is_no_share_of_the_run_changes_nothing(method: es.Method,
 def test_a_vector_that_reads_channels_has_a_value_for_each() -> None:
     """A head that is a bare vector, ``x @ w``: summing over no dimension sums over all."""
     vector = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    columns = Columns("w", 0, vector, torch.arange(3))
+    columns = Positions("w", (0,), vector, torch.arange(3))
     assert columns.per_position(vector.detach()).tolist() == [1.0, -2.0, 3.0]
     assert columns.energy().tolist() == [1.0, 4.0, 9.0]

@@ -43,7 +43,7 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     removals = 0
-    carry_out = run._carry_out
+    carry_out = run.realise
 
     def watched(stay: dict[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> object:
         nonlocal removals
@@ -54,7 +54,7 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
         removals += 1
         return result
 
-    run._carry_out = watched  # type: ignore[method-assign, assignment]
+    run.realise = watched  # type: ignore[method-assign, assignment]
     for step in range(STEPS):
         train_step(run, optimizer, step)
         run.step(progress=(step + 1) / STEPS, optimizer=optimizer)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from espalier.carving import Kept
 from espalier.copies import check_sound, named_tensors, unwrapped
-from espalier.costs import METRICS, Cost, CostModel
+from espalier.costs import LATENCY, METRICS, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, files, hold, trace
+from espalier.methods.blocks import block_rules, offer_blocks, worth_of_blocks
 from espalier.methods.state import plain, restored
 from espalier.plan import Budget, Plan, need_budget
 from espalier.settings import Settings
@@ -28,14 +29,6 @@ from espalier.timing.closing import settle
 from espalier.timing.family import Family
 from espalier.timing.making import batched, is_here, need_here
 from espalier.timing.profile import Profile, from_json, to_json
-
-FROZEN = "its weight is frozen"  # why a layer is left as it is
-
-
-def is_frozen(model: nn.Module, layer: str) -> bool:
-    """Is the weight of ``layer`` not to be trained?"""
-    return not model.get_parameter(f"{layer}.weight").requires_grad
-
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
 
@@ -186,24 +179,28 @@ class Run(ABC):
     def decide(
         self,
         importance: Mapping[str, np.ndarray],
+        limits: Mapping[str, float] | None = None,
         *,
+        graph: Graph | None = None,
         per_cost: bool = True,
-        rules: Mapping[str, Any] | None = None,
+        measured: bool = True,
     ) -> Plan:
-        """The units to keep for good; ``rules`` are further options of ``solve``.
+        """The most important units inside ``limits``, for good by default; ``graph`` where it is not the run's own.
 
-        Where time is limited, the plan is built and measured until its time is right; by prediction alone where the profile
-        comes from another machine.
+        Where time is limited for good, the plan is built and measured until its time is right, unless not ``measured``; by
+        prediction alone where the profile comes from another machine.
         """
-        rules = rules or {}
-        profile = self.budget.profile
-        if self.budget.latency is None or not (isinstance(profile, Profile) and is_here(profile.setting)):
-            return solve(self.graph, importance, self.budget, per_cost=per_cost, **rules)
+        limits, graph, profile = self.limits if limits is None else limits, graph or self.graph, self.budget.profile
+        worth, rules = worth_of_blocks(graph, importance), block_rules(graph)
+        final = LATENCY in limits and limits == self.limits
+        if not (measured and final and isinstance(profile, Profile) and is_here(profile.setting)):
+            rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
+            return solve(graph, worth, limits, per_cost=per_cost, **rules)
         need_here(profile)
-        family = Family(self.plain_model(), self.graph, batched(self.example, profile.setting.batch), put=self.put)
+        family = Family(self.plain_model(), graph, batched(self.example, profile.setting.batch), put=self.put)
         if self._reference is None and self._dense_graph is None:  # nothing has gone yet
-            self._reference = family.file(Plan.dense(self.graph))
-        found = settle(family, self._reference, importance, self.budget, per_cost=per_cost, rules=rules)
+            self._reference = family.file(Plan.dense(graph))
+        found = settle(family, self._reference, worth, self.budget, per_cost=per_cost, rules=rules)
         self.budget, self.graph = found.budget, found.budget.timed(self.graph)
         return found.plan
 
@@ -226,6 +223,11 @@ class Run(ABC):
         )
         self.graph = self.graph.after(units)
         return Removed(kept, self.cost)
+
+    def offer_blocks(self) -> None:
+        """Let the residual blocks of the network be left out; those that hold a frozen weight stay."""
+        self.graph, left = offer_blocks(self.model, self.graph, self.example)
+        self.skipped.update(left)
 
     def options_stay(self) -> None:
         """The plan of a method that gives layers other forms: of alternatives the options up to the one taken, all channels."""

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
+from torch import nn
 
 from espalier.graph import Graph, find_blocks, with_blocks
 from espalier.graph.graph import CHANNELS
-from espalier.methods.base import FROZEN, Run
+from espalier.methods.state import FROZEN
 from espalier.plan import Budget
 from espalier.settings import described
 
@@ -31,14 +32,13 @@ SHARE = 0.25  # what a channel counts when its block goes as a whole, relative t
 NARROWEST = 0.5  # of its inner widths, a block that stays
 
 
-def offer_blocks(run: Run) -> None:
-    """Let the residual blocks of the network that ``run`` works on be left out; those that hold a frozen weight stay."""
-    frozen = [n for n, p in run.model.named_parameters() if not p.requires_grad]
-    found = find_blocks(run.model, run.example)
+def offer_blocks(model: nn.Module, graph: Graph, example: Any) -> tuple[Graph, dict[str, str]]:
+    """The graph with residual blocks that may go, and block -> why it may not; those that hold a frozen weight stay."""
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    found = find_blocks(model, example)
     free = [b for b in found.found if not any(b.holds(n) for n in frozen)]
-    run.graph = with_blocks(run.graph, free)
-    run.skipped.update(found.left)
-    run.skipped.update({b.module: FROZEN for b in found.found if b not in free})
+    held = {b.module: FROZEN for b in found.found if b not in free}
+    return with_blocks(graph, free), {**found.left, **held}
 
 
 def need_comparable(where: str, name: str, score: str, blocks: bool | None) -> None:

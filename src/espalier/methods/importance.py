@@ -6,9 +6,9 @@ across layers: the first is the loss itself to first order, the second a share o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espalier.copies import named_modules
 from espalier.graph import Graph
-from espalier.methods.units import Consumer, Units, Whole
+from espalier.methods.units import Gate, Units, upload
 from espalier.settings import Fraction, OneOf, described
 
 Score = Callable[[nn.Module, Units], Tensor]
@@ -76,7 +76,85 @@ BY_WEIGHT: dict[str, Score] = {
 }
 
 
+class Listener(Protocol):
+    """What units are worth, from what a run hears on the way."""
+
+    @property
+    def value(self) -> Tensor:
+        """One number per unit; larger is more important."""
+
+    def hear(self, steps: int, *, soon: bool) -> None:
+        """Take in what was heard in the last of ``steps`` steps, and say what to hear next; a decision may be due ``soon``."""
+
+    def decided(self) -> None:
+        """A decision was taken on what was heard so far."""
+
+    def follow(self, before: Any, survivors: np.ndarray) -> None:
+        """Go on from what was heard ``before``, of which the units ``survivors`` are still there."""
+
+    def close(self) -> None:
+        """Take all hooks away."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Weights:
+    """A score that the weights have as they are: there is nothing to listen to."""
+
+    def __init__(self, model: nn.Module, units: Units, score: Score) -> None:
+        self.model, self.units, self.score = model, units, score
+
+    @property
+    def value(self) -> Tensor:
+        return self.score(self.model, self.units)
+
+    def hear(self, steps: int, *, soon: bool) -> None:
+        return
+
+    def decided(self) -> None:
+        return
+
+    def follow(self, before: Weights, survivors: np.ndarray) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return
+
+
+def listener(kind: str, model: nn.Module, units: Units, *, smoothing: float) -> Listener:
+    """What finds the score ``kind``, a name in ``SCORES``, while a network trains."""
+    if kind in BY_WEIGHT:
+        return Weights(model, units, BY_WEIGHT[kind])
+    return Moments(model, units) if kind == "share" else Sensitivity(units, smoothing=smoothing)
+
+
+LISTEN_EVERY = 4  # batches between two readings of the gradients
+
+
 # -- from gradients ----------------------------------------------------------------------------------------------------
+
+
+class Gated(Protocol):
+    """Units that gradients of parameters tell something about: ``Units``, or the triplets of factorised layers."""
+
+    count: int
+    device: torch.device
+
+    def gates(self) -> Mapping[nn.Parameter, Gate]: ...
+
+    def sum(self, parts: Iterable[tuple[Any, Tensor]]) -> Tensor:
+        """One value per unit, shape ``(count,)``, from what gates have said."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Of one value per unit; what it is measured by."""
 
 
 class Sensitivity:
@@ -88,17 +166,14 @@ class Sensitivity:
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, equation 6, on gates.
     """
 
-    def __init__(self, units: Units, *, smoothing: float = 0.98) -> None:
+    def __init__(self, units: Gated, *, smoothing: float = 0.98) -> None:
         self.units = units
         self.smoothing = smoothing
         self.value = torch.zeros(units.count, device=units.device)
         self.listening = True
         self._batches = torch.zeros((), dtype=torch.int64, device=units.device)
-        self._heard: dict[int, list[tuple[Consumer, Tensor]]] = {}  # by parameter
-        readers: dict[nn.Parameter, list[Consumer]] = {}
-        for columns in units.consumers:
-            readers.setdefault(columns.parameter, []).append(columns)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._hear(some)) for p, some in readers.items()]
+        self._heard: dict[int, list[tuple[Any, Tensor]]] = {}  # by parameter
+        self._hooks = [p.register_post_accumulate_grad_hook(self._hear(gate)) for p, gate in units.gates().items()]
 
     @property
     def batches(self) -> int:
@@ -109,12 +184,11 @@ class Sensitivity:
     def batches(self, number: int) -> None:
         self._batches.fill_(number)
 
-    def _hear(self, readers: Sequence[Consumer]) -> Callable[[Tensor], None]:
+    def _hear(self, gate: Gate) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             if self.listening and parameter.grad is not None:
-                product = parameter.detach() * parameter.grad
                 # what is heard last counts: where gradients accumulate, that is the whole gradient of the step
-                self._heard[id(parameter)] = [(columns, columns.per_position(product)) for columns in readers]
+                self._heard[id(parameter)] = gate(parameter.detach(), parameter.grad)
 
         return hook
 
@@ -123,12 +197,23 @@ class Sensitivity:
         if not self._heard:
             return
         squares = self.units.sum(part for parts in self._heard.values() for part in parts).square()
-        squares = squares / squares.sum().clamp_min(1e-30)
+        squares = squares / self.units.total(squares).clamp_min(1e-30)
         finite = torch.isfinite(squares).all()
         self._batches += finite
         weight = self._batches.clamp_min(1).reciprocal().clamp_min(1.0 - self.smoothing)
         self.value.lerp_(torch.where(finite, squares, self.value), weight)
         self._heard = {}
+
+    def hear(self, steps: int, *, soon: bool) -> None:
+        self.batch_done()
+        self.listening = steps % LISTEN_EVERY == 0
+
+    def decided(self) -> None:
+        return
+
+    def follow(self, before: Sensitivity, survivors: np.ndarray) -> None:
+        self.value = before.value[upload(survivors, self.units.device)]
+        self._batches = before._batches
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -156,10 +241,11 @@ class Moments:
     def __init__(self, model: nn.Module, units: Units) -> None:
         self.units = units
         self._modules = dict(model.named_modules())
-        columns = [c for c in units.consumers if not isinstance(c, Whole)]
+        columns = [c for c in units.consumers if len(c.dims) == 1]
         readers = {c.tensor.rpartition(".")[0]: c for c in columns if c.tensor.endswith(".weight")}
         self._columns = {n: c for n, c in readers.items() if n in self._modules}
         self.sums: dict[str, Tensor] = {}
+        self.active = False  # it gathers
         self._hooks: list[Any] = []
 
     @contextmanager
@@ -172,20 +258,37 @@ class Moments:
             self.stop()
 
     @property
-    def active(self) -> bool:
-        return bool(self._hooks)
+    def value(self) -> Tensor:
+        return self.share() if self.sums else torch.ones(self.units.count, device=self.units.device)
+
+    def hear(self, steps: int, *, soon: bool) -> None:
+        if soon and not self.active:
+            self.start()
+
+    def decided(self) -> None:
+        self.stop()
+
+    def follow(self, before: Moments, survivors: np.ndarray) -> None:
+        """What was gathered belongs to the old channels: gather anew."""
+        if before.active:
+            self.start()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def start(self, sums: dict[str, Tensor] | None = None) -> None:
         """Forget what was gathered (or go on from ``sums``), and gather from now on."""
-        self.stop()
+        self.close()
+        self.active = True
         self.sums = dict(sums or {})
         for name in self._columns:
             self._hooks.append(self._modules[name].register_forward_pre_hook(self._gather(name)))
 
     def stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.close()
+        self.active = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"active": self.active, "sums": dict(self.sums)}
@@ -278,7 +381,8 @@ def measure(
             module.training = flag
 
 
-SCORES = (*BY_WEIGHT, "taylor", "share")
+TAYLOR = "taylor"
+SCORES = (*BY_WEIGHT, TAYLOR, "share")
 
 
 Returns = Annotated[

@@ -12,14 +12,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
-from espalier.methods.blocks import (
-    WholeBlocks,
-    block_rules,
-    need_comparable,
-    offer_blocks,
-    takes_blocks,
-    worth_of_blocks,
-)
+from espalier.methods.blocks import WholeBlocks, need_comparable, takes_blocks
 from espalier.methods.importance import Returns, ScoreName, diminishing, measure
 from espalier.methods.scoring import batchnorm_settled
 from espalier.plan import Budget
@@ -61,10 +54,9 @@ class OneShot(AtOnce):
     ) -> None:
         super().__init__(model, example, budget)
         if takes_blocks(method.blocks, budget, score=method.score):
-            offer_blocks(self)
+            self.offer_blocks()
         importance = measure(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
-        worth, rules = worth_of_blocks(self.graph, importance), block_rules(self.graph)
-        keep = self.decide(worth, per_cost=method.per_cost, rules=rules).keep
+        keep = self.decide(importance, per_cost=method.per_cost).keep
         with batchnorm_settled(model, batches):
             self.remove(keep, None)

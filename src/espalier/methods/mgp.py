@@ -32,21 +32,22 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import Cost, CostModel
-from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_sequence, shapes
+from espalier.forms import Place, Rectangle, find_places, shape_sequence, shapes
 from espalier.graph import Graph, hold, selectable, with_alternatives, with_inputs
 from espalier.graph.alternatives import alternatives_name
 from espalier.graph.inputs import inputs_name
 from espalier.graph.stripes import striped, stripes_name
 from espalier.layers import PartConv2d
-from espalier.methods.base import FROZEN, Batches, Removed, is_frozen
-from espalier.methods.blocks import WholeBlocks, block_rules, offer_blocks, takes_blocks, worth_of_blocks
-from espalier.methods.importance import Sensitivity
+from espalier.methods.base import Batches, Removed
+from espalier.methods.blocks import WholeBlocks, takes_blocks
+from espalier.methods.kernels import Kernels
 from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
-from espalier.methods.stripes import Masks, StripeMasks
+from espalier.methods.state import FROZEN, is_frozen
+from espalier.methods.stripes import StripeMasks
 from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
 from espalier.settings import Share, described
-from espalier.solver import BudgetError, solve
+from espalier.solver import BudgetError
 
 
 @dataclass(frozen=True)
@@ -89,23 +90,20 @@ class MGP(FadingMethod):
 
 
 class MGPRun(Fading):
-    """One run of MGP."""
+    """One run of MGP: ``step`` is that of ``Fading``."""
 
     method: MGP
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
         super().__init__(model, example, budget, method)
-        self.bake()
-        self.hold_frozen()
-        self.graph, self.shapes, self.skipped = granularities(model, self.graph, example, method)
+        self.graph, options, self.skipped = granularities(model, self.graph, example, method)
+        self.kernels = Kernels(options)
         if takes_blocks(method.blocks, budget) and not method.stripes:
-            offer_blocks(self)
-        self.chosen: dict[str, Rectangle] = {}  # what the keep-set of now leaves of kernels, if not all
+            self.offer_blocks()
         self.stripes = StripeMasks(model, self._striped() if method.stripes else ())
         counted = self.stripes.graph(self.graph)
-        even = worth_of_blocks(counted, {g.name: np.ones(g.size) for g in counted.groups})
-        solve(counted, even, self.limits, **self._rules(counted))  # unreachable budgets fail now
-        self._bind()
+        even = {g.name: np.ones(g.size) for g in counted.groups}
+        self.decide(even, graph=counted, measured=False)  # unreachable budgets fail now
         self._begin()
 
     def _striped(self) -> list[str]:
@@ -122,124 +120,54 @@ class MGPRun(Fading):
         )
         return found
 
-    def _rules(self, graph: Graph) -> dict[str, Any]:
-        own = {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
-        return {**own, **block_rules(graph)}
-
     @property
     def counted(self) -> Cost | None:
         """The cost of kept stripes, in the ``stripes`` mode; zeros are not executed faster than other numbers."""
         return self.stripes.count(self.graph) if self.method.stripes else None
 
-    def _bind(self) -> None:
-        """Tie hooks to the model's present parameters."""
-        self.units = Units(self.model, self.graph, taps=tuple(self.shapes), stripes=self.stripes.layers)
-        self.sensitivity = Sensitivity(self.units, smoothing=self.method.smoothing)
+    def _units(self) -> Units:
+        return Units(self.model, self.graph, taps=self.kernels.layers, stripes=self.stripes.layers)
 
-    def _listen(self, progress: float) -> None:
-        self._hear_every_fourth()
+    # -- 2. importance, and 3. coarse to fine --------------------------------------------------------------------------
 
-    # -- 2. importance -------------------------------------------------------------------------------------------------
-
-    def importance(self) -> tuple[dict[str, np.ndarray], dict[str, list[Rectangle]]]:
-        """Per group what its units are worth, of alternatives what each option adds; the best rectangle of every option."""
-        values = self.sensitivity.value.double().cpu().numpy()
-        scores = self.units.split(values)
-        best: dict[str, list[Rectangle]] = {}
-        for layer, options in self.shapes.items():
-            kernel = self.model.get_parameter(f"{layer}.weight").shape[2:]
-            taps = values[self.units.taps[layer]].reshape(kernel)
-            best[layer], worth = [], [0.0]
-            for option in options:
-                kept = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in option]
-                best[layer].append(option[int(np.argmax(kept))])
-                worth.append(max(worth[-1], *kept))
-            scores[alternatives_name(layer)] = np.diff(worth)
-        scores.update(self.stripes.scores(self._worth_of_stripes()))
-        return scores, best
-
-    def _worth_of_stripes(self) -> dict[str, np.ndarray]:
-        """Importance of every stripe, shape ``(out, kh * kw)`` per layer."""
-        rows = self.units.stripes.items()
-        values = self.sensitivity.value.double().cpu().numpy() if rows else np.zeros(0)
-        return {n: values[r].reshape(self.stripes.gone[n].shape) for n, r in rows}
-
-    # -- 3. coarse to fine ---------------------------------------------------------------------------------------------
-
-    def _plan(self, limits: Mapping[str, float], progress: float) -> tuple[Plan, dict[str, Rectangle]]:
-        """The keep-set inside ``limits`` with the granularities that take part by now, finer ones only if it needs them."""
-        scores, best = self.importance()
+    def keep_set(self, limits: Mapping[str, float], progress: float) -> Plan:
+        """What stays inside ``limits`` of the granularities that take part by now; finer ones come early if it needs them."""
+        values = self.score.value.double().cpu().numpy()
+        taps = {n: values[rows] for n, rows in self.units.taps.items()}
+        stripes = {n: values[rows].reshape(self.stripes.gone[n].shape) for n, rows in self.units.stripes.items()}
+        scores = {**self.units.split(values), **self.kernels.scores(taps), **self.stripes.scores(stripes)}
         graph = self.stripes.graph(self.graph)
         kinds = [k for k in (FILTERS, INPUTS, SHAPES, STRIPES) if any(kind_of(n) == k for n in scores)]
-        open_ = min(len(kinds), 1 + int((progress - self.method.start_at) / max(self.method.stagger, 1e-9)))
-        if progress >= self.method.reach - self.method.fade:
-            open_ = len(kinds)
-        for number in range(max(open_, 1), len(kinds) + 1):
-            some = worth_of_blocks(graph, {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]})
+        for number in range(self._open(len(kinds), progress), len(kinds) + 1):
+            some = {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}
             try:
-                plan = solve(graph, some, limits, **self._rules(graph))
+                plan = self.decide(some, limits, graph=graph, measured=False)
                 break
             except BudgetError:
                 if number == len(kinds):
                     raise
         else:  # nothing can go at all
-            plan = solve(graph, {}, limits, **self._rules(graph))
-        chosen = {}
-        for layer, options in self.shapes.items():
-            option = len(plan.keep[alternatives_name(layer)])
-            if option < len(options):
-                chosen[layer] = best[layer][option - 1]
-        return Plan({n: u for n, u in plan.keep.items() if kind_of(n) != STRIPES}, plan.sizes), chosen
+            plan = self.decide({}, limits, graph=graph, measured=False)
+        self.kernels.choose(taps, plan.keep)
+        plan = Plan({n: u for n, u in plan.keep.items() if kind_of(n) != STRIPES}, plan.sizes)
+        if self.stripes.layers:  # so far averaged over the filters that go
+            self.stripes.choose(self.graph, stripes, plan.keep, limits, self.budget)
+        self.record("kernel", {**self.kernels.areas, **self.stripes.areas}, progress=progress)
+        return plan
 
-    def _masks(self, plan: Plan, limits: Mapping[str, float]) -> Masks:
-        """The stripes that stay beside ``plan``: ``_plan`` has only averaged over filters that go."""
-        if not self.stripes.layers:
-            return {}
-        return self.stripes.choose(self.graph, self._worth_of_stripes(), plan.keep, limits, self.budget)
+    def _open(self, kinds: int, progress: float) -> int:
+        """How many of ``kinds`` granularities take part at ``progress``; one at least."""
+        if progress >= self.method.closed_at:
+            return max(kinds, 1)
+        begun = int((progress - self.method.start_at) / max(self.method.stagger, 1e-9))
+        return max(min(kinds, 1 + begun), 1)
 
-    def _choose(self, progress: float) -> np.ndarray:
-        limits = self.limits_at(progress)
-        plan, self.chosen = self._plan(limits, progress)
-        masks = self._masks(plan, limits)
-        self.record("kernel", self._kernels(masks), progress=progress)
-        outside = self._left_out(plan, masks)
-        self.pull = self._pace(plan, outside)
-        self._raise_small_stripes(outside)
-        return outside
-
-    def _raise_small_stripes(self, outside: np.ndarray) -> None:
-        """Press a stripe as if it were no smaller than a part of those that stay.
-
-        One that left when it was next to nothing would be pressed by next to nothing, and the optimiser kept it alive.
-        """
-        if not self.units.stripes:
-            return
-        norm, least = self._norm().cpu(), torch.full((self.units.count,), TINY)
-        for rows in self.units.stripes.values():
-            stays = norm[rows][torch.from_numpy(~outside[rows])]
-            least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
-        self.least = least.to(self.units.device)
-
-    def _kernels(self, masks: Masks) -> dict[str, float]:
-        """Kernel positions that the keep-set leaves of every layer, of free stripes the mean over filters."""
-        areas = {
-            n: float(self.chosen[n].area if n in self.chosen else options[-1][0].area)
-            for n, options in self.shapes.items()
-        }
-        return {**areas, **{n: round(float(mask.sum(1).mean()), 3) for n, mask in masks.items()}}
-
-    def _left_out(self, plan: Plan, masks: Masks) -> np.ndarray:
-        outside = self.units.outside({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
-        for layer, rectangle in self.chosen.items():
-            height, width = self.model.get_parameter(f"{layer}.weight").shape[2:]
-            outside[self.units.taps[layer]] = ~rectangle.mask((height, width)).reshape(-1)
-        for layer, mask in masks.items():
-            outside[self.units.stripes[layer]] = ~mask.reshape(-1)
-        return outside
+    def _outside_of(self, plan: Plan) -> np.ndarray:
+        return self.units.outside(plan.keep, {**self.kernels.stays, **self.stripes.stays})
 
     # -- 4. adaptive L1 ------------------------------------------------------------------------------------------------
 
-    def _pace(self, plan: Plan, outside: np.ndarray) -> Tensor:
+    def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
         """How fast each group fades: by the cost that goes with it and by how much of what is left has to go."""
         graph = self.stripes.graph(self.graph)
         state = CostModel(graph).at(graph.sizes)
@@ -255,47 +183,51 @@ class MGPRun(Fading):
                 share[place.get(g.layer, number) if g.options else number] = max(saved, 0.0)
         pace = np.sqrt(share) * (1.0 + going / left)
         busy = pace > 0
-        if not busy.any():
-            return torch.ones_like(self.pull)
-        pace = np.where(busy, pace / pace[busy].mean(), 1.0).clip(SLOWEST, FASTEST)
-        return upload(pace[group].astype(np.float32), self.units.device)
+        mean = pace[busy].mean() if busy.any() else 1.0
+        pace = np.where(busy, pace / mean, 1.0).clip(SLOWEST, FASTEST)
+        self.pull = upload(pace[group].astype(np.float32), self.units.device)
+        if self.units.stripes:
+            self.least = self._least(outside)
+
+    def _least(self, outside: np.ndarray) -> Tensor:
+        """Press a stripe as if it were no smaller than a part of those that stay.
+
+        One that left when it was next to nothing would be pressed by next to nothing, and the optimiser kept it alive.
+        """
+        norm, least = self._norm().cpu(), torch.full((self.units.count,), TINY)
+        for rows in self.units.stripes.values():
+            stays = norm[rows][torch.from_numpy(~outside[rows])]
+            least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
+        return least.to(self.units.device)
 
     # -- 5. removal ----------------------------------------------------------------------------------------------------
 
     def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
-        if not self._outside.any():
-            if self.settled:
-                self._finished()
-            return None
-        if bool(self.stripes.layers) and self.settled:
-            self._hold_faded()
+        """Of free stripes all that happens is that they stay zero, once the keep-set is final."""
+        if self.stripes.layers and self.settled and self._outside.any():
+            zero = upload(self._zero, self.units.device)
+            self.stripes.add({layer: zero[rows] for layer, rows in self.units.stripes.items()})
             if not self._channels(self._outside).any() and bool(self._zero[self._outside].all()):
                 return self._masked()
+        return super()._remove_faded(optimizer)
+
+    def _ready(self) -> tuple[np.ndarray, bool]:
+        """Kernels are cut when the keep-set is final, stripes never."""
         ready = self._channels(self._faded())
-        cut = {n: r for n, r in self.chosen.items() if self.settled and ready[self.units.taps[n]].any()}
-        for layer in self.shapes:
-            if layer not in cut:
-                ready[self.units.taps[layer]] = False
-        if not ready.any():
-            return None
-        stay = {n: np.flatnonzero(~g) for n, g in self.units.split(ready).items()}
-        self._descend(stay, cut)
-        if not self._worth_a_surgery(stay, last=bool((ready == self._channels(self._outside)).all())):
-            return None
-        return self._carry_out(stay, cut, optimizer)
+        for rows in self.units.taps.values() if not self.settled else ():
+            ready[rows] = False
+        return ready, bool((ready == self._channels(self._outside)).all())
 
     def _channels(self, units: np.ndarray) -> np.ndarray:
-        """``units`` without stripes, which are never removed."""
+        """``units`` without stripes."""
         units = units.copy()
         for rows in self.units.stripes.values():
             units[rows] = False
         return units
 
-    def _hold_faded(self) -> None:
-        """Stripes that the final keep-set leaves out stay zero from the moment they have come to zero."""
-        zero = upload(self._zero, self.units.device)
-        for layer, rows in self.units.stripes.items():
-            self.stripes.gone[layer] |= zero[rows].view_as(self.stripes.gone[layer])
+    def _stay(self, ready: np.ndarray) -> dict[str, np.ndarray]:
+        cut = [n for n, rows in self.units.taps.items() if ready[rows].any()]
+        return {**super()._stay(ready), **self.kernels.going(cut)}
 
     def _masked(self) -> Removed:
         """All masks are final; averages of the weights begin anew, so that they hold exact zeros too."""
@@ -308,66 +240,40 @@ class MGPRun(Fading):
         if self.settled and self.stripes.layers:
             self.stripes.hold(optimizer.state, MOMENTA)
 
-    def _descend(self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle]) -> None:
-        """Write the options that kernels are cut to into ``stay``."""
-        for layer, rectangle in cut.items():
-            option = next(i for i, option in enumerate(self.shapes[layer]) if option[0].area == rectangle.area)
-            stay[alternatives_name(layer)] = np.arange(option + 1)
+    def _survivors(self, stay: Mapping[str, np.ndarray]) -> np.ndarray:
+        gone = {n for some in self._kernels(stay) for n in some}
+        taps = [np.arange(rows.start, rows.stop) for n, rows in self.units.taps.items() if n not in gone]
+        stripes = self.stripes.survivors(self.units.stripes, self.graph.kept(dict(stay)))
+        return np.concatenate([super()._survivors(stay), *taps, *stripes])
 
-    def _carry_out(
-        self, stay: dict[str, np.ndarray], cut: Mapping[str, Rectangle], optimizer: torch.optim.Optimizer | None
-    ) -> Removed:
-        gone = {n for n in self.shapes if any(b.holds(n) for b in self.graph.absent(stay))}
-        cut = {n: rectangle for n, rectangle in cut.items() if n not in gone}
-        rows = [self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)]
-        rows += [np.arange(s.start, s.stop) for n, s in self.units.taps.items() if n not in cut and n not in gone]
-        kept = self.graph.kept({n: np.asarray(u) for n, u in stay.items()})
-        for layer, own in self.units.stripes.items():
-            by_filter = np.arange(own.start, own.stop).reshape(self.stripes.gone[layer].shape)
-            rows.append(by_filter[kept.get(f"{layer}.weight", {}).get(0, slice(None))].reshape(-1))
-        survivors = np.concatenate(rows)
-        value, batches = self.sensitivity.value, self.sensitivity.batches
-        self._silence()
-        trimmed = {}
-        for layer, rectangle in cut.items():
-            trimmed.update(cut_kernel(self.model, layer, rectangle, optimizer=optimizer))
-        removed = self.remove(stay, optimizer)
+    def _kernels(self, stay: Mapping[str, np.ndarray]) -> tuple[list[str], list[str]]:
+        """Layers whose kernels are cut, and those that are gone with their block."""
+        absent = self.graph.absent(stay)
+        gone = [n for n in self.kernels.layers if any(b.holds(n) for b in absent)]
+        less = [n for n, all_ in self.kernels.options.items() if len(stay[alternatives_name(n)]) < len(all_)]
+        return [n for n in less if n not in gone], gone
+
+    def _cut(self, stay: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
+        cut, gone = self._kernels(stay)
+        kept = self.graph.kept(dict(stay))
+        trimmed = self.kernels.cut(self.model, cut, optimizer=optimizer)
+        removed = super()._cut(stay, optimizer)
         for tensor, by_dim in trimmed.items():
             removed.kept.setdefault(tensor, {}).update(by_dim)
+        self.kernels.forget([*cut, *gone])
         self.stripes.cut(kept)
-        self.shapes = {n: r for n, r in self.shapes.items() if n not in cut and n not in gone}
-        self.chosen = {n: r for n, r in self.chosen.items() if n not in cut and n not in gone}
-        self._bind()
-        self.sensitivity.value, self.sensitivity.batches = value[upload(survivors, self.units.device)], batches
-        self._keep_rows(survivors)
-        if self.settled and not self._outside.any():
-            self._finished()
         return removed
 
-    def _silence(self) -> None:
-        self.sensitivity.close()
-
     def finish(self) -> nn.Module:
-        """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
-        if not self.done:
-            plan, self.chosen = self._plan(self.limits, 1.0)
-            masks = self._masks(plan, self.limits)
-            self.record("kernel", self._kernels(masks), progress=1.0)
-            stay = {n: np.asarray(u) for n, u in plan.keep.items()}
-            less = any(len(k) < self.graph.group(n).size for n, k in stay.items())
-            self.forced = less or not all(mask.all() for mask in masks.values())
-            self.stripes.load({n: torch.from_numpy(~m) for n, m in masks.items()})
-            self._carry_out(stay, dict(self.chosen), None)
-            self._finished()
+        stopped = not self.done
+        super().finish()
+        if stopped:
+            self.stripes.load({n: torch.from_numpy(~mask) for n, mask in self.stripes.stays.items()})
         self.stripes.hold({}, ())
         self.stripes.read()
         return self.model
 
-    remembers = ("shapes", "chosen", "stripes")
-
-    def bind(self) -> None:
-        self._silence()
-        self._bind()
+    remembers = ("kernels", "stripes")
 
 
 # -- 1. granularities --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 A proximal group-lasso step on everything that owns a unit outside the keep-set, after the optimiser's step,
 ``w_c <- w_c * max(0, 1 - strength * r_c / |w_c|)`` with ``r_c`` the norm when the unit left the keep-set, so that all fade at
 the same relative pace and reach zero in finite time.  The strength follows, in closed loop, the lag of the remaining mass
-``sum |w_c| / sum r_c`` behind its schedule.  Which units are outside, and how removal is carried out, is the method's business.
+``sum |w_c| / sum r_c`` behind its schedule.  Which units are outside is the method's business.
 
 The host knows which units are outside, because it decided so; what it has to ask the device it asks in one go per press.
 """
@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.costs import CostModel
-from espalier.methods.base import Method, Removed, Run, Status
-from espalier.methods.importance import Sensitivity
-from espalier.methods.pace import limits_on_the_way, still_to_go
-from espalier.methods.units import Consumer, Units, upload
-from espalier.plan import Budget
+from espalier.methods.base import Removed, Status
+from espalier.methods.importance import LISTEN_EVERY, TAYLOR, listener
+from espalier.methods.pace import Closing, ClosingMethod
+from espalier.methods.units import Positions, Units, upload
+from espalier.plan import Budget, Plan
 from espalier.settings import Positive, Share, described
 
 
 @dataclass(frozen=True, kw_only=True)
-class FadingMethod(Method):
+class FadingMethod(ClosingMethod):
     """The hyper-parameters that fading methods share; every duration is a fraction of the whole run."""
 
     start_at: Annotated[Share, described("when the budget leaves the full cost")] = 0.02
@@ -47,6 +47,15 @@ class FadingMethod(Method):
     smoothing: Annotated[Share, described("of the importance, over batches")] = 0.97
     power: Annotated[Positive, described("how fast the budget falls at first; 1 is a straight line")] = 3.0
 
+    @property
+    def closed_at(self) -> float:
+        return self.reach - self.fade
+
+    @property
+    def scored_by(self) -> str:
+        """A name in ``methods.importance.SCORES``."""
+        return TAYLOR
+
     def check_pace(self) -> None:
         """``ValueError`` unless the fractions make sense together."""
         if self.start_at + self.fade >= self.reach:
@@ -56,30 +65,25 @@ class FadingMethod(Method):
             )
 
 
-class Fading(Run):
-    """A run in which units fade.  A method says what it listens to, what is outside, and how to carry a removal out."""
+class Fading(Closing):
+    """A run in which units fade.  A method says what is important, and what its keep-set is."""
 
     method: FadingMethod
     units: Units
-    sensitivity: Sensitivity
-    remembers: ClassVar[tuple[str, ...]] = (
-        "settled", "done", "forced", "strength", "_last", "_decided", "_pressed_at", "_steps", "_mass", "sensitivity",
-    )  # fmt: skip
+    remembers: ClassVar[tuple[str, ...]] = ("strength", "_decided", "_pressed_at", "_mass")
     per_unit: ClassVar[tuple[str, ...]] = ("pressed", "reference", "since", "pull")
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: FadingMethod) -> None:
-        super().__init__(model, example, budget)
-        self.method = method
-        self.settled = False  # the keep-set is final
-        self.done = False
-        self.forced = False
+        super().__init__(model, example, budget, method)
         self.strength = 1.0
-        self._last = self._decided = self._pressed_at = 0.0
-        self._steps = 0
+        self._decided = self._pressed_at = 0.0
         self._mass = 1.0
+        self.bake()
+        self.hold_frozen()
 
     def _begin(self) -> None:
-        """Nothing is pressed yet; call once ``units`` are there."""
+        """Nothing is pressed yet; call once ``graph`` has all that may go."""
+        self._bind()
         count = self.units.count
         self.pressed = torch.zeros(count, dtype=torch.bool, device=self.units.device)
         self.reference = torch.ones(count, device=self.units.device)  # norm of what owns a unit when pressing began
@@ -90,21 +94,29 @@ class Fading(Run):
 
     # -- what a method adds --------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def _listen(self, progress: float) -> None:
-        """After every step: take in what was heard, and say what to hear next."""
+    def bind(self) -> None:
+        self._silence()
+        self._bind()
+
+    def _bind(self) -> None:
+        """Units and hooks on the model's present parameters."""
+        self.units = self._units()
+        self.score = listener(self.method.scored_by, self.model, self.units, smoothing=self.method.smoothing)
+
+    def _units(self) -> Units:
+        return Units(self.model, self.graph)
 
     @abstractmethod
-    def _choose(self, progress: float) -> np.ndarray:
-        """The units that are outside the keep-set from now on; shape ``(count,)``."""
+    def keep_set(self, limits: Mapping[str, float], progress: float) -> Plan:
+        """What stays inside ``limits``."""
 
-    @abstractmethod
-    def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
-        """Remove what reads zero, if it is worth a surgery."""
+    def _outside_of(self, plan: Plan) -> np.ndarray:
+        """The units that ``plan`` leaves out; shape ``(count,)``."""
+        return self.units.outside(plan.keep)
 
-    @abstractmethod
-    def _silence(self) -> None:
-        """Take all hooks away."""
+    def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
+        """Adapt ``pull`` and ``least`` to a new keep-set."""
+        return
 
     def _hold(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back to zero what stays zero without being removed; most methods have nothing of the kind."""
@@ -118,37 +130,30 @@ class Fading(Run):
         if self.done:
             return None
         self._steps += 1
-        self._listen(progress)
+        method = self.method
+        near = progress + LISTEN_EVERY * (progress - self._last) >= self._decided + method.every
+        self.score.hear(self._steps, soon=near and not self.settled)
         self._last = progress
-        if progress - self._decided >= self.method.every and progress >= self.method.start_at and not self.settled:
-            self._decide(progress)
-        removed = None
-        if progress - self._pressed_at >= self.method.fade / PRESSES:
-            self._press(progress - self._pressed_at, optimizer)
-            self._adapt(progress)
-            self._pressed_at = progress
-            removed = self._remove_faded(optimizer)
-        return removed
-
-    def _hear_every_fourth(self) -> None:
-        self.sensitivity.batch_done()
-        self.sensitivity.listening = self._steps % LISTEN_EVERY == 0
+        if not self.settled and progress >= method.start_at and progress - self._decided >= method.every:
+            self._decided, self.settled = progress, progress >= method.closed_at
+            self._aim(self.keep_set(self.limits_at(progress), progress), progress)
+        if progress - self._pressed_at < method.fade / PRESSES:
+            return None
+        self._press(progress - self._pressed_at, optimizer)
+        self._adapt(progress)
+        self._pressed_at = progress
+        return self._remove_faded(optimizer)
 
     def _norm(self) -> Tensor:
         return self.units.consumer_energy().sqrt()
 
     # -- keep-set ------------------------------------------------------------------------------------------------------
 
-    def limits_at(self, progress: float) -> dict[str, float]:
-        """The budget now."""
-        begin, end = self.method.start_at, self.method.reach - self.method.fade
-        left = still_to_go(progress, begin=begin, end=end, power=self.method.power)
-        return limits_on_the_way(self.limits, self.dense, left)
-
-    def _decide(self, progress: float) -> None:
-        self._decided = progress
-        self.settled = progress >= self.method.reach - self.method.fade
-        outside = self._choose(progress)
+    def _aim(self, plan: Plan, progress: float) -> None:
+        """From now on press on what ``plan`` leaves out."""
+        self.score.decided()
+        outside = self._outside_of(plan)
+        self._adapt_to(plan, outside)
         fresh = upload(outside & ~self._outside, self.units.device)
         self.reference = torch.where(fresh, torch.maximum(self._norm(), self.least), self.reference)
         self.since = self.since.masked_fill(fresh, progress)
@@ -162,7 +167,7 @@ class Fading(Run):
         self._index = upload(np.flatnonzero(outside), self.units.device)
         padded = np.append(outside, False)
         busy = [n for n, owner in enumerate(self.units.read) if padded[owner].any()]
-        self._busy: list[Consumer] = [self.units.consumers[n] for n in busy]
+        self._busy: list[Positions] = [self.units.consumers[n] for n in busy]
         if busy:
             self._spots = upload(np.concatenate([self.units.read[n] for n in busy]), self.units.device)
             self._calm = self._spread((~self.pressed).float())
@@ -211,6 +216,29 @@ class Fading(Run):
 
     # -- removal -------------------------------------------------------------------------------------------------------
 
+    def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
+        """Remove what reads zero, group by group, once it is worth a surgery or nothing else is left to do."""
+        if not self._outside.any():
+            if self.settled:
+                self._finished()
+            return None
+        ready, last = self._ready()
+        if not ready.any():
+            return None
+        stay = self._stay(ready)
+        if not self._worth_a_surgery(stay, last=last):
+            return None
+        return self.realise(stay, optimizer)
+
+    def _ready(self) -> tuple[np.ndarray, bool]:
+        """What can be removed, and whether it is all that is to go."""
+        faded = self._faded()
+        return faded, bool((faded == self._outside).all())
+
+    def _stay(self, ready: np.ndarray) -> dict[str, np.ndarray]:
+        """The units that stay when ``ready`` goes, by group."""
+        return {n: np.flatnonzero(~gone) for n, gone in self.units.split(ready).items()}
+
     def _faded(self) -> np.ndarray:
         """Pressed units that read exactly zero and whose whole group is there: a group goes in one piece, so that widths
         keep their alignment."""
@@ -225,15 +253,41 @@ class Fading(Run):
         saved = max(1 - then.macs / dense.macs, 1 - then.params / dense.params)
         return saved >= self.method.chunk or (self.settled and last)
 
-    def _keep_rows(self, survivors: np.ndarray) -> None:
+    def realise(self, stay: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
+        """Cut the model to the units ``stay``, by group, and move on with what is left."""
+        survivors, heard = self._survivors(stay), self.score
+        self._silence()
+        removed = self._cut(stay, optimizer)
+        self._bind()
+        self.score.follow(heard, survivors)
         self.follow(survivors)
         self.least = self.least[upload(survivors, self.units.device)]
         self._find_busy(self._outside[survivors])
+        if self.settled and not self._outside.any():
+            self._finished()
+        return removed
+
+    def _survivors(self, stay: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Numbers of the units that are there afterwards."""
+        return np.concatenate([self.units.offsets[i] + stay[g.name] for i, g in enumerate(self.graph.groups)])
+
+    def _cut(self, stay: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
+        return self.remove(stay, optimizer)
+
+    def finish(self) -> nn.Module:
+        """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
+        if not self.done:
+            plan = self.keep_set(self.limits, 1.0)
+            self.forced = bool(self._outside_of(plan).any())
+            self.realise(
+                {g.name: np.asarray(plan.keep[g.name]) for g in self.graph.groups if g.name in plan.keep}, None
+            )
+            self._finished()
+        return self.model
 
     def _finished(self) -> None:
-        self.done = True
+        super()._finished()
         self._mass, self.strength = 0.0, 0.0
-        self._silence()
 
     @property
     def status(self) -> Status:
@@ -246,7 +300,6 @@ class Fading(Run):
             self._silence()
 
 
-LISTEN_EVERY = 4  # batches between two readings of the gradients
 TINY = 1e-12  # norm of a unit that has none
 PRESSES = 32  # proximal steps while one unit fades
 GAIN, WEAKEST, STRONGEST = 0.5, 0.5, 20.0  # of the strength's control loop

@@ -21,7 +21,7 @@ from espalier.forms.table import ALWAYS, matrix_form
 from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
-from espalier.methods.base import FROZEN, is_frozen
+from espalier.methods.state import FROZEN, is_frozen
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
 from espalier.surgery import replace as put_layer

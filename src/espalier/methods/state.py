@@ -10,12 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.forms.candidates import Factors
 from espalier.forms.lowrank import BasisChange
 from espalier.forms.shapes import Rectangle
 from espalier.graph import ConvSequence
+from espalier.methods.kernels import Kernels
+
+FROZEN = "its weight is frozen"  # why a layer is left as it is
+
+
+def is_frozen(model: nn.Module, layer: str) -> bool:
+    """Is the weight of ``layer`` not to be trained?"""
+    return not model.get_parameter(f"{layer}.weight").requires_grad
+
 
 KIND = "kind of value"  # the key that marks a value of another type
 
@@ -28,6 +37,7 @@ def _cpu(tensors: Any) -> Any:
 CODECS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Any]]] = {
     np.ndarray: (lambda a: {"values": torch.from_numpy(a.copy())}, lambda s: s["values"].cpu().numpy()),
     Rectangle: (vars, lambda s: Rectangle(**s)),
+    Kernels: (vars, lambda s: Kernels(**s)),
     ConvSequence: (vars, lambda s: ConvSequence(**s)),
     BasisChange: (lambda t: {"factors": (t.u, t.s, t.v)}, lambda s: BasisChange.alone(*_cpu(s["factors"]))),
     Factors: (

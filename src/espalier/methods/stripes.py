@@ -30,6 +30,7 @@ class StripeMasks:
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
         self.model = model
         self.gone: dict[str, Tensor] = {}  # bool, (out, kh * kw)
+        self.stays: Masks = {}  # what the keep-set of now leaves
         for layer in layers:
             weight = model.get_parameter(f"{layer}.weight")
             rows, positions = weight.shape[0], weight.shape[2:].numel()
@@ -38,6 +39,11 @@ class StripeMasks:
     @property
     def layers(self) -> tuple[str, ...]:
         return tuple(self.gone)
+
+    @property
+    def areas(self) -> dict[str, float]:
+        """Layer -> how many positions the keep-set of now leaves of a filter, on average."""
+        return {n: round(float(mask.sum(1).mean()), 3) for n, mask in self.stays.items()}
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
@@ -83,9 +89,18 @@ class StripeMasks:
             np.put_along_axis(mine, order[:, 1:], spare[1:].reshape(len(order), -1), axis=1)
             masks[layer] = np.ones(worth[layer].shape, dtype=bool)
             masks[layer][rows[layer]] = mine
+        self.stays = masks
         return masks
 
     # -- zero for good -------------------------------------------------------------------------------------------------
+
+    def survivors(self, rows: Mapping[str, slice], kept: Mapping[str, Mapping[int, np.ndarray]]) -> list[np.ndarray]:
+        """Units of the filters that stay; ``rows`` are those of all stripes, by layer."""
+        found = []
+        for layer, gone in self.gone.items():
+            by_filter = np.arange(rows[layer].start, rows[layer].stop).reshape(gone.shape)
+            found.append(by_filter[kept.get(f"{layer}.weight", {}).get(0, slice(None))].reshape(-1))
+        return found
 
     def cut(self, kept: Mapping[str, Mapping[int, np.ndarray]]) -> None:
         """Follow a removal of filters."""
@@ -93,6 +108,13 @@ class StripeMasks:
             rows = kept.get(f"{layer}.weight", {}).get(0)
             if rows is not None:
                 self.gone[layer] = gone[torch.from_numpy(rows).to(gone.device)]
+                if layer in self.stays:
+                    self.stays[layer] = self.stays[layer][rows]
+
+    def add(self, gone: Mapping[str, Tensor]) -> None:
+        """Stripes that are zero for good from now on, beside those that were; of the same layers."""
+        for layer, more in gone.items():
+            self.gone[layer] |= more.view_as(self.gone[layer])
 
     @torch.no_grad()
     def hold(self, state: Mapping[Any, Any], keys: Sequence[str]) -> None:

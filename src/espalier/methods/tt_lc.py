@@ -42,12 +42,13 @@ from espalier.forms.transfer import moved
 from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
-from espalier.methods.base import FROZEN, Batches, Method, Removed, Run, Status, is_frozen
+from espalier.methods.base import Batches, Method, Removed, Run, Status
 from espalier.methods.equal import equal_sequences
 from espalier.methods.lc import LearningCompression
 from espalier.methods.ranks import unreachable
 from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
 from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
+from espalier.methods.state import FROZEN, is_frozen
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
 from espalier.surgery import replace

@@ -6,9 +6,10 @@ consumers' columns to zero removes it exactly: no bias or BatchNorm shift of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,101 +22,41 @@ _PIECE = 1 << 20  # elements that are squared at a time
 
 
 @dataclass(frozen=True)
-class Columns:
-    """One dimension of one parameter and the unit that owns each position; ``owner`` is ``Units.count`` where none does."""
+class Positions:
+    """Some dimensions of one parameter and the unit that owns each position; ``owner`` is ``Units.count`` where none does.
+
+    Of a weight ``(out, in, kh, kw)``, ``dims`` are ``(1,)`` for the columns that read channels, ``(0,)`` for the rows that make
+    them, ``(2, 3)`` for the kernel positions of a layer, ``(0, 2, 3)`` for those of every filter, its stripes, ``()`` for what
+    a unit owns as a whole, as what silences a residual block.
+    """
 
     tensor: str
-    dim: int
+    dims: tuple[int, ...]
     parameter: nn.Parameter
-    owner: Tensor  # int64, (size of dim,)
+    owner: Tensor  # int64, (positions,)
 
     def per_position(self, values: Tensor) -> Tensor:
-        """Sum a tensor shaped like the parameter over everything but ``dim``; shape ``(size of dim,)``, float32."""
-        others = [d for d in range(values.ndim) if d != self.dim]
-        return (
-            values.sum(others, dtype=torch.float32) if others else values.float()
-        )  # no dimensions would mean all of them
+        """Sum a tensor shaped like the parameter over everything but ``dims``; shape ``(positions,)``, float32."""
+        others = [d for d in range(values.ndim) if d not in self.dims]
+        # no dimensions would mean all of them
+        return (values.sum(others, dtype=torch.float32) if others else values.float()).reshape(-1)
 
     def energy(self) -> Tensor:
         """Sum of squares per position, like ``per_position``; rows by rows, so that no large copy is made of the squares."""
         weight = self.parameter.detach()
-        if weight.numel() <= _PIECE:
+        if weight.numel() <= _PIECE or len(self.dims) != 1:
             return self.per_position(weight.square())
         rows = weight.split(max(1, _PIECE * len(weight) // weight.numel()))
         parts = (self.per_position(piece.square()) for piece in rows)
-        return torch.cat(list(parts)) if self.dim == 0 else reduce(torch.Tensor.add_, parts)
+        return torch.cat(list(parts)) if self.dims == (0,) else reduce(torch.Tensor.add_, parts)
 
     def shaped(self, per_position: Tensor) -> Tensor:
         """Values per position, to be broadcast against the parameter."""
-        shape = [1] * self.parameter.ndim
-        shape[self.dim] = -1
-        return per_position.view(shape)
+        return per_position.view([n if d in self.dims else 1 for d, n in enumerate(self.parameter.shape)])
 
 
-@dataclass(frozen=True)
-class Taps:
-    """The kernel positions of one convolution: a unit owns its position in all filters, ``weight[:, :, i, j]``."""
-
-    tensor: str
-    parameter: nn.Parameter  # (out, in, kh, kw)
-    owner: Tensor  # int64, (kh * kw,)
-
-    def per_position(self, values: Tensor) -> Tensor:
-        """Sum a tensor shaped like the parameter over all filters and inputs; shape ``(kh * kw,)``, float32."""
-        return values.sum((0, 1), dtype=torch.float32).reshape(-1)
-
-    def energy(self) -> Tensor:
-        """Sum of squares per position, like ``per_position``."""
-        return self.per_position(self.parameter.detach().square())
-
-    def shaped(self, per_position: Tensor) -> Tensor:
-        """Values per position, to be broadcast against the parameter."""
-        return per_position.view(1, 1, *self.parameter.shape[2:])
-
-
-@dataclass(frozen=True)
-class Stripes:
-    """The kernel positions of every filter of one convolution: a unit owns ``weight[o, :, i, j]``."""
-
-    tensor: str
-    parameter: nn.Parameter  # (out, in, kh, kw)
-    owner: Tensor  # int64, (out * kh * kw,)
-
-    def per_position(self, values: Tensor) -> Tensor:
-        """Sum a tensor shaped like the parameter over all inputs; shape ``(out * kh * kw,)``, float32."""
-        return values.sum(1, dtype=torch.float32).reshape(-1)
-
-    def energy(self) -> Tensor:
-        """Sum of squares per position, like ``per_position``."""
-        return self.per_position(self.parameter.detach().square())
-
-    def shaped(self, per_position: Tensor) -> Tensor:
-        """Values per position, to be broadcast against the parameter."""
-        return per_position.view(self.parameter.shape[0], 1, *self.parameter.shape[2:])
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A parameter that a unit owns with all its elements: what silences a residual block."""
-
-    tensor: str
-    parameter: nn.Parameter
-    owner: Tensor  # int64, (1,)
-
-    def per_position(self, values: Tensor) -> Tensor:
-        """Sum over everything; shape ``(1,)``, float32."""
-        return values.sum(dtype=torch.float32).reshape(1)
-
-    def energy(self) -> Tensor:
-        """Sum of squares, like ``per_position``."""
-        return self.per_position(self.parameter.detach().square())
-
-    def shaped(self, per_position: Tensor) -> Tensor:
-        """The value, to be broadcast against the parameter."""
-        return per_position.view([1] * self.parameter.ndim)
-
-
-Consumer = Columns | Taps | Stripes | Whole
+Gate = Callable[[Tensor, Tensor], list[tuple[Any, Tensor]]]
+"""From a parameter and its gradient to the derivatives of the loss by gates on units, in parts that ``sum`` adds up."""
 
 
 class Units:
@@ -140,6 +81,7 @@ class Units:
         rows = [slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i in range(len(owned))]
         self.taps = dict(zip(taps, rows[: len(taps)], strict=True))
         self.stripes = dict(zip(stripes, rows[len(taps) :], strict=True))
+        self.positions = {**self.taps, **self.stripes}
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
         reads = self._owners(lambda s: s.consumed)
@@ -150,12 +92,12 @@ class Units:
         every = [*self.read, *makes.values()]
         row = upload(np.concatenate(every) if every else np.zeros(0, dtype=np.int64), self.device)
         owners = iter(row.split([len(o) for o in every]))
-        self.consumers: list[Consumer] = [Columns(t, d, parameters[t], next(owners)) for t, d in reads]
+        self.consumers = [Positions(t, (d,), parameters[t], next(owners)) for t, d in reads]
         for name, weight in zip((*taps, *stripes), weights, strict=True):
-            kind = Taps if name in self.taps else Stripes
-            self.consumers.append(kind(f"{name}.weight", weight, next(owners)))
-        self.consumers += [Whole(name, parameters[name], next(owners)) for name, _ in silencers]
-        self.producers = [Columns(t, d, parameters[t], next(owners)) for t, d in makes]
+            dims = (2, 3) if name in self.taps else (0, 2, 3)
+            self.consumers.append(Positions(f"{name}.weight", dims, weight, next(owners)))
+        self.consumers += [Positions(name, (), parameters[name], next(owners)) for name, _ in silencers]
+        self.producers = [Positions(t, (d,), parameters[t], next(owners)) for t, d in makes]
         self._read = row[: sum(map(len, self.read))]
         self._together = self._by_size()
 
@@ -187,7 +129,7 @@ class Units:
                     owners[key][s.index] = unit
         return owners
 
-    def sum(self, parts: Iterable[tuple[Consumer, Tensor]]) -> Tensor:
+    def sum(self, parts: Iterable[tuple[Positions, Tensor]]) -> Tensor:
         """Add per-position values of several columns up per unit; shape ``(count,)``."""
         total = torch.zeros(self.count + 1, device=self.device)
         every = list(parts)
@@ -195,6 +137,25 @@ class Units:
             owners = torch.cat([columns.owner for columns, _ in every])
             total.index_add_(0, owners, torch.cat([values.float() for _, values in every]))
         return total[: self.count]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Of one value per unit."""
+        return values.sum()
+
+    def gates(self) -> dict[nn.Parameter, Gate]:
+        """What gradients say of the units that a parameter reads: ``dL/dg = sum(W * dL/dW)`` of a gate ``g`` on each."""
+        readers: dict[nn.Parameter, list[Positions]] = {}
+        for positions in self.consumers:
+            readers.setdefault(positions.parameter, []).append(positions)
+
+        def gate(some: list[Positions]) -> Gate:
+            def of(weight: Tensor, gradient: Tensor) -> list[tuple[Positions, Tensor]]:
+                product = weight * gradient
+                return [(positions, positions.per_position(product)) for positions in some]
+
+            return of
+
+        return {parameter: gate(some) for parameter, some in readers.items()}
 
     def consumer_energy(self) -> Tensor:
         """Squared norm of everything that reads a unit; shape ``(count,)``."""
@@ -227,13 +188,18 @@ class Units:
         """Number of the group, or of the layer of a kernel position or stripe, of every unit; shape ``(count,)``."""
         return np.repeat(np.arange(self.groups), self.sizes)
 
-    def outside(self, keep: dict[str, np.ndarray]) -> np.ndarray:
-        """True for the units that are not in ``keep``; shape ``(count,)``."""
+    def outside(self, keep: Mapping[str, np.ndarray], stays: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """True for the units that are not in ``keep``, and the positions of kernels that are not in ``stays``, by layer.
+
+        Alternatives have no units, only an option that is taken.  Shape ``(count,)``.
+        """
         out = np.zeros(self.count, dtype=bool)
         for i, group in enumerate(self.graph.groups):
-            if group.name in keep:
+            if group.name in keep and not group.options:
                 out[self.offsets[i] : self.offsets[i + 1]] = True
                 out[self.offsets[i] + np.asarray(keep[group.name])] = False
+        for layer, mask in (stays or {}).items():
+            out[self.positions[layer]] = ~mask.reshape(-1)
         return out
 
 
