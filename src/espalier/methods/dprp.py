@@ -23,8 +23,6 @@ Fading (5) is ours; the paper's threshold is the limit of no time to fade.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -34,26 +32,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from espalier.carving import put_in_place
-from espalier.costs import Cost, CostModel, cost
+from espalier.carving import Kept
+from espalier.costs import cost
 from espalier.forms import LowRank
 from espalier.forms.lowrank import BasisChange
 from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.alternatives import alternatives_name
-from espalier.methods.base import Batches, Method, Removed, Run, Status
-from espalier.methods.pace import limits_on_the_way, still_to_go
-from espalier.methods.ranks import LAYOUTS, energy, rank_alternatives, tails
+from espalier.methods.base import Batches, Removed, Status
+from espalier.methods.importance import TAYLOR, Sensitivity
+from espalier.methods.pace import Closing, ClosingMethod
+from espalier.methods.ranks import LAYOUTS, Triplets, dense_twin, energy, rank_alternatives, tails
 from espalier.plan import Budget, Plan
 from espalier.settings import Fraction, OneOf, Share, described
 from espalier.solver import solve
 from espalier.surgery import change_bases, cut_ranks, decompositions, replace, split_layers
 
-SCORES = ("energy", "taylor", "whole")
+SCORES = ("energy", TAYLOR, "whole")
 
 
 @dataclass(frozen=True)
-class DPRP(Method):
+class DPRP(ClosingMethod):
     """Hyper-parameters of dynamic rank pruning; every duration is a fraction of the whole run."""
 
     name: ClassVar[str] = "dprp"
@@ -99,6 +98,10 @@ class DPRP(Method):
             )
 
     @property
+    def closed_at(self) -> float:
+        return self.reach
+
+    @property
     def needs_budget(self) -> bool:
         return self.energy is None
 
@@ -106,44 +109,47 @@ class DPRP(Method):
         return DPRPRun(model, example, budget, self)
 
 
-class DPRPRun(Run):
+class DPRPRun(Closing):
     """One run of DPRP."""
+
+    method: DPRP
+    score: Sensitivity
+    remembers = ("_next", "targets", "final", "given_up", "shares", "_decomposed")
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: DPRP) -> None:
         goes_on = any(isinstance(m, LowRank) for m in model.modules())
-        dense = _dense_twin(model) if goes_on else model
-        super().__init__(model, example, budget, dense=dense)
-        self.method = method
+        dense = dense_twin(model) if goes_on else model
+        super().__init__(model, example, budget, method, dense=dense)
         if not goes_on:
             self.bake()
         self.alternatives = rank_alternatives(dense, example, graph=self.graph, budget=budget, form=method.form)
         self.graph, self.skipped = self.alternatives.graph, dict(self.alternatives.skipped)
         self.plan = Plan.dense(self.graph)
-        even = {g.name: np.ones(g.size) for g in self.graph.groups if g.options}
-        solve(self.graph, even, self.limits)  # unreachable budgets fail now
-        self.settled = False  # the last decision is taken
-        self.done = False
-        self.forced = False
-        self._next = method.start_at
-        self._last = 0.0
-        self._steps = 0
-        self._batches = 0
         if not goes_on:
             self._factorise()
         self.layers: dict[str, LowRank] = {
             n: m for n in self.alternatives.places if isinstance(m := model.get_submodule(n), LowRank)
         }
-        self.targets = {n: layer.rank for n, layer in self.layers.items()}  # what fades lies above
+        self.targets = self.ranks  # what fades lies above
         self.final: dict[str, int] = {}  # ranks at the end, once they are found
         self.given_up = dict.fromkeys(self.layers, 0.0)  # share of its energy that each layer has lost so far
-        self._sensitivity = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
-        self._decomposed = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
         self.values: dict[str, Tensor] = {}  # singular values of every layer at the last event
         self.shares: dict[str, np.ndarray] = {}  # of energy, by triplet, while a layer was whole
-        self._heard: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
-        self._listen()
+        self._next = method.start_at  # when the next event is due
+        self._decomposed = decompositions({n: layer for n, layer in self.layers.items() if layer.whole})
+        self._bind()
         self._took_stock(0.0)
+
+    def _bind(self) -> None:
+        self.triplets = Triplets(self.layers, self._decomposed)
+        self.score = Sensitivity(self.triplets, smoothing=self.method.smoothing)
+        if self.method.importance != TAYLOR or self.done:
+            self.score.close()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of every factorised layer, now."""
+        return {n: layer.rank for n, layer in self.layers.items()}
 
     # -- 1. every layer as its singular value decomposition ------------------------------------------------------------
 
@@ -176,35 +182,33 @@ class DPRPRun(Run):
                 total = total + parts * self.method.sparsity * hoyer
         return total
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- 3. rank events ------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
         self.check_step(progress, optimizer)
         self._steps += 1
         if not self.done:
-            self._take_in()
+            self.score.hear(self._steps, soon=False)
             self._fade(progress)
             self._last = progress
-            if progress >= self._next:
-                return self._event(progress, optimizer)
-        return self._straighten(optimizer) if self._steps % TURN_EVERY == 0 else None
-
-    # -- 3. rank events ------------------------------------------------------------------------------------------------
-
-    def _event(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
+        if self.done or progress < self._next:
+            return self._straighten(optimizer) if self._steps % TURN_EVERY == 0 else None
         kept = self._drop(optimizer)
         turned, renewed = self._turn(optimizer), frozenset[str]()
         self._took_stock(progress)
         if self.settled:
             self._finished()
         else:
-            self._decide(progress)
+            self._next = progress + self.method.every
+            self.settled = self._next >= self.method.reach
+            self._aim(self._next)
             renewed = self.split(self._falling, optimizer=optimizer)
         return Removed(kept, self.cost, renewed, turned)
 
-    def _drop(self, optimizer: torch.optim.Optimizer | None) -> Any:
+    def _drop(self, optimizer: torch.optim.Optimizer | None) -> Kept:
+        heard = self.triplets.by_layer(self.score.value)
         kept = cut_ranks(self.model, self.targets, optimizer=optimizer)
-        self._sensitivity = {n: v[: self.targets[n]] for n, v in self._sensitivity.items()}
+        self.score.value = self.triplets.row({n: v[: self.layers[n].rank] for n, v in heard.items()})
         return kept
 
     def _turn(self, optimizer: torch.optim.Optimizer | None) -> dict[str, BasisChange]:
@@ -221,7 +225,9 @@ class DPRPRun(Run):
         layers = {n: self.layers[n] for n in names}
         split_layers(layers, self._decomposed, optimizer=optimizer)
         self._decomposed = {n: turn for n, turn in self._decomposed.items() if n not in layers}
-        self._listen()
+        heard = self.score.state_dict()
+        self.bind()
+        self.score.load_state_dict(heard)
         return frozenset(f"{n}.{factor}" for n in layers for factor in ("u", "s", "v"))
 
     def _straighten(self, optimizer: torch.optim.Optimizer) -> Removed | None:
@@ -231,10 +237,11 @@ class DPRPRun(Run):
         return Removed({}, self.cost, turned=turns, rebuilt=False) if turns else None
 
     def _mix(self, turns: Mapping[str, BasisChange]) -> None:
-        """Sensitivities follow their triplets into the new bases."""
-        heard = moved({n: self._sensitivity[n] for n in turns}, "cpu")
+        """What was heard of triplets follows them into the new bases."""
+        rows = self.triplets.by_layer(self.score.value)
+        heard = moved({n: rows[n] for n in turns}, "cpu")
         mixed = {n: turn.mixed(heard[n]) for n, turn in turns.items()}
-        self._sensitivity.update(moved(mixed, next(self.model.parameters()).device))
+        self.score.value = self.triplets.row({**rows, **moved(mixed, self.triplets.device)})
 
     @property
     def _falling(self) -> list[str]:
@@ -242,38 +249,33 @@ class DPRPRun(Run):
         return [n for n, layer in self.layers.items() if layer.whole and self.targets[n] < layer.rank]
 
     def _took_stock(self, progress: float) -> None:
-        ranks = {n: layer.rank for n, layer in self.layers.items()}
-        self.taken = self.alternatives.options(ranks)
-        self.record("rank", ranks, progress=progress)
+        self.taken = self.alternatives.options(self.ranks)
+        self.record("rank", self.ranks, progress=progress)
         if "full rank" not in self.history:
-            self.record("full rank", ranks, progress=progress)
+            self.record("full rank", self.ranks, progress=progress)
 
     # -- 4. which ranks ------------------------------------------------------------------------------------------------
 
-    def _decide(self, progress: float) -> None:
-        """Set the ranks that the next event is to arrive at."""
-        self._next = progress + self.method.every
-        self.settled = self._next >= self.method.reach
+    def _aim(self, arrival: float) -> None:
+        """Set the ranks to arrive at when ``arrival`` of the run is done; for good, once settled."""
         if self.method.once:
             self._find_final()
-            self._walk(0.0 if self.settled else self._left_at(self._next))
+            left = 0.0 if self.settled else self.left_at(arrival)
+            options = self.alternatives.on_the_way(self.final, left, self.limits, self.dense)
+            for name, rank in self.ranks.items():
+                found = self.alternatives.rank(name, options[alternatives_name(name)], whole=rank)
+                self.targets[name] = min(found, rank)
             return
-        wanted = self._by_energy(min((self._next - self.method.start_at) / self._span, 1.0))
-        limits = self.limits if self.settled else self.limits_at(self._next)
-        self._aim(wanted, limits)
-
-    @property
-    def _span(self) -> float:
-        return self.method.reach - self.method.start_at
-
-    def limits_at(self, progress: float) -> dict[str, float]:
-        """The budget now."""
-        return limits_on_the_way(self.limits, self.dense, self._left_at(progress))
-
-    def _left_at(self, progress: float) -> float:
-        """Share of what the cost has to fall that is still to fall."""
         method = self.method
-        return still_to_go(progress, begin=method.start_at, end=method.reach, power=method.power)
+        wanted = self._by_energy(min((arrival - method.start_at) / (method.reach - method.start_at), 1.0))
+        limits = self.limits if self.settled else self.limits_at(arrival)
+        worth = self.alternatives.importance(self.scores())
+        plan = solve(self.graph, worth, limits, ceiling=self.alternatives.options(wanted))
+        for name, now in self.ranks.items():
+            option = len(plan.keep[alternatives_name(name)])
+            rank = min(self.alternatives.rank(name, option, whole=wanted[name]), now)
+            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(self.values[name])[rank]))
+            self.targets[name] = rank
 
     def _find_final(self) -> None:
         """Ranks at the end, from whole layers; of those that are split the ranks found before stand."""
@@ -288,36 +290,7 @@ class DPRPRun(Run):
         )
         for name in free:
             option = len(plan.keep[alternatives_name(name)])
-            full = self.layers[name].rank
-            self.final[name] = (
-                full if option == self.alternatives.top(name) else self.alternatives.ranks[name][option - 1]
-            )
-
-    def _walk(self, left: float) -> None:
-        """Targets on the way to the final ranks: in all layers the same share of it, the least at which the cost is down to
-        what the schedule has ``left`` of its fall."""
-        end = self.alternatives.options(self.final)
-        costs = CostModel(self.graph)
-
-        def options(share: float) -> dict[str, int]:
-            tops = {alternatives_name(n): self.alternatives.top(n) for n in self.layers}
-            return {n: top - math.floor(share * (top - end[n]) + 0.5) for n, top in tops.items()}
-
-        def cost_at(share: float) -> Cost:
-            there = options(share)
-            return costs.cost(np.array([there.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
-
-        last = cost_at(1.0)
-        allowed = {m: getattr(last, m) + (getattr(self.dense, m) - getattr(last, m)) * left for m in self.limits}
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            there = cost_at(middle)
-            fits = all(getattr(there, m) <= limit for m, limit in allowed.items())
-            low, high = (low, middle) if fits else (middle, high)
-        for name, option in ((n, options(high)[alternatives_name(n)]) for n in self.layers):
-            if option < self.alternatives.top(name):
-                self.targets[name] = min(self.alternatives.ranks[name][option - 1], self.layers[name].rank)
+            self.final[name] = self.alternatives.rank(name, option, whole=self.layers[name].rank)
 
     def _by_energy(self, share: float) -> dict[str, int]:
         """The smallest ranks that give up at most ``share`` of what may be given up in all; now's without ``energy``."""
@@ -330,65 +303,16 @@ class DPRPRun(Run):
             ranks[name] = min(ranks[name], max(1, int(within[0]) if len(within) else ranks[name]))
         return ranks
 
-    def _aim(self, wanted: dict[str, int], limits: dict[str, float]) -> None:
-        """The most important triplets within ``limits``, and never more than ``wanted``."""
-        plan = solve(
-            self.graph, self.alternatives.importance(self.scores()), limits, ceiling=self.alternatives.options(wanted)
-        )
-        for name, layer in self.layers.items():
-            option = len(plan.keep[alternatives_name(name)])
-            allowed = self.alternatives.ranks[name]
-            rank = wanted[name] if option > len(allowed) else min(allowed[option - 1], layer.rank)
-            self.given_up[name] = 1.0 - (1.0 - self.given_up[name]) * (1.0 - float(tails(self.values[name])[rank]))
-            self.targets[name] = rank
-
     def scores(self) -> dict[str, np.ndarray]:
         """Importance per triplet of every layer, largest singular value first."""
-        if self.method.importance == "taylor" and self._batches:
-            return {n: v.double().numpy() for n, v in moved(self._sensitivity, "cpu").items()}
+        if self.method.importance == TAYLOR and self.score.batches:
+            heard = moved(self.triplets.by_layer(self.score.value), "cpu")
+            return {n: v.double().numpy() for n, v in heard.items()}
         now = {n: energy(self.values[n]) for n in self.layers}
         if self.method.importance != "whole":
             return now
         self.shares.update({n: now[n] for n, layer in self.layers.items() if layer.whole or n not in self.shares})
         return {n: self.shares[n][: layer.rank] for n, layer in self.layers.items()}
-
-    def _listen(self) -> None:
-        """Tie hooks to what the layers are trained by now: the gradients are read every ``LISTEN_EVERY`` steps."""
-        for hook in self._hooks:
-            hook.remove()
-        self._heard, self._hooks = {}, []
-        if self.method.importance == "taylor" and not self.done:
-            self._hooks = [
-                (layer.matrix if layer.whole else layer.s).register_post_accumulate_grad_hook(self._hear(n))
-                for n, layer in self.layers.items()
-            ]
-
-    def _hear(self, name: str) -> Any:
-        layer, turn = self.layers[name], self._decomposed.get(name)
-        sides = None if turn is None else (turn.u * turn.s, turn.v) if layer.tall else (turn.v * turn.s, turn.u)
-        if sides is not None:
-            sides = (sides[0].to(layer.s.device), sides[1].to(layer.s.device))
-
-        def hook(factor: Tensor) -> None:
-            if self._steps % LISTEN_EVERY == 0 and factor.grad is not None:
-                if sides is None:
-                    self._heard[name] = (factor.detach() * factor.grad).square()
-                else:
-                    self._heard[name] = ((factor.grad @ sides[1]) * sides[0]).sum(0).square()
-
-        return hook
-
-    def _take_in(self) -> None:
-        """``(s_i dL/ds_i)^2``, averaged over batches; the sum over the network is one per batch, so loss scaling cancels."""
-        if len(self._heard) < len(self.layers):
-            return
-        total = torch.stack([v.sum() for v in self._heard.values()]).sum()
-        fine = torch.isfinite(total) & (total > 0)  # stays on the device: nobody waits for it
-        self._batches += 1
-        weight = max(1.0 - self.method.smoothing, 1.0 / self._batches) * fine
-        for name, value in self._sensitivity.items():
-            value.lerp_(torch.where(fine, self._heard[name] / total, 0.0), weight)
-        self._heard = {}
 
     # -- 5. fading -----------------------------------------------------------------------------------------------------
 
@@ -403,16 +327,18 @@ class DPRPRun(Run):
 
     # -- 6. the end ----------------------------------------------------------------------------------------------------
 
-    def _finished(self) -> None:
-        self.done = True
-        self._listen()
-
     def finish(self) -> nn.Module:
         """The small model.  If training stopped before the last ranks were reached, the rest is cut here: ``forced``."""
         if not self.done:
-            before = {n: layer.rank for n, layer in self.layers.items()}
-            self._drop_to_the_end()
-            self.forced = any(layer.rank < before[n] for n, layer in self.layers.items())
+            before = self.ranks
+            self._drop(None)
+            self._turn(None)
+            self.settled = True
+            self._aim(1.0)
+            self.split(self._falling, optimizer=None)
+            self._drop(None)
+            self._took_stock(self._last)
+            self.forced = self.ranks != before
             self._finished()
         self.options_stay()
         for name, layer in self.layers.items():
@@ -427,41 +353,11 @@ class DPRPRun(Run):
         assert (built.macs, built.params) == (self.cost.macs, self.cost.params), "planned cost is not the built one"
         return self.model
 
-    def _drop_to_the_end(self) -> None:
-        self._drop(None)
-        self._turn(None)
-        if self.method.once:
-            self._find_final()
-            self.targets = dict(self.final)
-        else:
-            self._aim(self._by_energy(1.0), self.limits)
-        self.split(self._falling, optimizer=None)
-        self._drop(None)
-        self._took_stock(self._last)
-
     @property
     def status(self) -> Status:
-        left = 0.0 if self.done else min(max((self.method.reach - self._last) / self._span, 0.0), 1.0)
+        whole = self.method.reach - self.method.start_at
+        left = 0.0 if self.done else min(max((self.method.reach - self._last) / whole, 0.0), 1.0)
         return Status(self.cost, 0.0 if self.done else self.method.sparsity, left)
-
-    # -- resume --------------------------------------------------------------------------------------------------------
-
-    remembers = (
-        "settled", "done", "forced", "_next", "_last", "_steps", "_batches",
-        "targets", "final", "given_up", "shares", "_sensitivity", "_decomposed",
-    )  # fmt: skip
-
-    def restored(self) -> None:
-        self._listen()
-
-
-def _dense_twin(model: nn.Module) -> nn.Module:
-    """A copy with plain layers for the factorised ones: what a run that goes on began with."""
-    twin = copy.deepcopy(model)
-    for module in list(twin.modules()):
-        if isinstance(module, LowRank):
-            put_in_place(twin, module, module.dense())
-    return twin
 
 
 class _OffIdentity(torch.autograd.Function):
@@ -485,5 +381,3 @@ PARTS = 8  # the penalty of a layer is counted at one step in so many
 LARGE = 64  # rank above which the pull to orthonormal factors is counted more rarely still
 WEAKER_BELOW = 16  # rank from which the pull to orthonormal factors no longer grows as ranks fall
 TURN_EVERY = 200  # steps after which factors are orthonormal again at the latest
-BISECTIONS = 30  # for the share of the way to the final ranks
-LISTEN_EVERY = 4  # steps between two readings of the gradients

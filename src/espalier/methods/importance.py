@@ -145,8 +145,10 @@ LISTEN_EVERY = 4  # batches between two readings of the gradients
 class Gated(Protocol):
     """Units that gradients of parameters tell something about: ``Units``, or the triplets of factorised layers."""
 
-    count: int
     device: torch.device
+
+    @property
+    def count(self) -> int: ...
 
     def gates(self) -> Mapping[nn.Parameter, Gate]: ...
 

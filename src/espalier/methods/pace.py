@@ -57,6 +57,14 @@ class Closing(Run):
         """The budget now."""
         return limits_on_the_way(self.limits, self.dense, self.left_at(progress))
 
+    def bind(self) -> None:
+        self._silence()
+        self._bind()
+
+    @abstractmethod
+    def _bind(self) -> None:
+        """Make what listens to the model's present parameters."""
+
     def _finished(self) -> None:
         self.done = True
         self._silence()

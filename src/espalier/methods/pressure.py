@@ -94,12 +94,7 @@ class Fading(Closing):
 
     # -- what a method adds --------------------------------------------------------------------------------------------
 
-    def bind(self) -> None:
-        self._silence()
-        self._bind()
-
     def _bind(self) -> None:
-        """Units and hooks on the model's present parameters."""
         self.units = self._units()
         self.score = listener(self.method.scored_by, self.model, self.units, smoothing=self.method.smoothing)
 

@@ -5,8 +5,9 @@ Shared by all methods that truncate a singular value decomposition.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.costs import CostModel
-from espalier.forms import FORMS, MatrixForm, Place, cost_of, dense_sequence, find_places, sequence, sequential
+from espalier.carving import put_in_place
+from espalier.costs import Cost, CostModel
+from espalier.forms import FORMS, LowRank, MatrixForm, Place, cost_of, dense_sequence, find_places, sequence, sequential
 from espalier.forms.form import shape_of
+from espalier.forms.lowrank import BasisChange
 from espalier.forms.table import ALWAYS, matrix_form
 from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.state import FROZEN, is_frozen
+from espalier.methods.units import Gate
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
 from espalier.surgery import replace as put_layer
@@ -30,7 +34,6 @@ from espalier.timing.profile import Profile
 
 AUTO = "auto"
 LAYOUTS = (AUTO, *(name for name, form in FORMS.items() if isinstance(form, MatrixForm)))
-BISECTIONS = 20
 COMPOSING = 0.06  # of the MACs of a layer that composing its weight may cost at full rank ...
 USUAL_BATCH = 128  # ... and at this batch
 
@@ -78,21 +81,52 @@ class RankAlternatives:
 
         The largest fraction within ``limits``, by bisection; one option at least.
         """
-        costs = CostModel(self.graph)
 
         def options(fraction: float) -> dict[str, int]:
             return {alternatives_name(n): max(1, int(fraction * len(ranks))) for n, ranks in self.ranks.items()}
 
-        def fits(fraction: float) -> bool:
-            at = options(fraction)
-            cost = costs.cost(np.array([at.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
-            return all(getattr(cost, metric) <= limit for metric, limit in limits.items())
+        return options(share * self._furthest(options, limits, good=0.0, bad=1.0, times=20))
 
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return options(share * low)
+    def on_the_way(
+        self, ends: Mapping[str, int], left: float, limits: Mapping[str, float], dense: Cost
+    ) -> dict[str, int]:
+        """Options on the way from the dense layers to the ranks ``ends``, in all layers the same share of it.
+
+        The least share at which the cost is down to what has ``left`` of its fall, from ``dense`` to that of ``ends``.
+        """
+        tops, end = {alternatives_name(n): self.top(n) for n in self.ranks}, self.options(ends)
+
+        def options(share: float) -> dict[str, int]:
+            return {n: top - math.floor(share * (top - end[n]) + 0.5) for n, top in tops.items()}
+
+        last = self._cost(CostModel(self.graph), options(1.0))
+        allowed = {m: getattr(last, m) + (getattr(dense, m) - getattr(last, m)) * left for m in limits}
+        return options(self._furthest(options, allowed, good=1.0, bad=0.0, times=30))
+
+    def _furthest(
+        self,
+        options: Callable[[float], dict[str, int]],
+        limits: Mapping[str, float],
+        *,
+        good: float,
+        bad: float,
+        times: int,
+    ) -> float:
+        """The share nearest to ``bad`` at which ``options(share)`` costs no more than ``limits``, by bisection."""
+        costs = CostModel(self.graph)
+        for _ in range(times):
+            middle = (good + bad) / 2
+            cost = self._cost(costs, options(middle))
+            fits = all(getattr(cost, metric) <= limit for metric, limit in limits.items())
+            good, bad = (middle, bad) if fits else (good, middle)
+        return good
+
+    def _cost(self, costs: CostModel, at: Mapping[str, int]) -> Cost:
+        return costs.cost(np.array([at.get(g.name, g.size) for g in self.graph.groups], dtype=np.int64))
+
+    def rank(self, layer: str, option: int, *, whole: int) -> int:
+        """Rank of an option; ``whole`` is that of the dense layer."""
+        return whole if option == self.top(layer) else self.ranks[layer][option - 1]
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         """Give layers of ``model``, of any widths, the ranks of ``options``: the structure, of weights that mean nothing."""
@@ -207,6 +241,56 @@ def _options(place: Place, form: str, multiple_of: int) -> list[ConvSequence]:
             break
         sequences.append(option)
     return sequences
+
+
+class Triplets:
+    """The singular triplets of factorised layers as units, in one row, layer after layer, the largest value first.
+
+    A gate on a triplet is on its singular value: ``dL/dg = s dL/ds``, and ``s u^T dL/dW v`` of a layer that is trained whole.
+    """
+
+    def __init__(self, layers: Mapping[str, LowRank], decomposed: Mapping[str, BasisChange]) -> None:
+        """``decomposed``: of the layers that are whole."""
+        self.layers, self.decomposed = layers, decomposed
+        self.device = next((layer.s.device for layer in layers.values()), torch.device("cpu"))
+
+    @property
+    def count(self) -> int:
+        return sum(layer.rank for layer in self.layers.values())
+
+    def by_layer(self, row: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, row.split([layer.rank for layer in self.layers.values()]), strict=True))
+
+    def row(self, by_layer: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([by_layer[n] for n in self.layers]) if self.layers else torch.zeros(0)
+
+    def sum(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
+        zeros = {n: torch.zeros_like(layer.s) for n, layer in self.layers.items()}
+        return self.row({**zeros, **dict(parts)})
+
+    def total(self, values: Tensor) -> Tensor:
+        return torch.stack([v.sum() for v in self.by_layer(values).values()]).sum()
+
+    def gates(self) -> dict[nn.Parameter, Gate]:
+        return {layer.matrix if layer.whole else layer.s: self._gate(n) for n, layer in self.layers.items()}
+
+    def _gate(self, name: str) -> Gate:
+        layer = self.layers[name]
+        if not layer.whole:
+            return lambda s, gradient: [(name, s * gradient)]
+        turn = self.decomposed[name]
+        left, right = (turn.u * turn.s, turn.v) if layer.tall else (turn.v * turn.s, turn.u)
+        left, right = left.to(self.device), right.to(self.device)
+        return lambda _, gradient: [(name, ((gradient @ right) * left).sum(0))]
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy with plain layers for the factorised ones: what a run that goes on began with."""
+    twin = copy.deepcopy(model)
+    for module in list(twin.modules()):
+        if isinstance(module, LowRank):
+            put_in_place(twin, module, module.dense())
+    return twin
 
 
 def energy(singular: Tensor) -> np.ndarray:
