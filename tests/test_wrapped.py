@@ -129,13 +129,24 @@ def test_a_hook_keeps_for_its_own_copy(kind: str, used: bool) -> None:
     nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
 ], ids=["hook weight", "hook spectral", "weight", "spectral"])  # fmt: skip
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-def test_normalised_weights_are_copied_traced_and_compressed_around(norm: Callable[..., Any], used: bool) -> None:
+def test_normalised_weights_are_cut_as_what_they_compute(norm: Callable[..., Any], used: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    layers = [
+        norm(nn.Conv2d(3, 8, 3)),
+        nn.ReLU(),
+        norm(nn.Conv2d(8, 16, 3)),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    model = nn.Sequential(*layers, norm(nn.Linear(16, 6)), nn.ReLU(), nn.Linear(6, 4)).eval()
     if used:
         model(torch.randn(1, 3, 16, 16))
-    small = es.compress(model.eval(), X, budget=es.Budget(macs=0.7), method=es.Magnitude()).model
-    assert small(torch.randn(2, 3, 16, 16)).shape == (2, 4, 10, 10)
+    result = es.compress(model, X, budget=BUDGET, method=es.Magnitude())
+    assert {g.name: g.size for g in result.graph.groups} == {"0": 8, "2": 16, "6": 6}
+    assert result.model[0].weight.shape[0] == result.model[2].weight.shape[1] < 8
+    graph = es.trace(model, X)
+    es.verify(model, graph, es.Plan.dense(graph), X).require()
 
 
 def test_a_scripted_part_takes_its_tensors_with_it() -> None:

@@ -162,6 +162,49 @@ def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, key, new)
 
 
+# -- weights that are computed ----------------------------------------------------------------------------------------
+
+_PLAIN: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Is it a layer whose weight a hook or a parametrisation of torch's computes anew for every call (weight norm)?"""
+    held = module._parameters.keys() | module._modules.keys()
+    normed = not held.isdisjoint(("weight_g", "weight_orig", "parametrizations"))
+    return isinstance(module, _PLAIN) and normed and "weight" not in held and hasattr(module, "weight")
+
+
+def plain_layer(module: Any) -> nn.Module:
+    """A plain layer of the same kind with the weight that ``module`` computes at present."""
+    training = module.training
+    with torch.no_grad():
+        module.eval()  # in training a spectral norm goes on estimating
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(module, ())
+        module.train(training)
+        weight, bias = module.weight, module.bias
+        kind = next(k for k in type(module).__mro__ if k in _PLAIN)
+        sizes = (module.in_features, module.out_features) if kind is nn.Linear else (
+            module.in_channels, module.out_channels, module.kernel_size
+        )  # fmt: skip
+        geometry = {} if kind is nn.Linear else {k: getattr(module, k) for k in _GEOMETRY}
+        plain = kind(*sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, **geometry)
+        plain.weight.copy_(weight)
+        if bias is not None:
+            plain.bias.copy_(bias)
+    return plain.train(training)
+
+
+def make_plain(model: nn.Module, names: Iterable[str]) -> None:
+    """Layers of these names, where they are and compute their weight, become plain ones."""
+    modules = named_modules(model)
+    for name in names:
+        if name in modules and computes_weight(modules[name]):
+            put_in_place(model, modules[name], plain_layer(modules[name]))
+
+
 # -- one row per module type: which of its numbers repeat a shape -----------------------------------------------------
 
 Refresh = Callable[[Any, str, Kept, "int | None"], None]

@@ -73,7 +73,8 @@ class CostModel:
             for g, table in self._tables.items()
         }
         stays = [t for t in graph.parameters if t.name not in graph.baked_away]
-        self._baked_away = sum(int(np.prod(graph.shapes[n])) for n in graph.baked_away)
+        elements = {n: int(np.prod(graph.shapes[n])) for n in (*graph.baked_away, *graph.baked_new)}
+        self._baked_away = sum(elements[n] for n in graph.baked_away) - sum(elements[n] for n in graph.baked_new)
         self._terms = {"macs": self._pack([s.term for s in graph.sites]), "params": self._pack(stays)}
         self.touching = {m: self._touched(p) for m, p in self._terms.items()}
         self._times = [(s.time, s.term.extents) for s in graph.sites if s.time is not None]

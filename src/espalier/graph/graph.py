@@ -180,6 +180,7 @@ class Graph:
     group_width: dict[str, int]
     baked: tuple[str, ...]  # convolutions with computed weights: plain ones take their place when anything is removed
     baked_away: tuple[str, ...]  # parameters that are gone then
+    baked_new: tuple[str, ...] = field(default=(), kw_only=True)  # weights that are parameters only then
     unknown: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
     selects: tuple[str, ...] = ()  # convolutions that may select their inputs (``graph.inputs``)
@@ -281,6 +282,7 @@ class Graph:
             parameters=tuple(t for t in self.parameters if t.name not in gone),
             baked=(),
             baked_away=(),
+            baked_new=(),
         )
 
     def _without(self, absent: Sequence[Block]) -> Graph:
@@ -317,6 +319,7 @@ class Graph:
             group_width={n: w for n, w in self.group_width.items() if not gone(n)},
             baked=tuple(n for n in self.baked if not gone(n)),
             baked_away=tuple(n for n in self.baked_away if not gone(n)),
+            baked_new=tuple(n for n in self.baked_new if not gone(n)),
             selects=tuple(n for n in self.selects if not gone(n)),
             blocks=tuple(b for b in self.blocks if b not in absent),
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from espalier.carving import Kept, carve
+from espalier.carving import Kept, carve, computes_weight, make_plain
 from espalier.copies import copied, named_modules, named_tensors, unwrapped
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
@@ -73,10 +73,12 @@ def trace(
 def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, time_limit: float = 60.0) -> Stage:
     """Watch ``model`` in eval and in train mode without rehearsing, by what the rehearsals of ``taught_by`` have taught."""
     lessons = Lessons()
+    lessons.plain = {n: None for n, m in named_modules(model).items() if computes_weight(m)}  # as it is planned
     if taught_by is not None:
         lessons.lines = {(line, op): level for line, op, level in taught_by.fixed_lines}
         reason = Reason("the module around these channels works for one size only", Place("", type(model).__name__, ""))
         lessons.modules = dict.fromkeys(taught_by.fixed_modules, reason)
+        lessons.plain = dict.fromkeys(n.rpartition(".")[0] for n in taught_by.baked_new)
         lessons.positions = {n for n, _ in model.named_modules()} - taught_by.group_width.keys()
     deadline = time.monotonic() + time_limit
     with watchdog(deadline), torch.inference_mode(False):
@@ -109,10 +111,12 @@ def _guesses_anew(lessons: Lessons, stage: Stage) -> bool:
     """
     views = {key for key in stage.watch.wrong_guesses if not lessons.lines.get(key)}
     lessons.lines |= dict.fromkeys(views, 1)
+    normed = stage.watch.normed.keys() - lessons.plain.keys()
+    lessons.plain |= dict.fromkeys(n for n in stage.watch.normed if n in normed)
     moving = {(s.tensor, s.dim) for g in stage.graph.groups if g.size > 1 for s in g.slices}
     stuck = {n for n in stage.watch.divided if (f"{n}.weight", 0) not in moving} - lessons.positions
     lessons.positions |= stuck
-    return bool(views or stuck)
+    return bool(views or stuck or normed)
 
 
 def _watched(
@@ -180,15 +184,18 @@ class Stage:
         """What ``small``, the network that keeps ``units`` of ``graph``, does otherwise than predicted, in either mode."""
         single = any(len(u) == 1 < graph.group(n).size for n, u in units.items())
         kept = graph.kept(units)
-        found = (self._compare(private_copy(small, self.device), kept, forward, single) for forward in self.forwards)
+        found = (self._compare(self._copy(small), kept, forward, single) for forward in self.forwards)
         return next((m for m in found if m is not None), None)
+
+    def _copy(self, model: nn.Module) -> nn.Module:
+        return _plain_copy(model, self.device, self.watch.lessons)
 
     def rehearse(self, rehearsed: Rehearsed, forward: Forward) -> Mismatch | None:
         """Watch a copy of these widths; what does not go as predicted."""
         kept = self.graph.kept(rehearsed.units)
         if not kept:
             return None
-        smaller = private_copy(self.model, self.device)
+        smaller = self._copy(self.model)
         try:
             carve(smaller, kept, group_width=self.graph.group_width)
         except Exception as error:
@@ -326,7 +333,7 @@ def _watch(
     model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
 ) -> Stage:
     """An eval-mode and a train-mode forward on the same labels; costs are those of the first."""
-    private = private_copy(model, device)
+    private = _plain_copy(model, device, lessons)
     watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
     try:
         output = _forward(watch, private, example, device, training=False)
@@ -340,7 +347,7 @@ def _watch(
     unused = [n for n in watch.parameters if n not in reads]
     watch.sites, watch.memory, watch.spans, watch.records = [], Memory(), [], []
     watch.reads = Counter()
-    trained = private_copy(model, device)  # a forward may leave caches in its copy
+    trained = _plain_copy(model, device, lessons)  # a forward may leave caches in its copy
     watch.look_at(trained)
     try:
         output = _forward(watch, trained, example, device, training=True)
@@ -366,7 +373,7 @@ def _watch(
         forwards.append(Forward(True, watch.records, shapes_, alike=same))
     watch.sites, watch.memory, watch.spans, watch.reads = sites, memory, spans, reads | watch.reads
     component = components(watch)
-    graph = build(watch, component, tuple(notes.values()))
+    graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
     return Stage(model, example, device, deadline, watch, graph, tuple(forwards))
 
 
@@ -418,6 +425,26 @@ def private_copy(model: nn.Module, device: str) -> nn.Module:
         return copied(model, memo)
     except Exception as error:
         raise TraceError(f"trace: {type(model).__name__} cannot be copied: {first_line(error)}") from error
+
+
+def _plain_copy(model: nn.Module, device: str, lessons: Lessons) -> nn.Module:
+    """A private copy in which layers that compute their weight are plain, as far as they were found out."""
+    private = private_copy(model, device)
+    make_plain(private, lessons.plain)
+    return private
+
+
+def _with_norms(graph: Graph, model: nn.Module, lessons: Lessons) -> Graph:
+    """``graph``, of the network whose layers are plain, as one of ``model``, where some compute their weight."""
+    modules = {n: m for n, m in named_modules(model).items() if n in lessons.plain and computes_weight(m)}
+    raw = {f"{n}.{k}": tuple(p.shape) for n, m in modules.items() for k, p in m.named_parameters() if k != "bias"}
+    return replace(
+        graph,
+        shapes={**graph.shapes, **raw},
+        baked=(*graph.baked, *modules),
+        baked_away=(*graph.baked_away, *raw),
+        baked_new=tuple(f"{n}.weight" for n in modules),
+    )
 
 
 def call_arguments(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

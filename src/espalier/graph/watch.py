@@ -248,6 +248,7 @@ class Lessons:
     reasons: dict[Key, str] = field(default_factory=dict)  # of the same, once all of it is fixed
     channels: dict[tuple[str, int], tuple[np.ndarray, Reason]] = field(default_factory=dict)  # positions that stay
     modules: dict[str, Reason] = field(default_factory=dict)
+    plain: dict[str, None] = field(default_factory=dict)  # layers that compute their weight: watched as plain ones
     positions: set[str] = field(default_factory=set)  # grouped convolutions that lose the same positions in all groups
 
 
@@ -318,6 +319,7 @@ class Watch(TorchDispatchMode):
         self.whole_groups: dict[str, int] = {}  # module -> how many channels one of its groups holds
         self.spans: list[RawSpan] = []
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
+        self.normed: dict[str, None] = {}  # layers with weights that a hook or parametrisation makes of statistics
         self.reads: Counter[str] = Counter()  # parameter -> operations that read it; to hand on a view is not to read
         self.unknown: dict[str, None] = {}
         self.at_hand: list[Layer] = []  # what reached an operation that raised

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.carving import Kept
+from espalier.carving import Kept, make_plain
 from espalier.copies import check_sound, named_tensors, unwrapped
 from espalier.costs import LATENCY, METRICS, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
@@ -103,6 +103,7 @@ class Run(ABC):
         self.budget = budget
         self._reference: bytes | None = None  # the dense network to be timed against
         self.graph: Graph = budget.timed(trace(model if dense is None else dense, example))
+        make_plain(model, (n.rpartition(".")[0] for n in self.graph.baked_new))  # weight norm: what it computes fades
         self.dense: Cost = CostModel(self.graph).cost(self.graph.sizes)
         self.limits: dict[str, float] = budget.limits(self.dense)
         self._so_far: Plan | None = None  # until something is removed
@@ -160,9 +161,12 @@ class Run(ABC):
 
     def bake(self) -> None:
         """Make convolutions with computed weights plain: such a weight can neither fade nor be factorised."""
-        if self.graph.baked:
-            for name in self.graph.baked:
-                bake(self.model, name)
+        computed = [
+            n for n in self.graph.baked if f"{n}.weight" not in self.graph.baked_new
+        ]  # the others are plain already
+        for name in computed:
+            bake(self.model, name)
+        if computed:
             self.graph = self.budget.timed(trace(self.model, self.example))
 
     @property

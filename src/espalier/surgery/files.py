@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from espalier.carving import is_own, put_in_place, refresh, settings_of, whole_numbers
+from espalier.carving import computes_weight, is_own, put_in_place, refresh, settings_of, whole_numbers
 from espalier.copies import check_names, unwrapped
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
@@ -206,7 +206,8 @@ def _reshape(base: nn.Module, table: Mapping[str, Any]) -> dict[str, torch.devic
     made: dict[str, torch.device] = {}
     for name, entry in table["modules"].items():
         module = own.get(name)
-        if module is None or type(module).__name__ != entry["type"] or _is_another(module, entry):
+        normed = module is not None and computes_weight(module) and f"{name}.weight" in table["shapes"]
+        if module is None or normed or type(module).__name__ != entry["type"] or _is_another(module, entry):
             if "make" not in entry:
                 found = "nothing" if module is None else type(module).__name__
                 raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from espalier.carving import Kept, carve, carved, put_in_place
+from espalier.carving import Kept, carve, carved, computes_weight, number_named, plain_layer, put_in_place
 from espalier.copies import copy_model, named_tensors, unwrapped
 from espalier.forms.shapes import padding_of
 from espalier.graph import Graph
@@ -96,7 +96,7 @@ def mask(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     tensors: dict[str, Tensor] = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, units in removed.items():
-            for s in graph.group(name).consumers:
+            for s in graph.group(name).consumers if len(units) else ():
                 rows = torch.from_numpy(s.index[units].reshape(-1)).to(tensors[s.tensor].device)
                 tensors[s.tensor].index_fill_(s.dim, rows, 0.0)
         for block in graph.absent(plan.keep):
@@ -112,8 +112,9 @@ def _check_same(model: nn.Module, graph: Graph) -> None:
     made_later = {f"{n}.{kind}" for n in graph.baked for kind in ("weight", "bias")} | {
         f"{n}.index" for n in graph.selects
     }
+    made_later |= set(graph.baked_away)  # of a model that is plain already
     for name, shape in graph.shapes.items():
-        if "#" not in name and name not in made_later and own.get(name, ())[:2] != shape[:2]:
+        if not number_named(name) and name not in made_later and own.get(name, ())[:2] != shape[:2]:
             found = f"has shape {own[name]}" if name in own else "is not there"
             raise ValueError(
                 f"graph: of another model: {name!r} {found}, where it was traced it had {shape}; trace again"
@@ -153,6 +154,11 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
     A filter standardised over all its inputs is not standardised over some of them, so the exact small layer is plain.
     """
     module = model.get_submodule(name)
+    if computes_weight(module):
+        replace(model, name, plain_layer(module), optimizer=optimizer)
+        return
+    if type(module) in (nn.Conv1d, nn.Conv3d, nn.Linear):  # plain already
+        return
     assert isinstance(module, nn.Conv2d), name
     reach = [2 * d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     probe = torch.zeros(1, module.in_channels, *reach, device=module.weight.device, dtype=module.weight.dtype)

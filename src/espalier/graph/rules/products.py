@@ -7,6 +7,7 @@ import math
 import numpy as np
 from torch import Tensor, nn
 
+from espalier.carving import computes_weight
 from espalier.graph.call import Call
 from espalier.graph.rules.elementwise import combine
 from espalier.graph.rules.table import align, derived_from, pending_of, rule, settle
@@ -33,6 +34,7 @@ def convolution(watch: Watch, call: Call) -> None:
     transposed, groups = call.get("transposed", False), call["groups"]
     channels = watch.vector(x, 1 if x.ndim == weight.ndim else 0)
     known = state(weight)
+    note_normed(watch, weight)
     rows, cols = watch.vector(weight, 0), watch.vector(weight, 1)
     bake = ""
     if known.pending:
@@ -70,6 +72,14 @@ def convolution(watch: Watch, call: Call) -> None:
     shape = [1] * out.ndim
     shape[1 if x.ndim == weight.ndim else 0] = -1
     watch.put(call.out, [made.reshape(shape)] if np.count_nonzero(made) else [])
+
+
+def note_normed(watch: Watch, weight: Tensor) -> None:
+    """Weight norm and the like: the layer could be watched as a plain one, which takes its place when it is cut."""
+    known = state(weight)
+    computed = not known.derived or known.pending or known.derived == COMPUTED
+    if known.source is None and computed and computes_weight(watch.module):
+        watch.normed[watch.module_name] = None
 
 
 def baked_columns(watch: Watch, module: nn.Module, cols: np.ndarray) -> np.ndarray:
@@ -179,6 +189,7 @@ def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
     alone = [m for m in state(a).layers if not varying(m) and (a.shape[ka] == 1 or ends_b)]
     ends_a = [m for m in state(a).layers if m.shape[ka] > 1] + alone
     weight = b if state(b).derived else a if state(a).derived else None
+    note_normed(watch, b)
     if weight is None and (ends_a or ends_b):
         watch.freeze([*ends_a, *ends_b], "is contracted with another activation")
         inner = np.zeros(a.shape[ka], dtype=np.int64)

@@ -7,8 +7,9 @@ from torch import nn
 
 from espalier.graph.call import Call
 from espalier.graph.rules.elementwise import combine, pointwise
-from espalier.graph.rules.table import aten, dims_of, rule, settle
+from espalier.graph.rules.table import aten, derived_from, dims_of, rule, settle
 from espalier.graph.watch import (
+    COMPUTED,
     Reason,
     Watch,
     narrowed,
@@ -164,6 +165,17 @@ def layer_norm(watch: Watch, call: Call) -> None:
     watch.put(first, known.layers)
     for o in call.outs[1:]:
         watch.put(o)
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(watch: Watch, call: Call) -> None:
+    """``g * v / |v|`` over all but one dimension: nothing of a weight normed so goes unless the layer is made plain."""
+    operands = call.operands
+    watch.freeze(
+        [m for t in operands for m in state(t).layers], f"{call.packet} takes its statistics over these channels"
+    )
+    for o in call.outs:
+        watch.put(o, derived=COMPUTED if derived_from(operands) else 0)
 
 
 @rule("native_group_norm", "group_norm")
