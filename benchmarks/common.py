@@ -60,14 +60,14 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
     if origin == "cifar":
         model = importlib.import_module("espalier.run.models").build_model(rest, num_classes=10)
     elif origin == "timm":
-        model = importlib.import_module("espalier.run.optional").import_timm().create_model(rest)
+        model = importlib.import_module("espalier.optional").import_timm().create_model(rest)
     else:
         model = _torchvision(name)
     return _shaken(model, seed).eval()
 
 
 def _torchvision(name: str) -> nn.Module:
-    from espalier.run.optional import import_torchvision
+    from espalier.optional import import_torchvision
 
     models = import_torchvision().models
     if name.startswith("segmentation:"):
@@ -243,7 +243,7 @@ def tensorly() -> Any:
 
 def modelopt_prune() -> Any:
     """``modelopt.torch.prune.prune``, of an optional package."""
-    from espalier.run.optional import import_torchvision
+    from espalier.optional import import_torchvision
 
     import_torchvision()  # which it imports itself, and which beside a CPU build of torch needs help
     try:

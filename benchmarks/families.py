@@ -25,7 +25,7 @@ from benchmarks.common import build, environment, first_line, rounded, write_res
 from espalier.costs import CostModel
 from espalier.graph import Graph
 from espalier.graph.summary import overview
-from espalier.run.optional import import_timm
+from espalier.optional import import_timm
 
 NETWORKS = (
     "halonet26t", "botnet26t_256", "eca_halonext26ts", "gernet_s", "repvgg_a0", "resnext26ts", "coat_tiny", "convit_tiny",

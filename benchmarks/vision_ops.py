@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.run.optional import import_torchvision
+from espalier.optional import import_torchvision
 
 _libraries: list[torch.library.Library] = []
 

@@ -7,7 +7,7 @@ python examples/lightning_loop.py --epochs 10
 import argparse
 
 import espalier as es
-from espalier.run.optional import import_lightning
+from espalier.optional import import_lightning
 
 L = import_lightning()  # as ``import lightning as L``, also where PyPI's torchvision stands beside a CPU build of torch
 

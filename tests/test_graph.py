@@ -28,8 +28,8 @@ from espalier.costs import cost
 from espalier.graph import TraceError, TraceTimeout, trace
 from espalier.graph.rules import RULES, reshaped
 from espalier.graph.watch import state
+from espalier.optional import import_timm
 from espalier.plan import Budget
-from espalier.run.optional import import_timm
 from espalier.solver import solve
 from espalier.surgery import shrink, verify
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espalier as es
-from espalier.run.optional import MissingPackage, import_lightning
+from espalier.optional import MissingPackage, import_lightning
 
 try:
     L = import_lightning()

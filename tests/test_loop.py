@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from halving import Halving
 from torch import nn
 
+import espalier as es
 from espalier.carving import carve
 from espalier.graph import trace
 from espalier.plan import Budget
@@ -265,6 +266,33 @@ def test_averaged_weights_are_cut_with_the_model():
     assert torch.equal(model.conv2.weight, expected)
     average.swap(model)
     assert torch.equal(model.conv2.weight, raw)
+
+
+def test_a_module_of_averages_follows_removals_in_a_loop_of_ones_own():
+    """As ``AveragedModel`` and the trainers that keep one average: a copy of the network, no shadows of ours."""
+    model = net()
+    run = es.attach(model, torch.zeros(1, 1, 8, 8), budget=es.Budget(macs=0.5), method=es.TCP())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.add_(1.0)
+    expected, removals = average.module.conv2.weight.detach().clone(), 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(40):
+        removed = run.step(progress=(step + 1) / 40, optimizer=optimizer)
+        if removed is not None:
+            es.follow(average, model, removed)
+            for dim, index in removed.kept.get("conv2.weight", {}).items():
+                expected = expected.index_select(dim, torch.from_numpy(index))
+            assert torch.equal(average.module.conv2.weight, expected)
+            removals += 1
+    assert removals > 0
+    small = run.finish()
+    es.follow(average, small)
+    assert {n: p.shape for n, p in average.module.named_parameters()} == {
+        n: p.shape for n, p in small.named_parameters()
+    }
+    average.update_parameters(small)
 
 
 # -- resuming

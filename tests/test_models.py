@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from espalier.layers import ChannelPad
+from espalier.optional import MissingPackage, import_optional
 from espalier.run.data import load_data
 from espalier.run.models import CIFAR_MODELS, CifarResNet, build_model, load_weights, resnet20, vgg16_bn
-from espalier.run.optional import MissingPackage, import_optional
 
 
 def parameters(model):
@@ -135,7 +135,7 @@ def test_a_segmentation_network_downloads_no_backbone(monkeypatch):
 def test_torchvision_and_timm_import_in_a_fresh_process():
     pytest.importorskip("timm")
     code = (
-        "from espalier.run.optional import import_timm, import_torchvision\n"
+        "from espalier.optional import import_timm, import_torchvision\n"
         "import_timm(); vision = import_torchvision()\n"
         "assert vision.models.resnet18().fc.out_features == 1000"
     )

@@ -57,7 +57,7 @@ def test_the_lightning_example_runs(tmp_path):
     """Lightning imports torchvision where it is installed, whose build need not match torch's: see ``import_torchvision``."""
     example = str(REPOSITORY / "examples" / "lightning_loop.py")
     script = (
-        "import runpy, sys; from espalier.run.optional import import_torchvision; import_torchvision(); "
+        "import runpy, sys; from espalier.optional import import_torchvision; import_torchvision(); "
         f"sys.argv = ['loop', '--epochs', '2']; runpy.run_path({example!r}, run_name='__main__')"
     )
     done = run(["-c", script], folder=tmp_path)

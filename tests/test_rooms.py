@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "espalier"
 ORDER = [
     "settings",  # how a field of settings says what it allows
     "seals",  # checksums
+    "optional",  # packages that need not be there
     "layers",  # our own nn.Module classes
     "copies",
     "carving",

@@ -213,7 +213,7 @@ class Depth(es.Task):
         return F.smooth_l1_loss(output, targets)
 
     def meter(self):
-        from espalier.run.optional import import_torchvision
+        from espalier.optional import import_torchvision
 
         import_torchvision()  # torchmetrics imports it, and its build need not match torch's
         return pytest.importorskip("torchmetrics").MeanAbsoluteError()

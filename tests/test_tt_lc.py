@@ -29,7 +29,7 @@ from espalier.methods import lc as lc_module
 from espalier.methods import tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
 from espalier.methods.scoring import loss_on, recalibrate_batchnorm
-from espalier.methods.search import MissingOptuna, minimise
+from espalier.methods.search import minimise
 from espalier.run.charts import COLOURS, search_curve
 from espalier.run.data import load_data, set_aside
 from tests.waits import Waits
@@ -476,7 +476,7 @@ def test_workers_try_at_the_same_time_and_share_what_they_find(tmp_path) -> None
 def test_without_optuna_the_error_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingOptuna, match=r"pip install optuna scipy.*search=0"):
+    with pytest.raises(es.MissingPackage, match=r"pip install optuna scipy.*search=0"):
         es.TTLC().start(net(), X, es.Budget(macs=0.5))
     es.TTLC(search=0).start(net(), X, es.Budget(macs=0.5))
 

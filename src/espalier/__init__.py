@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.methods.svd_oneshot import SVDOneShot as SVDOneShot
     from espalier.methods.tcp import TCP as TCP
     from espalier.methods.tt_lc import TTLC as TTLC
+    from espalier.optional import MissingPackage as MissingPackage
     from espalier.plan import Budget as Budget
     from espalier.plan import Plan as Plan
     from espalier.present.ship import load_run as load_run
@@ -37,12 +38,12 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.run.compress import compress as compress
     from espalier.run.data import Loaders as Loaders
     from espalier.run.data import load_data as load_data
+    from espalier.run.ema import follow as follow
     from espalier.run.loop import TrainingDiverged as TrainingDiverged
     from espalier.run.measure import latency as latency
     from espalier.run.models import build_model as build_model
     from espalier.run.models import load_weights as load_weights
     from espalier.run.onnx import export_onnx as export_onnx
-    from espalier.run.optional import MissingPackage as MissingPackage
     from espalier.run.recipe import Recipe as Recipe
     from espalier.run.stopping import TrainingStopped as TrainingStopped
     from espalier.solver import BudgetError as BudgetError
@@ -80,7 +81,7 @@ _HOME = {
     "MGP": "espalier.methods.mgp",
     "Magnitude": "espalier.methods.magnitude",
     "Method": "espalier.methods.base",
-    "MissingPackage": "espalier.run.optional",
+    "MissingPackage": "espalier.optional",
     "Plan": "espalier.plan",
     "Profile": "espalier.timing.profile",
     "ProofError": "espalier.run.compress",
@@ -102,6 +103,7 @@ _HOME = {
     "export_torch": "espalier.deploy.torch_files",
     "latency": "espalier.run.measure",
     "find_blocks": "espalier.graph",
+    "follow": "espalier.run.ema",
     "load": "espalier.surgery",
     "load_data": "espalier.run.data",
     "load_run": "espalier.present.ship",

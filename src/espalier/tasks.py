@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from espalier.optional import import_torchvision
+
 AUXILIARY_WEIGHT = 0.3  # of the loss of each auxiliary classifier; Szegedy et al., Going Deeper with Convolutions, 2015
 AUXILIARY_MAP_WEIGHT = (
     0.5  # of an auxiliary map; Zhao et al., Pyramid Scene Parsing Network, 2017, take 0.4, torchvision 0.5
@@ -519,6 +521,7 @@ class _MeanAveragePrecision:
 
     def __init__(self) -> None:
         try:
+            import_torchvision()  # torchmetrics does, and stumbles where its build and torch's do not match
             from torchmetrics.detection import MeanAveragePrecision
         except (ImportError, RuntimeError) as error:
             raise ValueError(

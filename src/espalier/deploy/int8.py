@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.optional import import_optional
 from espalier.run.measure import Timing, latency
 from espalier.run.onnx import check_place, onnx_session, to_onnx_bytes
-from espalier.run.optional import import_optional
 from espalier.run.rundir import write_file
 
 Batch = tuple[Tensor, Tensor]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from espalier.optional import MissingPackage
 from espalier.seals import DAMAGED, SEAL, seal
 
 JOURNAL = "search.journal"  # in the folder of a run
@@ -29,14 +30,10 @@ Trials = list[dict[str, Any]]
 """``{"point": {name: value}, "score": number or None, "failed": why}`` in the order they were begun."""
 
 
-class MissingOptuna(ImportError, ValueError):
-    """The optional package is not installed."""
-
-
 def need_optuna(who: str) -> None:
-    """Raises: MissingOptuna with what to do."""
+    """Raises: MissingPackage with what to do."""
     if importlib.util.find_spec("optuna") is None:
-        raise MissingOptuna(
+        raise MissingPackage(
             f"{who} searches with optuna, which is not installed: pip install optuna scipy, or set search=0"
         )
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from espalier.optional import import_optional
 from espalier.present.config import (
     Config,
     fit_model_to,
@@ -31,7 +32,6 @@ from espalier.run.evaluate import pick_device
 from espalier.run.lock import owned
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
 from espalier.run.models import load_weights
-from espalier.run.optional import import_optional
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import (
     CHECKPOINT,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 
+from espalier.optional import import_optional
 from espalier.run.loop import History, OnEpoch
-from espalier.run.optional import import_optional
 
 
 def tensorboard(folder: str | os.PathLike[str]) -> OnEpoch:

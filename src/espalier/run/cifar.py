@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.run.optional import import_torchvision
+from espalier.optional import import_torchvision
 
 
 @dataclass(frozen=True)

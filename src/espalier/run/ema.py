@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, select
+from espalier.copies import unwrapped
 from espalier.forms.lowrank import BasisChange
+from espalier.methods.base import Removed
+from espalier.surgery.files import rebuild, structure
 
 
 class AveragedWeights:
@@ -80,3 +83,29 @@ class AveragedWeights:
 def _averaged(model: nn.Module) -> list[tuple[str, Tensor]]:
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, removed: Removed | None = None) -> None:
+    """Let an averaged copy of ``model`` go through what was just ``removed`` from it: averages of what stayed stay.
+
+    ``average`` is a module, ``torch.optim.swa_utils.AveragedModel`` for example, copied after ``attach``.  Without ``removed``,
+    after ``run.finish()``, tensors of another shape begin anew from the model's.
+
+    Raises: ValueError if it is no copy of ``model``.
+
+    >>> if (removed := run.step(progress=done / total, optimizer=optimizer)) is not None:      # doctest: +SKIP
+    ...     es.follow(average, run.model, removed)
+    """
+    inner = unwrapped(average, who="follow", in_place=True)
+    shadows = AveragedWeights(inner, 1.0)
+    rebuild(inner, structure(model))
+    if removed is None:
+        shadows.cut({}, model)
+    else:
+        shadows.cut(removed.kept, model, renewed=removed.renewed, turned=removed.turned)
+    shadows.swap(inner)
+    own = dict(model.named_buffers())
+    for name, buffer in inner.named_buffers():  # counters are not averaged
+        if not buffer.is_floating_point():
+            buffer.copy_(own[name])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from espalier.optional import import_optional, import_torchvision
 from espalier.run.batches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,7 +27,6 @@ from espalier.run.batches import (
     full_batches,
     stratified_order,
 )
-from espalier.run.optional import import_optional, import_torchvision
 from espalier.run.preprocessing import Preprocessing
 from espalier.settings import Settings, described
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.run.optional import import_optional
+from espalier.optional import import_optional
 
 SILENT = 3600.0  # seconds without an epoch after which a point on another machine is given to somebody else
 JOURNAL = "sweep.journal"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from espalier.copies import copy_model
+from espalier.optional import import_optional
 from espalier.run.evaluate import thread_count
 from espalier.run.onnx import feeds, onnx_session, positional, read_onnx, resized, to_onnx_bytes
-from espalier.run.optional import import_optional
 from espalier.surgery.files import save
 
 WARM_UP = 3  # calls of every model before the clock counts

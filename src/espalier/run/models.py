@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from espalier.graph.watch import first_line, is_users
 from espalier.layers import ChannelPad
-from espalier.run.optional import MissingPackage, import_timm, import_torchvision
+from espalier.optional import MissingPackage, import_timm, import_torchvision
 
 # ---------------------------------------------------------------- CIFAR ResNets
 

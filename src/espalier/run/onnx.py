@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from espalier import __version__
 from espalier.copies import copy_model, unwrapped
 from espalier.graph.watch import first_line, tensors_in
-from espalier.run.optional import import_optional
+from espalier.optional import import_optional
 from espalier.run.rundir import write_file
 
 FREE = ("batch", "height", "width")

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from espalier.methods.base import Method, Run, attach
+from espalier.optional import import_lightning
 from espalier.plan import Budget, Plan
-from espalier.run.optional import import_lightning
 from espalier.trainers.attached import add_penalty, restore_optimizer, saved_run, set_rate
 
 Callback: Any = import_lightning().Callback
