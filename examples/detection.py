@@ -1,7 +1,7 @@
 """Compress a detector of torchvision, judged by COCO's mean average precision.
 
 pip install '.[models,detection,onnx]'
-python examples/detection.py --model fasterrcnn_mobilenet_v3_large_320_fpn --epochs 10
+python examples/detection.py --model ssdlite320_mobilenet_v3_large --epochs 10
 """
 
 import argparse
@@ -36,20 +36,17 @@ def batches(images: list, size: int) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="fasterrcnn_mobilenet_v3_large_320_fpn")
+    parser.add_argument("--model", default="ssdlite320_mobilenet_v3_large")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--by-loss", action="store_true", help="Judge by the loss, which needs no pycocotools.")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    side = {"min_size": arguments.side, "max_size": arguments.side}
-    model = getattr(detection, arguments.model)(weights=None, weights_backbone=None, num_classes=2, **side)
-    data = es.Loaders(
-        batches(squares(arguments.images, arguments.side, seed=0), 8), batches(squares(16, arguments.side, seed=1), 8)
-    )
+    model = getattr(detection, arguments.model)(weights=None, weights_backbone=None, num_classes=2)
+    train, test = squares(arguments.images, 320, seed=0), squares(max(arguments.images // 4, 1), 320, seed=1)
+    data = es.Loaders(batches(train, 8), batches(test, 8))
     result = es.compress(
         model,
         data,

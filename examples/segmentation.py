@@ -13,7 +13,9 @@ import espalier as es
 
 def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -39,7 +41,10 @@ def shapes(images: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
     """A bright square and a disc on noise; every pixel is of class 0 (neither), 1 or 2."""
     random = torch.Generator().manual_seed(seed)
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    x, y = 0.3 * torch.randn(images, 3, side, side, generator=random), torch.zeros(images, side, side, dtype=torch.int64)
+    x, y = (
+        0.3 * torch.randn(images, 3, side, side, generator=random),
+        torch.zeros(images, side, side, dtype=torch.int64),
+    )
     for image, labels in zip(x, y, strict=True):
         (top, left), (down, right) = torch.randint(side // 4, 3 * side // 4, (2, 2), generator=random).tolist()
         square = ((row - top).abs() < side // 6) & ((column - left).abs() < side // 6)
@@ -61,7 +66,8 @@ def main() -> None:
     train = torch.utils.data.TensorDataset(*shapes(arguments.images, 32, seed=0))
     test = torch.utils.data.TensorDataset(*shapes(64, 32, seed=1))
     data = es.Loaders(  # no num_classes: the task knows what is in a batch
-        torch.utils.data.DataLoader(train, batch_size=16, shuffle=True), torch.utils.data.DataLoader(test, batch_size=32)
+        torch.utils.data.DataLoader(train, batch_size=16, shuffle=True),
+        torch.utils.data.DataLoader(test, batch_size=32),
     )
     result = es.compress(
         UNet(classes=3),
