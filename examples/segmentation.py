@@ -78,7 +78,6 @@ def main() -> None:
     )
     print(result)
     es.save(result.model, "small.safetensors")
-    es.export_onnx(result.model, "small.onnx", torch.zeros(1, 3, 32, 32), dynamic=("batch", "height", "width"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Networks by name and their weights."""
 
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,8 +240,11 @@ def assert_same_weights(left, right):
         lambda weights: {"model": {"state_dict": weights}},
         lambda weights: {f"module.{key}": value for key, value in weights.items()},
         lambda weights: {"state_dict": {f"module._orig_mod.{key}": value for key, value in weights.items()}},
+        lambda weights: {"net": weights, "acc": np.float64(91.7), "epoch": np.int64(3), "best": np.float32(1.0)},
+        lambda weights: {"model": weights, "args": argparse.Namespace(lr=0.1, out=Path("runs")), "optimizer": {}},
+        lambda weights: {"model": {"name": "resnet20"}, "ema": {"decay": 0.99, "module": weights}},
     ],
-    ids=["plain", "state_dict", "nested", "module", "compiled and parallel"],
+    ids=["plain", "state_dict", "nested", "module", "compiled and parallel", "net", "argparse", "ema"],
 )
 def test_wrapped_checkpoints_load(tmp_path, wrap):
     saved, fresh = resnet20(), resnet20()
@@ -325,6 +331,12 @@ def test_files_that_are_not_weights_are_named(tmp_path, name):
     broken_files(tmp_path)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         load_weights(resnet20(), tmp_path / name)
+
+
+def test_a_pickled_object_is_named(tmp_path):
+    torch.save({"model": resnet20().state_dict(), "ema": Payload()}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match=r"code\.pt.*pickled objects.*test_models\.Payload; save model\.state_dict"):
+        load_weights(resnet20(), tmp_path / "code.pt")
 
 
 @pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "resnet32-d509ac18.th", "resnet56-4bfd9763.th"])

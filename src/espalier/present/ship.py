@@ -13,6 +13,7 @@ from torch import nn
 
 from espalier.deploy.int8 import export_int8
 from espalier.deploy.torch_files import export_torch
+from espalier.graph.watch import first_line
 from espalier.present.config import (
     SECTIONS,
     Config,
@@ -114,21 +115,36 @@ def metadata_of(path: Path) -> dict[str, str]:
 def times(
     names: Sequence[str], *, runtime: str, threads: int, batches: Sequence[int], given: Sequence[str], trust: bool
 ) -> list[Timing]:
-    """Run folders, ONNX files and names of networks, timed in turns at the input of the first that says one."""
-    found = [_timed(name, given, trust=trust) for name in names]
+    """Run folders, ONNX files and names of networks, timed in turns at the input that was given, else that of the first run.
+
+    Names are networks for the classes, channels and size of that run.
+    """
+    sections = [read_sections(Path(name) / CONFIG)["model"] for name in names if (Path(name) / CONFIG).is_file()]
+    known = {key: sections[0][key] for key in SIZES if key in sections[0]} if sections else {}
+    if not given and known.keys() >= {"in_channels", "image_size"}:
+        given = ["1,{in_channels},{image_size},{image_size}".format(**known)]
+    found = [_timed(name, given, known.get("num_classes"), trust=trust) for name in names]
     shapes = [shape_of(text) for text in given[:1]] or [shape for _, shape in found if shape is not None]
     example = torch.zeros(shapes[0]) if shapes else None
     models = dict(zip(names, (model for model, _ in found), strict=True))
-    return latency(models, example, backend=runtime, threads=threads, batch_sizes=batches)
+    try:
+        return latency(models, example, backend=runtime, threads=threads, batch_sizes=batches)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ValueError(f"{runtime}: {first_line(error)}; say another shape with --input") from error
 
 
-def _timed(name: str, given: Sequence[str], *, trust: bool) -> tuple[nn.Module | Path, tuple[int, ...] | None]:
+SIZES = ("num_classes", "in_channels", "image_size")
+
+
+def _timed(
+    name: str, given: Sequence[str], classes: int | None, *, trust: bool
+) -> tuple[nn.Module | Path, tuple[int, ...] | None]:
     """What ``name`` stands for, and the shape of its input where that is known."""
     path = Path(name)
     if path.is_dir():
-        network = load_run(path, trust=trust)
-        section = read_sections(path / CONFIG)["model"]
-        return network, (1, section["in_channels"], section["image_size"], section["image_size"])
+        return load_run(path, trust=trust), None
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
@@ -137,7 +153,7 @@ def _timed(name: str, given: Sequence[str], *, trust: bool) -> tuple[nn.Module |
         raise ValueError(
             f"{path}: weights alone have no structure; give a run folder, an .onnx file or a network's name"
         )
-    config, inputs = described({**{section: {} for section in SECTIONS}, "model": {"name": name}}, given, None)
+    config, inputs = described({**{section: {} for section in SECTIONS}, "model": {"name": name}}, given, classes)
     return make_model(config).eval(), tuple(inputs[0].shape)
 
 

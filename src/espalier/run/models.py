@@ -15,17 +15,23 @@ Names that :func:`build_model` understands:
 Any other bare name is looked for in torchvision, then in timm.
 """
 
+import argparse
 import difflib
 import importlib
 import inspect
 import os
+import pathlib
 import pickle
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -407,7 +413,18 @@ def _taken(build: Factory, sizes: Mapping[str, int], name: str) -> Mapping[str, 
 
 # ---------------------------------------------------------------- weights
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module"),
+    *("ema", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema", "teacher"),  # where there is nothing else
+)
+"""Under what training scripts save weights."""
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # what numpy's numbers are unpickled by
+_HARMLESS: list[Any] = [
+    *(argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath),
+    *(np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?"))),
+    *(_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")),  # its name before numpy 2
+]
+"""What training scripts save beside weights, and what runs no code when it is read: options, paths, numbers of numpy."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 10
 _NESTED = 8  # dictionaries in dictionaries
@@ -417,8 +434,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load weights into ``model``, all of them or none.
 
     Takes safetensors or a torch checkpoint (read with ``weights_only=True``: nothing in it is executed).
-    Looks inside ``state_dict`` and ``model`` entries and drops the prefixes that DataParallel, torch.compile
-    and Lightning put before every name.
+    Looks inside the entries under which training scripts save weights (``state_dict``, ``model``, ``net``, ``ema`` ...), lets
+    options of ``argparse``, paths and numbers of numpy stand beside them, and drops the prefixes that DataParallel,
+    torch.compile and Lightning put before every name.
 
     Raises: ValueError naming the file if it is absent, truncated or not a weights file, and listing what is
     missing, unexpected or of another shape if it does not fit; the model is then unchanged.
@@ -440,21 +458,32 @@ def _read_weights(path: Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a file of weights alone: it is truncated, or holds pickled objects that would "
-            "have to be executed; save model.state_dict() with torch.save, or safetensors"
+            f"{path} is not a file of weights alone: {_objects_in(path)}; save model.state_dict() with torch.save, or "
+            "safetensors"
         ) from error
     except Exception as error:  # a damaged file may raise anything: EOFError, RuntimeError, SafetensorError, ...
         raise ValueError(f"{path} cannot be read: truncated, or not a weights file ({error})") from error
 
 
+def _objects_in(path: Path) -> str:
+    """What a pickle would make, by name."""
+    with suppress(Exception):
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        harmless = {k[1] if isinstance(k, tuple) else f"{k.__module__}.{k.__qualname__}" for k in _HARMLESS}
+        if odd := [name for name in found if name not in harmless]:
+            return f"it holds pickled objects, whose code would be run: {', '.join(odd[:3])}{' ...' if odd[3:] else ''}"
+    return "it is truncated, or holds pickled objects that would have to be executed"
+
+
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     for _ in range(_NESTED):  # a file may hold itself
-        if not isinstance(content, Mapping):
+        if not isinstance(content, Mapping) or any(isinstance(v, Tensor) for v in content.values()):
             break
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        inner = next((content[key] for key in _WRAPPERS if _holds_tensors(content.get(key))), None)
         if inner is None:
             break
         content = inner
@@ -474,6 +503,12 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     if not weights:
         raise ValueError(f"{path} holds no weights (its entries: {', '.join(map(str, content)) or 'none'})")
     return weights
+
+
+def _holds_tensors(value: object, depth: int = _NESTED) -> bool:
+    if isinstance(value, Mapping):
+        return depth > 0 and any(_holds_tensors(v, depth - 1) for v in value.values())
+    return isinstance(value, Tensor)
 
 
 def _strip_prefixes(weights: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
