@@ -283,7 +283,7 @@ def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path, no_figures):
         return page([read_run(folder)], timing=False)
 
     text = drawn(es.SVDOneShot(), macs=0.4)
-    assert re.search(r">rank \d+: 1×3, 3×1<", text) and "of an untrained resnet20" in text and "1 epoch in" in text
+    assert re.search(r">rank \d+: 1×3, 3×1<", text) and "of an untrained resnet8" in text and "1 epoch in" in text
     assert "factorised into several layers" in text and "another kernel" not in text
     assert re.search(r">(\d+ of )?\d+, reads \d+<", drawn(es.MGP(filters=False, shapes=False), macs=0.7))
 
@@ -307,7 +307,7 @@ def runs(folder, tmp_path_factory):
         )
 
     out = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = ["--model", "resnet20", "--data", "digits", "--method", "none", "--epochs", "1", "--batch-size", "256"]
+    arguments = ["--model", "resnet8", "--data", "digits", "--method", "none", "--epochs", "1", "--batch-size", "256"]
     done = CliRunner().invoke(app, ["compress", *arguments, "--device", "cpu", "--threads", "1", "--out", str(out)])
     assert done.exit_code == 0, done.output
     return [run, of_seed(0, 90.0, 95.0), of_seed(1, 92.0, 97.0), read_run(out)]
@@ -343,7 +343,7 @@ def test_the_numbers_are_written_as_a_table(runs, tmp_path, no_figures):
 def test_the_page_opens_with_what_was_asked_met_and_lost(runs, no_figures):
     text = sentence(runs[1])
     assert re.match(
-        r"tcp was asked for at most 50 % of the MACs and 60 % of the parameters of a trained resnet20 on digits, "
+        r"tcp was asked for at most 50 % of the MACs and 60 % of the parameters of a trained resnet8 on digits, "
         r"kept [\d.]+ % and [\d.]+ %, and lost 5\.00 points of accuracy \(90\.00 ± 1\.5\d %, before 95\.00 ± 1\.\d\d %\)\.$",
         text,
     )
@@ -351,7 +351,7 @@ def test_the_page_opens_with_what_was_asked_met_and_lost(runs, no_figures):
     assert (
         text.partition(", and lost")[0] in html and "360 test images" in html and runs[1].metrics["processor"] in html
     )
-    assert "an untrained resnet20" in sentence(runs[0]) and "and has a test accuracy of" in sentence(runs[0])
+    assert "an untrained resnet8" in sentence(runs[0]) and "and has a test accuracy of" in sentence(runs[0])
 
 
 def test_all_times_of_a_page_are_of_one_runtime(folder, runs, no_figures):
