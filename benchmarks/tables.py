@@ -1,4 +1,4 @@
-"""``docs/results.md`` and the blocks of results in README and docs, from ``benchmarks/results`` and nothing else.
+"""``docs/results.md``, the pages behind it and the blocks of results in README and docs, from ``benchmarks/results`` alone.
 
 python -m benchmarks.tables            # write them
 python -m benchmarks.tables --check    # exit code 1 if one is out of date
@@ -24,9 +24,10 @@ from benchmarks.gpu_throughput import PLACES
 from benchmarks.peers import PEERS
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
-from espalier.run.charts import gap_curve, rank_bars
+from espalier.run.charts import Dot, dot_chart, gap_curve, rank_bars
 
 DOCS, README, FIGURES = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "figures"
+BEHIND = ROOT / "docs" / "results"  # a page per recipe, and one each for speed, graphs and networks
 Rows = list[dict[str, Any]]
 
 
@@ -38,7 +39,12 @@ def main() -> None:
     if options.names:
         print(runs_part(read_recipes(), list(results().values()), options.names, short=False))
         return
-    for path, content in rendered().items():
+    pages = rendered()
+    for path in set(BEHIND.glob("*.md")) - pages.keys():
+        if options.check:
+            sys.exit(f"{path.relative_to(ROOT)} is of results that are not there: python -m benchmarks.tables")
+        path.unlink()
+    for path, content in pages.items():
         if options.check and not (path.exists() and path.read_text(encoding="utf-8") == content):
             sys.exit(f"{path.relative_to(ROOT)} is out of date: python -m benchmarks.tables")
         path.parent.mkdir(exist_ok=True)
@@ -49,15 +55,44 @@ def rendered() -> dict[Path, str]:
     """What the files should hold, given the results."""
     recipes, found = read_recipes(), list(results().values())
     makers = {
-        "headline": lambda: readme_part(recipes, found),
+        "headline": lambda: headline_table(recipes, found, folder="docs/"),
         "runs": lambda *names: runs_part(recipes, found, names),
         "across": lambda *names: across_part(recipes, found, names),
         "standing": lambda method: standing_part(recipes, found, method),
         "course": lambda key: course_part(key, found),
     }
-    texts = {path: path.read_text(encoding="utf-8") for path in pages() if path != DOCS}
+    texts = {path: path.read_text(encoding="utf-8") for path in pages() if path != DOCS and path.parent != BEHIND}
     filled = {path: fill(text, makers) for path, text in texts.items() if BLOCK.search(text)}
-    return {DOCS: document(recipes, found), **filled, **figures(texts.values(), found)}
+    behind = {BEHIND / f"{name}.md": text for name, text in appendix(recipes, found).items()}
+    picture = {FIGURES / "accuracy-time.svg": accuracy_and_time(recipes, found)}
+    return {DOCS: document(recipes, found), **behind, **filled, **picture, **figures(texts.values(), found)}
+
+
+def accuracy_and_time(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
+    """ResNet-20 from the published weights, five epochs at most widths and budgets: accuracy against measured time."""
+    dots, tones = [], {}
+    for name, recipe in recipes.items():
+        model, epochs = recipe["model"], recipe["recipe"].get("epochs")
+        if (model["name"], recipe["data"]["name"], epochs) != ("resnet20a", "cifar10", 5) or chosen_by_holdout(recipe):
+            continue
+        for label, method in recipe["methods"].items():
+            mine = _mine(_of(found, name), label)
+            times = [100 / s for row in mine if (s := _speedup(row))]
+            kind = method["name"]
+            if times and kind != "dense":
+                shown = "" if kind in tones else kind
+                tone = tones.setdefault(kind, len(tones))
+                dots.append(Dot(shown, statistics.mean(times), _level(mine), tone))
+    dense = [r["accuracy"] for r in _of(found, "resnet20-half-5-epochs") if r["label"] == "dense"]
+    dots += [Dot("dense", 100.0, statistics.mean(dense), hollow=True)] if dense else []
+    x_label = "time left, per cent (ONNX Runtime, one image, one thread)"
+    title = "Accuracy against measured time: ResNet-20, CIFAR-10, 5 epochs from the published weights"
+    return dot_chart(dots, title=title, x_label=x_label, y_label="test accuracy, per cent")
+
+
+def chosen_by_holdout(recipe: Mapping[str, Any]) -> bool:
+    """Such a recipe chooses between settings on held-out training images; it publishes nothing."""
+    return bool(recipe["data"].get("choose_by") == "holdout")
 
 
 def figures(texts: Iterable[str], found: Rows) -> dict[Path, str]:
@@ -92,42 +127,169 @@ def pages() -> list[Path]:
     return [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.parent.rglob("*.md"))]
 
 
+TERMS = (
+    "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. A multiply-add "
+    "is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. It is left out where "
+    "more ran than the machine had cores; `python -m benchmarks.run time NAME` measures it again. A dash: not run."
+)
+DETAILS = (
+    "*Trained* is the MACs of all training, that of the dense network before it included, in epochs of the dense network. "
+    "*Training* is the time of all epochs over that of the dense row, left out where an epoch took twice as long as another; "
+    "*cut* is what a method needs before and after."
+)
+OURS = ("tcp", "mgp", "dprp", "tt-lc")
+SIDE_BY_SIDE = ("dense", "magnitude", "svd-oneshot", "torch-pruning", *OURS)
+
+
 def document(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
-    """All tables; recipes without a result are listed at the end."""
+    """One page of five tables."""
+    published = {n: r for n, r in recipes.items() if _any(n, found) and not chosen_by_holdout(r)}
+    waiting = [f"`{n}`{' (needs a GPU)' if r.get('needs') else ''}" for n, r in recipes.items() if not _any(n, found)]
     parts = [
         "# Results",
-        "Written by `python -m benchmarks.tables` from `benchmarks/results/runs`; do not edit. Every row stands in a recipe of "
-        "`benchmarks/recipes`, and `python -m benchmarks.run only NAME` repeats it.",
-        "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. One "
-        "multiply-add is one MAC. *Trained* is the MACs of all training, that of the dense network before it included, in "
-        "epochs of the dense network. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. "
-        "*Training* is the time of all epochs over that of the dense row; *cut* is what a method needs before and after. Both "
-        "ratios are left out where more ran than the machine had cores, because they would say nothing, training also where an "
-        "epoch took twice as long as another; `python -m benchmarks.run time NAME` measures a speed-up again.",
+        "Written by `python -m benchmarks.tables` from `benchmarks/results`; do not edit. Behind every recipe lies a page with "
+        "all its rows, hardware and versions; `python -m benchmarks.run only NAME` repeats it.",
+        TERMS,
+        "## 1. Headline",
+        headline_table(published, found),
+        "## 2. Methods and budgets",
+        "Accuracy of the same network at the same budget, after the same training.",
+        budget_table(published, found),
+        "Settings were chosen on held-out images: "
+        + ", ".join(_link(n, r) for n, r in recipes.items() if _any(n, found) and chosen_by_holdout(r))
+        + ".",
+        "## 3. Real speed",
+        "Speed-up in ONNX Runtime, one thread, one image, over the dense network in float. At half of the MACs by the multiple "
+        "that widths are held to ([more](results/speed.md)), in eight bits, or where a share of the time was asked for.",
+        speed_table(),
+        "## 4. Networks and proofs",
+        "What was checked on networks that nobody chose, and how often it failed ([all networks](results/networks.md), "
+        "[the zoo](zoo.md)).",
+        proof_table(),
+        "## 5. Other tools",
+        "Accuracy with each tool's cut, then the same training ([time and memory beside torch-pruning](results/structure.md)).",
+        peer_table(recipes, found),
+        f"Not run yet: {', '.join(waiting)}." if waiting else "",
     ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _link(name: str, recipe: Mapping[str, Any], *, folder: str = "") -> str:
+    return f"[{recipe['title'].removeprefix('All methods: ')}]({folder}results/{name}.md)"
+
+
+def headline_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows, *, folder: str = "") -> str:
+    """Of every headline recipe the dense network, one-shot pruning and the best of our methods, beside what was published."""
+    lines = []
+    for name, recipe in recipes.items():
+        if not recipe.get("headline"):
+            continue
+        rows = _of(found, name)
+        dense, cut = ([r["accuracy"] for r in _mine(rows, label)] for label in ("dense", "magnitude"))
+        best = max((_mine(rows, label) for label in OURS), key=lambda mine: _level(mine) if mine else 0.0)
+        if best:
+            lines.append([
+                _link(name, recipe, folder=folder), _mean(dense, 2), _mean(cut, 2), best[0]["label"], _mean([r["accuracy"] for r in best], 2),
+                _share([r["macs_left"] for r in best]), _faster(best), recipe.get("published"),
+            ])  # fmt: skip
+    head = ["recipe", "dense", "magnitude", "best method", "accuracy", "MACs left, %", "speed-up", "published"]
+    return table(head, lines)
+
+
+def budget_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
+    """Accuracy of what most recipes share; recipes that compare something else have pages only."""
+    lines = []
     for name, recipe in recipes.items():
         rows = _of(found, name)
-        if rows:
-            parts += [f"## {recipe['title']}", *_published(recipe), recipe_table(recipe, rows), _origin(rows)]
+        cells = [_mean([r["accuracy"] for r in _mine(rows, label)], 2) for label in SIDE_BY_SIDE]
+        if sum(cell is not None for cell in cells) > 1:
+            lines.append([_link(name, recipe), *cells])
+    return table(["recipe", *SIDE_BY_SIDE], lines)
+
+
+def speed_table() -> str:
+    """By network: multiples of widths, budgets of time, eight bits."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in read_results("alignment").get("rows", []):
+        own = lines.setdefault(row["network"], {})
+        for r in row["rows"]:
+            column = f"multiples of {r['multiple_of']}" if r["multiple_of"] > 1 else "half of the MACs, any width"
+            own[column] = f"{r['speed-up']['1']:.2f}x"
+    for row in read_results("latency").get("rows", []):
+        if row["batch"] == 1:
+            for budget in row["budgets"]:
+                if share := budget.get("measured afresh"):
+                    column = f"asked for {100 * budget['asked']:.0f} % of the time"
+                    lines.setdefault(row["network"], {})[column] = f"{1 / share:.2f}x"
+    for label, row in read_results("int8").items():
+        times = row["milliseconds"]
+        lines.setdefault(label, {})["half of the MACs, int8"] = f"{times['dense float'] / times['small int8']:.2f}x"
+    columns = list(dict.fromkeys(column for own in lines.values() for column in own))
+    return table(["network", *columns], [[name, *map(own.get, columns)] for name, own in lines.items()])
+
+
+def proof_table() -> str:
+    """What was checked, on how many, and how many failed."""
+    lines = []
+    if found := read_results("families").get("summary"):
+        what = f"networks, some of each of {found['files']} model files of timm, cut and proven"
+        rest = f"{found['nothing can go']} stay whole" if found["nothing can go"] else None
+        lines.append([what, found["networks"], found["failed"], rest, "`python -m benchmarks.families`"])
+    if found := read_results("soak"):
+        command = f"`python tests/soak.py {found['networks']} {found['first']}`"
+        cut = f"{found['seen']['removed something']:,} were cut"
+        lines.append(["random networks of modules", f"{found['networks']:,}", len(found["failed"]), cut, command])
+    for found in read_results("soak_programs").get("runs", [])[-1:]:
+        command = f"`python -m tests.soak_programs {found['programs']} {found['first']}`"
+        bad = sum(found[key] for key in ("wrong", "crash", "cost"))
+        lines.append(["random programs of operations", found["programs"], bad, f"{found['whole']} stay whole", command])
+    if found := read_results("budgets").get("summary"):
+        bad = sum(found[k] for k in ("above the budget", "with a block unused", "counted otherwise than planned"))
+        what = "random budgets: never above, nothing unused that fits, cost as planned"
+        lines.append([what, found["targets"], bad, None, "`python -m benchmarks.budgets`"])
+    for row in read_results("removal").get("summary", []):
+        off = f"logits off by {row['largest difference, float64']:.0e} of their size"
+        what = f"removals while a network trains, {row['data']}"
+        lines.append([what, row["removals in training"], 0, off, "`python -m benchmarks.removal`"])
+    return table(["what", "how many", "failed", "note", "by"], lines)
+
+
+def peer_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
+    """Tools and our methods in the recipes that have the tools."""
+    names = [n for n, r in recipes.items() if _any(n, found) and any(m["name"] in PEERS for m in r["methods"].values())]
+    names = [n for n in names if sum(bool(_mine(_of(found, n), p)) for p in PEERS) > 1]
+    ours = ("dense", "magnitude", *OURS)
+    labels = dict.fromkeys(label for n in names for label in recipes[n]["methods"] if label in ours or label in PEERS)
+    lines = [
+        [label, *(_mean([r["accuracy"] for r in _mine(_of(found, n), label)], 2) for n in names)] for label in labels
+    ]
+    heads = [f"[{recipes[n]['title'].removeprefix('Peers side by side: ')}](results/{n}.md)" for n in names]
+    return table(["method", *heads], [line for line in lines if any(line[1:])])
+
+
+def appendix(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> dict[str, str]:
+    """The pages behind the five tables, by name: one for each recipe with a result, and for what is no recipe."""
+    pages = {}
+    for name, recipe in recipes.items():
+        if rows := _of(found, name):
+            pages[name] = [f"# {recipe['title']}", *_published(recipe), recipe_table(recipe, rows), _origin(rows)]
     strays = [row for row in found if row["recipe"] not in recipes]
     for name in sorted({row["recipe"] for row in strays}):
-        rows = [row for row in strays if row["recipe"] == name]
+        rows = _of(strays, name)
         labels = {row["label"]: row["setting"]["method"] for row in rows}
         recipe = {"methods": labels, "budget": rows[0]["setting"]["budget"], "seeds": sorted({r["seed"] for r in rows})}
-        parts += [f"## {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
-    parts += alignment_part()
-    parts += gpu_part()
-    parts += structure_part()
-    parts += families_part()
-    parts += soak_part()
-    waiting = [
-        f"- `{n}`{' (needs a GPU)' if r.get('needs') else ''}: {r['title']}"
-        for n, r in recipes.items()
-        if not _any(n, found)
-    ]
-    if waiting:
-        parts += ["## Not run yet", "\n".join(waiting)]
-    return "\n\n".join(parts) + "\n"
+        pages[name] = [f"# {name} (no recipe any more)", recipe_table(recipe, rows), _origin(rows)]
+    for name, parts in pages.items():
+        parts.append(
+            f"{TERMS} {DETAILS} Repeated by `python -m benchmarks.run only {name}`. [All results](../results.md)"
+        )
+    pages |= {
+        "speed": ["# Speed", *alignment_part(), *gpu_part()],
+        "structure": ["# Time and memory of the structure", *structure_part()],
+        "networks": ["# Networks nobody chose", *families_part(), *soak_part()],
+    }
+    written = "*Written by `python -m benchmarks.tables`; do not edit.*"
+    return {name: "\n\n".join([parts[0], written, *parts[1:]]) + "\n" for name, parts in pages.items()}
 
 
 def alignment_part() -> list[str]:
@@ -262,12 +424,6 @@ def soak_part() -> list[str]:
         f"{seen.get('frozen by rehearsal', 0):,} had channels that only the rehearsal found to be fixed."
     )
     return ["## Random networks", text, _origin([content["environment"]])]
-
-
-def readme_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
-    """The tables of the headline recipes that have results, without their details."""
-    names = [n for n, recipe in recipes.items() if recipe.get("headline") and _any(n, found)]
-    return runs_part(recipes, found, names, gaps=False) if names else "No headline recipe has been run yet."
 
 
 def runs_part(

@@ -88,12 +88,17 @@ def test_a_recipe_makes_sense(name):
 
 
 def test_the_documents_say_what_the_results_say():
-    for path, content in tables.rendered().items():
+    pages = tables.rendered()
+    for path, content in pages.items():
         assert path.read_text(encoding="utf-8") == content, "python -m benchmarks.tables"
+    assert set(tables.BEHIND.glob("*.md")) <= pages.keys(), "python -m benchmarks.tables"
+    assert len(re.findall(r"^## \d", pages[tables.DOCS], re.MULTILINE)) == 5
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in tables.pages() if p.name not in ("results.md", "zoo.md")], ids=lambda p: p.name
+    "page",
+    [p for p in tables.pages() if p.name not in ("results.md", "zoo.md") and p.parent != tables.BEHIND],
+    ids=lambda p: p.name,
 )
 def test_measured_numbers_in_pages_are_written_from_results(page):
     """Accuracies and ratios of time stand in blocks that ``benchmarks.tables`` writes; prose only reads them."""
@@ -313,9 +318,10 @@ def test_rows_of_the_older_format_are_taken_over_once(tmp_path):
         "resnet20a-cifar10-50-20-epochs.tcp-reach0.4-seed2.json",
     ]
     assert running.import_rows(content, RECIPES, tmp_path) == 0
-    table = tables.document(RECIPES, list(running.results(tmp_path).values()))
-    assert "90.50" in table
-    assert "no recipe any more" in table
+    pages = tables.appendix(RECIPES, list(running.results(tmp_path).values()))
+    assert "90.50" in pages["resnet20-half-20-epochs"]
+    assert "no recipe any more" in pages["resnet20a-cifar10-50-20-epochs"]
+    assert "| 90.50 |" in " ".join(tables.document(RECIPES, list(running.results(tmp_path).values())).split())
 
 
 def test_tables_give_mean_and_spread():

@@ -112,12 +112,12 @@ def dot_chart(dots: Sequence[Dot], *, title: str, x_label: str, y_label: str, hi
     def paint(axes: Axes) -> None:
         best = [(x, sign * y) for x, y in frontier((d.x, sign * d.y) for d in dots)]
         axes.step(*zip(*best, strict=True), where="post", color=COLOURS["soft"], linestyle="--", linewidth=1.2)
-        for number, dot in enumerate(dots):
+        for dot in dots:
             fill = COLOURS["paper"] if dot.hollow else TONES[dot.tone % 6]
             edge = COLOURS["soft"] if dot.hollow else TONES[dot.tone % 6]
             axes.errorbar(
                 dot.x, dot.y, yerr=dot.error or None, color=edge, markerfacecolor=fill, label=dot.name or "_", capsize=3,
-                marker=MARKS[number % 6], markersize=7, linestyle="none",
+                marker=MARKS[(dot.tone + dot.tone // 6) % 6], markersize=7, linestyle="none",
             )  # fmt: skip
         axes.set_xlim(0, 1.05 * max(100.0, *(d.x for d in dots)))
 
