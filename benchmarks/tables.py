@@ -189,7 +189,8 @@ def headline_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows, *, fol
         best = max((_mine(rows, label) for label in OURS), key=lambda mine: _level(mine) if mine else 0.0)
         if best:
             lines.append([
-                _link(name, recipe, folder=folder), _mean(dense, 2), _mean(cut, 2), best[0]["label"], _mean([r["accuracy"] for r in best], 2),
+                _link(name, recipe, folder=folder), _mean(dense, 2), _mean(cut, 2), best[0]["label"],
+                _mean([r["accuracy"] for r in best], 2),
                 _share([r["macs_left"] for r in best]), _faster(best), recipe.get("published"),
             ])  # fmt: skip
     head = ["recipe", "dense", "magnitude", "best method", "accuracy", "MACs left, %", "speed-up", "published"]
