@@ -66,6 +66,31 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     assert removals >= 2
 
 
+def test_early_everything_is_decided_at_once_fades_until_reach_and_leaves_every_group_its_floor() -> None:
+    model = network()
+    run = TCP(early=True, floor=0.4, fade=0.1, reach=0.4).start(model, EXAMPLE, Budget(macs=0.5))
+    floor, sizes = dict(run.floor), {g.name: g.size for g in run.graph.groups}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    frozen, gone_at, cost = None, [], run.cost.macs
+    for step in range(STEPS):
+        train_step(run, optimizer, step)
+        progress = (step + 1) / STEPS
+        run.step(progress=progress, optimizer=optimizer)
+        if progress >= 0.03 and not run.done:
+            plan = run.keep_set(run.limits_at(progress), progress)
+            assert es.cost(run.graph, plan).macs <= run.limits["macs"]  # of the final budget from the first decision on
+        frozen = progress if run.settled and frozen is None else frozen
+        if run.cost.macs < cost:
+            cost = run.cost.macs
+            gone_at.append(progress)
+    run.finish()
+    assert not run.forced and run.cost.macs <= run.limits["macs"]
+    assert frozen is not None and frozen <= 0.32
+    assert gone_at and min(gone_at) > 0.3  # all arrive together, by the pace of each
+    kept = {name: len(units) for name, units in run.plan.keep.items()}
+    assert all(kept[n] >= floor[n] >= 0.4 * sizes[n] for n in floor)
+
+
 def test_only_units_outside_the_keep_set_are_pressed() -> None:
     model = network()
     run = TCP().start(model, EXAMPLE, Budget(macs=0.5))

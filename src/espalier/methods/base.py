@@ -188,14 +188,19 @@ class Run(ABC):
         graph: Graph | None = None,
         per_cost: bool = True,
         measured: bool = True,
+        floor: Mapping[str, int] | None = None,
     ) -> Plan:
         """The most important units inside ``limits``, for good by default; ``graph`` where it is not the run's own.
+
+        ``floor``: the fewest that stay of a group.
 
         Where time is limited for good, the plan is built and measured until its time is right, unless not ``measured``; by
         prediction alone where the profile comes from another machine.
         """
         limits, graph, profile = self.limits if limits is None else limits, graph or self.graph, self.budget.profile
         worth, rules = worth_of_blocks(graph, importance), block_rules(graph)
+        for name, count in (floor or {}).items():
+            rules["floor"][name] = max(count, rules["floor"].get(name, 0))
         final = LATENCY in limits and limits == self.limits
         if not (measured and final and isinstance(profile, Profile) and is_here(profile.setting)):
             rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}

@@ -109,6 +109,10 @@ class Fading(Closing):
         """The units that ``plan`` leaves out; shape ``(count,)``."""
         return self.units.outside(plan.keep)
 
+    def stays(self, outside: np.ndarray) -> bool:
+        """Whether nothing need be decided any more, now that ``outside`` is to go."""
+        return False
+
     def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
         """Adapt ``pull`` and ``least`` to a new keep-set."""
         return
@@ -130,8 +134,10 @@ class Fading(Closing):
         self.score.hear(self._steps, soon=near and not self.settled)
         self._last = progress
         if not self.settled and progress >= method.start_at and progress - self._decided >= method.every:
-            self._decided, self.settled = progress, progress >= method.closed_at
-            self._aim(self.keep_set(self.limits_at(progress), progress), progress)
+            plan = self.keep_set(self.limits_at(progress), progress)
+            self._decided = progress
+            self.settled = progress >= method.closed_at or self.stays(self._outside_of(plan))
+            self._aim(plan, progress)
         if progress - self._pressed_at < method.fade / PRESSES:
             return None
         self._press(progress - self._pressed_at, optimizer)

@@ -14,6 +14,10 @@ changes nothing.  What follows is our reading, in the paper's order:
 4. strength in closed loop on the remaining mass ``sum |w_c| / sum r_c`` against its schedule;
 5. removal, in the middle of training, of what has reached exactly zero.  The logits do not change.
 
+``early=True`` is another reading of 2 and 3, that of Ghimire et al., One-Cycle Structured Pruning, arXiv
+2501.13439: the keep-set is for the final budget from the first decision on, is frozen when it no longer changes, and everything
+outside fades slowly.
+
 Why the readers' columns and not the BatchNorm scale of the maker: BatchNorm behind a convolution undoes a uniform shrinkage of
 its inputs, a ReLU of a shifted channel emits a constant that survives a zero scale, and a channel that many layers read can
 then go without folding anything.
@@ -21,19 +25,23 @@ then go without folding anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import nn
 
+from espalier.graph.graph import CHANNELS
 from espalier.methods.base import Batches
 from espalier.methods.blocks import WholeBlocks, need_comparable, takes_blocks
 from espalier.methods.importance import Returns, ScoreName, diminishing
 from espalier.methods.pressure import Fading, FadingMethod
+from espalier.methods.units import upload
 from espalier.plan import Budget, Plan
-from espalier.settings import described
+from espalier.settings import Share, described
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,13 @@ class TCP(FadingMethod):
     per_cost: Annotated[bool, described("weigh importance by what a unit costs, or take it as it is")] = True
     returns: Returns = 1.0
     blocks: WholeBlocks = None
+    early: Annotated[
+        bool,
+        described(
+            "decide for the final budget from the start; all fade until reach, and the keep-set is frozen once it stays"
+        ),
+    ] = False
+    floor: Annotated[Share, described("of its units that every group keeps at least")] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +84,13 @@ class TCPRun(Fading):
         super().__init__(model, example, budget, method)
         if takes_blocks(method.blocks, budget, score=method.importance):
             self.offer_blocks()
+        self.floor = {g.name: math.ceil(method.floor * g.size) for g in self.graph.groups if g.kind == CHANNELS}
         even = {g.name: np.ones(g.size) for g in self.graph.groups}
-        self.decide(even, per_cost=method.per_cost)  # unreachable budgets fail now
+        self.decide(even, per_cost=method.per_cost, floor=self.floor)  # unreachable budgets fail now
         self._begin()
+
+    def limits_at(self, progress: float) -> dict[str, float]:
+        return dict(self.limits) if self.method.early else super().limits_at(progress)
 
     def keep_set(self, limits: Mapping[str, float], progress: float) -> Plan:
         """Steps 1 and 2: the most important units inside ``limits``.
@@ -81,4 +100,17 @@ class TCPRun(Fading):
         """
         worth = self.units.by_group(self.score.value)
         worth = {n: diminishing(w, self.method.returns) for n, w in worth.items()}
-        return self.decide(worth, limits, per_cost=self.method.per_cost)
+        return self.decide(worth, limits, per_cost=self.method.per_cost, floor=self.floor)
+
+    def stays(self, outside: np.ndarray) -> bool:
+        """Early: what leaves is what left at the decision before, but for a few (Jaccard)."""
+        return self.method.early and (outside & self._outside).sum() >= STABLE * max((outside | self._outside).sum(), 1)
+
+    def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
+        """Early: whenever a unit leaves, it arrives at zero at ``reach``."""
+        if self.method.early:
+            pace = self.method.fade / max(self.method.reach - self._last, self.method.fade)
+            self.pull = torch.where(upload(outside & ~self._outside, self.units.device), pace, self.pull)
+
+
+STABLE = 0.99  # of the units that leave, at two decisions after each other
