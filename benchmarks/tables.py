@@ -130,8 +130,19 @@ def pages() -> list[Path]:
 TERMS = (
     "Accuracy is that of the last epoch on the test set, in per cent, mean ± standard deviation over seeds. A multiply-add "
     "is one MAC. *Speed-up* is over the dense network in ONNX Runtime, batch 1, one thread, in turns. It is left out where "
-    "more ran than the machine had cores; `python -m benchmarks.run time NAME` measures it again. A dash: not run."
+    "more ran than the machine had cores; `python -m benchmarks.run time NAME` measures it again. A dash: not run. "
+    "A dagger (†): run before the method's present algorithm; its card says what has changed."
 )
+CHANGED = dict.fromkeys(("magnitude", "svd-oneshot"), "2026-11-29T13:12")
+"""When a method began to compute something else: a one-shot cut looks at the data, and BatchNorm follows it."""
+
+
+def older(rows: Rows) -> str:
+    """A mark where one of ``rows`` is of an earlier algorithm than the method's present one."""
+    names = [(row.get("setting", {}).get("method", {}).get("name"), row.get("date", "9")) for row in rows]
+    return " †" if any(date < CHANGED.get(name, "") for name, date in names) else ""
+
+
 DETAILS = (
     "*Trained* is the MACs of all training, that of the dense network before it included, in epochs of the dense network. "
     "*Training* is the time of all epochs over that of the dense row, left out where an epoch took twice as long as another; "
@@ -185,11 +196,11 @@ def headline_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows, *, fol
         if not recipe.get("headline"):
             continue
         rows = _of(found, name)
-        dense, cut = ([r["accuracy"] for r in _mine(rows, label)] for label in ("dense", "magnitude"))
+        dense, cut = (_scored(_mine(rows, label)) for label in ("dense", "magnitude"))
         best = max((_mine(rows, label) for label in OURS), key=lambda mine: _level(mine) if mine else 0.0)
         if best:
             lines.append([
-                _link(name, recipe, folder=folder), _mean(dense, 2), _mean(cut, 2), best[0]["label"],
+                _link(name, recipe, folder=folder), dense, cut, best[0]["label"],
                 _mean([r["accuracy"] for r in best], 2),
                 _share([r["macs_left"] for r in best]), _faster(best), recipe.get("published"),
             ])  # fmt: skip
@@ -202,7 +213,7 @@ def budget_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
     lines = []
     for name, recipe in recipes.items():
         rows = _of(found, name)
-        cells = [_mean([r["accuracy"] for r in _mine(rows, label)], 2) for label in SIDE_BY_SIDE]
+        cells = [_scored(_mine(rows, label)) for label in SIDE_BY_SIDE]
         if sum(cell is not None for cell in cells) > 1:
             lines.append([_link(name, recipe), *cells])
     return table(["recipe", *SIDE_BY_SIDE], lines)
@@ -491,8 +502,8 @@ def standing_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, method:
             [
                 f"`{name}`",
                 _mean([r["accuracy"] for r in base["dense"]], 2),
-                _mean([r["accuracy"] for r in oneshot], 2),
-                None if best is None else f"{others[best]:.2f} ({best})",
+                _scored(oneshot),
+                None if best is None else f"{others[best]:.2f} ({best}){older(_mine(rows, best))}",
                 _mean([r["accuracy"] for r in mine], 2),
                 _share([r["macs_left"] for r in mine]),
                 _share([r["params_left"] for r in mine]),
@@ -516,6 +527,11 @@ def standing_part(recipes: Mapping[str, Mapping[str, Any]], found: Rows, method:
     return table(head, lines)
 
 
+def _scored(rows: Rows) -> str | None:
+    """Accuracy, mean ± deviation, with its mark."""
+    return f"{_mean([r['accuracy'] for r in rows], 2)}{older(rows)}" if rows else None
+
+
 def _level(rows: Rows) -> float:
     return statistics.mean(r["accuracy"] for r in rows)
 
@@ -531,7 +547,7 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
                 lines.append([label, "not run", *[None] * (6 if short else 8)])
             continue
         line = [
-            label,
+            label + older(mine),
             _mean([r["accuracy"] for r in mine], 2),
             _share([r["macs_left"] for r in mine]),
             _share([r["params_left"] for r in mine]),
