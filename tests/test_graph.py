@@ -492,12 +492,21 @@ def test_a_forward_that_computes_with_chance_is_traced_all_the_same() -> None:
 
 def test_what_fails_in_a_layer_that_is_not_the_users_freezes_the_layer_and_nothing_else() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
-        return m.d(m.c(m.recurrent(m.a(x))[0]).relu())
+        y = m.a(x)
+        return m.d(m.c(m.mix(y, y, y)[0]).relu())
 
-    net = Net(run, a=nn.Linear(5, 8), recurrent=nn.LSTM(8, 6, batch_first=True), c=nn.Linear(6, 12), d=nn.Linear(12, 4))
+    net = Net(
+        run,
+        a=nn.Linear(5, 8),
+        mix=nn.MultiheadAttention(8, 2, batch_first=True),
+        c=nn.Linear(8, 12),
+        d=nn.Linear(12, 4),
+    )
     graph, _, _ = prove(net, torch.zeros(1, 7, 5), macs=0.9)
     assert sizes(graph) == {"c": 12}
-    assert any("Expected 8, got 5" in note and "recurrent [LSTM]" in note for note in graph.notes)
+    assert any(
+        "expecting embedding dimension of 8" in note and "mix [MultiheadAttention]" in note for note in graph.notes
+    )
 
 
 def test_one_rigid_block_does_not_freeze_its_neighbours_in_a_sequence() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from proving import prove, sizes
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -16,11 +17,14 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 class Net(nn.Module):
     """Layers by name, and a forward that is a function of them."""
 
-    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
+    def __init__(self, run: Callable[..., Any], **layers: Any) -> None:
         super().__init__()
         self.run = run
         for name, layer in layers.items():
-            setattr(self, name, layer)
+            if isinstance(layer, Tensor):
+                self.register_buffer(name, layer)
+            else:
+                setattr(self, name, layer)
 
     def forward(self, x: Tensor) -> Any:
         return self.run(self, x)
@@ -85,6 +89,27 @@ def shuffled(net: Any, x: Tensor) -> Tensor:
     return net.f((x + net.c2(net.dw(y))).relu().mean((2, 3)))
 
 
+def unpooled(net: Any, x: Tensor) -> Tensor:
+    """SegNet."""
+    y, places = F.max_pool2d(net.a(x), 2, return_indices=True)
+    return net.b(F.max_unpool2d(y, places, 2))
+
+
+def quantised(net: Any, x: Tensor) -> Tensor:
+    weight = torch.fake_quantize_per_channel_affine(net.a.weight, net.scale, net.zero, 0, -128, 127)
+    return net.b(
+        torch.fake_quantize_per_tensor_affine(F.conv2d(x, weight, net.a.bias, padding=1).relu(), 0.01, 0, 0, 255)
+    )
+
+
+def read(net: Any, x: Tensor) -> Tensor:
+    """CRNN: a convolution's columns are the steps of a recurrent layer."""
+    y, _ = net.r(net.a(x)[:, :, :2, :3].permute(0, 3, 1, 2).flatten(2))
+    return net.b(y)
+
+
+STEPS = {"scale": torch.rand(16) / 50 + 0.01, "zero": torch.zeros(16)}
+
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     "boxes above a threshold": (
         detector, {"a": conv(3, 16), "b": conv(16, 12), "head": conv(12, 6, 1)}, {"a": 16, "b": 12},
@@ -102,6 +127,16 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
             "c2": nn.Conv2d(48, 48, 1, groups=4), "f": nn.Linear(48, 5),
         },
         {"a": 12, "c1": 3},
+    ),
+    "maxima put back": (unpooled, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
+    "weights quantised per channel": (quantised, {"a": conv(3, 16), "b": conv(16, 4), **STEPS}, {"a": 16}),
+    "columns read by an LSTM": (
+        read,
+        {"a": conv(3, 8), "r": nn.LSTM(16, 6, 2, batch_first=True, bidirectional=True), "b": nn.Linear(12, 5)},
+        {"a": 8, "r.weight_ih_l0": 6},
+    ),
+    "columns read by a GRU": (
+        read, {"a": conv(3, 8), "r": nn.GRU(16, 6, 2, batch_first=True), "b": nn.Linear(6, 5)}, {"a": 8, "r.weight_ih_l0": 6},
     ),
     "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
 }  # fmt: skip

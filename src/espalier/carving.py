@@ -254,6 +254,20 @@ def _prelu(module: nn.PReLU, name: str, kept: Kept, width: int | None) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
+def _recurrent(module: Any, name: str, kept: Kept, width: int | None) -> None:
+    module.input_size = module.weight_ih_l0.shape[1]
+    module.hidden_size = module.weight_hh_l0.shape[0] // GATES.get(module.mode, 1)
+    if module.proj_size:
+        module.proj_size = module.weight_hr_l0.shape[0]
+    module._init_flat_weights()  # it holds its parameters a second time
+
+
+def _recurrent_cell(module: Any, name: str, kept: Kept, width: int | None) -> None:
+    module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+
+
+GATES = {"LSTM": 4, "GRU": 3}
+
 REFRESH: dict[type, Refresh] = {
     _ConvNd: _conv,
     nn.Linear: _linear,
@@ -261,6 +275,8 @@ REFRESH: dict[type, Refresh] = {
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent_cell,
 }
 
 

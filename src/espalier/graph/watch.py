@@ -362,8 +362,10 @@ class Watch(TorchDispatchMode):
                 known = Raw(partial(self._raw_layers, name, shape), name)
             known.origin = (name, 0)
             tensor._espalier = known  # type: ignore[attr-defined]
-        if self.rehearsal is None:
-            self._made_from = self._next  # labels from here on belong to no weight
+        held = self.parameters.keys() | self.buffers.keys()
+        self._made_from = max(
+            (a.start + a.size for a in self.axes if a.tensor in held), default=1
+        )  # to no weight belongs more
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -489,12 +491,14 @@ class Watch(TorchDispatchMode):
             kept = tuple(layers)
             if len(kept) > 1 and not derived:
                 # of a tensor that was made in the forward every dimension has labels: those of weights go first
-                kept = tuple(
-                    sorted(kept, key=lambda m: int(m.flat[-1]) >= self._made_from and 1 + (varying(m) != (1,)))
-                )
+                kept = tuple(sorted(kept, key=lambda m: self.is_made(m) and 1 + (varying(m) != (1,))))
                 self.freeze(kept[1:], "two dimensions of one activation carry channels")
                 kept = kept[:1]
             tensor._espalier = State(kept, source=source, derived=derived, pending=pending)  # type: ignore[attr-defined]
+
+    def is_made(self, layer: Layer) -> bool:
+        """Are its labels of something that was made in the forward, and of no weight?"""
+        return int(layer.flat[-1]) >= self._made_from
 
     def put_all(self, tensor: Tensor, layers: Iterable[Layer]) -> None:
         """Every one of ``layers``, of a tensor that is no activation yet."""

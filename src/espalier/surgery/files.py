@@ -45,6 +45,8 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
     nn.GroupNorm: ("num_channels", "num_groups"),
     nn.LayerNorm: ("normalized_shape",),
     nn.PReLU: ("num_parameters",),
+    nn.RNNBase: ("input_size", "hidden_size", "proj_size"),
+    nn.RNNCellBase: ("input_size", "hidden_size"),
     ChannelPad: ("before", "after"),
 }
 """Numbers that follow the widths, by module type (subclasses included)."""
@@ -396,6 +398,8 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
             for slot, parameter in other._parameters.items():
                 if parameter is old:
                     other._parameters[slot] = new
+            if isinstance(other, nn.RNNBase):
+                other._init_flat_weights()  # it holds its parameters a second time
     else:
         module._buffers[key] = value
 

@@ -344,6 +344,8 @@ class _DoubleForSingle(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         args, kwargs = tree_map(self._lengthened, (args, kwargs or {}))
+        if "fake_quantize" in op.name():  # its kernels take steps in single precision, whatever they are steps of
+            args = (args[0], *tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, args[1:]))
         made = op(*args, **kwargs)
         makes = any(argument.name == "dtype" for argument in op._schema.arguments)
         return tree_map_only(Tensor, self._lengthened, made) if makes else made

@@ -29,7 +29,8 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
     if len(first) == 1 and first[0].size > 1 and all(t.shape == shape and _is_alike(t, first[0]) for t in operands):
         for other in operands[1:]:  # a residual sum, as most are
             watch.tie(first[0], state(other).layers[0])
-        return [compact(first[0])]
+        chosen = [state(t).layers[0] for t in operands] if watch.is_made(first[0]) else first
+        return [compact(min(chosen, key=watch.is_made))]  # labels of weights say more
     ndim = len(shape)
     merged: list[Layer] = []
     shapes = [(1,) * (ndim - t.ndim) + tuple(t.shape) for t in operands]
@@ -49,6 +50,8 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
             for i, known in enumerate(merged):
                 if set(varying(known)) & set(dims) or (not dims and not varying(known)):
                     watch.tie(known, layer)
+                    if watch.is_made(known):
+                        known, layer = layer, known
                     if known.shape != layer.shape:
                         known = np.broadcast_to(known, np.broadcast_shapes(known.shape, layer.shape))
                     merged[i] = compact(known)
@@ -130,6 +133,23 @@ def same(watch: Watch, call: Call) -> None:
     known = state(call.first)
     for o in call.outs:
         watch.put(o, known.layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("fake_quantize_per_channel_affine_cachemask", "_fake_quantize_learnable_per_channel_affine")
+def quantised_per_channel(watch: Watch, call: Call) -> None:
+    """Every channel with a step of its own, which goes with it; what is zero stays zero."""
+    tensor, known, dim = call.first, state(call.first), call["axis"]
+    for own in (call["scale"], call["zero_point"]):
+        watch.tie(watch.vector(tensor, dim), watch.vector(own, 0))
+    for o in call.outs:
+        watch.put(o, known.layers, derived=derived_from(call.operands), pending=known.pending)
+
+
+@rule("fake_quantize_per_tensor_affine_cachemask", "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams")
+def quantised(watch: Watch, call: Call) -> None:
+    known = state(call.first)
+    for o in call.outs:
+        watch.put(o, known.layers, derived=derived_from(call.operands), pending=known.pending)
 
 
 @rule("as_strided_")

@@ -137,7 +137,7 @@ def grouped(
     return rows
 
 
-@rule("mm", "bmm", "matmul", "dot", "mv")
+@rule("mm", "bmm", "matmul", "dot", "vdot", "mv")
 def matmul(watch: Watch, call: Call) -> None:
     a, b = call.args
     derived = derived_from([a, b])

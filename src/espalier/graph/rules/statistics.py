@@ -100,6 +100,16 @@ rule(
 )(spatial)  # fmt: skip
 
 
+@rule("max_unpool2d", "max_unpool3d")
+def unpooled(watch: Watch, call: Call) -> None:
+    """Every channel by itself: its values go back to where its maxima were."""
+    values, places = call.operands
+    layers = combine(watch, [values, places], values.shape)
+    beside = [m for m in layers if any(d >= call.out.ndim - len(call["output_size"]) for d in varying(m))]
+    watch.freeze(beside, f"{call.packet} runs over these channels")
+    watch.put(call.out, [m for m in layers if not any(m is b for b in beside)])
+
+
 @rule("glu")
 def glu(watch: Watch, call: Call) -> None:
     tensor, known = call.first, state(call.first)

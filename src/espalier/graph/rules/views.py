@@ -44,7 +44,7 @@ def executed(watch: Watch, call: Call) -> None:
 rule("squeeze", "flip", "repeat", "unfold", "roll")(executed)
 
 
-@rule("permute", "transpose", "t", "unsqueeze", "movedim")
+@rule("permute", "transpose", "t", "unsqueeze", "movedim", "transpose_", "t_")
 def turned(watch: Watch, call: Call) -> None:
     """Dimensions change places, channels do not."""
     turn = TURNS.get(call.packet)
@@ -58,7 +58,9 @@ def turned(watch: Watch, call: Call) -> None:
 
 TURNS: dict[Any, Callable[..., Layer]] = {
     aten.t: np.transpose,
+    aten.t_: np.transpose,
     aten.transpose: np.swapaxes,
+    aten.transpose_: np.swapaxes,
     aten.permute: np.transpose,
     aten.unsqueeze: np.expand_dims,
 }
@@ -218,6 +220,9 @@ def split(watch: Watch, call: Call) -> None:
     pieces: list[list[Layer]] = [[] for _ in out]
     for layer in known.layers:
         if layer.shape[dim] > 1:
+            if unbinds and varying(layer) == (dim,) and watch.is_made(layer):  # of a state of zeros that of one layer
+                watch.freeze([layer], "is unbound one by one")
+                continue
             if unbinds:
                 watch.mix(layer, [dim], "is unbound one by one")
             elif len(out) > 1:
