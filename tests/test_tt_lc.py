@@ -161,7 +161,7 @@ def test_lc_ends_where_weights_are_their_own_compressed_form() -> None:
             (gradient,) = torch.autograd.grad(loss, weight)
             with torch.no_grad():
                 weight -= 0.5 / (1 + lc.mu) * gradient
-        gaps.append(lc.c_step(lambda wanted: {"w": compose(factorise(wanted["w"], "channel", [2]))}))
+        gaps.append(lc.c_step({"w": compose(factorise(lc.wanted()["w"], "channel", [2]))}))
     assert gaps[-1] < 1e-3 < gaps[0]
     best = float(torch.linalg.svdvals(goal)[2:].square().sum())
     assert float((lc.compressed["w"] - goal).square().sum()) == pytest.approx(best, rel=1e-3)
@@ -173,7 +173,7 @@ def test_the_penalty_and_its_gradient_are_the_formula() -> None:
     lc = LearningCompression(weights, mu=0.7, growth=1.0)
     assert lc.penalty() == 0.0
     for _ in range(2):
-        lc.c_step(lambda wanted: {"a": 0.5 * wanted["a"]})  # b is free
+        lc.c_step({"a": 0.5 * lc.wanted()["a"]})  # b is free
     penalty = lc.penalty()
     written = 0.35 * (weights["a"] - lc.compressed["a"] - lc.multipliers["a"] / 0.7).square().sum()
     torch.testing.assert_close(penalty, written)
@@ -190,13 +190,13 @@ def test_steps_with_falling_shares_arrive_at_what_can_be_represented() -> None:
     def scheme(wanted):
         return {"w": compose(factorise(wanted["w"], "channel", [2]))}
 
-    lc.c_step(scheme)
-    lc.c_step(scheme)
-    first = lc.approach(scheme, left=1.0)
+    lc.c_step(scheme(lc.wanted()))
+    lc.c_step(scheme(lc.wanted()))
+    first = lc.approach(scheme(lc.plain()), left=1.0)
     multiplier = lc.multipliers["w"].clone()
     distances = [first * float(weight.detach().norm())]
     for parts in (4, 3, 2):
-        lc.approach(scheme, left=(parts - 1) / parts)
+        lc.approach(scheme(lc.plain()), left=(parts - 1) / parts)
         distances.append(float(torch.linalg.svdvals(weight.detach())[2:].norm()))
     assert distances == pytest.approx([distances[0] * left for left in (1, 3 / 4, 1 / 2, 1 / 4)], rel=1e-6)
     torch.testing.assert_close(lc.multipliers["w"], 0.25 * multiplier)
@@ -210,7 +210,7 @@ def test_multipliers_begin_anew_with_other_ranks() -> None:
         return {"w": 0.5 * wanted["w"]}
 
     for fresh, gathered in ((True, False), (False, True), (False, True), (True, False)):
-        lc.c_step(half, fresh=fresh)
+        lc.c_step(half(lc.wanted()), fresh=fresh)
         assert bool(lc.multipliers["w"].any()) == gathered
         torch.testing.assert_close(lc.compressed["w"] + lc.multipliers["w"] / lc.mu, lc._targets[0])
 
@@ -222,13 +222,13 @@ def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
     def scheme(wanted):
         return {"w": compose(factorise(wanted["w"], "channel", [1]))}
 
-    lc.c_step(scheme)
-    lc.c_step(scheme)
+    lc.c_step(scheme(lc.wanted()))
+    lc.c_step(scheme(lc.wanted()))
     kept = lc.compressed["w"].clone()
     with torch.no_grad():
         weight.copy_(10 * torch.eye(4))
     with pytest.raises(PenaltyDiverged, match="LC iteration 3: the weights move away"):
-        lc.c_step(scheme)
+        lc.c_step(scheme(lc.wanted()))
     assert torch.equal(lc.compressed["w"], kept) and lc.iterations == 2
 
 

@@ -7,24 +7,20 @@ Carreira-Perpinan & Idelbayev, "Learning-compression algorithms for neural net p
 - C step: ``theta = argmin |w - lam/mu - D(theta)|^2``, a decomposition that knows nothing of the loss;
 - ``lam <- lam - mu (w - D(theta))``, ``mu <- a mu``.
 
-What ``D`` is, is the caller's business: a scheme gets the weights wanted and returns the nearest it can represent.
+What ``D`` is, is the caller's business: of the weights wanted it finds the nearest that it can represent.  It works on the CPU,
+wherever the weights are: a GPU is slow with the decompositions of many small matrices.  A layer that it leaves out is free.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from espalier.forms.transfer import moved
-
-Scheme = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""C step: weights by layer, ``w - lam/mu``, to ``D(theta)`` by layer; a layer it leaves out is free to be anything.
-
-It works on the CPU, wherever the weights are: a GPU is slow with the decompositions of many small matrices."""
 
 
 class PenaltyDiverged(RuntimeError):
@@ -52,15 +48,17 @@ class LearningCompression:
         return pull
 
     @torch.no_grad()
-    def c_step(self, scheme: Scheme, *, fresh: bool = False, mu: float | None = None) -> float:
-        """Compress, update the multipliers, raise the penalty, to ``mu`` or by ``growth``; returns the gap.
+    def c_step(self, theta: Mapping[str, Tensor], *, fresh: bool = False, mu: float | None = None) -> float:
+        """Take ``D(theta)`` by layer, the nearest to ``wanted()``; update the multipliers, raise the penalty; returns the gap.
 
-        ``fresh``: the scheme represents other weights than before.  The gap may jump, and multipliers begin anew: they belong
+        The penalty becomes ``mu``, or grows by ``growth``.
+
+        ``fresh``: ``theta`` represents other weights than before.  The gap may jump, and multipliers begin anew: they belong
         to one constraint, and what they gather while the gap is wide pushes the weights far beyond it.  The first C step has no
         multipliers to follow; the penalty begins after it.  ``PenaltyDiverged`` leaves everything as it was.
         """
         first = self.iterations == 0
-        compressed = self._carried(scheme(moved(self.wanted(), "cpu")))
+        compressed = self._carried(theta)
         gap = relative_gap(self.weights, compressed)
         self._check(gap, fresh or first)
         multipliers = {}
@@ -81,13 +79,13 @@ class LearningCompression:
         return gap
 
     @torch.no_grad()
-    def approach(self, scheme: Scheme, *, left: float) -> float:
-        """A C step of the weights themselves, and then only ``left`` of their distance from it is left, of the multipliers too.
+    def approach(self, theta: Mapping[str, Tensor], *, left: float) -> float:
+        """A C step to ``D(theta)``, the nearest to ``plain()``; then ``left`` of the distance, and of the multipliers, is left.
 
         Steps with falling ``left`` let the weights arrive while they go on training inside what can be represented: what is
         taken is their distance from what they are nearest to now.  Returns the gap as it was.
         """
-        compressed = self._carried(scheme(moved({n: w.detach() for n, w in self.weights.items()}, "cpu")))
+        compressed = self._carried(theta)
         gap = relative_gap(self.weights, compressed)
         self._check(gap, fresh=False)
         for name, target in compressed.items():
@@ -104,9 +102,14 @@ class LearningCompression:
         return moved(tensors, next(iter(self.weights.values())).device) if self.weights else {}
 
     def wanted(self) -> dict[str, Tensor]:
-        """``w - lam/mu``: what the C step has to represent."""
+        """``w - lam/mu``: what the C step has to represent; on the CPU."""
         lam = self.multipliers
-        return {n: w.detach() - lam[n] / self.mu if n in lam else w.detach() for n, w in self.weights.items()}
+        found = {n: w.detach() - lam[n] / self.mu if n in lam else w.detach() for n, w in self.weights.items()}
+        return moved(found, "cpu")
+
+    def plain(self) -> dict[str, Tensor]:
+        """The weights themselves, on the CPU."""
+        return moved({n: w.detach() for n, w in self.weights.items()}, "cpu")
 
     def _aim(self) -> None:
         self._targets = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from espalier.forms.transfer import moved
 
 Batch = tuple[Tensor, Tensor]
 
@@ -147,3 +149,21 @@ def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
     if not total < float("inf"):
         raise ValueError(f"the loss of the candidate is {total / images}")
     return total / images
+
+
+@torch.no_grad()
+def loss_with(
+    model: nn.Module, weights: Mapping[str, Tensor], images: Iterable[Batch], *, batches: Iterable[Batch], n: int
+) -> float:
+    """Loss on ``images`` if layers had these ``weights``, BatchNorm estimated on ``n`` batches; nothing of it stays."""
+    own = {name: model.get_parameter(f"{name}.weight") for name in weights}
+    before = {name: weight.detach().clone() for name, weight in own.items()}
+    with buffers_kept(model):
+        try:
+            for name, weight in moved(weights, _device(model)).items():
+                own[name].copy_(weight)
+            recalibrate_batchnorm(model, batches, n)
+            return loss_on(model, images)
+        finally:
+            for name, weight in before.items():
+                own[name].copy_(weight)

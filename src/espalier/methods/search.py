@@ -6,19 +6,22 @@ trial it was killed in; several workers share one study, and the sampler spares 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from espalier.forms.transfer import moved
 from espalier.optional import MissingPackage
 from espalier.seals import DAMAGED, SEAL, seal
 
@@ -227,3 +230,25 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+def name_of(asked: Any, tensors: Iterable[Tensor]) -> str:
+    """A hash of all that scores depend on: trials of other questions, or on other weights, are not those of a search."""
+    digest = hashlib.sha256(repr(asked).encode())
+    for tensor in moved(dict(enumerate(tensors)), "cpu").values():
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def curves(trials: Trials) -> dict[str, dict[str, list[list[float]]]]:
+    """By trial, from 1 on: its loss and point, the least loss so far, and whether it is feasible; as ``Run.history`` has it."""
+    curve: dict[str, list[list[float]]] = {"loss": [], "best": [], "feasible": []}
+    points: dict[str, list[list[float]]] = {}
+    for number, trial in enumerate(trials, 1):
+        curve["feasible"].append([number, float(trial["score"] is not None)])
+        if trial["score"] is not None:
+            curve["loss"].append([number, trial["score"]])
+            curve["best"].append([number, min(loss for _, loss in curve["loss"])])
+        for name, value in trial["point"].items():
+            points.setdefault(name, []).append([number, value])
+    return {"search": curve, "search point": points}

@@ -20,37 +20,33 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from espalier.copies import copy_model
-from espalier.forms import FORMS, Place, Wish, cost_of, dense_sequence, find_places, sequential
-from espalier.forms.candidates import Factors, cheapest, compose, factorise, full_rank, options_at, ranks_of
-from espalier.forms.form import shape_of
+from espalier.forms import FORMS, Wish, cost_of, dense_sequence, sequential
+from espalier.forms.candidates import Factors, compose, factorise, full_rank, options_at, ranks_of
 from espalier.forms.spectra import Spectra, measure
-from espalier.forms.table import possible
 from espalier.forms.transfer import moved
-from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import Batches, Method, Removed, Run, Status
 from espalier.methods.equal import equal_sequences
+from espalier.methods.formed import check_reachable, places_for
 from espalier.methods.lc import LearningCompression
-from espalier.methods.ranks import unreachable
-from espalier.methods.scoring import buffers_kept, loss_on, recalibrate_batchnorm
-from espalier.methods.search import JOURNAL, Point, Ranges, Trials, minimise, need_optuna
-from espalier.methods.state import FROZEN, is_frozen
+from espalier.methods.scoring import loss_with
+from espalier.methods.search import JOURNAL, Point, Trials, curves, minimise, name_of, need_optuna
 from espalier.plan import Budget
-from espalier.solver import BudgetError, solve
+from espalier.settings import Fraction, OneOf, Positive, Share, described
+from espalier.solver import solve
 from espalier.surgery import replace
 
 RANKS = ("evbmf", "energy", "equal")
@@ -58,75 +54,55 @@ RANKS = ("evbmf", "energy", "equal")
 
 @dataclass(frozen=True)
 class TTLC(Method):
-    """Hyper-parameters of TT-LC; durations are shares of the whole run.
-
-    ``iterations`` C steps lie at equal distances in the first ``share`` of the run; the rest trains the small network.
-    ``select``: ranks are chosen anew in that share of the C steps, in the last of them by ``search`` trials (0: EVBMF and the
-    solver alone, without optuna), scored on ``held_out`` training images, ``workers`` at a time; more than one do not repeat
-    bit for bit.
-    ``lc=False``: without learning-compression, the baseline: plain training, one decomposition at ``share``, fine-tuning.
-    ``pull``, ``growth``: how far the penalty alone would move the weights towards ``D(theta)`` in the first L step that has
-    one, as an exponent (1: all but ``1/e`` of the way), and its factor from one L step to the next.
-    ``arrive``: C steps within the last L step, each of which takes its part of the distance that is left, the last all but
-    ``1 / (arrive + 1)``; 0 leaves that to the pull.
-    ``cycle``: learning rate at the end of an L step relative to its start; ``decay``: at its start relative to the last one's.
-    ``settle``: peak of the rate after the replacement, relative to where the next L step would have started; ``rise``: share of
-    what is left of the run in which it rises to that.
-    ``forms``: what a layer may become.  ``ranks``: "evbmf" proposals; "energy", no proposals, all energy counts the same; or
-    "equal", one form and the same fraction of the full rank in all layers, where there is nothing to search.
-    ``floor``: least share of the full rank that a proposal may have; ``beyond``: what energy beyond the proposal counts.
-    ``tt_fraction``: TT rank as a fraction of the full one, where the search does not set it.  ``sweeps``: of HOOI in a C step.
-    """
+    """Hyper-parameters of TT-LC; durations are shares of the whole run."""
 
     name: ClassVar[str] = "tt-lc"
     trains: ClassVar[bool] = True
-    iterations: int = 12
-    share: float = 0.65
-    select: float = 0.5
-    search: int = 16
-    workers: int = 1
-    held_out: int = 1000
-    lc: bool = True
-    pull: float = 0.1
-    growth: float = 1.2
-    arrive: int = 0
-    cycle: float = 0.3
-    decay: float = 1.0
-    settle: float = 0.5
-    rise: float = 0.15
-    forms: tuple[str, ...] = tuple(FORMS)
-    ranks: str = "evbmf"
-    floor: float = 0.1
-    beyond: float = 0.5
-    tt_fraction: float = 0.5
-    sweeps: int = 3
-    seed: int = 0
+    iterations: Annotated[int, described("C steps, at equal distances", ge=2)] = 12
+    share: Annotated[
+        float, described("of the run in which they lie; the rest trains the small network", gt=0, lt=1)
+    ] = 0.65
+    select: Annotated[
+        Fraction, described("share of the C steps in which ranks are chosen anew, by search in the last")
+    ] = 0.5
+    search: Annotated[int, described("trials; 0: EVBMF and the solver alone, without optuna", ge=0)] = 16
+    workers: Annotated[int, described("trials at a time; more than one do not repeat bit for bit", ge=1)] = 1
+    held_out: Annotated[int, described("training images that trials are scored on", ge=0)] = 1000
+    lc: Annotated[bool, described("false: plain training, one decomposition at share, fine-tuning; the baseline")] = (
+        True
+    )
+    pull: Annotated[
+        Positive,
+        described(
+            "how far the penalty alone moves weights in the first L step that has one, as an exponent; 1: all but 1/e"
+        ),
+    ] = 0.1
+    growth: Annotated[float, described("of pull, from one L step to the next", ge=1)] = 1.2
+    arrive: Annotated[
+        int, described("C steps within the last L step that take equal parts of what is left of the distance", ge=0)
+    ] = 0
+    cycle: Annotated[Fraction, described("learning rate at the end of an L step, relative to its start")] = 0.3
+    decay: Annotated[Fraction, described("learning rate at the start of an L step, relative to the last one's")] = 1.0
+    settle: Annotated[
+        Fraction, described("peak of the rate afterwards, relative to where the next L step would have started")
+    ] = 0.5
+    rise: Annotated[Share, described("share of what is left of the run in which it rises to that")] = 0.15
+    forms: Annotated[tuple[str, ...], described("what a layer may become")] = tuple(FORMS)
+    ranks: Annotated[
+        str,
+        OneOf(RANKS),
+        described("evbmf proposes; energy: all of it counts the same; equal: one form and fraction in all layers"),
+    ] = "evbmf"
+    floor: Annotated[Fraction, described("least share of the full rank that a proposal may have")] = 0.1
+    beyond: Annotated[Fraction, described("what energy beyond the proposal counts")] = 0.5
+    tt_fraction: Annotated[Fraction, described("TT rank as a share of the full one, where no search sets it")] = 0.5
+    sweeps: Annotated[int, described("of HOOI in a C step", ge=0)] = 3
+    seed: Annotated[int, described("of the search", ge=0)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        wholes = {"iterations": 2, "search": 0, "workers": 1, "held_out": 0, "arrive": 0, "sweeps": 0, "seed": 0}
-        for name, least in wholes.items():
-            whole = getattr(self, name)
-            if whole < least:
-                raise ValueError(f"TTLC({name}={whole!r}): must be a whole number, {least} or more")
-        for name in ("share", "select", "cycle", "decay", "settle", "floor", "beyond", "tt_fraction"):
-            value = getattr(self, name)
-            if not 0 < value <= 1 or (name == "share" and value == 1):
-                raise ValueError(
-                    f"TTLC({name}={value!r}): must be above 0 and {'below' if name == 'share' else 'at most'} 1"
-                )
-        if not 0 <= self.rise < 1:
-            raise ValueError(f"TTLC(rise={self.rise!r}): must be 0 or more and below 1")
-        if self.pull <= 0:
-            raise ValueError(f"TTLC(pull={self.pull!r}): must be a number above 0")
-        if self.growth < 1:
-            raise ValueError(f"TTLC(growth={self.growth!r}): must be a number of 1 or more")
-        forms = (self.forms,) if isinstance(self.forms, str) else tuple(self.forms)
-        if not forms or not set(forms) <= set(FORMS):
+        if not self.forms or not set(self.forms) <= set(FORMS):
             raise ValueError(f"TTLC(forms={self.forms!r}): give one or more of {', '.join(FORMS)}")
-        object.__setattr__(self, "forms", forms)
-        if self.ranks not in RANKS:
-            raise ValueError(f"TTLC(ranks={self.ranks!r}): choose one of {', '.join(RANKS)}")
 
     @property
     def withholds(self) -> int:
@@ -164,7 +140,8 @@ class TTLCRun(Run):
         self.method = method
         self.batches = batches
         self.bake()
-        self._find_layers()
+        self.places, self.skipped = places_for(model, example, self.graph, budget, method.forms)
+        self.stages = {n: "linear" if p.linear else "x".join(map(str, p.output_size)) for n, p in self.places.items()}
         self.lc = LearningCompression(
             {n: model.get_submodule(n).weight for n in self.places},  # type: ignore[misc]
             mu=method.pull,
@@ -182,52 +159,20 @@ class TTLCRun(Run):
         self._travel = 0.0  # sum of the learning rates since then, over what momentum leaves of each
         self._check_reachable()
 
-    # -- layers --------------------------------------------------------------------------------------------------------
-
-    def _find_layers(self) -> None:
-        places, self.skipped = find_places(self.model, self.example)
-        self.places: dict[str, Place] = {}
-        for name, place in places.items():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in self.budget.protect):
-                self.skipped[name] = "protected"
-            elif is_frozen(self.model, name):
-                self.skipped[name] = FROZEN
-            elif math.prod(place.kernel) == 1 and min(place.in_channels, place.out_channels) < 2:
-                self.skipped[name] = "too small"
-            else:
-                try:
-                    with_alternatives(self.graph, {name: [dense_sequence(place)]})
-                    self.places[name] = place
-                except ValueError as error:
-                    self.skipped[name] = str(error)
-        for form in self.method.forms:
-            forms = {n: possible(shape_of(p), (form,))[0] for n, p in self.places.items()}
-            for name, why in refused(self.model, self.example, self.places, forms).items():
-                self.skipped[name] = why
-                del self.places[name]
-        self.stages = {n: "linear" if p.linear else "x".join(map(str, p.output_size)) for n, p in self.places.items()}
-
     def _check_reachable(self) -> None:
         """A budget that cannot be met fails now, not in the middle of the run; a model within it already is fine."""
         if all(getattr(self.cost, m) <= limit for m, limit in self.limits.items()):
             return
         method = self.method
-        fraction = max(method.tt_fraction, TT_RANGE[0]) if method.trials else method.tt_fraction
-        wish = Wish((1, 1), fraction, self.budget.multiple_of)
-        failed: BudgetError | None = None
-        for forms in [(f,) for f in method.forms] if method.ranks == "equal" else [method.forms]:
-            alternatives = {n: cheapest(p, wish, forms=forms) for n, p in self.places.items()}
-            alternatives = {n: options for n, options in alternatives.items() if len(options) > 1}
-            graph = with_alternatives(self.graph, alternatives)
-            worth = {alternatives_name(n): np.ones(2) for n in alternatives}
-            try:
-                solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
-            except BudgetError as error:
-                failed = error
-            else:
-                return
-        assert failed is not None
-        raise unreachable(failed, self.skipped) from failed
+        check_reachable(
+            self.graph,
+            self.places,
+            self.limits,
+            self.budget,
+            [(f,) for f in method.forms] if method.ranks == "equal" else [method.forms],
+            tt_fraction=max(method.tt_fraction, TT_RANGE[0]) if method.trials else method.tt_fraction,
+            skipped=self.skipped,
+        )
 
     # -- 1. L steps ----------------------------------------------------------------------------------------------------
 
@@ -324,72 +269,38 @@ class TTLCRun(Run):
         """The best point of ``method.search`` trials on what the weights are now; nothing of the model changes."""
         if not self.method.trials or self.batches is None:
             return {}
-        stages = list(dict.fromkeys(self.stages.values()))
+        method, stages = self.method, list(dict.fromkeys(self.stages.values()))
         ranges = {**dict.fromkeys(stages, (-SPAN, SPAN)), "tt": TT_RANGE}
-        neutral = {**dict.fromkeys(stages, 0.0), "tt": self.method.tt_fraction}
-        neutral["tt"] = min(max(neutral["tt"], TT_RANGE[0]), TT_RANGE[1])
-
-        method = self.method
+        neutral = {**dict.fromkeys(stages, 0.0), "tt": min(max(method.tt_fraction, TT_RANGE[0]), TT_RANGE[1])}
         models: SimpleQueue[nn.Module] = SimpleQueue()  # one for every worker
         for _ in range(method.workers):
             models.put(self.model if method.workers == 1 else copy_model(self.model, {}))
-
         fits: dict[tuple[str, ConvSequence], Factors] = {}  # of the trials so far: many ask for the same
 
         def score(point: Point) -> float:
-            model = models.get()
-            try:
+            with _taken(models) as model:
                 return self._loss_with(model, self._fit(wanted, self._choose(spectra, point), sweeps=0, known=fits))
-            finally:
-                models.put(model)
 
+        # The limits, not the budget: a resumed run has it in absolute numbers.
+        asked = (method, self.limits, self.budget.multiple_of, list(self.places), ranges)
         best = minimise(
             score, ranges, first=neutral, count=method.trials, seed=method.seed * 1000, trials=self.trials,
             workers=method.workers, journal=None if self.folder is None else self.folder / JOURNAL,
-            name=self._name_of_search(wanted, ranges),
+            name=f"C step {self.lc.iterations + 1}, {name_of(asked, (*wanted.values(), *self.model.state_dict().values()))}",
         )  # fmt: skip
         self._record_search()
         return best
 
-    def _name_of_search(self, wanted: Mapping[str, Tensor], ranges: Ranges) -> str:
-        """The C step, and a hash of all that scores depend on: trials on other weights are not those of this search."""
-        # The limits, not the budget: a resumed run has it in absolute numbers.
-        asked = (self.method, self.limits, self.budget.multiple_of, list(self.places), ranges)
-        digest = hashlib.sha256(repr(asked).encode())
-        tensors = (*wanted.values(), *self.model.state_dict().values())
-        for tensor in moved(dict(enumerate(tensors)), "cpu").values():
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return f"C step {self.lc.iterations + 1}, {digest.hexdigest()[:16]}"
-
     def _record_search(self) -> None:
-        """By trial, from 1 on: its loss and point, the least loss so far, and whether it is feasible."""
-        curve: dict[str, list[list[float]]] = {"loss": [], "best": [], "feasible": []}
-        points: dict[str, list[list[float]]] = {}
-        for number, trial in enumerate(self.trials, 1):
-            curve["feasible"].append([number, float(trial["score"] is not None)])
-            if trial["score"] is not None:
-                curve["loss"].append([number, trial["score"]])
-                curve["best"].append([number, min(loss for _, loss in curve["loss"])])
-            for name, value in trial["point"].items():
-                points.setdefault(name, []).append([number, value])
-        self.history |= {"search": curve, "search point": points}
+        self.history |= curves(self.trials)
 
     def _loss_with(self, model: nn.Module, factors: Mapping[str, Factors]) -> float:
         """Loss of ``model``, ours or a copy, if its layers were ``factors``, BatchNorm estimated anew."""
-        images = self.held_out if self.held_out is not None else self.batches
-        assert images is not None and self.batches is not None
-        weights = {n: model.get_submodule(n).weight for n in factors}
-        before = {n: w.detach().clone() for n, w in weights.items()}  # type: ignore[operator]
-        with torch.no_grad(), buffers_kept(model):
-            try:
-                device = next(model.parameters()).device
-                for name, weight in moved({n: compose(f) for n, f in factors.items()}, device).items():
-                    weights[name].copy_(weight)  # type: ignore[operator]
-                recalibrate_batchnorm(model, self.batches, CALIBRATION)
-                return loss_on(model, images)
-            finally:
-                for name, weight in before.items():
-                    weights[name].copy_(weight)  # type: ignore[operator]
+        assert self.batches is not None
+        images = self.batches if self.held_out is None else self.held_out
+        return loss_with(
+            model, {n: compose(f) for n, f in factors.items()}, images, batches=self.batches, n=CALIBRATION
+        )
 
     # -- 5. C steps ----------------------------------------------------------------------------------------------------
 
@@ -398,25 +309,17 @@ class TTLCRun(Run):
         number = self.lc.iterations
         last_choice = max(1, round(self.method.select * self.method.c_steps)) - 1
         choosing = number <= last_choice
-
-        def scheme(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            if choosing:
-                spectra = measure(wanted)
-                self.collapsed = {}
-                if number == last_choice:
-                    self.point = self.search(wanted, spectra)
-                self.sequences = self._choose(spectra, self.point)
-            self.factors = self._fit(wanted, self.sequences, sweeps=self.method.sweeps)
-            return {n: compose(f) for n, f in self.factors.items()}
-
-        kept = self.sequences, self.factors
-        mu = self.lc.mu if number else 0.0
-        try:
-            gap = self.lc.c_step(scheme, fresh=choosing, mu=self._next_mu(number))
-        except Exception:
-            self.sequences, self.factors = kept
-            raise
-        self._at = progress
+        wanted, sequences = self.lc.wanted(), self.sequences
+        if choosing:
+            spectra = measure(wanted)
+            self.collapsed = {}
+            if number == last_choice:
+                self.point = self.search(wanted, spectra)
+            sequences = self._choose(spectra, self.point)
+        factors = self._fit(wanted, sequences, sweeps=self.method.sweeps)
+        mu, theta = self.lc.mu if number else 0.0, {n: compose(f) for n, f in factors.items()}
+        gap = self.lc.c_step(theta, fresh=choosing, mu=self._next_mu(number))
+        self.sequences, self.factors, self._at = sequences, factors, progress
         self.record("gap", {"all": gap}, progress=progress)
         self.record("mu", {"all": mu}, progress=progress)
         self._record_forms(progress)
@@ -425,12 +328,8 @@ class TTLCRun(Run):
     def _approach(self, progress: float) -> None:
         """One of ``arrive`` steps; of the distance there was, ``1 / (arrive + 1)`` is left after all of them."""
         parts = self.method.arrive + 1 - self._arrived  # of the distance, still to go
-
-        def scheme(wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            self.factors = self._fit(wanted, self.sequences, sweeps=self.method.sweeps)
-            return {n: compose(f) for n, f in self.factors.items()}
-
-        gap = self.lc.approach(scheme, left=(parts - 1) / parts)
+        self.factors = self._fit(self.lc.plain(), self.sequences, sweeps=self.method.sweeps)
+        gap = self.lc.approach({n: compose(f) for n, f in self.factors.items()}, left=(parts - 1) / parts)
         self._arrived += 1
         self.record("gap", {"all": gap}, progress=progress)
 
@@ -484,7 +383,7 @@ class TTLCRun(Run):
     @torch.no_grad()
     def _replace(self, progress: float, optimizer: torch.optim.Optimizer | None) -> Removed:
         """``D(theta)`` in place of ``w``, fitted once more to the weights themselves."""
-        final = self._fit(self._weights(), self.sequences, sweeps=FINAL_SWEEPS)
+        final = self._fit(self.lc.plain(), self.sequences, sweeps=FINAL_SWEEPS)
         parts = {(n, i): w for n, layer in final.items() for i, w in enumerate(layer.weights)}
         parts = moved(parts, next(self.model.parameters()).device)
         for name, layer in final.items():
@@ -503,16 +402,12 @@ class TTLCRun(Run):
         self.options_stay()
         return Removed({}, self.cost)
 
-    def _weights(self) -> dict[str, Tensor]:
-        """On the CPU."""
-        return moved({n: w.detach() for n, w in self.lc.weights.items()}, "cpu")
-
     def finish(self) -> nn.Module:
         """The small model.  If training stopped before the last C step, the weights are compressed here; ``forced`` is true."""
         if not self.replaced:
             self.forced = True
             if not self.sequences and any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
-                self.sequences = self._choose(measure(self._weights()), self.point)
+                self.sequences = self._choose(measure(self.lc.plain()), self.point)
             self._replace(1.0, None)
         return self.model
 
@@ -525,6 +420,15 @@ class TTLCRun(Run):
     remembers = (
         "replaced", "forced", "_at", "_arrived", "_travel", "sequences", "factors", "collapsed", "trials", "point", "lc",
     )  # fmt: skip
+
+
+@contextmanager
+def _taken(models: SimpleQueue[nn.Module]) -> Iterator[nn.Module]:
+    model = models.get()
+    try:
+        yield model
+    finally:
+        models.put(model)
 
 
 def _is_channels_last(weight: Tensor) -> bool:
