@@ -493,7 +493,7 @@ def test_data_and_method_have_to_fit(digits):
     with pytest.raises(ValueError, match="expected a Budget"):
         compress(net(), EXAMPLE, budget=0.5, method=Magnitude())
     with pytest.raises(
-        ValueError, match=r"expected a method, for example es.TCP\(\), got Magnitude; a class has to be called"
+        ValueError, match=r"method=Magnitude: give a method with its settings, for example es.Magnitude\(\)"
     ):
         compress(net(), EXAMPLE, budget=BUDGET, method=Magnitude)
     with pytest.raises(ValueError, match=r"expected an nn.Module"):

@@ -51,6 +51,10 @@ def cost(graph: Graph, plan: Plan | None = None) -> Cost:
     >>> cost(trace(torch.nn.Linear(4, 3), torch.zeros(1, 4)))
     Cost(macs=12, params=15, activation_memory=28)
     """
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"cost: expected what es.trace returns, got a {type(graph).__name__}: es.cost(es.trace(model, x))"
+        )
     if plan is not None:
         plan.check(graph)
     return CostModel(graph).cost(graph.sizes if plan is None else plan.counts(graph))

@@ -99,24 +99,36 @@ def milliseconds_of(latency: float | str, dense: float) -> float:
     )
 
 
+def amount_of(text: str, where: str) -> float | int:
+    """``40%`` and ``0.4`` as a fraction, ``4e6`` and ``4000000`` as a count.  Raises: ValueError for anything else."""
+    number = text.strip().removesuffix("%").replace("_", "")
+    try:
+        value = float(number)
+    except ValueError as error:
+        raise ValueError(f"{where}: give a fraction (0.4 or 40%) or a count (4000000 or 4e6)") from error
+    if text.strip().endswith("%"):
+        return value / 100
+    return int(value) if value > 1 and value.is_integer() else value
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the small network may cost.  Several limits at once must all hold.
 
-    Floats up to 1.0 are fractions of the dense network, whole numbers are counts, whatever their size (as are floats above 1,
-    rounded down): ``macs=1.0`` is all of them, ``macs=1`` is a single one.  ``macs`` is in multiply-accumulates,
-    ``params`` in elements, ``activation_memory`` in bytes of live activations at the traced input.  ``multiple_of``
-    makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX Runtime, 16 runs
-    fastest there, and 8 is the least for a GPU (docs/results.md); ``protect`` lists groups or modules, wildcards allowed, that
-    keep everything.
+    Floats up to 1.0 and texts such as "40%" are fractions of the dense network, whole numbers are counts, whatever their size
+    (as are floats above 100, rounded down): ``macs=1.0`` is all of them, ``macs=1`` is a single one.  ``macs`` is in
+    multiply-accumulates, ``params`` in elements, ``activation_memory`` in bytes of live activations at the traced input.
+    ``multiple_of`` makes every width and rank a multiple (or leaves it whole): 4 is what it takes to be much faster in ONNX
+    Runtime, 16 runs fastest there, and 8 is the least for a GPU (docs/results.md); ``protect`` lists groups or modules,
+    wildcards allowed, that keep everything.
 
     ``latency`` is time in a runtime: a fraction of what the dense network takes there, or a text such as "2.0 ms".  It needs a
     ``profile`` (``es.profile``, ``es.load_profile``), which says how long every layer takes at every width.
     """
 
-    macs: float | None = None
-    params: float | None = None
-    activation_memory: float | None = None
+    macs: float | str | None = None
+    params: float | str | None = None
+    activation_memory: float | str | None = None
     multiple_of: int = 1
     protect: Sequence[str] = ()
     latency: float | str | None = None
@@ -126,10 +138,17 @@ class Budget:
         for name, value in self._values().items():
             if value is None:
                 continue
+            if isinstance(value, str):
+                value = amount_of(value, f"Budget({name}={value!r})")
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
                 raise ValueError(
                     f"Budget({name}={value!r}): must be a positive number, a float up to 1.0 as a fraction of the dense "
                     "network or a whole number as a count"
+                )
+            if 1 < float(value) <= 100 and not float(value).is_integer():
+                raise ValueError(
+                    f"Budget({name}={value!r}): a fraction is at most 1.0 and a count is a whole number; for {value:g} % give "
+                    f'{value / 100:g} or "{value:g}%"'
                 )
             object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
         if self.latency is not None:
@@ -156,7 +175,7 @@ class Budget:
             )
         object.__setattr__(self, "protect", names)
 
-    def _values(self) -> dict[str, float | None]:
+    def _values(self) -> dict[str, Any]:
         return {"macs": self.macs, "params": self.params, "activation_memory": self.activation_memory}
 
     def limits(self, dense: Any) -> dict[str, float]:

@@ -145,11 +145,13 @@ def _check_reachable(
         reached = getattr(smallest, metric)
         if reached > limit:
             total = getattr(dense, metric)
+            is_share = metric != LATENCY and 1 < limit <= 100  # is likely to be meant as one
             asked, least, whole = (f"{n:.3g} ms" if metric == LATENCY else f"{n:,}" for n in (limit, reached, total))
             raise BudgetError(
                 f"budget {metric}={asked} cannot be met: the smallest reachable is {least} "
                 f"({reached / total:.1%} of {whole}); raise the budget, protect less, or lower multiple_of"
                 + ("; 1 is a count, a fraction is a float: 1.0 is the whole network" if limit == 1 else "")
+                + (f'; {limit:g} is a count, for {limit:g} % give {limit / 100:g} or "{limit:g}%"' if is_share else "")
                 + _frozen_too(frozen),
                 smallest,
             )

@@ -65,9 +65,17 @@ def trace(
     ``time_limit`` seconds.
     """
     model = unwrapped(model, who="trace")
+    check_example(example_inputs)
     deadline = time.monotonic() + time_limit
     with watchdog(deadline), torch.inference_mode(False):
         return _understood(model, example_inputs, deadline, rehearse).graph
+
+
+def check_example(example: Any) -> None:
+    """Raises: ValueError for the shape of an input in the place of one."""
+    if isinstance(example, (tuple, list)) and example and all(type(size) is int for size in example):
+        shape = ", ".join(map(str, example))
+        raise ValueError(f"an example is an input, ({shape}) is its shape: give torch.zeros({shape})")
 
 
 def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, time_limit: float = 60.0) -> Stage:

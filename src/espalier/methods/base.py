@@ -457,15 +457,28 @@ WHOLE = Budget(macs=1.0, params=1.0)
 
 def budget_for(method: Method, budget: Budget | None) -> Budget:
     """``budget``, or ``WHOLE`` for a method that can do without one.  Raises: ValueError for the others, and for no method."""
-    if not isinstance(method, Method):
-        name = method.__name__ if isinstance(method, type) else type(method).__name__
-        raise ValueError(f"method: expected a method, for example es.TCP(), got {name}; a class has to be called")
+    need_method(method)
     if budget is None and method.needs_budget:
         raise ValueError(f"{method.name} needs a budget: give Budget(macs=0.5), for example")
     if budget is None:
         return WHOLE
     need_budget(budget)
     return budget
+
+
+def need_method(method: Any) -> None:
+    """Raises: ValueError for what is no method, with the one that is likely to be meant."""
+    if not isinstance(method, Method):
+        said = method.__name__ if isinstance(method, type) else repr(method)[:80]
+        raise ValueError(f"method={said}: give a method with its settings, for example es.{_meant(method)}()")
+
+
+def _meant(method: Any) -> str:
+    """The class that is, or has the name of, what was given for a method."""
+    if isinstance(method, type) and issubclass(method, Method):
+        return method.__name__
+    named = {c.name: c.__name__ for c in Method.__subclasses__() if hasattr(c, "name")}
+    return named.get(str(method).lower().replace("_", "-"), "TCP")
 
 
 def attach(

@@ -19,6 +19,7 @@ from espalier.methods.tcp import TCP
 from espalier.present import options as opt
 from espalier.present.config import (
     Config,
+    amounts,
     fit_model_to,
     given,
     hyper_parameters,
@@ -104,9 +105,7 @@ def compress(
         "model": given(name=model, weights=weights),
         "data": {**given(name=data, dir=data_dir, holdout=holdout), **settings["data"]},
         "budget": given(
-            macs=macs,
-            params=params,
-            activation_memory=activation_memory,
+            **amounts(macs=macs, params=params, activation_memory=activation_memory),
             latency=time_of(latency),
             profile=profile,
             runtime=runtime,

@@ -18,7 +18,7 @@ from espalier.methods.mgp import MGP
 from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.methods.tt_lc import TTLC
-from espalier.plan import Budget
+from espalier.plan import Budget, amount_of
 from espalier.run.data import Data, FolderData, load_data
 from espalier.run.folder import Images
 from espalier.run.models import build_model, runs_code
@@ -60,6 +60,11 @@ def given(**options: Any) -> dict[str, Any]:
     """The options that were given, as plain values; paths are made absolute, to be found from anywhere."""
     plain = {n: str(v.expanduser().resolve()) if isinstance(v, Path) else v for n, v in options.items()}
     return {n: v for n, v in plain.items() if v is not None and v != []}
+
+
+def amounts(**limits: str | None) -> dict[str, float]:
+    """What ``--macs`` and the like say, as numbers.  Raises: ValueError with the option's name."""
+    return {n: amount_of(t, f"--{n.replace('_', '-')} {t}") for n, t in limits.items() if t is not None}
 
 
 def hyper_parameters(pairs: Sequence[str]) -> dict[str, Any]:

@@ -119,12 +119,17 @@ Holdout = Annotated[
 # -- budget
 
 Macs = Annotated[
-    float | None,
-    _option("--macs", "Multiply-adds: up to 1 a fraction of the dense network, above 1 absolute.", "Budget"),
+    str | None,
+    _option(
+        "--macs",
+        "Multiply-adds: 0.4 or 40% of the dense network's, or a count such as 4e6.",
+        "Budget",
+        metavar="AMOUNT",
+    ),
 ]
-Params = Annotated[float | None, _option("--params", "Parameters, likewise.", "Budget")]
+Params = Annotated[str | None, _option("--params", "Parameters, likewise.", "Budget", metavar="AMOUNT")]
 ActivationMemory = Annotated[
-    float | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget")
+    str | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget", metavar="AMOUNT")
 ]
 Latency = Annotated[
     str | None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from espalier.costs import METRICS as COSTS
+from espalier.plan import amount_of
 from espalier.present.config import SECTIONS, Config, hyper_parameters, make_budget, make_method, make_recipe
 from espalier.present.edge import stderr, stdout
 from espalier.present.jobs import run_job
@@ -246,6 +246,4 @@ def _spread(values: Sequence[float | None], *, digits: int = 2) -> str:
 
 def numbers(option: str, text: str) -> list[float]:
     """``"0.3,0.5"`` as numbers.  Raises: ValueError for anything else."""
-    with suppress(ValueError):
-        return [float(part) for part in text.split(",")]
-    raise ValueError(f"{option} {text}: give numbers with commas between them, for example 0.3,0.5,0.7")
+    return [amount_of(part, f"{option} {text}, with commas between several") for part in text.split(",")]

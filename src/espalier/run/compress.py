@@ -20,7 +20,7 @@ from espalier import __version__
 from espalier.copies import check_sound, copy_model, unwrapped
 from espalier.costs import METRICS, Cost, cost
 from espalier.graph import Graph, files, trace
-from espalier.methods.base import Method, Run, budget_for
+from espalier.methods.base import Method, Run, budget_for, need_method
 from espalier.methods.scoring import buffers_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
@@ -163,7 +163,9 @@ def compress(
     >>> es.compress(net, torch.zeros(1, 8), budget=es.Budget(macs=0.5), method=es.Magnitude()).cost.macs
     192
     """
+    unwrapped(model, who="compress")
     method = method or TCP()
+    need_method(method)
     task = task or Classification()
     source, example, calibration = _data_or_example(data, method, task)
     recipe = recipe or Recipe()
@@ -511,8 +513,10 @@ def _data_or_example(data: Any, method: Method, task: Task) -> tuple[Source | No
         if not calibration:
             raise ValueError("compress: there are no calibration batches; give one or more, or an example input")
         return None, calibration[0][0][:1], calibration
-    if isinstance(data, str):
-        raise ValueError(f"compress: data is not a name; give load_data({data!r})")
+    if isinstance(data, (str, os.PathLike)):
+        name = os.fspath(data)
+        name = f"imagefolder:{name}" if Path(name).is_dir() else name
+        raise ValueError(f"compress: data is not a name; give load_data({name!r})")
     try:
         return data, data.example(1) if _is_plain(data, task) else _example(data, method, task), None
     except AttributeError as error:

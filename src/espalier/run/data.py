@@ -413,6 +413,10 @@ def load_data(
             f"{name} has its own size, normalisation and augmentation; Images(...) is for imagefolder:PATH"
         )
     if name != "digits" and name not in LAYOUTS:
+        if Path(name).is_dir():
+            raise ValueError(
+                f"{name} is a folder: give imagefolder:{name}, which reads {name}/train/CLASS and {name}/val/CLASS"
+            )
         raise ValueError(f"no data set is called {name!r}; there are digits, {', '.join(LAYOUTS)} and imagefolder:PATH")
     own_size = 8 if name == "digits" else 32
     if image_size not in (None, own_size):

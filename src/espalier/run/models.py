@@ -9,7 +9,7 @@ Names that :func:`build_model` understands:
 ``vgg16_bn``               CIFAR VGG-16 with BatchNorm; also ``cifar_vgg16_bn``
 ``torchvision:NAME``       a network of torchvision
 ``timm:NAME``              a network of timm
-``package.module:factory`` the user's own: a function that returns an ``nn.Module``
+``package.module:factory`` the user's own: a function that returns an ``nn.Module``; also ``file.py:factory``
 =========================  ==========================================================================
 
 Any other bare name is looked for in torchvision, then in timm.
@@ -18,6 +18,7 @@ Any other bare name is looked for in torchvision, then in timm.
 import argparse
 import difflib
 import importlib
+import importlib.util
 import inspect
 import os
 import pathlib
@@ -275,6 +276,17 @@ def model_names() -> list[str]:
 
 
 def _unknown(name: str, known: list[str]) -> ValueError:
+    place = Path(name)
+    if place.is_dir():
+        return ValueError(f"{name} is a folder, and a network has a name: es.load_run({name!r}) opens a run's")
+    if place.suffix in (".pt", ".pth", ".safetensors", ".ckpt", ".th"):
+        return ValueError(
+            f"{name} is a file of weights: give it as --weights {name}, and --model with the network's name"
+        )
+    if place.suffix == ".onnx":
+        return ValueError(
+            f"{name}: an ONNX file cannot be trained; give the PyTorch network, as package.module:factory"
+        )
     close = difflib.get_close_matches(name, dict.fromkeys(known), n=5)
     hint = f"close matches: {', '.join(close)}" if close else f"ours are {', '.join(CIFAR_MODELS)}"
     absent = (
@@ -349,10 +361,14 @@ def _timm_model(name: str, *, num_classes: int, in_channels: int, image_size: in
     return timm.create_model(name, pretrained=False, **options)
 
 
-def _own_model(module: str, factory: str, sizes: Mapping[str, int]) -> nn.Module:
+def own_object(module: str, factory: str) -> Any:
+    """What ``factory`` names in a module, or in a file ending in ``.py``, of the user's own.
+
+    Raises: ValueError if it cannot be imported or has no such function.
+    """
     name = f"{module}:{factory}"
     try:
-        found = _import_from_here(module)
+        found = _import_file(Path(module)) if module.endswith(".py") else _import_from_here(module)
     except Exception as error:
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         if absent is None or not f"{module}.".startswith(f"{absent}."):
@@ -363,6 +379,12 @@ def _own_model(module: str, factory: str, sizes: Mapping[str, int]) -> nn.Module
     build = getattr(found, factory, None)
     if not callable(build):
         raise _no_factory(module, factory, [key for key, value in vars(found).items() if callable(value)])
+    return build
+
+
+def _own_model(module: str, factory: str, sizes: Mapping[str, int]) -> nn.Module:
+    name = f"{module}:{factory}"
+    build = own_object(module, factory)
     arguments = _taken(build, sizes, name)
     try:
         model = build(**arguments)
@@ -384,6 +406,19 @@ def _failed(name: str, error: Exception) -> ValueError:
 def _no_factory(module: str, factory: str, callables: list[str]) -> ValueError:
     close = difflib.get_close_matches(factory, callables, n=5) or callables[:5]
     return ValueError(f"{module} has no function {factory!r}; it has {', '.join(close) or 'no functions'}")
+
+
+def _import_file(file: Path) -> object:
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # what it imports lies beside it
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_of_{abs(hash(file.resolve()))}", file)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found  # what is defined there is looked up by its module
+    spec.loader.exec_module(found)
+    return found
 
 
 def _import_from_here(module: str) -> object:
@@ -451,8 +486,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _read_weights(path: Path) -> object:
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give a file of weights, of a run {path / 'model.safetensors'}")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such weights file")
+    if path.suffix == ".onnx":
+        raise ValueError(f"{path}: is an ONNX file; give the PyTorch checkpoint that it was exported from")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -475,8 +475,21 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     return given
 
 
+NOT_OURS = {
+    ".onnx": "is an ONNX file, for a runtime",
+    ".pt2": "is a program: torch.export.load(path).module()",
+    ".pt": "is a checkpoint (es.load_weights(model, path)) or TorchScript (torch.jit.load(path))",
+    ".pth": "is a checkpoint: es.load_weights(model, path)",
+    ".ckpt": "is a checkpoint: es.load_weights(model, path)",
+}
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Structure and tensors, as they were written."""
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path}: is a folder; give es.load_run({os.fspath(path)!r}) if it is a run's, or the file in it"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -484,7 +497,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
                 raise ValueError(f"{path}: holds weights but no Espalier structure; load it as an ordinary checkpoint")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        other = NOT_OURS.get(Path(path).suffix)
+        what = (
+            f"{other}; es.load reads the .safetensors that es.save wrote" if other else "not a whole safetensors file"
+        )
+        raise ValueError(f"{path}: {what} ({error})") from error
     try:
         table = json.loads(metadata["espalier"])
     except (ValueError, RecursionError) as error:
