@@ -503,7 +503,7 @@ def test_what_fails_in_a_layer_that_is_not_the_users_freezes_the_layer_and_nothi
         d=nn.Linear(12, 4),
     )
     graph, _, _ = prove(net, torch.zeros(1, 7, 5), macs=0.9)
-    assert sizes(graph) == {"c": 12}
+    assert sizes(graph) == {"mix.out_proj": 8, "c": 12}  # not its inputs
     assert any(
         "expecting embedding dimension of 8" in note and "mix [MultiheadAttention]" in note for note in graph.notes
     )
