@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import architectures
 from benchmarks.alignment import as_table as alignment_table
 from benchmarks.blocks import BLOCK, families, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
@@ -298,7 +299,7 @@ def appendix(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> dict[str,
     pages |= {
         "speed": ["# Speed", *alignment_part(), *gpu_part()],
         "structure": ["# Time and memory of the structure", *structure_part()],
-        "networks": ["# Networks nobody chose", *families_part(), *soak_part()],
+        "networks": ["# Networks nobody chose", *families_part(), *architectures_part(), *soak_part()],
     }
     written = "*Written by `python -m benchmarks.tables`; do not edit.*"
     return {name: "\n\n".join([parts[0], written, *parts[1:]]) + "\n" for name, parts in pages.items()}
@@ -421,6 +422,15 @@ def families_part() -> list[str]:
         lines.append([cell if cell is None else cell.replace("|", "/") for cell in cells])
     head = ["network", "file of timm", "input", "smallest, %", "MACs asked for, %", "outcome"]
     return ["## Networks nobody chose", families(), table(head, lines), _origin([content["environment"]])]
+
+
+def architectures_part() -> list[str]:
+    """Detectors, segmenters, film and volumes, network by network; empty without a result."""
+    content = read_results(architectures.NAME)
+    if not content:
+        return []
+    text = [architectures.summary(content), architectures.as_table(content), _origin([content["environment"]])]
+    return ["## Networks that people bring", *text]
 
 
 def soak_part() -> list[str]:
