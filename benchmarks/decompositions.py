@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import common
 from espalier.forms.candidates import compose, factorise
 from espalier.forms.evbmf import evbmf
-from espalier.forms.spectra import measure
+from espalier.forms.spectra import spectra_of
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
 from espalier.run.models import build_model
@@ -89,7 +89,7 @@ def c_step(rounds: int) -> dict[str, float]:
     busy = time.process_time()
     for _ in range(rounds):
         marks = [time.perf_counter()]
-        spectra = measure(wanted)
+        spectra = spectra_of(wanted)
         marks.append(time.perf_counter())
         run.chains = run._choose(spectra, {})
         marks.append(time.perf_counter())

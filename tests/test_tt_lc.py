@@ -23,7 +23,7 @@ from espalier.costs import cost
 from espalier.forms import Wish, dense_sequence, find_places, spectra
 from espalier.forms.candidates import compose, factorise, full_rank, options_at
 from espalier.forms.form import cost_of
-from espalier.forms.spectra import measure
+from espalier.forms.spectra import spectra_of
 from espalier.forms.transfer import moved
 from espalier.methods import lc as lc_module
 from espalier.methods import tt_lc
@@ -65,7 +65,7 @@ def test_rungs_rise_in_every_cost_and_lose_what_a_fit_loses(ranks, multiple_of) 
     model = nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1)).double()
     place = find_places(model, torch.zeros(1, 16, 9, 9, dtype=torch.float64))[0]["0"]
     weight = model[0].weight.detach()
-    spectra = measure({"0": weight})["0"]
+    spectra = spectra_of({"0": weight})["0"]
     for fraction in (0.3, 0.8):
         options, lost = options_at(place, spectra, Wish(ranks, fraction, multiple_of))
         costs = [cost_of(place, c) for c in options]
@@ -84,7 +84,7 @@ def test_zero_and_constant_weights_need_the_cheapest_rung_only(value, size) -> N
     model = nn.Sequential(nn.Conv2d(6, 8, size))
     nn.init.constant_(model[0].weight, value)
     place = find_places(model, torch.zeros(1, 6, 9, 9))[0]["0"]
-    spectra = measure({"0": model[0].weight})["0"]
+    spectra = spectra_of({"0": model[0].weight})["0"]
     options, lost = options_at(place, spectra, Wish((1, 1)))
     assert len(options) > 1
     assert lost[0] == pytest.approx(0.0, abs=1e-5)
@@ -103,7 +103,7 @@ def test_a_kernel_along_a_line_may_become_a_tucker(size: tuple[int, int]) -> Non
         )
         model[0].weight.copy_(weight + 1e-3 * torch.randn_like(weight))
     place = find_places(model, torch.zeros(1, 24, 9, 9).double())[0]["0"]
-    options, lost = options_at(place, measure({"0": weight})["0"], Wish((4, 3)))
+    options, lost = options_at(place, spectra_of({"0": weight})["0"], Wish((4, 3)))
     assert {"tucker", "dense"} <= {form.name for form in options} <= {"tucker", "channel", "dense"}
     number, form = next((i, f) for i, f in enumerate(options) if f.name == "tucker" and min(f.widths) >= 3)
     back = compose(factorise(weight, "tucker", form.widths, sweeps=0))
@@ -122,7 +122,7 @@ def test_a_kernel_along_a_line_may_become_a_tucker(size: tuple[int, int]) -> Non
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(ValueError, match=r"features\.0: its weight holds NaN"):
-        measure({"features.0": torch.full((4, 4, 3, 3), torch.nan)})
+        spectra_of({"features.0": torch.full((4, 4, 3, 3), torch.nan)})
 
 
 # -- the LC loop by itself
@@ -138,7 +138,7 @@ def test_no_eigenproblem_is_larger_than_the_shorter_side(
         plain = getattr(torch.linalg, name)
         monkeypatch.setattr(torch.linalg, name, lambda a, plain=plain: (sizes.append(a.shape[-1]), plain(a))[1])
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    spectra = measure({"0": weight})["0"]
+    spectra = spectra_of({"0": weight})["0"]
     outputs, rest = shape[0], weight[0].numel()
     inputs, other = shape[1], weight.numel() // shape[1]
     assert max(sizes) <= max(min(outputs, rest), min(inputs, other))
@@ -617,7 +617,7 @@ def test_parallel_trials_do_not_touch_the_model(digits) -> None:
     run.trials.clear()
     before = {n: t.clone() for n, t in run.model.state_dict().items()}
     wanted = run.lc.wanted()
-    spectra = measure(wanted)
+    spectra = spectra_of(wanted)
     run.search(wanted, spectra)
     assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
     assert [t["failed"] for t in run.trials] == [""] * 4
@@ -672,7 +672,7 @@ def test_a_run_leaves_its_figures(digits, tmp_path) -> None:
 def test_equal_ranks_are_one_fraction_and_use_the_budget_up(form, budget) -> None:
     model = es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
     run = es.TTLC(ranks="equal", forms=(form,)).start(model, X, budget)
-    spectra = measure(run.lc.wanted())
+    spectra = spectra_of(run.lc.wanted())
     sequences = run._choose(spectra, {})
     assert {c.name for n, c in sequences.items() if run.places[n].kernel == (3, 3)} == {form}
     low, high = 0.0, 1.0  # what every rank says of the fraction: it is rounded, 1 at the least, or one more than that
@@ -695,7 +695,7 @@ def test_equal_ranks_search_for_nothing_and_withhold_nothing() -> None:
     assert es.TTLC(ranks="equal").withholds == 0 and es.TTLC(ranks="energy").withholds == 1000
     run = es.TTLC(ranks="equal").start(net(), X, es.Budget(macs=0.4), batches=[(X, torch.zeros(1, dtype=torch.long))])
     wanted = run.lc.wanted()
-    assert run.search(wanted, measure(wanted)) == {} and run.trials == []
+    assert run.search(wanted, spectra_of(wanted)) == {} and run.trials == []
     with pytest.raises(es.BudgetError, match="smallest reachable"):
         es.TTLC(ranks="equal").start(net(), X, es.Budget(macs=0.001))
 
@@ -720,7 +720,7 @@ def test_a_search_leaves_the_model_as_it_was_and_never_sees_test_images(digits) 
     run.trials.clear()
     before = {n: t.clone() for n, t in run.model.state_dict().items()}
     wanted = run.lc.wanted()
-    point = run.search(wanted, measure(wanted))
+    point = run.search(wanted, spectra_of(wanted))
     assert set(point) == {"8x8", "4x4", "linear", "tt"}
     assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
     assert len(run.trials) == 2
@@ -791,8 +791,8 @@ def test_only_the_forms_that_are_asked_for_are_used() -> None:
 def test_collapsed_proposals_are_floored_and_reported() -> None:
     run = es.TTLC(search=0, floor=0.25).start(net(), X, es.Budget(macs=0.4))
     weights = {n: torch.randn_like(w) for n, w in run.lc.weights.items()}  # pure noise: EVBMF finds nothing in it
-    run._choose(measure(weights), {})
-    assert run.proposal("5", measure(weights)["5"]) == (8, 8)
+    run._choose(spectra_of(weights), {})
+    assert run.proposal("5", spectra_of(weights)["5"]) == (8, 8)
     assert run.collapsed["5"] == (0, 0)
 
 

@@ -84,7 +84,7 @@ def held_by_rank(values: np.ndarray, energy: float) -> np.ndarray:
 
 
 @torch.no_grad()
-def measure(weights: Mapping[str, Tensor]) -> dict[str, Spectra]:
+def spectra_of(weights: Mapping[str, Tensor]) -> dict[str, Spectra]:
     """Spectra of all layers, on the CPU; weights of one shape go through one batched decomposition.
 
     ``ValueError`` naming the layer whose weight holds NaN or infinite numbers.

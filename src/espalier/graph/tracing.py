@@ -25,10 +25,10 @@ from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
+    CallPlace,
     Lessons,
     Memory,
     Mismatch,
-    Place,
     Reason,
     Record,
     TraceError,
@@ -78,13 +78,15 @@ def check_example(example: Any) -> None:
         raise ValueError(f"an example is an input, ({shape}) is its shape: give torch.zeros({shape})")
 
 
-def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, time_limit: float = 60.0) -> Stage:
+def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, time_limit: float = 60.0) -> Tracing:
     """Watch ``model`` in eval and in train mode without rehearsing, by what the rehearsals of ``taught_by`` have taught."""
     lessons = Lessons()
     lessons.plain = {n: None for n, m in named_modules(model).items() if computes_weight(m)}  # as it is planned
     if taught_by is not None:
         lessons.lines = {(line, op): level for line, op, level in taught_by.fixed_lines}
-        reason = Reason("the module around these channels works for one size only", Place("", type(model).__name__, ""))
+        reason = Reason(
+            "the module around these channels works for one size only", CallPlace("", type(model).__name__, "")
+        )
         lessons.modules = dict.fromkeys(taught_by.fixed_modules, reason)
         lessons.plain = dict.fromkeys(n.rpartition(".")[0] for n in taught_by.baked_new)
         lessons.positions = {n for n, _ in model.named_modules()} - taught_by.group_width.keys()
@@ -93,7 +95,7 @@ def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, t
         return _watched(model, example, lessons, deadline, "meta", {})
 
 
-def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Stage:
+def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Tracing:
     lessons = Lessons()
     notes: dict[Any, str] = {}
     device = "meta"
@@ -111,7 +113,7 @@ def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool)
         _learn(lessons, notes, found, stage)
 
 
-def _guesses_anew(lessons: Lessons, stage: Stage) -> bool:
+def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
     """Did a guess of the watch leave channels whole that another may set free?  Then that one is next, once each.
 
     A view may have split channels so that the dimension that shrinks is none that a layer takes for channels; and where a
@@ -129,7 +131,7 @@ def _guesses_anew(lessons: Lessons, stage: Stage) -> bool:
 
 def _watched(
     model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
-) -> Stage:
+) -> Tracing:
     """On ``device``, or on the CPU where the forward cannot run there."""
     try:
         return _watch(model, example, lessons, deadline, device, notes)
@@ -144,7 +146,7 @@ def _watched(
 class _Failed(Exception):
     """The forward raised ``error`` in the watch."""
 
-    def __init__(self, error: Exception, place: Place) -> None:
+    def __init__(self, error: Exception, place: CallPlace) -> None:
         super().__init__(str(error))
         self.error, self.place = error, place
 
@@ -159,7 +161,7 @@ class Found:
 
 
 @dataclass
-class Stage:
+class Tracing:
     """What was watched, and all it takes to rehearse it."""
 
     model: nn.Module
@@ -237,7 +239,7 @@ class Stage:
             return Mismatch(None, f"fails ({first_line(error)})", _blame(error, smaller))
         shapes = [tuple(t.shape) for t in tensors_in(output)]
         if shapes != forward.shapes and not rehearsal.loose:
-            place = Place("", type(smaller).__name__, "")
+            place = CallPlace("", type(smaller).__name__, "")
             return Mismatch(None, f"gives outputs {shapes} instead of {forward.shapes}", place)
         return None
 
@@ -257,7 +259,7 @@ class Forward:
         return slice(1, 2) if self.alike else slice(3) if self.training else slice(None)
 
 
-def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Stage) -> None:
+def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Tracing) -> None:
     """What must stay for the rehearsal to pass: the line that did not follow; the channels that move it; the module around."""
     mismatch = found.mismatch
     text = f"{mismatch.text} when widths change, so its channels are frozen: {mismatch.place}"
@@ -297,7 +299,7 @@ def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Stage) 
     )
 
 
-def _culprits(found: Found, stage: Stage) -> list[Group]:
+def _culprits(found: Found, stage: Tracing) -> list[Group]:
     """Groups that, cut alone, bring a mismatch: as few as a search by halves finds, none if it takes more than ``MANY``."""
     forward = next(f for f in stage.forwards if f.training == found.training)
     units = found.rehearsed.units
@@ -321,14 +323,14 @@ def _culprits(found: Found, stage: Stage) -> list[Group]:
     return guilty
 
 
-def _blame(error: BaseException, model: nn.Module) -> Place:
+def _blame(error: BaseException, model: nn.Module) -> CallPlace:
     """Where in the user's code ``error`` was raised."""
     names = {id(m): n for n, m in model.named_modules()}
-    place = Place("", type(model).__name__, "")
+    place = CallPlace("", type(model).__name__, "")
     for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and id(owner) in names:
-            place = Place(names[id(owner)], type(owner).__name__, place.line)
+            place = CallPlace(names[id(owner)], type(owner).__name__, place.line)
         if is_users(frame.f_code.co_filename):
             place = replace(place, line=f"{frame.f_code.co_filename}:{number}")
     return place
@@ -339,7 +341,7 @@ def _blame(error: BaseException, model: nn.Module) -> Place:
 
 def _watch(
     model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
-) -> Stage:
+) -> Tracing:
     """An eval-mode and a train-mode forward on the same labels; costs are those of the first."""
     private = _plain_copy(model, device, lessons)
     watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
@@ -382,7 +384,7 @@ def _watch(
     watch.sites, watch.memory, watch.spans, watch.reads = sites, memory, spans, reads | watch.reads
     component = components(watch)
     graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
-    return Stage(model, example, device, deadline, watch, graph, tuple(forwards))
+    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards))
 
 
 def _forward(watch: Watch, private: nn.Module, example: Any, device: str, *, training: bool) -> Any:

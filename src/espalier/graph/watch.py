@@ -61,7 +61,7 @@ class TraceTimeout(TraceError):
 
 
 @dataclass(frozen=True)
-class Place:
+class CallPlace:
     """Where in the user's code an operation was called."""
 
     module: str  # name inside the model, "" for the model itself
@@ -78,7 +78,7 @@ class Reason:
     """Why channels may not be removed."""
 
     text: str
-    place: Place
+    place: CallPlace
 
     def __str__(self) -> str:
         return f"{self.text}: {self.place}"
@@ -235,7 +235,9 @@ class Mismatch(Exception):
     path.  ``reason`` is what to say of the channels that are frozen.
     """
 
-    def __init__(self, key: Key | None, text: str, place: Place, *, reason: str = "sizes look hard-coded here") -> None:
+    def __init__(
+        self, key: Key | None, text: str, place: CallPlace, *, reason: str = "sizes look hard-coded here"
+    ) -> None:
         super().__init__(text)
         self.key, self.text, self.place, self.reason = key, text, place, reason
 
@@ -539,8 +541,8 @@ class Watch(TorchDispatchMode):
     def module_name(self) -> str:
         return self._names.get(id(self._stack[-1]), "")
 
-    def place(self) -> Place:
-        return Place(self.module_name, type(self.module).__name__, user_line())
+    def place(self) -> CallPlace:
+        return CallPlace(self.module_name, type(self.module).__name__, user_line())
 
     def key(self) -> tuple[str, str]:
         """What a rehearsal learns about: the operation, and the source line it is on or the layer of torch's it is in.
@@ -584,7 +586,7 @@ class Watch(TorchDispatchMode):
                 del module.__dict__["_compiled_call_impl"]
         for tensor in tensors_in(output):
             for layer in state(tensor).layers:
-                reason = Reason("is an output of the model", Place("", type(model).__name__, ""))
+                reason = Reason("is an output of the model", CallPlace("", type(model).__name__, ""))
                 self.freezes.append((layer.reshape(-1), reason))
         return output
 

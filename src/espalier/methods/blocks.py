@@ -16,7 +16,7 @@ from torch import nn
 
 from espalier.graph import Graph, find_blocks, with_blocks
 from espalier.graph.graph import CHANNELS
-from espalier.methods.state import FROZEN
+from espalier.methods.state import WEIGHT_FROZEN
 from espalier.plan import Budget
 from espalier.settings import described
 
@@ -37,7 +37,7 @@ def offer_blocks(model: nn.Module, graph: Graph, example: Any) -> tuple[Graph, d
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     found = find_blocks(model, example)
     free = [b for b in found.found if not any(b.holds(n) for n in frozen)]
-    held = {b.module: FROZEN for b in found.found if b not in free}
+    held = {b.module: WEIGHT_FROZEN for b in found.found if b not in free}
     return with_blocks(graph, free), {**found.left, **held}
 
 

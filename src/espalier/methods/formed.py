@@ -18,7 +18,7 @@ from espalier.forms.trial import refused
 from espalier.graph import Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.ranks import unreachable
-from espalier.methods.state import FROZEN, is_frozen
+from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
 
@@ -33,7 +33,7 @@ def places_for(
         if any(fnmatch.fnmatch(name, pattern) for pattern in budget.protect):
             skipped[name] = "protected"
         elif is_frozen(model, name):
-            skipped[name] = FROZEN
+            skipped[name] = WEIGHT_FROZEN
         elif math.prod(place.kernel) == 1 and min(place.in_channels, place.out_channels) < 2:
             skipped[name] = "too small"
         else:

@@ -42,7 +42,7 @@ from espalier.methods.base import Batches, Removed
 from espalier.methods.blocks import WholeBlocks, takes_blocks
 from espalier.methods.kernels import Kernels
 from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
-from espalier.methods.state import FROZEN, is_frozen
+from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.stripes import StripeMasks
 from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
@@ -116,7 +116,7 @@ class MGPRun(Fading):
         frozen = [n for n in spatial if is_frozen(self.model, n)]
         found = [n for n in spatial if n not in frozen and striped(self.graph, n)]
         self.skipped.update(
-            {n: FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found}
+            {n: WEIGHT_FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found}
         )
         return found
 
@@ -297,7 +297,7 @@ def granularities(
     """The graph with everything that ``method`` may prune, the options of every kernel, and layer -> why it stays as it is."""
     places, left = find_places(model, example)
     left = {n: r for n, r in left.items() if not isinstance(model.get_submodule(n), nn.Linear)}
-    left.update({n: FROZEN for n, p in places.items() if not p.linear and is_frozen(model, n)})
+    left.update({n: WEIGHT_FROZEN for n, p in places.items() if not p.linear and is_frozen(model, n)})
     if not method.filters:
         graph = hold(graph, [g.name for g in graph.groups], "filters are switched off")
     elif not method.streams:

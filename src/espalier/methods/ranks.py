@@ -24,7 +24,7 @@ from espalier.forms.table import ALWAYS, matrix_form
 from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
-from espalier.methods.state import FROZEN, is_frozen
+from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Gate
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
@@ -165,7 +165,7 @@ def rank_alternatives(
             "Budget(activation_memory=...): lower ranks do not lower the memory of activations; give macs or params"
         )
     places, left = find_places(model, example)
-    left.update({n: FROZEN for n in places if is_frozen(model, n)})
+    left.update({n: WEIGHT_FROZEN for n in places if is_frozen(model, n)})
     places = {n: p for n, p in places.items() if n not in left}
     forms = {name: layout(place, form) for name, place in places.items()}
     left.update(refused(model, example, places, forms))

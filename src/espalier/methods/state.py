@@ -18,7 +18,7 @@ from espalier.forms.shapes import Rectangle
 from espalier.graph import ConvSequence
 from espalier.methods.kernels import Kernels
 
-FROZEN = "its weight is frozen"  # why a layer is left as it is
+WEIGHT_FROZEN = "its weight is frozen"  # why a layer is left as it is
 
 
 def is_frozen(model: nn.Module, layer: str) -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from espalier.copies import copy_model
 from espalier.forms import FORMS, Wish, cost_of, dense_sequence, sequential
 from espalier.forms.candidates import Factors, compose, factorise, full_rank, options_at, ranks_of
-from espalier.forms.spectra import Spectra, measure
+from espalier.forms.spectra import Spectra, spectra_of
 from espalier.forms.transfer import moved
 from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
@@ -311,7 +311,7 @@ class TTLCRun(Run):
         choosing = number <= last_choice
         wanted, sequences = self.lc.wanted(), self.sequences
         if choosing:
-            spectra = measure(wanted)
+            spectra = spectra_of(wanted)
             self.collapsed = {}
             if number == last_choice:
                 self.point = self.search(wanted, spectra)
@@ -407,7 +407,7 @@ class TTLCRun(Run):
         if not self.replaced:
             self.forced = True
             if not self.sequences and any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
-                self.sequences = self._choose(measure(self.lc.plain()), self.point)
+                self.sequences = self._choose(spectra_of(self.lc.plain()), self.point)
             self._replace(1.0, None)
         return self.model
 

@@ -19,7 +19,7 @@ from espalier.costs import LATENCY
 from espalier.present.figures import COST_WORDS, Group, figures_of, figures_of_all, said, time_left
 from espalier.present.progress import short
 from espalier.present.runs import COSTS, Run, example_of, read_run
-from espalier.run.anatomy import Layer, timed
+from espalier.run.anatomy import ComparedLayer, timed
 from espalier.run.charts import COLOURS
 from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, places, proven, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
@@ -277,7 +277,7 @@ def _layers(run: Run, runtime: str | None, timing: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def what_stands_there(layer: Layer) -> str:
+def what_stands_there(layer: ComparedLayer) -> str:
     """``12 of 16``; ``rank 5: 1×3, 3×1``; ``3×1, 12 of 16``; ``12 of 16, reads 9`` where inputs were left out as well."""
     if layer.factorised:
         ranks = ", ".join(str(stage.outputs) for stage in layer.small[:-1])

@@ -15,7 +15,7 @@ from espalier.costs import cost
 from espalier.graph import trace
 from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
-from espalier.run.anatomy import Layer, layers_from, layers_of
+from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
 from espalier.run.measure import size_on_disk
 from espalier.run.models import load_weights, runs_code
 from espalier.run.report import COUNTED, dense_score, metric_of, places
@@ -38,7 +38,7 @@ class Run:
     dense: nn.Module | None  # untrained unless its weights are still there: for its structure
     small: nn.Module | None
     note: str  # why the networks are absent; empty if they are there
-    layers: tuple[Layer, ...]  # empty where neither the metrics nor the networks tell
+    layers: tuple[ComparedLayer, ...]  # empty where neither the metrics nor the networks tell
 
     @property
     def name(self) -> str:
@@ -137,7 +137,7 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
     config.setdefault("budget", {})
     dense, small, note = _networks(folder, config, trust=trust)
     metrics = _dense_metrics(folder, config, small, note) if only_trained else _metrics(folder / METRICS)
-    layers: tuple[Layer, ...] = metrics["layers"]
+    layers: tuple[ComparedLayer, ...] = metrics["layers"]
     if (
         not layers and not only_trained and dense is not None and small is not None
     ):  # runs from before they were written down

@@ -21,7 +21,7 @@ from espalier.timing.making import attributed, batched
 
 
 @dataclass(frozen=True)
-class Stage:
+class OneLayer:
     """One convolution or linear layer."""
 
     inputs: int
@@ -35,12 +35,12 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ComparedLayer:
     """A layer of the dense network and what has taken its place; times in milliseconds, 0 where none were measured."""
 
     name: str
-    dense: Stage
-    small: tuple[Stage, ...]  # several where it was factorised or split
+    dense: OneLayer
+    small: tuple[OneLayer, ...]  # several where it was factorised or split
     dense_macs: int
     small_macs: int
     dense_params: int
@@ -62,7 +62,7 @@ class Layer:
         return self.small != (self.dense,)
 
 
-def layers_of(dense: nn.Module, small: nn.Module, example: Any) -> tuple[Layer, ...]:
+def layers_of(dense: nn.Module, small: nn.Module, example: Any) -> tuple[ComparedLayer, ...]:
     """Every convolution and linear layer of ``dense``, in the order of its modules, beside what ``small`` has there."""
     there = dict(small.named_modules())
     amounts = [{row.name: row for row in overview(trace(model, example)).layers} for model in (dense, small)]
@@ -77,7 +77,7 @@ def layers_of(dense: nn.Module, small: nn.Module, example: Any) -> tuple[Layer, 
             macs.append(sum(row.macs for row in inside))
             params.append(sum(row.params for row in inside))
         stages = tuple(s for n, m in there.items() if _inside(n, name) and (s := _stage(m)) is not None)
-        found.append(Layer(name, stage, stages, macs[0], macs[1], params[0], params[1]))
+        found.append(ComparedLayer(name, stage, stages, macs[0], macs[1], params[0], params[1]))
     return tuple(found)
 
 
@@ -85,15 +85,17 @@ def _inside(name: str, module: str) -> bool:
     return name == module or not module or name.startswith(f"{module}.")
 
 
-def layers_from(rows: list[dict[str, Any]]) -> tuple[Layer, ...]:
+def layers_from(rows: list[dict[str, Any]]) -> tuple[ComparedLayer, ...]:
     """Inverse of ``asdict`` on every layer.  Raises: KeyError or TypeError for anything else."""
 
-    def stage(row: dict[str, Any]) -> Stage:
-        return Stage(int(row["inputs"]), int(row["outputs"]), tuple(map(int, row["kernel"])), bool(row["chooses"]))
+    def stage(row: dict[str, Any]) -> OneLayer:
+        return OneLayer(int(row["inputs"]), int(row["outputs"]), tuple(map(int, row["kernel"])), bool(row["chooses"]))
 
     amounts = ("dense_macs", "small_macs", "dense_params", "small_params")
     return tuple(
-        Layer(str(r["name"]), stage(r["dense"]), tuple(map(stage, r["small"])), **{a: int(r[a]) for a in amounts})
+        ComparedLayer(
+            str(r["name"]), stage(r["dense"]), tuple(map(stage, r["small"])), **{a: int(r[a]) for a in amounts}
+        )
         for r in rows
     )
 
@@ -103,8 +105,13 @@ Times = dict[str, dict[str, float]]  # network -> layer -> milliseconds
 
 
 def timed(
-    layers: tuple[Layer, ...], dense: nn.Module, small: nn.Module, *, example: torch.Tensor, runtime: str = "torch"
-) -> tuple[tuple[Layer, ...], float]:
+    layers: tuple[ComparedLayer, ...],
+    dense: nn.Module,
+    small: nn.Module,
+    *,
+    example: torch.Tensor,
+    runtime: str = "torch",
+) -> tuple[tuple[ComparedLayer, ...], float]:
     """The same with times measured now, on one thread, and how far two measurements of a whole network were apart.
 
     Times are the less of the two; where they are apart, something else was at work.  ``runtime`` is "torch" or "onnxruntime".
@@ -151,8 +158,8 @@ def _in_onnxruntime(models: dict[str, nn.Module], example: torch.Tensor, names: 
 _TIMERS = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
 
 
-def _stage(module: nn.Module) -> Stage | None:
+def _stage(module: nn.Module) -> OneLayer | None:
     if isinstance(module, _ConvNd):
         chooses = isinstance(module, PartConv2d) and module.index is not None
-        return Stage(module.in_channels, module.out_channels, tuple(module.kernel_size), chooses)
-    return Stage(module.in_features, module.out_features, ()) if isinstance(module, nn.Linear) else None
+        return OneLayer(module.in_channels, module.out_channels, tuple(module.kernel_size), chooses)
+    return OneLayer(module.in_features, module.out_features, ()) if isinstance(module, nn.Linear) else None

@@ -53,10 +53,10 @@ LAYOUTS = {
     ),
 }
 
-Split = tuple[np.ndarray, np.ndarray]
+Arrays = tuple[np.ndarray, np.ndarray]
 
 
-def read_cifar(name: str, data_dir: Path, *, download: bool) -> tuple[Split, Split]:
+def read_cifar(name: str, data_dir: Path, *, download: bool) -> tuple[Arrays, Arrays]:
     """Train and test as uint8 images ``(n, 3, 32, 32)`` and int64 labels ``(n,)``.
 
     ``data_dir`` is the folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``, or that folder
@@ -86,7 +86,7 @@ def _download(layout: CifarLayout, root: Path) -> None:
         raise ValueError(f"{layout.torchvision} could not be downloaded into {root}: {error}") from error
 
 
-def _read_split(folder: Path, files: dict[str, str], labels: str) -> Split:
+def _read_split(folder: Path, files: dict[str, str], labels: str) -> Arrays:
     batches = [_read_batch(folder / name, md5) for name, md5 in files.items()]
     images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return images, np.concatenate([np.asarray(batch[labels], dtype=np.int64) for batch in batches])

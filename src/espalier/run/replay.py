@@ -18,7 +18,7 @@ from espalier.graph.watch import first_line
 Computed = tuple[Tensor, Tensor]
 """Loss and number of right answers, both still on the device; gradients are in ``.grad``."""
 
-Step = Callable[[Tensor, Tensor], Computed]
+Computation = Callable[[Tensor, Tensor], Computed]
 WARM_UP = 2  # steps that run as they are before one is recorded: what is made at first use must not be part of it
 
 
@@ -40,7 +40,7 @@ class Recorder(Protocol):
 class Replay:
     """Runs ``step``, forward and backward from gradients of nothing, by replaying it where that gives the same."""
 
-    def __init__(self, step: Step, model: nn.Module, *, recorder: Recorder) -> None:
+    def __init__(self, step: Computation, model: nn.Module, *, recorder: Recorder) -> None:
         self.step, self.model, self.recorder = step, model, recorder
         self.forget()
 

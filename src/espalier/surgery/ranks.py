@@ -124,7 +124,7 @@ def _factors(layer: LowRank) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
 
 
 Steps = tuple[Tensor, Tensor, Tensor]
-State = dict[str, Any]
+ParameterState = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -221,14 +221,14 @@ class _Transfer:
     ) -> None:
         """Take the optimiser's state of the factors of ``layer`` along."""
         parameters, optimizer = _factors(layer), self.optimizer
-        places: list[State] = [{} if optimizer is None else optimizer.state.get(p, {}) for p in parameters]
+        places: list[ParameterState] = [{} if optimizer is None else optimizer.state.get(p, {}) for p in parameters]
         if optimizer is None or not all(places):
             return
         if any(has_other_shapes(place, p) for place, p in zip(places, parameters, strict=True)):
             for parameter in parameters:
                 optimizer.state.pop(parameter)
             return
-        states: list[State] = [{k: self.fetched.get(id(v), v) for k, v in place.items()} for place in places]
+        states: list[ParameterState] = [{k: self.fetched.get(id(v), v) for k, v in place.items()} for place in places]
         before = [dict(state) for state in states]
         known = all(k in FIRST + SECOND for s in states for k, v in s.items() if isinstance(v, Tensor) and v.ndim)
         for key in SECOND:
@@ -250,7 +250,7 @@ class _Transfer:
 
 
 def _scale(
-    optimizer: torch.optim.Optimizer, parameters: tuple[nn.Parameter, ...], states: list[State]
+    optimizer: torch.optim.Optimizer, parameters: tuple[nn.Parameter, ...], states: list[ParameterState]
 ) -> list[Tensor | float]:
     """What Adam divides its first moment by, up to a factor that is the same for all; 1 for SGD."""
     scales: list[Tensor | float] = []

@@ -28,7 +28,7 @@ BEFORE = -1  # the "layer" of nodes before the first
 
 
 @dataclass(frozen=True)
-class Layer:
+class FileLayer:
     """A layer as the exported file has it: which site of the graph it is, and what makes others take the same time."""
 
     site: int
@@ -229,7 +229,7 @@ def fold_batchnorm(proto: Any) -> None:
 @dataclass(frozen=True)
 class _Marked:
     content: bytes
-    layers: tuple[Layer, ...]
+    layers: tuple[FileLayer, ...]
 
 
 def _mark(proto: Any, graph: Graph) -> _Marked:
@@ -246,7 +246,7 @@ def _mark(proto: Any, graph: Graph) -> _Marked:
     waiting: dict[str, list[int]] = {}
     for number, known in enumerate(graph.sites):
         waiting.setdefault(known.module, []).append(number)
-    layers: list[Layer] = []
+    layers: list[FileLayer] = []
     heads: list[str] = []
     tails: list[list[str]] = [[]]
     renamed: dict[str, str] = {}
@@ -262,7 +262,7 @@ def _mark(proto: Any, graph: Graph) -> _Marked:
         if site is not None:
             mark = len(heads) + 1
             heads.append(_head(node))
-            layers.append(Layer(site, ""))
+            layers.append(FileLayer(site, ""))
             tails.append([])
         else:
             tails[mark].append(node.op_type)
@@ -279,7 +279,7 @@ def _mark(proto: Any, graph: Graph) -> _Marked:
         output.name = renamed.get(output.name, output.name)
     return _Marked(
         marked.SerializeToString(),
-        tuple(Layer(layer.site, _signature(graph, layer.site, head, tail))
+        tuple(FileLayer(layer.site, _signature(graph, layer.site, head, tail))
               for layer, head, tail in zip(layers, heads, tails[1:], strict=True)),
     )  # fmt: skip
 
