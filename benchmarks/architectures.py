@@ -383,8 +383,8 @@ def summary(content: dict[str, Any]) -> str:
     proven, goes = sum(r.get("proven", False) for r in rows), [1 - r["smallest"] for r in rows if "smallest" in r]
     much = sum(share >= 0.8 for share in goes)
     return (
-        f"Of {len(rows)} networks of other packages, as they define them, {proven} are cut and pass every proof; from {much} at least "
-        "80 % of the MACs can go. (`python -m benchmarks.architectures`)"
+        f"Of {len(rows)} networks of other packages, as they define them, {proven} are cut and pass every proof; "
+        f"from {much} at least 80 % of the MACs can go. (`python -m benchmarks.architectures`)"
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,14 @@ def weights_dir() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip("the published weights are absent: put them into ESPALIER_DATA_DIR/weights")
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without their slow last part, export and timing: what is tested comes before."""
+
+    def not_here(*arguments: Any, **options: Any) -> Any:
+        raise ValueError("not in this test")
+
+    monkeypatch.setattr("espalier.run.report.latency", not_here)
+    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)

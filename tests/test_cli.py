@@ -123,17 +123,6 @@ def test_with_debug_the_traceback_comes_through(monkeypatch):
 # -- a run, from beginning to end
 
 
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Runs without the slow last part, which the first test of a run does."""
-
-    def not_here(*arguments, **options):
-        raise ValueError("not in this test")
-
-    monkeypatch.setattr("espalier.run.report.latency", not_here)
-    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
-
-
 SMALL_RUN = ("--batch-size", 256, "--threads", 1, "--device", "cpu", "--lr", 0.02)
 
 

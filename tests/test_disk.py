@@ -15,16 +15,8 @@ from torch import nn
 import espalier as es
 
 X, Y = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 10
+pytestmark = pytest.mark.usefixtures("unmeasured")
 BATCHES = list(zip(X.split(10), Y.split(10), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_here(*arguments: Any, **options: Any) -> Any:
-        raise ValueError("not in this test")
-
-    monkeypatch.setattr("espalier.run.report.latency", not_here)
-    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
 
 
 def network() -> nn.Module:

@@ -159,7 +159,7 @@ def test_weights_that_expect_another_normalisation_are_found_out(tmp_path):
     assert "Were they trained on these classes in this order" in str(suspicion(net, right))
 
 
-def test_the_command_line_says_what_was_found_and_warns_of_weights_that_do_not_fit(tmp_path):
+def test_the_command_line_says_what_was_found_and_warns_of_weights_that_do_not_fit(tmp_path, unmeasured):
     pictures = write(tmp_path / "pictures", mode="L", per_class=8)
     net = es.build_model("resnet8", num_classes=2, in_channels=1, image_size=16)
     es.save(net, tmp_path / "weights.safetensors")

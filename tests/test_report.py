@@ -266,7 +266,7 @@ def test_recorded_ranks_are_drawn(folder, tmp_path):
     refused(report(tmp_path / "run"), "history.json", "damaged")
 
 
-def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path, no_figures):
+def test_forms_and_inputs_that_were_left_out_are_drawn(tmp_path, no_figures, unmeasured):
     """Runs of one epoch of a method that factorises, and of one that leaves out inputs of single layers."""
 
     def drawn(method, **budget):

@@ -192,7 +192,7 @@ def test_a_storage_that_cannot_be_opened_says_so(tmp_path):
         Ledger(f"sqlite:///{tmp_path / 'nowhere' / 'sweep.db'}", "s")
 
 
-def test_the_command_sweeps_and_goes_on(tmp_path):
+def test_the_command_sweeps_and_goes_on(tmp_path, unmeasured):
     arguments = ["sweep", "--model", "resnet8", "--data", "digits", "--method", "magnitude", "--macs", "0.5,0.000001"]
     arguments += ["--epochs", "1", "--device", "cpu", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, arguments)
