@@ -27,10 +27,10 @@ IN_CI = (
     "googlenet",
     "timm:res2net50_26w_4s",
     "timm:resnest14d",
-    "timm:nfnet_f0",
+    "timm:test_nfnet",
     "timm:vit_tiny_patch16_224",
 )
-NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in ZOO]
+NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in (*ZOO, "timm:test_nfnet")]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,7 +54,7 @@ def pruned(name: str):
 
 
 def some(*in_ci: str):
-    return [pytest.param(n, marks=() if n in in_ci else (pytest.mark.zoo,)) for n in ZOO]
+    return [pytest.param(n, marks=() if n in in_ci else (pytest.mark.zoo,)) for n in (*ZOO, "timm:test_nfnet")]
 
 
 def attention_macs(inputs, outputs) -> int:
