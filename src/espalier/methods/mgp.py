@@ -31,20 +31,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.costs import Cost, CostModel
+from espalier.costs import CostModel
 from espalier.forms import Place, Rectangle, find_places, shape_sequence, shapes
 from espalier.graph import Graph, hold, selectable, with_alternatives, with_inputs
 from espalier.graph.alternatives import alternatives_name
 from espalier.graph.inputs import inputs_name
-from espalier.graph.stripes import striped, stripes_name
-from espalier.layers import PartConv2d
-from espalier.methods.base import Batches, Removed
+from espalier.graph.stripes import stripes_name
+from espalier.methods.base import Batches
 from espalier.methods.blocks import WholeBlocks, takes_blocks
 from espalier.methods.kernels import Kernels
-from espalier.methods.pressure import MOMENTA, TINY, Fading, FadingMethod
+from espalier.methods.positions import PositionFading
+from espalier.methods.pressure import TINY, FadingMethod
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
-from espalier.methods.stripes import StripeMasks
-from espalier.methods.units import Units, upload
+from espalier.methods.stripes import StripeMasks, stripable
+from espalier.methods.units import upload
 from espalier.plan import Budget, Plan
 from espalier.settings import Share, described
 from espalier.solver import BudgetError
@@ -89,8 +89,8 @@ class MGP(FadingMethod):
         return MGPRun(model, example, budget, self)
 
 
-class MGPRun(Fading):
-    """One run of MGP: ``step`` is that of ``Fading``."""
+class MGPRun(PositionFading):
+    """One run of MGP: ``step`` is that of ``Fading``; removal is in ``methods.positions``."""
 
     method: MGP
 
@@ -100,33 +100,13 @@ class MGPRun(Fading):
         self.kernels = Kernels(options)
         if takes_blocks(method.blocks, budget) and not method.stripes:
             self.offer_blocks()
-        self.stripes = StripeMasks(model, self._striped() if method.stripes else ())
+        free, tied = stripable(model, self.graph, example) if method.stripes else ([], {})
+        self.skipped.update(tied)
+        self.stripes = StripeMasks(model, free)
         counted = self.stripes.graph(self.graph)
         even = {g.name: np.ones(g.size) for g in counted.groups}
         self.decide(even, graph=counted, measured=False)  # unreachable budgets fail now
         self._begin()
-
-    def _striped(self) -> list[str]:
-        """Convolutions whose stripes can be masked and counted; a 1x1 filter has only one.  The others are said to be left."""
-        places, _ = find_places(self.model, self.example)
-        parts = {n for n, m in self.model.named_modules() if isinstance(m, PartConv2d)}  # where a run goes on
-        whole = {n for n, p in places.items() if not p.linear}
-        kernels = {n: self.model.get_submodule(n).kernel_size for n in (*whole, *parts)}
-        spatial = [n for n, _ in self.model.named_modules() if kernels.get(n, (1, 1)) != (1, 1)]
-        frozen = [n for n in spatial if is_frozen(self.model, n)]
-        found = [n for n in spatial if n not in frozen and striped(self.graph, n)]
-        self.skipped.update(
-            {n: WEIGHT_FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found}
-        )
-        return found
-
-    @property
-    def counted(self) -> Cost | None:
-        """The cost of kept stripes, in the ``stripes`` mode; zeros are not executed faster than other numbers."""
-        return self.stripes.count(self.graph) if self.method.stripes else None
-
-    def _units(self) -> Units:
-        return Units(self.model, self.graph, taps=self.kernels.layers, stripes=self.stripes.layers)
 
     # -- 2. importance, and 3. coarse to fine --------------------------------------------------------------------------
 
@@ -162,9 +142,6 @@ class MGPRun(Fading):
         begun = int((progress - self.method.start_at) / max(self.method.stagger, 1e-9))
         return max(min(kinds, 1 + begun), 1)
 
-    def _outside_of(self, plan: Plan) -> np.ndarray:
-        return self.units.outside(plan.keep, {**self.kernels.stays, **self.stripes.stays})
-
     # -- 4. adaptive L1 ------------------------------------------------------------------------------------------------
 
     def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
@@ -199,81 +176,6 @@ class MGPRun(Fading):
             stays = norm[rows][torch.from_numpy(~outside[rows])]
             least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
         return least.to(self.units.device)
-
-    # -- 5. removal ----------------------------------------------------------------------------------------------------
-
-    def _remove_faded(self, optimizer: torch.optim.Optimizer) -> Removed | None:
-        """Of free stripes all that happens is that they stay zero, once the keep-set is final."""
-        if self.stripes.layers and self.settled and self._outside.any():
-            zero = upload(self._zero, self.units.device)
-            self.stripes.add({layer: zero[rows] for layer, rows in self.units.stripes.items()})
-            if not self._channels(self._outside).any() and bool(self._zero[self._outside].all()):
-                return self._masked()
-        return super()._remove_faded(optimizer)
-
-    def _ready(self) -> tuple[np.ndarray, bool]:
-        """Kernels are cut when the keep-set is final, stripes never."""
-        ready = self._channels(self._faded())
-        for rows in self.units.taps.values() if not self.settled else ():
-            ready[rows] = False
-        return ready, bool((ready == self._channels(self._outside)).all())
-
-    def _channels(self, units: np.ndarray) -> np.ndarray:
-        """``units`` without stripes."""
-        units = units.copy()
-        for rows in self.units.stripes.values():
-            units[rows] = False
-        return units
-
-    def _stay(self, ready: np.ndarray) -> dict[str, np.ndarray]:
-        cut = [n for n, rows in self.units.taps.items() if ready[rows].any()]
-        return {**super()._stay(ready), **self.kernels.going(cut)}
-
-    def _masked(self) -> Removed:
-        """All masks are final; averages of the weights begin anew, so that they hold exact zeros too."""
-        self.pressed[:] = False
-        self._find_busy(np.zeros_like(self._outside))
-        self._finished()
-        return Removed({}, self.cost, frozenset(f"{n}.weight" for n in self.stripes.layers))
-
-    def _hold(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.settled and self.stripes.layers:
-            self.stripes.hold(optimizer.state, MOMENTA)
-
-    def _survivors(self, stay: Mapping[str, np.ndarray]) -> np.ndarray:
-        gone = {n for some in self._kernels(stay) for n in some}
-        taps = [np.arange(rows.start, rows.stop) for n, rows in self.units.taps.items() if n not in gone]
-        stripes = self.stripes.survivors(self.units.stripes, self.graph.kept(dict(stay)))
-        return np.concatenate([super()._survivors(stay), *taps, *stripes])
-
-    def _kernels(self, stay: Mapping[str, np.ndarray]) -> tuple[list[str], list[str]]:
-        """Layers whose kernels are cut, and those that are gone with their block."""
-        absent = self.graph.absent(stay)
-        gone = [n for n in self.kernels.layers if any(b.holds(n) for b in absent)]
-        less = [n for n, all_ in self.kernels.options.items() if len(stay[alternatives_name(n)]) < len(all_)]
-        return [n for n in less if n not in gone], gone
-
-    def _cut(self, stay: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
-        cut, gone = self._kernels(stay)
-        kept = self.graph.kept(dict(stay))
-        trimmed = self.kernels.cut(self.model, cut, optimizer=optimizer)
-        removed = super()._cut(stay, optimizer)
-        for tensor, by_dim in trimmed.items():
-            removed.kept.setdefault(tensor, {}).update(by_dim)
-        self.kernels.forget([*cut, *gone])
-        self.stripes.cut(kept)
-        return removed
-
-    def finish(self) -> nn.Module:
-        stopped = not self.done
-        super().finish()
-        if stopped:
-            self.stripes.load({n: torch.from_numpy(~mask) for n, mask in self.stripes.stays.items()})
-        self.stripes.hold({}, ())
-        self.stripes.read()
-        return self.model
-
-    remembers = ("kernels", "stripes")
 
 
 # -- 1. granularities --------------------------------------------------------------------------------------------------

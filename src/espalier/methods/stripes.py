@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from espalier.costs import Cost, CostModel
+from espalier.forms import find_places
 from espalier.graph import Graph
-from espalier.graph.stripes import stripes_name, with_stripes
+from espalier.graph.stripes import striped, stripes_name, with_stripes
+from espalier.layers import PartConv2d
+from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.plan import Budget
 from espalier.solver import solve
 
@@ -160,3 +163,15 @@ def _best_first(worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _scores(spare: np.ndarray) -> np.ndarray:
     """Scores of spare stripes behind the unit that stands for none, which is the last to go."""
     return np.concatenate([[spare.max(initial=0.0)], spare])
+
+
+def stripable(model: nn.Module, graph: Graph, example: Any) -> tuple[list[str], dict[str, str]]:
+    """Convolutions whose stripes can be masked and counted; a 1x1 filter has only one.  And layer -> why others are left."""
+    places, _ = find_places(model, example)
+    parts = {n for n, m in model.named_modules() if isinstance(m, PartConv2d)}  # where a run goes on
+    whole = {n for n, p in places.items() if not p.linear}
+    kernels: dict[str, Any] = {n: model.get_submodule(n).kernel_size for n in (*whole, *parts)}
+    spatial = [n for n, _ in model.named_modules() if kernels.get(n, (1, 1)) != (1, 1)]
+    frozen = [n for n in spatial if is_frozen(model, n)]
+    found = [n for n in spatial if n not in frozen and striped(graph, n)]
+    return found, {n: WEIGHT_FROZEN if n in frozen else "grouped or tied channels" for n in spatial if n not in found}
