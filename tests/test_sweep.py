@@ -70,6 +70,17 @@ def test_points_are_methods_times_budgets_times_seeds():
     assert [p.config["budget"] for p in paired] == [{"macs": 0.3, "params": 0.6}, {"macs": 0.5, "params": 0.6}]
 
 
+def test_points_may_be_times_and_say_what_was_measured(tmp_path, jobs):
+    found = points_of(CONFIG, methods=["tcp"], budgets={"latency": [0.5, "2 ms"]}, seeds=1)
+    assert [p.name for p in found] == ["tcp-latency0.5-seed0", "tcp-latency2ms-seed0"]
+    assert [p.config["budget"]["latency"] for p in found] == [0.5, "2 ms"]
+    with pytest.raises(ValueError, match="latency"):
+        points_of(CONFIG, methods=["tcp"], budgets={"latency": ["soon"]}, seeds=1)
+    kept = {"small": 0.4, "dense": 1.0, "setting": {"runtime": "openvino"}}
+    facts = room.facts_of({**metrics(80.0), "time": kept}, {"start": {"trained": True}})
+    assert facts["time"] == 0.4 and facts["backend"] == "openvino"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

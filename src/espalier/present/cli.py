@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ from espalier.present.jobs import open_network, run_job
 from espalier.present.profiling import measured_profile, show_check, time_of
 from espalier.present.ship import described, exported, exported_int8, input_of_run, times, times_table
 from espalier.present.show import show_markdown, show_summary
-from espalier.present.sweep import as_markdown, numbers, points_of, sweep
+from espalier.present.sweep import as_markdown, numbers, points_of, sweep, with_shared_profile
 from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
 from espalier.run.folder import Images
@@ -146,6 +146,9 @@ def sweep_points(
     macs: opt.MacsList = None,
     params: opt.ParamsList = None,
     activation_memory: opt.ActivationMemoryList = None,
+    latency: opt.LatencyList = None,
+    profile: opt.Profile = None,
+    runtime: opt.TimeRuntime = None,
     multiple_of: opt.MultipleOf = None,
     protect: opt.Protect = None,
     method: opt.Methods = None,
@@ -164,14 +167,19 @@ def sweep_points(
     wanted: Config = {
         "model": given(name=model, weights=weights),
         "data": {**given(name=data, dir=data_dir, holdout=holdout), **settings["data"]},
-        "budget": given(multiple_of=multiple_of, protect=protect),
+        "budget": given(multiple_of=multiple_of, protect=protect, profile=profile, runtime=runtime),
         "method": {},
         "recipe": {**settings["recipe"], **({"distill": 0.0} if no_distill else {})},
     }
     merged = merged_settings(wanted, config=config, out=None, resume=False, trust=trust)
     limits = {"macs": macs, "params": params, "activation_memory": activation_memory}
     texts = {n: text for n, text in limits.items() if text is not None}
-    budgets = {n: numbers(f"--{n.replace('_', '-')}", text) for n, text in texts.items()}
+    budgets: dict[str, Sequence[float | str]] = {
+        n: numbers(f"--{n.replace('_', '-')}", text) for n, text in texts.items()
+    }
+    if latency is not None:
+        budgets["latency"] = [time_of(text) or text for text in latency.split(",")]
+        merged = with_shared_profile(merged, out=out, download=download)
     methods = (method or merged["method"].get("name", TCP.name)).split(",")
     points = points_of({**merged, "method": {}}, methods=methods, budgets=budgets, seeds=seeds)
     with stopped("go on with the same command"):
@@ -359,7 +367,7 @@ def report(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder that receives the run.")] = Path("runs/demo"),
 ) -> None:
-    """Train a ResNet-20 on real handwritten digits; compress it to 40 % of its MACs and half its weights."""
+    """Train a ResNet-20 on real handwritten digits; compress it to half of its time on this machine."""
     with stopped("nothing is lost: start the demo again"):
         run_demo(out)
 

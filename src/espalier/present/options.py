@@ -233,6 +233,15 @@ ParamsList = Annotated[
 ActivationMemoryList = Annotated[
     str | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget", metavar="LIST")
 ]
+LatencyList = Annotated[
+    str | None,
+    _option(
+        "--latency",
+        "Times in a runtime, likewise: fractions of the dense network's, or times such as 2ms; all points share one profile.",
+        "Budget",
+        metavar="LIST",
+    ),
+]
 Methods = Annotated[
     str | None,
     _option(

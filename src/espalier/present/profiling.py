@@ -35,11 +35,13 @@ def measured_profile(network: nn.Module, example: Any, *, to: Path, runtime: str
 def with_profile(config: Config, network: nn.Module, example: Any, *, out: Path, resume: bool) -> Config:
     """``config`` whose budget has its profile: of the run that goes on, of the file given, or made now beside ``out``."""
     budget = dict(config["budget"])
+    wanted = {"runtime": budget["runtime"]} if "runtime" in budget else {}
     runtime, given = budget.pop("runtime", "onnxruntime"), budget.pop("profile", None)
     if resume and (out / PROFILE).exists():
         budget["profile"] = load_profile(out / PROFILE)
     elif given is not None:
         budget["profile"] = load_profile(given)
+        budget["profile"].need(wanted)
     else:
         beside = out.with_name(f"{out.name}.{runtime}.json")
         budget["profile"] = measured_profile(network, example, to=beside, runtime=runtime, threads=1, batch=1)

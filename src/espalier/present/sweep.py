@@ -1,7 +1,8 @@
 """``espalier sweep``: methods x budgets x seeds, each a run folder of its own, and one table and picture of all.
 
 Points are taken from a ledger (``run.ledger``), so any number of processes may work on one sweep, be killed and started again.
-What points share is done once: from given weights the accuracy of the dense network, which is everybody's teacher.
+What points share is done once: from given weights the accuracy of the dense network, which is everybody's teacher, and where
+time is limited the profile.
 """
 
 from __future__ import annotations
@@ -16,14 +17,24 @@ from statistics import mean, stdev
 from typing import Any
 
 from espalier.costs import METRICS as COSTS
-from espalier.plan import amount_of
-from espalier.present.config import SECTIONS, Config, hyper_parameters, make_budget, make_method, make_recipe
+from espalier.plan import amount_of, milliseconds_of
+from espalier.present.config import (
+    SECTIONS,
+    Config,
+    fit_model_to,
+    hyper_parameters,
+    make_budget,
+    make_data,
+    make_method,
+    make_recipe,
+)
 from espalier.present.edge import stderr, stdout
-from espalier.present.jobs import run_job
+from espalier.present.jobs import run_job, starting_network
+from espalier.present.profiling import measured_profile
 from espalier.run.charts import Dot, dot_chart
 from espalier.run.ledger import JOURNAL, Entry, Ledger
 from espalier.run.report import dense_score
-from espalier.run.rundir import CONFIG, METRICS, read_config, read_sealed, to_toml, write_file
+from espalier.run.rundir import CONFIG, METRICS, PROFILE, read_config, read_sealed, to_toml, write_file
 
 COLUMNS = (
     "method",
@@ -54,11 +65,12 @@ class Point:
 
 
 def points_of(
-    config: Config, *, methods: Sequence[str], budgets: Mapping[str, Sequence[float]], seeds: int
+    config: Config, *, methods: Sequence[str], budgets: Mapping[str, Sequence[float | str]], seeds: int
 ) -> list[Point]:
     """Every method at every budget, ``seeds`` times.
 
-    A method is ``NAME`` or ``NAME:KEY=VALUE:KEY=VALUE``.  Several limits are paired, one value with all.
+    A method is ``NAME`` or ``NAME:KEY=VALUE:KEY=VALUE``.  Several limits are paired, one value with all.  A time is a fraction
+    or a text such as "2ms"; the profile that all points share stands in the configuration as a file.
 
     Raises: ValueError for a method, budget or recipe that a run would refuse.
     """
@@ -81,15 +93,23 @@ def points_of(
             raise ValueError(
                 "--method none: a sweep compares methods; the dense network is measured beside them anyway"
             )
-        make_budget(own, method), make_recipe(own)
-        budget = " ".join(f"{n} {v:g}" for n, v in row.items())
+        make_recipe(own)
+        if "latency" in own["budget"]:  # whether it can be met, the profile says
+            milliseconds_of(own["budget"]["latency"], 1.0)
+        else:
+            make_budget(own, method)
+        budget = " ".join(f"{n} {_amount(v)}" for n, v in row.items())
         slug = "-".join(
-            [_slug(text), *[f"{n.replace('_', '-')}{v:g}" for n, v in row.items()], f"seed{first + number}"]
+            [_slug(text), *[f"{n.replace('_', '-')}{_amount(v)}" for n, v in row.items()], f"seed{first + number}"]
         )
         found.append(Point(slug, text, budget, first + number, own))
     if len({p.name for p in found}) < len(found):
         raise ValueError("sweep: two points are the same; list every method and every budget once")
     return found
+
+
+def _amount(value: float | str) -> str:
+    return value.replace(" ", "") if isinstance(value, str) else f"{value:g}"
 
 
 def _slug(text: str) -> str:
@@ -158,14 +178,16 @@ def _work(
 
 
 def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the table says of a run, from its ``metrics.json``; time is that of the last backend measured, at batch 1."""
+    """What the table says of a run, from its ``metrics.json``; time is that of the runtime whose time was limited, else that of
+    the last backend measured, at batch 1."""
+    kept = metrics.get("time")
     timings = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
     return {
         "accuracy": metrics["small"].get("accuracy"),
         "dense accuracy": dense_score(metrics, config),  # none where the run began untrained
         **{name: metrics["fraction"][name] for name in COSTS},
-        "time": 1 / timings[-1]["speedup"] if timings else None,
-        "backend": timings[-1]["backend"] if timings else None,
+        "time": kept["small"] / kept["dense"] if kept else 1 / timings[-1]["speedup"] if timings else None,
+        "backend": kept["setting"]["runtime"] if kept else timings[-1]["backend"] if timings else None,
         "seconds": metrics["seconds"],
     }
 
@@ -247,3 +269,17 @@ def _spread(values: Sequence[float | None], *, digits: int = 2) -> str:
 def numbers(option: str, text: str) -> list[float]:
     """``"0.3,0.5"`` as numbers.  Raises: ValueError for anything else."""
     return [amount_of(part, f"{option} {text}, with commas between several") for part in text.split(",")]
+
+
+def with_shared_profile(config: Config, *, out: Path, download: bool) -> Config:
+    """``config`` whose budget names the profile that all points are planned by: the one given, or one that is measured now."""
+    if "profile" in config["budget"]:
+        return {**config, "budget": {**config["budget"], "profile": str(Path(config["budget"]["profile"]).resolve())}}
+    recipe = make_recipe(config)
+    data = make_data(config, device="cpu", download=download)
+    network = starting_network(fit_model_to(config, data), seed=recipe.seed)
+    budget = dict(config["budget"])
+    runtime, file = budget.pop("runtime", "onnxruntime"), (out / PROFILE).resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    measured_profile(network, data.example(1).cpu(), to=file, runtime=runtime, threads=1, batch=1)
+    return {**config, "budget": {**budget, "profile": str(file)}}

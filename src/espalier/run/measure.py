@@ -124,7 +124,7 @@ def layer_latency(
     """Milliseconds in every one of ``layers`` (module names) during a forward: model -> layer -> fastest of the rounds.
 
     In turns like ``latency``, in PyTorch, where ``example`` is.  The watching itself takes some microseconds per layer,
-    so give a batch that keeps the layers busy.
+    so give a batch that keeps the layers busy.  A layer that a model no longer has takes nothing.
     """
     private = {name: copy_model(model, {}).to(example.device).eval() for name, model in models.items()}
     spent: dict[str, dict[str, float]] = {}
@@ -138,8 +138,11 @@ def layer_latency(
 
     for name, model in private.items():
         spent[name] = dict.fromkeys(layers, 0.0)
+        there = dict(model.named_modules())
         for layer in layers:
-            module = model.get_submodule(layer)
+            module = there.get(layer)
+            if module is None:  # gone with its block
+                continue
             module.register_forward_pre_hook(lambda *_, key=layer: begun.__setitem__(key, wait()))  # type: ignore[misc]
             module.register_forward_hook(  # type: ignore[call-overload]
                 lambda *_, own=spent[name], key=layer: own.__setitem__(key, own[key] + wait() - begun[key])
