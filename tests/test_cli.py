@@ -588,7 +588,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step(tiny, tmp_path):
 
 def test_the_log_goes_to_tensorboard_as_well(tiny, tmp_path, unmeasured):
     pytest.importorskip("tensorboard")
-    assert begin(tiny, tmp_path / "run", "--tensorboard").exit_code == 0
+    assert begin(tiny, tmp_path / "run", "--log", "csv,tensorboard").exit_code == 0
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 

@@ -692,9 +692,9 @@ def test_tensorboard_gets_every_number_of_every_epoch(digits, tmp_path):
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from espalier.run.board import tensorboard
+    from espalier.run.loggers import Loggers
 
-    history = train(net(), digits, recipe(epochs=2), on_epoch=tensorboard(tmp_path))
+    history = train(net(), digits, recipe(epochs=2), on_epoch=Loggers("tensorboard", tmp_path))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert {"loss", "accuracy", "lr"} <= set(events.Tags()["scalars"])

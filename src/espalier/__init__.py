@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.graph import find_blocks as find_blocks
     from espalier.graph import trace as trace
     from espalier.graph import with_blocks as with_blocks
+    from espalier.methods.agreement import average_gradients as average_gradients
     from espalier.methods.base import Method as Method
     from espalier.methods.base import Run as Run
     from espalier.methods.base import attach as attach
@@ -95,6 +96,7 @@ _HOME = {
     "TrainingDiverged": "espalier.run.loop",
     "TrainingStopped": "espalier.run.stopping",
     "attach": "espalier.methods.base",
+    "average_gradients": "espalier.methods.agreement",
     "build_model": "espalier.run.models",
     "compress": "espalier.run.compress",
     "cost": "espalier.costs",
@@ -121,7 +123,7 @@ _HOME = {
 
 _RENAMED = {"Process": "Run"}
 
-_MODULES = {"lightning": "espalier.trainers.lightning"}
+_MODULES = {"huggingface": "espalier.trainers.huggingface", "lightning": "espalier.trainers.lightning"}
 """Modules of their own, because they need a package that most do without."""
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -64,6 +64,28 @@ def import_timm() -> ModuleType:
     return import_optional("timm", extra="models")
 
 
+def import_fabric() -> ModuleType:
+    """Import Lightning Fabric.  Raises: MissingPackage if neither ``lightning`` nor ``lightning_fabric`` is installed."""
+    with suppress(MissingPackage):
+        import_torchvision()
+    for name in ("lightning.fabric", "lightning_fabric"):
+        with suppress(MissingPackage):
+            return import_optional(name, extra="lightning")
+    raise MissingPackage("this needs the package lightning, which is not installed: pip install lightning")
+
+
+def import_transformers() -> ModuleType:
+    """Import transformers, which itself imports torchvision where that is installed, and needs the same care.
+
+    Raises: MissingPackage if it, or accelerate, without which its Trainer does not run, is not installed.
+    """
+    with suppress(MissingPackage):
+        import_torchvision()
+    for name in ("accelerate", "transformers"):
+        found = import_optional(name, extra="huggingface")
+    return found
+
+
 def import_lightning() -> ModuleType:
     """Import Lightning's training package, which itself imports torchvision where that is installed, and needs the same care.
 

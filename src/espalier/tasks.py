@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,21 @@ class Meter(Protocol):
 
     def compute(self) -> Any:
         """A number, or a tensor that holds one."""
+
+
+class Summed:
+    """A meter whose ``kept`` are sums, or lists, of which those of several processes can be put together."""
+
+    kept: ClassVar[tuple[str, ...]]
+
+    def sums(self) -> dict[str, Any]:
+        return {name: moved(getattr(self, name), "cpu") for name in self.kept}
+
+    def put_together(self, all_sums: Sequence[dict[str, Any]]) -> None:
+        """Hold what all of ``all_sums`` hold."""
+        for name in self.kept:
+            first, *rest = (sums[name] for sums in all_sums)
+            setattr(self, name, sum(rest, start=first))
 
 
 class Task(ABC):
@@ -246,8 +261,10 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-class Accuracy:
+class Accuracy(Summed):
     """Top-1 in percent.  Right answers are counted as whole numbers, so it does not depend on the batch size."""
+
+    kept = ("correct", "images")
 
     def __init__(self) -> None:
         self.correct: Tensor | int = 0
@@ -261,8 +278,10 @@ class Accuracy:
         return 100.0 * int(self.correct) / self.images
 
 
-class AveragePrecision:
+class AveragePrecision(Summed):
     """Percent, mean over the classes that occur: of the precision at the rank of every image of the class."""
+
+    kept = ("scores", "targets")
 
     def __init__(self) -> None:
         self.scores: list[Tensor] = []
@@ -335,8 +354,10 @@ class Segmentation(Task):
         return replace(self, label_smoothing=share)
 
 
-class MeanIoU:
+class MeanIoU(Summed):
     """Percent: intersection over union of every class over all pixels, mean over the classes that occur or are predicted."""
+
+    kept = ("counts",)
 
     def __init__(self, task: Segmentation) -> None:
         self.task = task
@@ -433,8 +454,10 @@ def _as_map(targets: Tensor, found: Tensor, name: str) -> Tensor:
     return targets.float()
 
 
-class Mean:
+class Mean(Summed):
     """Mean over images of what ``each`` says of a batch, ``(n,)``."""
+
+    kept = ("total", "images")
 
     def __init__(self, each: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.each = each
@@ -502,7 +525,9 @@ class Detection(Task):
         return _MeanLoss(self) if self.by_loss else _MeanAveragePrecision()
 
 
-class _MeanLoss:
+class _MeanLoss(Summed):
+    kept = ("total", "images")
+
     def __init__(self, task: Detection) -> None:
         self.task = task
         self.total: Tensor | float = 0.0
@@ -528,7 +553,8 @@ class _MeanAveragePrecision:
                 "Detection: mean average precision needs torchmetrics and pycocotools, which come with the extra 'detection' "
                 f"(pip install '.[detection]' in a clone of Espalier); Detection(by_loss=True) needs neither: {error}"
             ) from error
-        self.metric = MeanAveragePrecision(box_format="xyxy")
+        # several processes all judge all images: what is on the host cannot be sent between GPUs
+        self.metric = MeanAveragePrecision(box_format="xyxy", sync_on_compute=False)
 
     def update(self, output: Any, targets: Any, /) -> None:
         self.metric.update(moved(output, "cpu"), moved(targets, "cpu"))

@@ -18,6 +18,7 @@ from espalier.copies import check_sound, named_tensors, unwrapped
 from espalier.costs import LATENCY, METRICS, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, files, hold, trace
+from espalier.methods.agreement import check_run, check_same, once, share, take_from_first
 from espalier.methods.blocks import block_rules, offer_blocks, worth_of_blocks
 from espalier.methods.state import plain, restored
 from espalier.plan import Budget, Plan, need_budget
@@ -201,17 +202,26 @@ class Run(ABC):
         worth, rules = worth_of_blocks(graph, importance), block_rules(graph)
         for name, count in (floor or {}).items():
             rules["floor"][name] = max(count, rules["floor"].get(name, 0))
-        final = LATENCY in limits and limits == self.limits
-        if not (measured and final and isinstance(profile, Profile) and is_here(profile.setting)):
-            rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
-            return solve(graph, worth, limits, per_cost=per_cost, **rules)
+        final = measured and LATENCY in limits and limits == self.limits
+        if final and isinstance(profile, Profile) and once(lambda: is_here(profile.setting)):
+            plan, self.budget = once(lambda: self._plan_by_clock(graph, worth, per_cost, rules))  # clocks differ
+            self.graph = self.budget.timed(self.graph)
+            return plan
+        rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
+        return solve(graph, worth, limits, per_cost=per_cost, **rules)
+
+    def _plan_by_clock(
+        self, graph: Graph, worth: Mapping[str, np.ndarray], per_cost: bool, rules: Mapping[str, Any]
+    ) -> tuple[Plan, Budget]:
+        """A plan that was built and measured, and the budget with what was learnt on the way."""
+        profile = self.budget.profile
+        assert isinstance(profile, Profile)
         need_here(profile)
         family = Family(self.plain_model(), graph, batched(self.example, profile.setting.batch), put=self.put)
         if self._reference is None and self._dense_graph is None:  # nothing has gone yet
             self._reference = family.file(Plan.dense(graph))
         found = settle(family, self._reference, worth, self.budget, per_cost=per_cost, rules=rules)
-        self.budget, self.graph = found.budget, found.budget.timed(self.graph)
-        return found.plan
+        return found.plan, found.budget
 
     def plain_model(self) -> nn.Module:
         """The network whose graph ``graph`` is, in layers that anybody can shrink and export."""
@@ -502,6 +512,10 @@ def attach(
 
     Make the optimiser from ``run.model.parameters()`` after this call; removals carry its state along.
 
+    Where several processes of torch.distributed train together, all call this, and every step, with the same arguments;
+    weights are those of the first process, scores are averaged, plans compared.  Gradients are averaged by the loop:
+    ``average_gradients``, or DistributedDataParallel around ``run.model``, made anew after a step that returned something.
+
     >>> run = es.attach(model, example, budget=es.Budget(macs=0.5), method=es.TCP())   # doctest: +SKIP
     >>> for step, (x, y) in enumerate(loader):                                         # doctest: +SKIP
     ...     loss = criterion(run.model(x), y) + run.penalty()
@@ -513,8 +527,10 @@ def attach(
     """
     model = unwrapped(model, who="attach", in_place=True)
     check_sound(model, who="attach")
+    take_from_first(model)
     wanted = budget_for(method, budget)
     given = None if batches is None else list(batches)
+    check_same("batches=", _digest(given))
     if state is None:
         run = method.start(model, example, wanted, batches=given)
     else:
@@ -530,4 +546,12 @@ def attach(
         )
         run.load_state_dict(state)
     run.held_out = held_out
+    check_run(run)
     return run
+
+
+def _digest(batches: Batches | None) -> str:
+    """What tells batches of one process from those of another."""
+    if batches is None or share().world == 1:
+        return ""
+    return repr([[float(t.double().sum()) for t in batch if isinstance(t, Tensor)] for batch in batches])

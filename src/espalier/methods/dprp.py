@@ -39,6 +39,7 @@ from espalier.forms.lowrank import BasisChange
 from espalier.forms.transfer import moved
 from espalier.graph import trace
 from espalier.graph.alternatives import alternatives_name
+from espalier.methods.agreement import check_run
 from espalier.methods.base import Batches, Removed, Status
 from espalier.methods.importance import TAYLOR, Sensitivity
 from espalier.methods.pace import Closing, ClosingMethod
@@ -203,6 +204,7 @@ class DPRPRun(Closing):
             self.settled = self._next >= self.method.reach
             self._aim(self._next)
             renewed = self.split(self._falling, optimizer=optimizer)
+        check_run(self)
         return Removed(kept, self.cost, renewed, turned)
 
     def _drop(self, optimizer: torch.optim.Optimizer | None) -> Kept:

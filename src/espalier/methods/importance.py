@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from espalier.copies import named_modules
 from espalier.graph import Graph
+from espalier.methods.agreement import average_
 from espalier.methods.units import Gate, Units, upload
 from espalier.settings import Fraction, OneOf, described
 
@@ -198,7 +199,8 @@ class Sensitivity:
         """Take in what was heard since the last call, unless it is not finite.  Nothing here waits for the device."""
         if not self._heard:
             return
-        squares = self.units.sum(part for parts in self._heard.values() for part in parts).square()
+        sums = self.units.sum(part for parts in self._heard.values() for part in parts)
+        squares = average_(sums).square()
         squares = squares / self.units.total(squares).clamp_min(1e-30)
         finite = torch.isfinite(squares).all()
         self._batches += finite
@@ -247,13 +249,15 @@ class Moments:
         readers = {c.tensor.rpartition(".")[0]: c for c in columns if c.tensor.endswith(".weight")}
         self._columns = {n: c for n, c in readers.items() if n in self._modules}
         self.sums: dict[str, Tensor] = {}
+        self._fresh: dict[str, Tensor] = {}  # of this process alone, since the last step
         self.active = False  # it gathers
+        self._judging = False  # in eval mode too
         self._hooks: list[Any] = []
 
     @contextmanager
     def watching(self) -> Iterator[Moments]:
         """Gather from all forwards inside the ``with`` block."""
-        self.start()
+        self.start(judging=True)
         try:
             yield self
         finally:
@@ -264,6 +268,7 @@ class Moments:
         return self.share() if self.sums else torch.ones(self.units.count, device=self.units.device)
 
     def hear(self, steps: int, *, soon: bool) -> None:
+        self.batch_done()
         if soon and not self.active:
             self.start()
 
@@ -280,11 +285,11 @@ class Moments:
             hook.remove()
         self._hooks = []
 
-    def start(self, sums: dict[str, Tensor] | None = None) -> None:
-        """Forget what was gathered (or go on from ``sums``), and gather from now on."""
+    def start(self, sums: dict[str, Tensor] | None = None, *, judging: bool = False) -> None:
+        """Forget what was gathered (or go on from ``sums``), and gather from now on, in eval mode only if ``judging``."""
         self.close()
-        self.active = True
-        self.sums = dict(sums or {})
+        self.active, self._judging = True, judging
+        self.sums, self._fresh = dict(sums or {}), {}
         for name in self._columns:
             self._hooks.append(self._modules[name].register_forward_pre_hook(self._gather(name)))
 
@@ -301,6 +306,8 @@ class Moments:
 
     def _gather(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
+            if not (module.training or self._judging):
+                return  # test images decide nothing
             x = inputs[0].detach()
             channel = 1 if isinstance(module, nn.modules.conv._ConvNd) and x.ndim > 2 else x.ndim - 1
             dims = [d for d in range(x.ndim) if d != channel]
@@ -309,12 +316,22 @@ class Moments:
             row = torch.stack(
                 [x.sum(dims), x.square().sum(dims), torch.full((x.shape[channel],), number, device=x.device)]
             )
-            self.sums[name] = self.sums.get(name, 0) + row
+            self._fresh[name] = self._fresh.get(name, 0) + row
 
         return hook
 
+    def batch_done(self) -> None:
+        """Add what was gathered since the last call, over all processes."""
+        if self._fresh:
+            flat = average_(torch.cat([row.reshape(-1) for row in self._fresh.values()]))
+            parts = flat.split([row.numel() for row in self._fresh.values()])
+            for (name, row), part in zip(self._fresh.items(), parts, strict=True):
+                self.sums[name] = self.sums.get(name, 0) + part.view_as(row)
+            self._fresh = {}
+
     def share(self) -> Tensor:
         """Relative share of variance per unit, shape ``(count,)``; every consumer hands out 1 on average."""
+        self.batch_done()
         total = torch.zeros(self.units.count + 1, device=self.units.device)
         for name, sums in self.sums.items():
             columns = self._columns[name]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.costs import CostModel
+from espalier.methods.agreement import check_run, check_same
 from espalier.methods.base import Removed, Status
 from espalier.methods.importance import LISTEN_EVERY, TAYLOR, listener
 from espalier.methods.pace import Closing, ClosingMethod
@@ -143,7 +144,10 @@ class Fading(Closing):
         self._press(progress - self._pressed_at, optimizer)
         self._adapt(progress)
         self._pressed_at = progress
-        return self._remove_faded(optimizer)
+        removed = self._remove_faded(optimizer)
+        if removed is not None:
+            check_run(self)
+        return removed
 
     def _norm(self) -> Tensor:
         return self.units.consumer_energy().sqrt()
@@ -154,6 +158,7 @@ class Fading(Closing):
         """From now on press on what ``plan`` leaves out."""
         self.score.decided()
         outside = self._outside_of(plan)
+        check_same("the keep-set", outside.tobytes())
         self._adapt_to(plan, outside)
         fresh = upload(outside & ~self._outside, self.units.device)
         self.reference = torch.where(fresh, torch.maximum(self._norm(), self.least), self.reference)

@@ -24,6 +24,7 @@ from espalier.forms.table import ALWAYS, matrix_form
 from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
+from espalier.methods.agreement import once
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Gate
 from espalier.plan import Budget
@@ -194,7 +195,8 @@ def rank_alternatives(
         budget,
     )
     if isinstance(budget.profile, Profile):
-        known = replace(budget, profile=measured(budget.profile, model, example, found.graph, found.put))
+        profile, offered = budget.profile, found
+        known = replace(budget, profile=once(lambda: measured(profile, model, example, offered.graph, offered.put)))
         found = replace(found, graph=known.timed(found.graph), budget=known)
     try:  # unreachable budgets fail now
         even = {g.name: np.ones(g.size) for g in found.graph.groups if g.options}

@@ -38,6 +38,7 @@ from espalier.forms.spectra import Spectra, spectra_of
 from espalier.forms.transfer import moved
 from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
+from espalier.methods.agreement import check_run, check_same, once
 from espalier.methods.base import Batches, Method, Removed, Run, Status
 from espalier.methods.equal import equal_sequences
 from espalier.methods.formed import check_reachable, places_for
@@ -211,7 +212,9 @@ class TTLCRun(Run):
         while not self.replaced and progress >= self._due() - 1e-9:
             self._c_step(progress)
             if self.lc.iterations == self.method.c_steps:
-                return self._replace(progress, optimizer)
+                removed = self._replace(progress, optimizer)
+                check_run(self)
+                return removed
         return None
 
     # -- 2. and 3. ranks and forms -------------------------------------------------------------------------------------
@@ -283,11 +286,17 @@ class TTLCRun(Run):
 
         # The limits, not the budget: a resumed run has it in absolute numbers.
         asked = (method, self.limits, self.budget.multiple_of, list(self.places), ranges)
-        best = minimise(
-            score, ranges, first=neutral, count=method.trials, seed=method.seed * 1000, trials=self.trials,
-            workers=method.workers, journal=None if self.folder is None else self.folder / JOURNAL,
-            name=f"C step {self.lc.iterations + 1}, {name_of(asked, (*wanted.values(), *self.model.state_dict().values()))}",
-        )  # fmt: skip
+        same = name_of(asked, (*wanted.values(), *self.model.state_dict().values()))
+
+        def found() -> tuple[Point, Trials]:
+            best = minimise(
+                score, ranges, first=neutral, count=method.trials, seed=method.seed * 1000, trials=self.trials,
+                workers=method.workers, journal=None if self.folder is None else self.folder / JOURNAL,
+                name=f"C step {self.lc.iterations + 1}, {same}",
+            )  # fmt: skip
+            return best, self.trials
+
+        best, self.trials = once(found)
         self._record_search()
         return best
 
@@ -320,6 +329,7 @@ class TTLCRun(Run):
         mu, theta = self.lc.mu if number else 0.0, {n: compose(f) for n, f in factors.items()}
         gap = self.lc.c_step(theta, fresh=choosing, mu=self._next_mu(number))
         self.sequences, self.factors, self._at = sequences, factors, progress
+        check_same("what the layers are compressed to", repr((sorted(sequences.items()), gap)))
         self.record("gap", {"all": gap}, progress=progress)
         self.record("mu", {"all": mu}, progress=progress)
         self._record_forms(progress)

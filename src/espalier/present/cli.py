@@ -94,6 +94,7 @@ def compress(
     out: opt.Out = None,
     resume: opt.Resume = False,
     force: opt.Force = False,
+    log: opt.Log = None,
     tensorboard: opt.Tensorboard = False,
     no_verify: opt.NoVerify = False,
     trust: opt.Trust = False,
@@ -126,7 +127,7 @@ def compress(
             resume=resume,
             force=force,
             download=download,
-            board=tensorboard,
+            log=",".join(filter(None, (log, "tensorboard" if tensorboard else None))),
             verify=not no_verify,
         )
     if (out / SUMMARY).exists():

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from espalier.optional import import_optional
+from espalier.methods.agreement import once
 from espalier.present.config import (
     Config,
     fit_model_to,
@@ -24,14 +24,14 @@ from espalier.present.edge import stderr, stdout
 from espalier.present.profiling import with_profile
 from espalier.present.progress import RunProgress
 from espalier.run.batches import Source
-from espalier.run.board import tensorboard
 from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
 from espalier.run.data import FolderData
 from espalier.run.evaluate import pick_device
-from espalier.run.lock import owned
+from espalier.run.loggers import Loggers
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
 from espalier.run.models import load_weights
+from espalier.run.processes import held, join
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import (
     CHECKPOINT,
@@ -54,19 +54,23 @@ def run_job(
     resume: bool = False,
     force: bool = False,
     download: bool = False,
-    board: bool = False,
+    log: str = "",
     verify: bool = True,
     known: Mapping[str, float] | None = None,
     beat: Callable[[], None] | None = None,
 ) -> None:
-    """Do what ``config`` says, into ``out``; with ``board`` for TensorBoard too; without ``verify`` nothing is proven.
+    """Do what ``config`` says, into ``out``, and to the loggers that ``log`` names; without ``verify`` nothing is proven.
 
     ``known`` are the dense network's accuracy and loss, if they are; ``beat`` is called after every epoch.
     """
     recipe, method = make_recipe(config), make_method(config)
+    own = join(recipe)
+    stdout.quiet = not own.first
     timed = method is not None and "latency" in config["budget"]
     budget = None if method is None or timed else make_budget(config, method)
-    data = make_data(config, device=pick_device(recipe.device), download=download)
+    if download and own.world > 1:
+        once(lambda: bool(make_data(config, device="cpu", download=True)))
+    data = make_data(config, device=pick_device(recipe.device), download=download and own.world == 1)
     config = fit_model_to(config, data)
     if isinstance(data, FolderData):
         stdout.print(data.told, markup=False, soft_wrap=True)
@@ -77,18 +81,18 @@ def run_job(
         recipe = replace(recipe, distill=0.0) if learns else recipe
     network.cpu()
     if method is not None and timed:
-        config = with_profile(config, network, data.example(1).cpu(), out=out, resume=resume)
+        asked = config
+        config = once(lambda: with_profile(asked, network, data.example(1).cpu(), out=out, resume=resume))
         budget = make_budget(config, method)
     title = f"{config['model']['name']} on {config['data']['name']}"
     with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
-        on_epoch = with_board(progress.on_epoch, out) if board else progress.on_epoch
-        on_epoch = on_epoch if beat is None else with_beat(on_epoch, beat)
+        on_epoch = progress.on_epoch if beat is None else with_beat(progress.on_epoch, beat)
         if method is None:
-            with owned(out):
-                earlier = check_folder(out, resume=resume, force=force)
-                if earlier is None:
-                    begin_dense(out, config, recipe)
-                train_only(network, data, recipe, out=out, on_epoch=on_epoch, on_step=progress.on_step)
+            with held(out):
+                settled = config
+                if once(lambda: check_folder(out, resume=resume, force=force)) is None:
+                    once(lambda: begin_dense(out, settled, recipe))
+                train_only(network, data, recipe, out=out, log=log, on_epoch=on_epoch, on_step=progress.on_step)
         else:
             options = multiples(config)
             for multiple in options:
@@ -103,6 +107,7 @@ def run_job(
                         resume=resume,
                         force=force,
                         verify=verify,
+                        log=log,
                         dense_result=known,
                         config={"model": config["model"], "data": config["data"]},
                         on_epoch=on_epoch,
@@ -140,16 +145,20 @@ def starting_network(config: Config, *, seed: int) -> nn.Module:
 def begin_dense(out: Path, config: Config, recipe: Recipe) -> None:
     """The folder of a run that only trains."""
     tables = {"model": config["model"], "data": config["data"], "method": {"name": "none"}}
-    begin_folder(out, {**tables, "recipe": recipe.to_dict()})
+    begin_folder(out, {**tables, "recipe": recipe.to_config()})
 
 
 def train_only(
-    network: nn.Module, data: Source, recipe: Recipe, *, out: Path, on_epoch: OnEpoch, on_step: OnStep
+    network: nn.Module, data: Source, recipe: Recipe, *, out: Path, on_epoch: OnEpoch, on_step: OnStep, log: str = ""
 ) -> None:
     """Train ``network`` in place, as it is; from the checkpoint in ``out``, if there is one."""
 
+    loggers = Loggers(log, out) if log else None
+
     def after_epoch(history: History) -> None:
         write_log(out / LOG, history.epochs, Epoch)
+        if loggers is not None:
+            loggers(history)
         on_epoch(history)
 
     checkpoint = out / CHECKPOINT
@@ -158,25 +167,11 @@ def train_only(
         data,
         recipe,
         checkpoint=checkpoint,
-        resume=checkpoint.exists(),
+        resume=once(checkpoint.exists),
         on_epoch=after_epoch,
         on_step=on_step,
     )
-    save(network, out / MODEL)
-
-
-def with_board(on_epoch: OnEpoch, folder: Path) -> OnEpoch:
-    """``on_epoch``, and the same for TensorBoard. Its file is made at the first epoch: a refused run leaves none."""
-    import_optional("tensorboard", extra="tensorboard")
-    boards: list[OnEpoch] = []
-
-    def both(history: History) -> None:
-        on_epoch(history)
-        if not boards:
-            boards.append(tensorboard(folder))
-        boards[0](history)
-
-    return both
+    once(lambda: save(network, out / MODEL))
 
 
 def with_beat(on_epoch: OnEpoch, beat: Callable[[], None]) -> OnEpoch:

@@ -213,7 +213,16 @@ Config = Annotated[
 ]
 Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Run folder")]
 Force = Annotated[bool, _option("--force", "Begin anew in --out; the old run moves to a folder inside.", "Run folder")]
-Tensorboard = Annotated[bool, _option("--tensorboard", "Log for TensorBoard as well, in --out.", "Run folder")]
+Log = Annotated[
+    str | None,
+    _option(
+        "--log",
+        "Loggers, with commas between them: tensorboard, wandb, mlflow; csv (log.csv in --out) is always written.",
+        "Run folder",
+        metavar="LIST",
+    ),
+]
+Tensorboard = Annotated[bool, _option("--tensorboard", "The same as --log tensorboard.", "Run folder")]
 
 Trust = Annotated[
     bool,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -121,6 +122,11 @@ def sweep(points: Sequence[Point], *, out: Path, storage: str | None, download: 
 
     Raises: ValueError if ``out`` holds a sweep whose points were other ones.
     """
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if not alone or any(make_recipe(p.config).devices or make_recipe(p.config).nodes > 1 for p in points):
+        raise ValueError(
+            "sweep: a worker is one process; instead of torchrun or --devices start the command as often as there are GPUs"
+        )
     for point in points:
         _same_as_before(out / point.name, point)
     ledger = Ledger(storage or str(out / JOURNAL), "espalier sweep")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -20,18 +20,20 @@ from espalier import __version__
 from espalier.copies import check_sound, copy_model, unwrapped
 from espalier.costs import METRICS, Cost, cost
 from espalier.graph import Graph, files, trace
+from espalier.methods.agreement import check_run, once, share, take_from_first
 from espalier.methods.base import Method, Run, budget_for, need_method
 from espalier.methods.scoring import buffers_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
 from espalier.run.charts import write_figures
-from espalier.run.checkpoint import fingerprint, rebuild_from_checkpoint, seeded
+from espalier.run.checkpoint import fingerprint, read_checkpoint, seeded, take_over
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, modes_kept, pick_device
-from espalier.run.lock import owned
+from espalier.run.loggers import Log, Loggers
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
-from espalier.run.recipe import WHERE, Recipe
+from espalier.run.processes import held, is_shared, join, tested
+from espalier.run.recipe import ADDED, WHERE, Recipe
 from espalier.run.report import Outcome, write_results
 from espalier.run.rundir import (
     CHECKPOINT,
@@ -52,7 +54,7 @@ from espalier.run.rundir import (
 from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof
 from espalier.surgery.verify import verify as proof_of
-from espalier.tasks import Classification, Metric, Task, example_of, image_count, moved
+from espalier.tasks import Classification, Metric, Task, example_of, moved
 from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -129,6 +131,7 @@ def compress(
     on_step: OnStep | None = None,
     on_dense: OnDense | None = None,
     task: Task | None = None,
+    log: Log = (),
 ) -> Result:
     """Compress a copy of ``model`` to ``budget``; ``model`` itself is not touched.
 
@@ -151,6 +154,8 @@ def compress(
     ``config.toml``, to say where model and data came from.  ``on_dense`` is called once with accuracy and loss of the network
     as it was given, before anything is trained, and with whether it is the teacher.
 
+    ``log``: loggers beside the folder, by name ("tensorboard,wandb,mlflow") or as objects of Lightning Fabric.
+
     The finished network is proven (``espalier.verify``): it computes what the dense architecture computes when what the plan
     removes reads zero, at the cost that was planned, inside the budget.  ``verify=False`` goes without.  ``dense_result`` are
     accuracy and loss of ``model``, where an earlier run has them: it is not evaluated again.
@@ -169,13 +174,15 @@ def compress(
     task = task or Classification()
     source, example, calibration = _data_or_example(data, method, task)
     recipe = recipe or Recipe()
+    own = join(recipe) if source is not None else share()
     if source is not None and method.trains and recipe.epochs == 0:
         raise ValueError(f"{method.name} works while the network trains: give Recipe(epochs=1) or more")
     if out is None and (resume or force):
         raise ValueError("compress(resume=True or force=True): say which run: out=FOLDER")
     folder = None if out is None else Path(out)
-    with nullcontext() if folder is None else owned(folder):
-        earlier = None if folder is None else check_folder(folder, resume=resume, force=force)
+    loggers = Loggers(log, folder) if log else None
+    with held(folder):
+        earlier = None if folder is None else once(lambda: check_folder(folder, resume=resume, force=force))
         job = _Job(model, source, example, budget, method, recipe, calibration, task)
         job.judge(earlier, trained, dense_result)
         job.describe(earlier, config or {})
@@ -185,8 +192,10 @@ def compress(
                 with job.cutting():
                     run = method.start(job.small, example, job.budget_now, batches=job.few_batches())
                 job.started(run)
+            if not own.first:
+                job.folder = None  # one writes
             job.write_down(resumes=earlier is not None)
-            if on_dense is not None and job.dense_result:
+            if on_dense is not None and job.dense_result and own.first:
                 on_dense(job.dense_result, job.teacher is not None)
             if job.source is not None and recipe.epochs:
                 history = train(
@@ -198,10 +207,12 @@ def compress(
                     task=task,
                     checkpoint=job.checkpoint,
                     resume=job.goes_on,
-                    on_epoch=job.logged(on_epoch),
+                    on_epoch=job.logged(*(each for each in (loggers, on_epoch) if each is not None)),
                     on_step=on_step,
                 )
                 job.history = _with_cost(history, job.constant)
+                if loggers is not None:
+                    loggers.close()
             if job.run is not None:
                 with job.cutting():
                     job.small = job.run.finish()
@@ -225,6 +236,10 @@ class _Job:
     ) -> None:
         model = unwrapped(model, who="compress")
         check_sound(model, who="compress")
+        self.own = share()  # of every batch, where several processes train
+        if self.own.world > 1:
+            model = copy_model(model, {})
+            take_from_first(model)
         if source is not None:
             source = set_aside(source, method.withholds)
         self.model, self.source, self.example = model, source, example
@@ -262,7 +277,8 @@ class _Job:
         self.dense_result = self._tested(reference) if known is None else dict(known)
         if trained is None and earlier is not None:
             trained = earlier.get("start", {}).get("trained")
-        self.trained = _is_trained(reference, self.source, self.task) if trained is None else bool(trained)
+        source, task = self.source, self.task
+        self.trained = once(lambda: _is_trained(reference, source, task)) if trained is None else bool(trained)
         if self.trained and self.recipe.distill != 0 and self.task.follows:
             self.teacher = reference
         check_fit(reference, self.source, self.recipe, teacher=self.teacher, task=self.task)
@@ -271,12 +287,13 @@ class _Job:
         """A copy of the network where it is going to be trained, as it is or as the checkpoint has it."""
         self.folder = folder
         self.checkpoint = None if folder is None else folder / CHECKPOINT
-        self.goes_on = resumes and self.checkpoint is not None and self.checkpoint.exists()
+        content = once(lambda: _checkpoint(self.checkpoint) if resumes else None)
+        self.goes_on = content is not None
         self.small = copy_model(self.model, {}).to(self.device)
-        if self.goes_on and self.checkpoint is not None:
-            rebuild_from_checkpoint(self.small, self.checkpoint)
+        if content is not None:
+            take_over(self.small, content, where=str(self.checkpoint))
             if not self.method.trains:
-                self._recall(folder)
+                self.plan, self.graph, self.course, self.skipped = once(lambda: _recalled(folder))
 
     @property
     def cuts(self) -> bool:
@@ -297,6 +314,7 @@ class _Job:
 
     def started(self, run: Run) -> None:
         """The method has begun, or is through with everything."""
+        check_run(run)
         if not self.method.trains:
             self.small = run.finish()
             self._take_from(run)
@@ -305,22 +323,14 @@ class _Job:
         if self.method.withholds and self.source is not None and self.source.has_holdout:
             run.held_out = _HeldOut(self.source, self.device)
 
-    def _recall(self, folder: Path | None) -> None:
-        """What a method that acted at once has recorded and decided: the checkpoint does not hold it."""
-        if folder is None:
-            return
-        if (folder / PLAN).exists() and (folder / GRAPH).exists():  # older runs wrote no graph
-            self.plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-            self.graph = files.from_json((folder / GRAPH).read_text(encoding="utf-8"))
-        if (folder / HISTORY).exists():
-            self.course = read_sealed(folder / HISTORY)
-            self.skipped = self.course.pop("skipped", None) or self.course.pop("left", {})  # older runs: "left"
-
     def few_batches(self) -> list[Batch] | None:
         """A few training batches on the device, for methods that measure before they cut."""
         if self.source is None:
             return self.calibration and [(x.to(self.home), y.to(self.home)) for x, y in self.calibration]
-        chosen = self.source.calibration_batches(batch_size=self.recipe.batch_size, batches=8, seed=self.recipe.seed)
+        source, recipe = self.source, self.recipe
+        chosen = source.calibration_batches(batch_size=recipe.batch_size, batches=8, seed=recipe.seed)
+        if is_shared(source):  # everybody measures on the same
+            chosen = iter(once(lambda: list(chosen)))
         if _is_plain(self.source, self.task):
             return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
         pairs = [self.task.split(batch)[0] for batch in chosen]
@@ -334,7 +344,7 @@ class _Job:
             **{name: dict(table) for name, table in more.items()},
             "budget": self.budget.settings if self.limited else {},
             "method": {"name": self.method.name, **asdict(self.method)},
-            "recipe": self.recipe.to_dict() if self.source is not None else {},
+            "recipe": self.recipe.to_config() if self.source is not None else {},
             **({} if self.task == Classification() else {"task": self.task.to_dict()}),
             "start": {"trained": self.trained, "weights": fingerprint(self.model)},
             "versions": {
@@ -355,8 +365,8 @@ class _Job:
                 save_profile(timed.profile, self.folder / PROFILE)
             self._write_plan()
 
-    def logged(self, on_epoch: OnEpoch | None) -> OnEpoch:
-        """``on_epoch``, and before it the log."""
+    def logged(self, *then: OnEpoch) -> OnEpoch:
+        """Write the log, and then the others."""
         constant = self.constant
 
         def after_epoch(history: History) -> None:
@@ -365,8 +375,8 @@ class _Job:
                 write_log(self.folder / LOG, history.epochs, Epoch, metric=self.task.metric.name)
                 if self.run is not None:
                     add_widths(self.folder / WIDTHS, history.last.epoch, self.run.widths)
-            if on_epoch is not None:
-                on_epoch(history)
+            for each in then:
+                each(history)
 
         return after_epoch
 
@@ -398,8 +408,8 @@ class _Job:
         found = replace(cost(trace(self.small, self.example)), latency=self.predicted)
         small_result = self._tested(self.small) if self.source is not None else {}
         small = _in_modes_of(self.model, self.small.to(self.home))
-        proof = self._proof(small) if verify else None
-        time_of = time_kept(self.model, small, self.example, self.budget)
+        proof = once(lambda: self._proof(small)) if verify else None
+        time_of = once(lambda: time_kept(self.model, small, self.example, self.budget))
         if self.folder is not None:
             write_results(
                 self.folder,
@@ -477,14 +487,27 @@ class _Job:
 
     def _tested(self, model: nn.Module) -> dict[str, float]:
         assert self.source is not None
-        batches = self.source.test_batches(channels_last=self.recipe.channels_last)
-        self.test_images = 0
-        return evaluate(model, self._counted(batches), device=self.device, task=self.task)
+        found, self.test_images = tested(
+            model, self.source, self.own,
+            device=self.device, task=self.task, channels_last=self.recipe.channels_last,
+        )  # fmt: skip
+        return found
 
-    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.test_images += image_count(self.task.split(batch)[0])
-            yield batch
+
+def _checkpoint(path: Path | None) -> dict[str, Any] | None:
+    return None if path is None or not path.exists() else read_checkpoint(path)
+
+
+def _recalled(folder: Path | None) -> tuple[Plan | None, Graph | None, dict[str, Any], dict[str, str]]:
+    """What a method that acted at once has decided and recorded: the checkpoint does not hold it."""
+    plan, graph, course, skipped = None, None, {}, {}
+    if folder is not None and (folder / PLAN).exists() and (folder / GRAPH).exists():  # older runs wrote no graph
+        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+        graph = files.from_json((folder / GRAPH).read_text(encoding="utf-8"))
+    if folder is not None and (folder / HISTORY).exists():
+        course = read_sealed(folder / HISTORY)
+        skipped = course.pop("skipped", None) or course.pop("left", {})  # older runs: "left"
+    return plan, graph, course, skipped
 
 
 class _HeldOut:
@@ -625,6 +648,8 @@ def _compared(table: str, then: Mapping[str, Any], new: Mapping[str, Any]) -> li
 
 def _said(config: Mapping[str, Any], table: str) -> dict[str, Any]:
     said = _plain(config.get(table, {}))
+    if table == "recipe":
+        return {**ADDED, **said}
     if table == "data" and "name" in said:
         return {"holdout": 0, **said, "name": str(said["name"]).partition(":")[0]}  # imagefolder:PATH
     return said

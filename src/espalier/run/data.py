@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espalier.methods.agreement import WHOLE, Share
 from espalier.run.batches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -81,6 +82,7 @@ class Data:
     levels: int = 255
     pad: int = 0
     flip: bool = False
+    share: Share = WHOLE  # of every training batch
 
     def __post_init__(self) -> None:
         for name, split in {"train": self.train, "test": self.test, "holdout": self.holdout}.items():
@@ -132,10 +134,13 @@ class Data:
         used = min(len(self.train), steps * batch_size)
         device = self.train.labels.device
         # Drawn on the CPU for the whole epoch: three copies to the device, and every device draws the same.
-        order = torch.randperm(len(self.train), generator=random)[:used].to(device)
-        shift = torch.randint(2 * self.pad + 1, (2, used), generator=random).to(device)
-        mirrored = torch.rand(used, generator=random) < (0.5 if self.flip else 0.0)
-        flip = mirrored.to(device)
+        order = torch.randperm(len(self.train), generator=random)[:used]
+        shift = torch.randint(2 * self.pad + 1, (2, used), generator=random)
+        flip = torch.rand(used, generator=random) < (0.5 if self.flip else 0.0)
+        mine = torch.from_numpy(self.share.among(used, steps))
+        order, shift, flip = (drawn[..., mine].to(device) for drawn in (order, shift, flip))
+        used = len(mine)
+        batch_size = used // steps
         chunk = max(1, _AT_ONCE // batch_size) * batch_size
         for start in range(0, used, chunk):
             part = slice(start, min(start + chunk, used))

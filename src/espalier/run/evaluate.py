@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from espalier.methods.agreement import gathered, total
 from espalier.methods.scoring import modes_kept, recalibrate_batchnorm
-from espalier.tasks import Classification, Task, image_count, main_logits, moved
+from espalier.tasks import Classification, Summed, Task, image_count, main_logits, moved
 
 __all__ = [
     "AUTOCAST",
@@ -75,7 +76,19 @@ def evaluate(
 
     Raises: ValueError if there is no image, or if the model does not return what the task takes.
     """
-    task = task or Classification()
+    return judged(model, batches, device=device, precision=precision, task=task or Classification())[0]
+
+
+def judged(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: str | torch.device | None,
+    task: Task,
+    precision: str = "fp32",
+    joint: bool = False,
+) -> tuple[dict[str, float], int]:
+    """``evaluate``, and the number of images.  ``joint``: ``batches`` are of this process, and the answer is of all of them."""
     first = next(model.parameters(), None)
     place = pick_device(device) if device is not None else first.device if first is not None else torch.device("cpu")
     meter = task.meter()
@@ -94,7 +107,13 @@ def evaluate(
             if part is not None:
                 loss, has_loss = loss + part.double(), True
             images += count
+    summed = float(loss)
+    if joint:
+        summed, number, losses = total(summed, images, has_loss)
+        images, has_loss = int(number), bool(losses)
+        if isinstance(meter, Summed):
+            meter.put_together(gathered(meter.sums()))
     if not images:
         raise ValueError("evaluate: there are no images")
     found = {task.metric.name: float(meter.compute())}
-    return {**found, "loss": float(loss) / images} if has_loss else found
+    return ({**found, "loss": summed / images} if has_loss else found), images

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from espalier.methods.agreement import WHOLE, Share
 from espalier.optional import import_optional, import_torchvision
 from espalier.run.batches import (
     IMAGENET_MEAN,
@@ -125,6 +126,7 @@ class FolderData:
     augment: str = "crop"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    share: Share = WHOLE  # of every training batch
     told: str = ""  # what was found in the files, in a sentence
 
     @property
@@ -156,7 +158,8 @@ class FolderData:
         steps = self.steps(batch_size)
         order = torch.randperm(len(self.train), generator=epoch_generator(seed, epoch)).tolist()
         files = self._files(self.train, draw=epoch_seed(seed, epoch))
-        return self._batches(files, order[: steps * batch_size], batch_size, channels_last)
+        mine = self.share.among(min(len(order), steps * batch_size), steps)
+        return self._batches(files, [order[i] for i in mine], len(mine) // steps, channels_last)
 
     def test_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
         return self._in_order(self.test, batch_size, channels_last)
@@ -333,7 +336,8 @@ def read_folder(
             f"{images.channels}x{size}x{size}, mean {_short(constants['mean'])} ({images.mean}), "
             f"std {_short(constants['std'])} ({images.std}), augmentation {images.augment}"
         ),
-        **constants,
+        mean=constants["mean"],
+        std=constants["std"],
     )
 
 

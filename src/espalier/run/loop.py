@@ -19,9 +19,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from espalier.copies import copy_model
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
+from espalier.methods.agreement import anywhere, average_, average_statistics, once, reduce_gradients, share, total
 from espalier.methods.base import Removed, Run
 from espalier.methods.scoring import buffers_kept
 from espalier.run.batches import Source
+from espalier.run.batchnorm import synchronised
 from espalier.run.checkpoint import (
     check_entries,
     damage_said,
@@ -39,8 +41,9 @@ from espalier.run.checkpoint import (
 )
 from espalier.run.data import Data, FolderData, identity
 from espalier.run.ema import AveragedWeights
-from espalier.run.evaluate import autocast, evaluate, modes_kept, pick_device, thread_count
-from espalier.run.recipe import WHERE, Recipe
+from espalier.run.evaluate import autocast, modes_kept, pick_device, thread_count
+from espalier.run.processes import shares, tested
+from espalier.run.recipe import ADDED, WHERE, Recipe
 from espalier.run.replay import Replay, recorder_for, running
 from espalier.run.stopping import TrainingStopped, sigterm_noticed
 from espalier.surgery.files import structure, untouched_on_error
@@ -137,12 +140,10 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     if resume and path is None:
         raise ValueError("train(resume=True): say where the checkpoint is: checkpoint=PATH")
-    if path is not None and path.exists() and not resume:
-        raise ValueError(f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place")
     if run is not None and any(p.device != device for p in model.parameters()):
         raise ValueError(f"train: move the model to {device} before the run is started on it")
-    with thread_count(recipe.threads), seeded(recipe.seed, device):
-        content = read_checkpoint(path) if path is not None and path.exists() else None
+    with thread_count(recipe.threads), seeded(recipe.seed, device), synchronised(model, wanted=recipe.sync_batchnorm):
+        content = once(lambda: _found(path, resume=resume))
         if content is not None and run is not None and not same_structure(model, content):
             raise ValueError(
                 f"{path}: the model has another structure than this checkpoint; first "
@@ -163,13 +164,22 @@ def train(
                             loop.follow(removed)
                         loop.end_step(on_step)
                 loop.end_epoch()
-                if on_epoch is not None:
+                if on_epoch is not None and loop.own.first:
                     on_epoch(loop.history)
-                if loop.told_to_stop():
+                if anywhere(loop.told_to_stop()):
                     loop.stop()
         if loop.average is not None:
             loop.average.swap(model)
     return loop.history
+
+
+def _found(path: Path | None, *, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if there is one.  Raises: ValueError if one is in the way."""
+    if path is None or not path.exists():
+        return None
+    if not resume:
+        raise ValueError(f"{path}: a checkpoint is already there; resume it with resume=True, or choose another place")
+    return read_checkpoint(path)
 
 
 def check_fit(
@@ -306,6 +316,9 @@ class _Loop:
         self.done = 0  # steps of the whole run
         self.kept_checkpoint = 0  # the epoch that lies on disk
         self.now = _Pass(device)
+        self.own = share()  # of every batch, where several processes train
+        self.weight = 1.0  # of the mean over this process's part of the batch, among all
+        self.alarms = torch.zeros((), device=device)  # from processes that were told to stop
         self.begun: _Pass | None = None  # the epoch that a checkpoint was written in the middle of
         self.told_to_stop: Callable[[], bool] = bool
         self._begin()
@@ -331,9 +344,10 @@ class _Loop:
         gone, resumed_at = 0, random_state(self.device)
         self.now.begin = time.perf_counter()
         self.model.train()
-        for batch in self.data.train_batches(
-            batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last
-        ):
+        for x, y, weight in shares(
+            self.data, self.task, self.own,
+            batch_size=recipe.batch_size, epoch=number, seed=recipe.seed, channels_last=recipe.channels_last,
+        ):  # fmt: skip
             if gone < self.now.done:
                 gone += 1
                 if gone == self.now.done:  # loading them drew numbers
@@ -341,7 +355,8 @@ class _Loop:
                 continue
             if self.now.losses.seen == self.steps:
                 raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
-            yield moved(self.task.split(batch), self.device)
+            self.weight = weight
+            yield moved((x, y), self.device)
 
     def learn(self, x: Any, y: Any) -> None:
         """Forward, backward, and a step of the optimiser."""
@@ -357,7 +372,10 @@ class _Loop:
             penalty = 0.0 if self.run is None else self.run.penalty()
             loss, hits = self.replay(x, y, penalty=penalty if isinstance(penalty, Tensor) else None)
             loss = loss + penalty
-        self.now.add(loss, hits, image_count(x))  # hits are on the device still
+        self.now.add(loss * self.weight, hits, image_count(x))  # hits are on the device still
+        if self.own.world > 1:
+            told = [float(self.told_to_stop())]
+            self.alarms = self.alarms + reduce_gradients(self.model, told, weight=self.weight)[0]
         if self.recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -392,7 +410,7 @@ class _Loop:
         try:
             yield
         except Exception as error:
-            self._look_at_losses()
+            self._look_at_losses(alone=True)
             self._check_weights(f" ({first_line(error)})")
             raise
 
@@ -412,12 +430,19 @@ class _Loop:
             self.average.update(self.model)
         if self.now.losses.full:
             self._look_at_losses()
-        if on_step is not None:
+        if on_step is not None and self.own.first:
             on_step(Step(len(self.history.epochs) + 1, self.recipe.epochs, self.now.losses.seen, self.steps))
-        if self.told_to_stop() and self.now.losses.seen < self.steps:
+        if self._stops() and self.now.losses.seen < self.steps:
             self._close_pass()
             self.begun = self.now
             self.stop()
+
+    def _stops(self) -> bool:
+        """Whether any process was told to stop, after the same step in all of them."""
+        if self.own.world == 1:
+            return self.told_to_stop()
+        looks = self.device.type == "cpu" or not self.now.losses.unread  # a look waits for the device
+        return looks and bool(self.alarms > 0)
 
     def end_epoch(self) -> None:
         """Evaluate, and write the checkpoint."""
@@ -433,7 +458,7 @@ class _Loop:
         epoch = Epoch(
             epoch=len(self.history.epochs) + 1,
             loss=found.losses.mean,
-            train_accuracy=None if found.correct is None else 100.0 * int(found.correct) / found.images,
+            train_accuracy=found.accuracy,
             accuracy=tested.get("accuracy"),
             test_loss=test_loss,
             metric=None if metric == "accuracy" else tested[metric],
@@ -462,8 +487,8 @@ class _Loop:
 
     # -- looking ---------------------------------------------------------------------------------------------
 
-    def _look_at_losses(self) -> None:
-        bad = self.now.losses.read()
+    def _look_at_losses(self, *, alone: bool = False) -> None:
+        bad = self.now.losses.read(alone=alone)
         if bad is not None:
             self._diverged(bad[0], f"the loss is {bad[1]}")
 
@@ -483,11 +508,15 @@ class _Loop:
         )
 
     def _evaluate(self) -> dict[str, float]:
-        batches = self.data.test_batches(channels_last=self.recipe.channels_last)
+        average_statistics(self.model)
         if self.average is not None:
             self.average.swap(self.model)
+            average_statistics(self.model)
         try:
-            return evaluate(self.model, batches, device=self.device, task=self.task)
+            return tested(
+                self.model, self.data, self.own,
+                device=self.device, task=self.task, channels_last=self.recipe.channels_last,
+            )[0]  # fmt: skip
         finally:
             if self.average is not None:
                 self.average.swap(self.model)
@@ -504,10 +533,17 @@ class _Loop:
     def _save(self) -> None:
         if self.path is None:
             return
+        average_statistics(self.model)
+        begun = None if self.begun is None else self.begun.state_dict()
+        self.kept_checkpoint = once(lambda: self._write(begun))
+
+    def _write(self, begun: dict[str, Any] | None) -> int:
+        """The checkpoint; returns the epoch that lies on disk then."""
+        assert self.path is not None
         content = {
             "epoch": len(self.history.epochs),
             "step": self.done,
-            "begun": None if self.begun is None else self.begun.state_dict(),
+            "begun": begun,
             "structure": structure(self.model),
             "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
@@ -520,7 +556,7 @@ class _Loop:
             "setting": self.setting,
         }
         write_checkpoint(self.path, content)
-        self.kept_checkpoint = len(self.history.epochs)
+        return len(self.history.epochs)
 
     @cached_property
     def setting(self) -> dict[str, Any]:
@@ -545,8 +581,8 @@ class _Loop:
     def _compare(self, content: dict[str, Any]) -> None:
         """Raises: ValueError if the checkpoint is of another run."""
         ours = {**self.recipe.to_dict(), **self.setting}
-        # Checkpoints used to say nothing of the data.
-        theirs = {**self.data_setting, **content["recipe"], **content["setting"]}
+        # Older checkpoints said nothing of the data, or of fields that there were not.
+        theirs = {**self.data_setting, **ADDED, **content["recipe"], **content["setting"]}
         theirs["process"] = RENAMED.get(theirs["process"], theirs["process"])
         for name in {**ours, **theirs}:
             if name not in WHERE and ours.get(name) != theirs.get(name):
@@ -606,9 +642,11 @@ class _Losses:
         self.waiting[self.unread] = loss.detach()
         self.unread += 1
 
-    def read(self) -> tuple[int, float] | None:
-        """Read what waits; returns the first step of the epoch, from 1 on, whose loss is not finite."""
-        fresh = self.waiting[: self.unread].tolist()
+    def read(self, *, alone: bool = False) -> tuple[int, float] | None:
+        """Read what waits, as the mean over all processes unless ``alone``; returns the first step of the epoch, from 1 on,
+        whose loss is not finite."""
+        waiting = self.waiting[: self.unread].clone()
+        fresh = (waiting if alone else average_(waiting)).tolist()
         before = len(self.values)
         self.values += fresh
         self.unread = 0
@@ -630,22 +668,36 @@ class _Pass:
         self.correct = None if right is None or self.correct is None else self.correct + right
         self.images += images
 
+    @property
+    def accuracy(self) -> float | None:
+        """Percent, over all processes."""
+        right, images = self._counts()
+        return None if right is None else 100.0 * right / images
+
+    def _counts(self) -> tuple[int | None, int]:
+        """Right answers and images of all processes."""
+        right, images = total(0 if self.correct is None else int(self.correct), self.images)
+        return None if self.correct is None else int(right), int(images)
+
     def state_dict(self) -> dict[str, Any]:
         """As plain values, once all losses have been read."""
         assert not self.losses.unread
+        right, images = self._counts()
         return {
-            "losses": list(self.losses.values), "correct": None if self.correct is None else int(self.correct),
-            "images": self.images, "removals": self.removals, "seconds": self.seconds,
+            "losses": list(self.losses.values), "correct": right, "images": images,
+             "removals": self.removals, "seconds": self.seconds,
         }  # fmt: skip
 
     @staticmethod
     def from_state(state: dict[str, Any], device: torch.device) -> _Pass:
         found = _Pass(device)
         found.losses.values = [float(loss) for loss in state["losses"]]
-        found.correct = (
-            None if state["correct"] is None or found.correct is None else found.correct + int(state["correct"])
-        )
-        found.images, found.removals = int(state["images"]), int(state["removals"])
+        mine = int(share().first)  # what all had counted, one of them goes on with
+        if state["correct"] is None:
+            found.correct = None
+        elif found.correct is not None:
+            found.correct += mine * int(state["correct"])
+        found.images, found.removals = mine * int(state["images"]), int(state["removals"])
         found.seconds, found.done = float(state["seconds"]), len(found.losses.values)
         return found
 

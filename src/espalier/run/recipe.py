@@ -8,8 +8,13 @@ from typing import Annotated, Any, Literal
 
 from espalier.settings import Positive, Settings, Share, described, settings_of
 
-WHERE = ("device", "threads", "graphs")
+PROCESSES = ("devices", "nodes", "strategy")
+WHERE = ("device", "threads", "graphs", *PROCESSES)
 """Fields that say where a run goes on, not what it is: another machine may resume it."""
+
+
+ADDED = {"sync_batchnorm": False}
+"""Fields that older runs do not name, and what they were in effect."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,18 @@ class Recipe(Settings):
         str, described("auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", min_length=1)
     ] = "auto"
     threads: Annotated[int | None, described("Number of CPU threads", ge=1)] = None
+    devices: Annotated[
+        int | None,
+        described("Processes on each machine, one a GPU; default: one, or those that torchrun started", ge=1),
+    ] = None
+    nodes: Annotated[int, described("Machines", ge=1)] = 1
+    strategy: Annotated[
+        Literal["ddp"],
+        described("How processes share the work: ddp, each has the whole network and a part of every batch"),
+    ] = "ddp"
+    sync_batchnorm: Annotated[
+        bool, described("With several processes: BatchNorm over the whole batch, as in one process")
+    ] = False
     graphs: Annotated[bool, described("On a GPU: replay training steps as CUDA graphs")] = False
 
     def __post_init__(self) -> None:
@@ -75,6 +92,10 @@ class Recipe(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for TOML or JSON; fields that are ``None`` are left out."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def to_config(self) -> dict[str, Any]:
+        """What ``config.toml`` keeps: any number of processes may go on with a run."""
+        return {name: value for name, value in self.to_dict().items() if name not in PROCESSES}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Recipe:

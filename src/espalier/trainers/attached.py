@@ -22,6 +22,13 @@ def restore_optimizer(run: Run, optimizer: torch.optim.Optimizer, saved: Mapping
     load_optimizer_state(run.model, optimizer, saved["optimizer"])
 
 
+def holds_all(run: Run, optimizer: torch.optim.Optimizer, advice: str) -> None:
+    """Raises: ValueError unless the optimiser trains all parameters of the network."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in held for p in run.model.parameters() if p.requires_grad):
+        raise ValueError(f"Compression: the optimiser does not hold all parameters of the network; {advice}")
+
+
 def add_penalty(run: Run) -> None:
     """Add the gradient of the run's penalty to gradients that are there, averaged over processes and unscaled.
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from espalier.methods.base import Method, Run, attach
 from espalier.optional import import_lightning
 from espalier.plan import Budget, Plan
-from espalier.trainers.attached import add_penalty, restore_optimizer, saved_run, set_rate
+from espalier.trainers.attached import add_penalty, holds_all, restore_optimizer, saved_run, set_rate
 
 Callback: Any = import_lightning().Callback
 
@@ -90,12 +90,7 @@ class Compression(Callback):  # type: ignore[misc]
         assert self.run is not None and self._hook is not None
         self._hook.remove()
         optimizer = trainer.optimizers[0]
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in held for p in self.run.model.parameters() if p.requires_grad):
-            raise ValueError(
-                "Compression: the optimiser does not hold all parameters of the network; make it in configure_optimizers, of "
-                "self.parameters(), not before"
-            )
+        holds_all(self.run, optimizer, "make it in configure_optimizers, of self.parameters(), not before")
         if self._saved is not None:
             restore_optimizer(self.run, optimizer, self._saved)
         self._peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
