@@ -86,7 +86,15 @@ def misnamed() -> nn.Module:
     return model
 
 
+def sparse() -> nn.Module:
+    model = net()
+    model[3].bias = nn.Parameter(model[3].bias.detach().to_sparse())
+    return model
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "sparse": (sparse, r"3\.bias is sparse"),
+    "on meta": (lambda: net().to("meta"), "is on meta; give dense weights"),
     "NaN": (spoilt, r"3\.bias has values that are NaN"),
     "width zero": (
         lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 0, 3)),

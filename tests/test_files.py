@@ -25,10 +25,11 @@ class Net(nn.Module):
     def __init__(
         self, *, eps: float = 1e-3, slope: float = 0.1, stride: int = 2, scale: float = 0.5, act: Any = F.relu,
         skip: bool = True, mode: str = "nearest", step: int = 2, ceil: bool = False, drop: float = 0.1,
+        leaky: type[nn.Module] = nn.LeakyReLU,
     ) -> None:  # fmt: skip
         super().__init__()
         self.a, self.n = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16, eps=eps)
-        self.l, self.p = nn.LeakyReLU(slope), nn.MaxPool2d(2, stride, ceil_mode=ceil)
+        self.l, self.p = leaky(slope), nn.MaxPool2d(2, stride, ceil_mode=ceil)
         self.b, self.d = nn.Conv2d(16, 8, 3, padding=1), nn.Dropout(drop)
         self.scale, self.act, self.skip, self.mode, self.step = scale, act, skip, mode, step
         self.calls = 0
@@ -64,6 +65,7 @@ def file(small: nn.Module, tmp_path: Path) -> Path:
 OTHER: dict[str, dict[str, Any]] = {
     "eps": {"eps": 1e-5}, "slope": {"slope": 0.3}, "stride": {"stride": 1}, "a number of one's own": {"scale": 1.0},
     "a function": {"act": F.gelu}, "a switch": {"skip": False}, "a word": {"mode": "bilinear"}, "ceil": {"ceil": True},
+    "another activation": {"leaky": nn.ELU},
 }  # fmt: skip
 
 

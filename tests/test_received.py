@@ -105,7 +105,7 @@ def test_the_report_of_a_received_folder_runs_no_code_and_draws_every_layer(name
     assert espalier("report", folder, "--out", spy / "page.html").exit_code == 0
     html = (spy / "page.html").read_text()
     assert not (spy / "it ran").exists()
-    assert "Multiply-adds of every layer" in html and "Not drawn: the time of every layer" in html and "--trust" in html
+    assert "The network, layer by layer" in html and "Not timed: " in html and "--trust" in html
 
 
 @pytest.mark.parametrize("how", [("--trust",), ("--model", "spy_in_a_run:net")], ids=" ".join)

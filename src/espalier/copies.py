@@ -62,7 +62,7 @@ def _wrapper(model: nn.Module) -> str | None:
 
 
 def check_sound(model: nn.Module, *, who: str) -> None:
-    """Whether training can come to anything: finite weights, no layer of width zero, names that a file can hold.
+    """Whether training can come to anything: dense, finite weights, no layer of width zero, names that a file can hold.
 
     Raises: ValueError naming the first that is not so.
     """
@@ -72,7 +72,10 @@ def check_sound(model: nn.Module, *, who: str) -> None:
             raise ValueError(
                 f"{who}: {name} is of shape {tuple(tensor.shape)}; a layer of width zero computes nothing, leave it out"
             )
-        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            how = "on meta" if tensor.is_meta else "quantised" if tensor.is_quantized else "sparse"
+            raise ValueError(f"{who}: {name} is {how}; give dense weights of floating point that hold values")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
             raise ValueError(
                 f"{who}: {name} has values that are NaN or infinite before anything is done; give sound weights"
             )

@@ -220,6 +220,10 @@ def _reshape(base: nn.Module, table: Mapping[str, Any]) -> dict[str, torch.devic
             like = _first_weight(module) if module is not None else places.get(parent)
             like = like if like is not None else _first_weight(base)
             new = _made(entry, name)
+            if (
+                entry["type"] in LEFT
+            ):  # made without arguments: right for what surgery left, not for an activation with its own
+                _check_settings(new, entry.get("settings", {}), name, table)
             if like is not None:
                 new.to(like.dtype)
                 places[name] = like
