@@ -47,7 +47,7 @@ def halve(graph: Graph, *, macs: float = 0.5, seed: int = 0) -> tuple[Plan, Budg
     try:
         return solve(graph, importance, budget), budget
     except BudgetError as error:
-        budget = Budget(macs=max(error.smallest.macs * 1.05, 1.5))
+        budget = Budget(macs=max(int(error.smallest.macs * 1.05), 2))
         return solve(graph, importance, budget), budget
 
 
@@ -67,5 +67,8 @@ def sizes(graph: Graph) -> dict[str, int]:
 def reasons(graph: Graph) -> str:
     """Everything the graph says about what it froze, as one text to search in."""
     return "\n".join(
-        [*(f"{f.tensor}[{f.dim}] x{f.count}: {f.reason}" for f in graph.frozen), *graph.notes, *graph.unknown]
+        [
+            *(f"{f.tensor}[{f.dim}] x{f.count}: {f.reason}" for f in graph.frozen),
+            *map(str, (*graph.notes, *graph.unknown)),
+        ]
     )

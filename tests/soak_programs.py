@@ -56,7 +56,7 @@ def plans(graph: Graph, seed: int) -> Iterator[Plan]:
     importance = random_importance(graph, seed=seed)
     dense, smallest = cost(graph).macs, CostModel(graph).cost(np.ones_like(graph.sizes)).macs
     try:
-        yield solve(graph, importance, Budget(macs=max((dense + smallest) / 2, 1.5)))
+        yield solve(graph, importance, Budget(macs=max((dense + smallest) // 2, 2)))
     except BudgetError:  # of what costs no MACs
         yield _plan(graph, [max(1, g.size // 2) for g in graph.groups], generator)
     yield _plan(graph, [1] * len(graph.groups), generator)
@@ -87,7 +87,7 @@ def judge(program: Program, seed: int) -> Outcome:
     dense = cost(graph)
     if dense.macs != count_macs(model, example):
         return Outcome("cost", f"dense: planned {dense.macs}, counted {count_macs(model, example)}")
-    why = [*(f.reason for f in graph.frozen), *graph.notes, *graph.unknown]
+    why = [str(w) for w in (*(f.reason for f in graph.frozen), *graph.notes, *graph.unknown)]
     free = [g for g in graph.groups if g.size > 1]
     if not free:
         return Outcome("whole", why=why)

@@ -10,7 +10,8 @@ from torch import nn
 
 from espalier.costs import cost
 from espalier.graph import trace
-from espalier.graph.summary import overview, shorten_path, shorten_places, split_reason, summarise, tables
+from espalier.graph.reasons import UNUSED, CallPlace, Reason, shorten_path
+from espalier.graph.summary import overview, summarise, tables
 from espalier.run.models import build_model
 
 
@@ -128,9 +129,11 @@ def test_paths_are_shortened(path, short):
     assert shorten_path(path) == short
 
 
-def test_reasons_are_taken_apart():
-    reason = "is sliced at a fixed index: stage.0 [Block] at /a/site-packages/net.py:9"
-    assert split_reason(reason) == ("is sliced at a fixed index", "net.py:9")
-    assert split_reason("is an output of the model: (model) [Net]") == ("is an output of the model", "")
-    assert split_reason("nothing consumes these channels") == ("nothing consumes these channels", "")
-    assert shorten_places("aten.foo in a [B] at /x/site-packages/net.py:9") == "aten.foo in a [B] at net.py:9"
+def test_reasons_become_sentences():
+    reason = Reason("is sliced at a fixed index", CallPlace("stage.0", "Block", "/a/site-packages/net.py:9"))
+    assert (reason.text, reason.line) == ("is sliced at a fixed index", "net.py:9")
+    assert str(reason.shortened) == "is sliced at a fixed index: stage.0 [Block] at net.py:9"
+    assert (
+        str(Reason("is an output of the model", CallPlace("", "Net", ""))) == "is an output of the model: (model) [Net]"
+    )
+    assert (str(UNUSED), UNUSED.line) == ("nothing consumes these channels", "")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from espalier.carving import number_named
 from espalier.graph import Graph, Group
 from espalier.seals import DAMAGED, SEAL, opened_json, sealed_json
 
@@ -223,7 +224,9 @@ class Budget:
 
 
 def _matches(group: Group, pattern: str) -> bool:
-    modules = {s.tensor.split("#")[0].rpartition(".")[0] for s in group.producers}
+    modules = {
+        (found[0] if (found := number_named(s.tensor)) else s.tensor).rpartition(".")[0] for s in group.producers
+    }
     return any(fnmatch.fnmatch(n, pattern) for n in (group.name, group.layer)) or any(
         fnmatch.fnmatch(m, pattern) for m in modules
     )

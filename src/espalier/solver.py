@@ -12,6 +12,7 @@ import numpy as np
 from espalier.costs import LATENCY, METRICS, Cost, CostModel, CostState
 from espalier.graph import Frozen, Graph, Group
 from espalier.graph.graph import CHANNELS
+from espalier.graph.reasons import OUTPUT, Reason
 from espalier.plan import Budget, Plan
 
 
@@ -80,7 +81,7 @@ def solve(
             lowest[block] = sizes[block]
     highest = _highest(graph, ceiling)
     lowest = np.minimum(lowest, highest)
-    _check_reachable(model, lowest, limits, dense, graph.frozen)
+    _check_reachable(model, lowest, limits, dense, budget)
 
     state = model.at(highest, metrics=limits)
     _remove(state, graph.groups, values, blocks, lowest, steps, limits, per_cost, timed)
@@ -138,31 +139,32 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
 
 
 def _check_reachable(
-    model: CostModel, lowest: np.ndarray, limits: dict[str, float], dense: Cost, frozen: Sequence[Frozen]
+    model: CostModel, lowest: np.ndarray, limits: dict[str, float], dense: Cost, budget: Budget | Mapping[str, float]
 ) -> None:
     smallest = model.cost(lowest)
     for metric, limit in limits.items():
         reached = getattr(smallest, metric)
         if reached > limit:
             total = getattr(dense, metric)
-            is_share = metric != LATENCY and 1 < limit <= 100  # is likely to be meant as one
+            count = type(getattr(budget, metric, None)) is int
+            is_share = count and 1 < limit <= 100  # is likely to be meant as one
             asked, least, whole = (f"{n:.3g} ms" if metric == LATENCY else f"{n:,}" for n in (limit, reached, total))
             raise BudgetError(
                 f"budget {metric}={asked} cannot be met: the smallest reachable is {least} "
                 f"({reached / total:.1%} of {whole}); raise the budget, protect less, or lower multiple_of"
-                + ("; 1 is a count, a fraction is a float: 1.0 is the whole network" if limit == 1 else "")
+                + ("; 1 is a count, a fraction is a float: 1.0 is the whole network" if count and limit == 1 else "")
                 + (f'; {limit:g} is a count, for {limit:g} % give {limit / 100:g} or "{limit:g}%"' if is_share else "")
-                + _frozen_too(frozen),
+                + _frozen_too(model.graph.frozen),
                 smallest,
             )
 
 
 def _frozen_too(frozen: Sequence[Frozen]) -> str:
     """The reason that holds most channels, with where it lies in the model's code; outputs of the model are no news."""
-    frozen = [channels for channels in frozen if not channels.reason.startswith("is an output of the model")]
+    frozen = [channels for channels in frozen if channels.reason.text != OUTPUT]
     if not frozen:
         return ""
-    held: dict[str, int] = {}
+    held: dict[Reason, int] = {}
     for channels in frozen:
         held[channels.reason] = held.get(channels.reason, 0) + channels.count
     most = max(held, key=lambda reason: held[reason])

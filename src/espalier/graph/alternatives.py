@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from espalier.graph.graph import FORM, ConvSequence, Extent, Graph, Group, Site, Term
+from espalier.graph.graph import FORM, ConvSequence, Extent, Graph, Group, Site, Term, group_name
 
 
 def with_alternatives(graph: Graph, alternatives: Mapping[str, Sequence[ConvSequence]]) -> Graph:
@@ -30,7 +30,7 @@ def with_alternatives(graph: Graph, alternatives: Mapping[str, Sequence[ConvSequ
 
 def alternatives_name(layer: str) -> str:
     """The group that ``with_alternatives`` adds for ``layer``."""
-    return f"{layer}:form"
+    return group_name(layer, FORM)
 
 
 class _Build:

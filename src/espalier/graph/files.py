@@ -24,6 +24,7 @@ from espalier.graph.graph import (
     Span,
     Term,
 )
+from espalier.graph.reasons import CallPlace, Reason
 
 
 def to_json(graph: Graph) -> str:
@@ -45,7 +46,9 @@ def from_json(text: str) -> Graph:
     return Graph(**{
         **rest,
         "groups": tuple(groups),
-        "frozen": tuple(Frozen(**f) for f in plain["frozen"]),
+        "frozen": tuple(Frozen(**{**f, "reason": _reason(f["reason"])}) for f in plain["frozen"]),
+        "notes": tuple(map(_reason, plain["notes"])),
+        "unknown": tuple(map(_reason, plain["unknown"])),
         "extents": tuple(Extent(**_tuples_in(e)) for e in plain["extents"]),
         "sites": tuple(Site(**{**_tuples_in(s), "term": Term(**_tuples_in(s["term"]))}) for s in plain["sites"]),
         "parameters": tuple(Term(**_tuples_in(t)) for t in plain["parameters"]),
@@ -60,6 +63,13 @@ def _from_name(name: str) -> tuple[str, str]:
     """Kind and layer of a group that was written without them: its name ends in its kind."""
     layer, _, kind = name.rpartition(":")
     return (kind, layer) if kind in (FORM, INPUTS, STRIPES, BLOCK) else (CHANNELS, "")
+
+
+def _reason(value: Any) -> Reason:
+    """From a sentence, as first written, or from its parts."""
+    if isinstance(value, str):
+        return Reason(value)
+    return Reason(value["text"], None if value["place"] is None else CallPlace(**value["place"]))
 
 
 def _index(rows: list[list[int]]) -> np.ndarray:

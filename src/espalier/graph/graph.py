@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from espalier.carving import Kept
+from espalier.graph.reasons import Reason
 from espalier.graph.times import Staircase
 
 
@@ -28,6 +29,11 @@ class Slice:
 
 CHANNELS, FORM, INPUTS, STRIPES, BLOCK = "channels", "form", "inputs", "stripes", "block"
 """What the units of a group are."""
+
+
+def group_name(layer: str, kind: str) -> str:
+    """The group of ``kind`` that belongs to one layer or block."""
+    return f"{layer}:{kind}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class Block:
     @property
     def group(self) -> str:
         """The group of the graph that says whether it stays."""
-        return f"{self.module}:block"
+        return group_name(self.module, BLOCK)
 
     def holds(self, name: str) -> bool:
         """Is the module or tensor ``name`` part of it?"""
@@ -163,7 +169,7 @@ class Frozen:
     tensor: str
     dim: int
     count: int
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,8 @@ class Graph:
     baked: tuple[str, ...]  # convolutions with computed weights: plain ones take their place when anything is removed
     baked_away: tuple[str, ...]  # parameters that are gone then
     baked_new: tuple[str, ...] = field(default=(), kw_only=True)  # weights that are parameters only then
-    unknown: tuple[str, ...]
-    notes: tuple[str, ...] = field(default=())
+    unknown: tuple[Reason, ...]  # operations without a rule
+    notes: tuple[Reason, ...] = field(default=())
     selects: tuple[str, ...] = ()  # convolutions that may select their inputs (``graph.inputs``)
     inside: tuple[
         str, ...
@@ -219,7 +225,7 @@ class Graph:
             number
             for number, g in enumerate(self.groups)
             if g.name != block.group
-            and (all(block.holds(s.tensor) for s in g.slices) if g.slices else block.holds(g.name.partition(":")[0]))
+            and (all(block.holds(s.tensor) for s in g.slices) if g.slices else block.holds(g.layer))
         ]
 
     def kept(self, units: dict[str, np.ndarray]) -> Kept:

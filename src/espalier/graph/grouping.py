@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from espalier.carving import number_named
 from espalier.graph.graph import Extent, Frozen, Graph, Group, Site, Slice, Term
 from espalier.graph.memory import moments
+from espalier.graph.reasons import FIXED, UNUSED, Reason
 from espalier.graph.watch import Axis, Watch
 
 
@@ -28,178 +28,212 @@ def components(watch: Watch) -> np.ndarray:
     return parent
 
 
-def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, str]:
+def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, Reason]:
     """Component -> first reason for which it may not lose anything."""
-    reasons: dict[int, str] = {}
+    reasons: dict[int, Reason] = {}
     for labels, reason in watch.freezes:
         for root in np.unique(component[labels]):
-            reasons.setdefault(int(root), str(reason))
-    mixes = list(watch.mixes)
-    for rows, reason in mixes:
+            reasons.setdefault(int(root), reason)
+    for rows, reason in watch.mixes:
         roots = component[rows]
         bad = (roots != roots[:, :1]).any(1)
         if bad.any():
             for root in np.unique(roots[bad]):
-                reasons.setdefault(int(root), str(reason))
-    reasons.setdefault(0, "is fixed")
+                reasons.setdefault(int(root), reason)
+    reasons.setdefault(0, FIXED)
     return reasons
 
 
-def build(watch: Watch, component: np.ndarray, notes: tuple[str, ...]) -> Graph:
+def build(watch: Watch, component: np.ndarray, notes: tuple[Reason, ...]) -> Graph:
     """Group the components."""
     reasons = _frozen_components(watch, component)
     axes = sorted(watch.axes, key=lambda a: a.start)
-    starts = np.array([a.start for a in axes], dtype=np.int64)
-    labels = np.arange(1, watch.label_count)
-    axis_of = np.searchsorted(starts, labels, side="right") - 1
-    position = labels - starts[axis_of] if len(axes) else labels
-    root = component[1:]
-
-    consumed = np.zeros(watch.label_count, dtype=bool)
-    for vector in watch.consumers:
-        consumed[vector] = True
-    consumed[0] = False
-    has_consumer = np.zeros(watch.label_count, dtype=bool)
-    has_consumer[component[np.flatnonzero(consumed)]] = True
-    free = has_consumer.copy()
-    free[list(reasons)] = False
-
-    # sort all labels of free components by (component, axis, position); cut into components; equal signatures make a group
-    members = np.flatnonzero(free[root])
-    order = members[np.argsort(root[members], kind="stable")]  # labels are numbered axis by axis, position by position
-    groups: list[tuple[list[tuple[int, int, bool]], np.ndarray]] = []
-    if len(order):
-        where, whose = axis_of[order], root[order]
-        run = np.flatnonzero(_starts(where) | _starts(whose))  # a run: one axis, one component
-        count = np.diff(np.append(run, len(order)))
-        rows = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
-        begin = np.flatnonzero(_starts(whose[run]))  # first run of every component
-        end = [*begin[1:].tolist(), len(run)]
-        for units in _equal_components(rows, begin):
-            first = begin[units]
-            n = end[units[0]] - int(first[0])  # runs of one component
-            signature = [(a, c, bool(u)) for a, c, u in rows[first[0] : first[0] + n].tolist()]
-            of_each = rows[first[:, None] + np.arange(n)]
-            assert not np.count_nonzero(of_each != of_each[:1])
-            labels_each = sum(c for _, c, _ in signature)
-            groups.append((signature, order[run[first][:, None] + np.arange(labels_each)]))
-
-    made: list[Group] = []
-    names: dict[str, int] = {}
-    group_of_label = np.full(watch.label_count, -1, dtype=np.int64)
-    for signature, stacked in groups:  # stacked: (units, labels per unit)
-        group_of_label[stacked.reshape(-1) + 1] = len(made)
-        slices, offset, positions = [], 0, position[stacked]
-        for axis_number, length, used in signature:
-            axis = axes[axis_number]
-            slices.append(Slice(axis.tensor, axis.dim, positions[:, offset : offset + length], used))
-            offset += length
-        slices.sort(key=lambda s: (s.consumed, "#" in s.tensor))
-        base = _group_name(slices)
-        names[base] = names.get(base, 0) + 1
-        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(stacked), tuple(slices)))
-
-    extents: list[Extent] = []
-    known: dict[Any, int] = {}
-    sized = [a for a in axes if a.size]  # of these the lowest and the highest group of each, one after the other
-    limits = (
-        [f.reduceat(group_of_label, [a.start for a in sized]).tolist() for f in (np.minimum, np.maximum)]
-        if sized
-        else []
-    )
-    span = {(a.tensor, a.dim): limit for a, *limit in zip(sized, *limits, strict=True)}
-
-    unit_sizes = [g.size for g in made]
-    asked: dict[int, tuple[np.ndarray, int]] = {}
-
-    def extent(vector: np.ndarray) -> int:
-        found = asked.get(id(vector))
-        if found is None:
-            found = asked[id(vector)] = (vector, extent_of(group_of_label[vector]))
-        return found[1]
-
-    def extent_of(owner: np.ndarray) -> int:
-        first = int(owner[0]) if len(owner) else -1
-        if not np.count_nonzero(owner != first):  # as nearly always
-            return extent_like(first, len(owner))
-        counts = np.bincount(owner + 1)  # 0: nobody's
-        numbers = counts[1:].nonzero()[0].tolist()
-        return number_of((int(counts[0]), tuple((g, int(counts[g + 1]) // unit_sizes[g]) for g in numbers)))
-
-    def extent_like(group: int, length: int) -> int:
-        """Of ``length`` positions that all belong to one group, or (-1) to nobody."""
-        return number_of((length, ()) if group < 0 else (0, ((group, length // unit_sizes[group]),)))
-
-    def number_of(key: tuple[int, tuple[tuple[int, int], ...]]) -> int:
-        if key not in known:
-            known[key] = len(extents)
-            extents.append(Extent(*key))
-        return known[key]
-
-    activations, inside, ran, spans = moments(watch, extent)
+    groups, group_of_label = _groups(axes, _alike(watch, component, axes, reasons))
+    shapes = {n: tuple(t.shape) for n, t in (*watch.parameters.items(), *watch.buffers.items())}
+    shapes |= {a.tensor: (a.size,) for a in axes if number_named(a.tensor)}
+    extents = _Extents(group_of_label, [g.size for g in groups])
+    span = _limits(axes, group_of_label)
+    activations, inside, ran, spans = moments(watch, extents.of)
     sites = tuple(
         Site(
-            s.module, s.kind, Term(s.module, s.coefficient, tuple(extent(f) for f in s.factors)), *ran.get(s.clock, ())
+            s.module,
+            s.kind,
+            Term(s.module, s.coefficient, tuple(extents.of(f) for f in s.factors)),
+            *ran.get(s.clock, ()),
         )
         for s in watch.sites
     )
-    by_tensor: dict[str, list[Axis]] = {}
-    for axis in axes:
-        by_tensor.setdefault(axis.tensor, []).append(axis)
-    shapes = {n: tuple(t.shape) for n, t in (*watch.parameters.items(), *watch.buffers.items())}
-    for axis in axes:
-        if "#" in axis.tensor:
-            shapes[axis.tensor] = (axis.size,)
-    parameters = []
-    for name, parameter in watch.parameters.items():
-        rest, moving = parameter.numel(), []
-        for a in by_tensor.get(name, []):
-            low, high = span[a.tensor, a.dim]
-            if high >= 0:
-                owner = group_of_label[a.start : a.start + a.size]
-                moving.append(extent_like(low, a.size) if low == high else extent_of(owner))
-                rest //= a.size
-        parameters.append(Term(name, rest, tuple(moving)))
-
-    frozen = []
-    for axis in axes:
-        if axis.dim > 1 or "#" in axis.tensor or axis.tensor not in shapes:
-            continue
-        if span[axis.tensor, axis.dim][0] >= 0:
-            continue
-        owner = group_of_label[axis.start : axis.start + axis.size]
-        stuck = axis.start + np.flatnonzero(owner < 0)
-        texts: dict[str, int] = {}
-        for r, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
-            text = reasons.get(int(r), "nothing consumes these channels")
-            texts[text] = texts.get(text, 0) + int(n)
-        for text, n in texts.items():
-            frozen.append(Frozen(axis.tensor, axis.dim, n, text))
-
+    own = {f"{b}.{kind}" for b in watch.baked for kind in ("weight", "bias")}
     return Graph(
-        groups=tuple(made),
-        frozen=tuple(frozen),
-        extents=tuple(extents),
+        groups=groups,
+        frozen=_frozen(axes, shapes, span, component, group_of_label, reasons),
         sites=sites,
-        parameters=tuple(parameters),
+        parameters=_parameters(watch, axes, span, extents),
         activations=activations,
         inside=inside,
         spans=spans,
+        extents=tuple(extents.found),
         shapes=shapes,
         group_width=dict(watch.whole_groups),
         baked=tuple(watch.baked),
-        baked_away=tuple(
-            n
-            for n in watch.parameters
-            for b in watch.baked
-            if n.startswith(f"{b}.") and n[len(b) + 1 :] not in ("weight", "bias")
-        ),
+        baked_away=tuple(n for n in watch.parameters for b in watch.baked if n.startswith(f"{b}.") and n not in own),
         unknown=tuple(watch.unknown),
         notes=notes,
         fixed_lines=tuple((*key, level) for key, level in watch.lessons.lines.items()),
         fixed_modules=tuple(watch.lessons.modules),
         reread=tuple(name for name in watch.parameters if watch.reads[name] > 1),
     )
+
+
+Alike = tuple[list[tuple[int, int, bool]], np.ndarray]
+"""Units that cost the same: (axis, labels on it, consumed) of one of them, and their labels' numbers, ``(units, labels)``."""
+
+
+def _alike(watch: Watch, component: np.ndarray, axes: list[Axis], reasons: dict[int, Reason]) -> list[Alike]:
+    """Free components that something consumes, those of equal signatures together.
+
+    All labels are sorted by (component, axis, position) and cut into components.
+    """
+    root = component[1:]
+    consumed = np.zeros(watch.label_count, dtype=bool)
+    for vector in watch.consumers:
+        consumed[vector] = True
+    consumed[0] = False
+    free = np.zeros(watch.label_count, dtype=bool)
+    free[component[np.flatnonzero(consumed)]] = True
+    free[list(reasons)] = False
+    members = np.flatnonzero(free[root])
+    order = members[np.argsort(root[members], kind="stable")]  # labels are numbered axis by axis, position by position
+    if not len(order):
+        return []
+    starts = np.array([a.start for a in axes], dtype=np.int64)
+    where, whose = np.searchsorted(starts, order + 1, side="right") - 1, root[order]
+    run = np.flatnonzero(_starts(where) | _starts(whose))  # a run: one axis, one component
+    count = np.diff(np.append(run, len(order)))
+    rows = np.stack([where[run], count, consumed[order[run] + 1]], axis=1)
+    begin = np.flatnonzero(_starts(whose[run]))  # first run of every component
+    end = [*begin[1:].tolist(), len(run)]
+    groups: list[Alike] = []
+    for units in _equal_components(rows, begin):
+        first = begin[units]
+        n = end[units[0]] - int(first[0])  # runs of one component
+        signature = [(a, c, bool(u)) for a, c, u in rows[first[0] : first[0] + n].tolist()]
+        of_each = rows[first[:, None] + np.arange(n)]
+        assert not np.count_nonzero(of_each != of_each[:1])
+        labels_each = sum(c for _, c, _ in signature)
+        groups.append((signature, order[run[first][:, None] + np.arange(labels_each)] + 1))
+    return groups
+
+
+def _groups(axes: list[Axis], alike: list[Alike]) -> tuple[tuple[Group, ...], np.ndarray]:
+    """Groups with names of their own, and the number of the group that each label belongs to, or -1."""
+    made: list[Group] = []
+    names: dict[str, int] = {}
+    last = axes[-1] if axes else None
+    group_of_label = np.full(last.start + last.size if last else 1, -1, dtype=np.int64)
+    for signature, labels in alike:
+        group_of_label[labels.reshape(-1)] = len(made)
+        slices, offset = [], 0
+        for number, length, used in signature:
+            axis = axes[number]
+            slices.append(Slice(axis.tensor, axis.dim, labels[:, offset : offset + length] - axis.start, used))
+            offset += length
+        slices.sort(key=lambda s: (s.consumed, number_named(s.tensor) is not None))
+        base = _group_name(slices)
+        names[base] = names.get(base, 0) + 1
+        made.append(Group(base if names[base] == 1 else f"{base}~{names[base]}", len(labels), tuple(slices)))
+    return tuple(made), group_of_label
+
+
+class _Extents:
+    """Lengths as sums over groups, each written down once; ``of`` gives the number of that of a vector of labels."""
+
+    def __init__(self, group_of_label: np.ndarray, unit_sizes: list[int]) -> None:
+        self.group_of_label, self.unit_sizes = group_of_label, unit_sizes
+        self.found: list[Extent] = []
+        self._known: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+        self._asked: dict[int, tuple[np.ndarray, int]] = {}
+
+    def of(self, vector: np.ndarray) -> int:
+        asked = self._asked.get(id(vector))
+        if asked is None:
+            asked = self._asked[id(vector)] = (vector, self.of_owners(self.group_of_label[vector]))
+        return asked[1]
+
+    def of_owners(self, owner: np.ndarray) -> int:
+        first = int(owner[0]) if len(owner) else -1
+        if not np.count_nonzero(owner != first):  # as nearly always
+            return self.like(first, len(owner))
+        counts = np.bincount(owner + 1)  # 0: nobody's
+        numbers = counts[1:].nonzero()[0].tolist()
+        return self._number(int(counts[0]), tuple((g, int(counts[g + 1]) // self.unit_sizes[g]) for g in numbers))
+
+    def like(self, group: int, length: int) -> int:
+        """Of ``length`` positions that all belong to one group, or (-1) to nobody."""
+        return self._number(length, ()) if group < 0 else self._number(0, ((group, length // self.unit_sizes[group]),))
+
+    def _number(self, fixed: int, each: tuple[tuple[int, int], ...]) -> int:
+        if (fixed, each) not in self._known:
+            self._known[fixed, each] = len(self.found)
+            self.found.append(Extent(fixed, each))
+        return self._known[fixed, each]
+
+
+Limits = dict[tuple[str, int], tuple[int, int]]
+"""Tensor and dimension -> lowest and highest group among its labels, -1 where nobody's."""
+
+
+def _limits(axes: list[Axis], group_of_label: np.ndarray) -> Limits:
+    sized = [a for a in axes if a.size]
+    if not sized:
+        return {}
+    low, high = (f.reduceat(group_of_label, [a.start for a in sized]).tolist() for f in (np.minimum, np.maximum))
+    return {(a.tensor, a.dim): limits for a, *limits in zip(sized, low, high, strict=True)}  # type: ignore[misc]
+
+
+def _parameters(watch: Watch, axes: list[Axis], limits: Limits, extents: _Extents) -> tuple[Term, ...]:
+    """How many elements every parameter has."""
+    by_tensor: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_tensor.setdefault(axis.tensor, []).append(axis)
+    terms = []
+    for name, parameter in watch.parameters.items():
+        rest, moving = parameter.numel(), []
+        for a in by_tensor.get(name, []):
+            low, high = limits[a.tensor, a.dim]
+            if high >= 0:
+                owner = extents.group_of_label[a.start : a.start + a.size]
+                moving.append(extents.like(low, a.size) if low == high else extents.of_owners(owner))
+                rest //= a.size
+        terms.append(Term(name, rest, tuple(moving)))
+    return tuple(terms)
+
+
+def _frozen(
+    axes: list[Axis],
+    shapes: dict[str, tuple[int, ...]],
+    limits: Limits,
+    component: np.ndarray,
+    group_of_label: np.ndarray,
+    reasons: dict[int, Reason],
+) -> tuple[Frozen, ...]:
+    """What stays of every weight, by reason."""
+    frozen = []
+    for axis in axes:
+        if (
+            axis.dim > 1
+            or number_named(axis.tensor)
+            or axis.tensor not in shapes
+            or limits[axis.tensor, axis.dim][0] >= 0
+        ):
+            continue
+        stuck = axis.start + np.flatnonzero(group_of_label[axis.start : axis.start + axis.size] < 0)
+        counts: dict[Reason, int] = {}
+        for root, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
+            reason = reasons.get(int(root), UNUSED)
+            counts[reason] = counts.get(reason, 0) + int(n)
+        frozen += [Frozen(axis.tensor, axis.dim, n, reason) for reason, n in counts.items()]
+    return tuple(frozen)
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
@@ -227,6 +261,9 @@ def _equal_components(rows: np.ndarray, begin: np.ndarray) -> list[np.ndarray]:
 
 def _group_name(slices: list[Slice]) -> str:
     """The module that makes the channels; for a bare parameter its own name."""
-    tensor = next((s.tensor for s in slices if "#" not in s.tensor and not s.tensor.endswith("bias")), slices[0].tensor)
+    tensors = [s.tensor for s in slices if not number_named(s.tensor)]
+    tensor = next((t for t in tensors if not t.endswith("bias")), slices[0].tensor)
+    if number := number_named(tensor):
+        return number[0]
     module, _, key = tensor.rpartition(".")
-    return module if key in ("weight", "bias") and module else tensor.split("#")[0]
+    return module if key in ("weight", "bias") and module else tensor

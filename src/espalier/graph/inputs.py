@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from espalier.graph.graph import INPUTS, Extent, Frozen, Graph, Group, Slice, Term
+from espalier.carving import number_named
+from espalier.graph.graph import INPUTS, Extent, Frozen, Graph, Group, Slice, Term, group_name
+from espalier.graph.reasons import Reason
 
 
 def hold(graph: Graph, names: Collection[str], reason: str) -> Graph:
@@ -30,10 +32,10 @@ def hold(graph: Graph, names: Collection[str], reason: str) -> Graph:
         table = tuple((moved[g], lengths) for g, lengths in e.table)
         extents.append(Extent(fixed, tuple((moved[g], n) for g, n in e.each if g not in held), table))
     frozen = [
-        Frozen(s.tensor, s.dim, s.index.size, reason)
+        Frozen(s.tensor, s.dim, s.index.size, Reason(reason))
         for i in sorted(held)
         for s in graph.groups[i].slices
-        if s.dim < 2 and "#" not in s.tensor
+        if s.dim < 2 and not number_named(s.tensor)
     ]
     return replace(
         graph,
@@ -45,7 +47,7 @@ def hold(graph: Graph, names: Collection[str], reason: str) -> Graph:
 
 def inputs_name(layer: str) -> str:
     """The group that ``with_inputs`` adds for ``layer``."""
-    return f"{layer}:inputs"
+    return group_name(layer, INPUTS)
 
 
 def with_inputs(graph: Graph, layers: Mapping[str, int]) -> Graph:

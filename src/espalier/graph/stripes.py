@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from espalier.graph.graph import STRIPES, Extent, Graph, Group, Term
+from espalier.graph.graph import STRIPES, Extent, Graph, Group, Term, group_name
 
 
 def stripes_name(layer: str) -> str:
     """The group that ``with_stripes`` adds for ``layer``."""
-    return f"{layer}:stripes"
+    return group_name(layer, STRIPES)
 
 
 def striped(graph: Graph, layer: str) -> bool:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from espalier.carving import number_named
 from espalier.graph.graph import Frozen, Graph, Group, Term
 
 
@@ -86,8 +84,8 @@ def overview(graph: Graph) -> Summary:
         layers=layers,
         other_params=params - sum(row.params for row in layers),
         frozen=_frozen_rows(graph.frozen, graph),
-        notes=tuple(shorten_places(text) for text in graph.notes),
-        unknown=tuple(shorten_places(text) for text in graph.unknown),
+        notes=tuple(str(note.shortened) for note in graph.notes),
+        unknown=tuple(str(operation.shortened) for operation in graph.unknown),
     )
 
 
@@ -249,7 +247,7 @@ def _frozen_rows(frozen: Iterable[Frozen], graph: Graph) -> tuple[FrozenRow, ...
     channels: dict[tuple[str, str], int] = {}
     layers: dict[tuple[str, str], dict[str, None]] = {}
     for entry in frozen:
-        key = split_reason(entry.reason)
+        key = entry.reason.text, entry.reason.line
         is_weight = len(graph.shapes[entry.tensor]) > 1
         channels[key] = channels.get(key, 0) + (entry.count if is_weight else 0)
         layers.setdefault(key, {})[_module(entry.tensor)] = None
@@ -262,47 +260,10 @@ def _modules(tensors: Iterable[str]) -> tuple[str, ...]:
 
 
 def _module(tensor: str) -> str:
-    """The module a parameter belongs to, whether or not the parameter is parametrised."""
-    return tensor.split("#")[0].split(".parametrizations.")[0] if _is_special(tensor) else tensor.rpartition(".")[0]
-
-
-def _is_special(tensor: str) -> bool:
-    return "#" in tensor or ".parametrizations." in tensor
-
-
-# -- places ----------------------------------------------------------------------------------------
-
-_REASON = re.compile(r"(?P<text>.*?): \S+ \[[^\]]*\](?: at (?P<line>.*))?")
-_PLACE = re.compile(r"(?<= at )\S.*?\.py:\d+")
-
-
-def split_reason(reason: str) -> tuple[str, str]:
-    """A reason's text and its source line, shortened; the line is empty where the reason names none."""
-    match = _REASON.fullmatch(reason)
-    if match is None:
-        return reason, ""
-    return match["text"], shorten_path(match["line"] or "")
-
-
-def shorten_places(text: str) -> str:
-    """``text`` with every source line in it shortened."""
-    return _PLACE.sub(lambda match: shorten_path(match[0]), text)
-
-
-def shorten_path(line: str) -> str:
-    """``file:line`` from the installed package on, or from the current folder on, or the last two parts."""
-    path = line.replace("\\", "/")
-    for marker in (
-        "/site-packages/",
-        "/dist-packages/",
-        f"/python{sys.version_info[0]}.{sys.version_info[1]}/",
-    ):
-        if marker in path:
-            return path.rpartition(marker)[2]
-    here = f"{Path.cwd().as_posix().rstrip('/')}/"
-    if path.startswith(here):
-        return path.removeprefix(here)
-    return "/".join(path.split("/")[-2:])
+    """The module that a parameter, or a number, belongs to, whether or not the parameter is parametrised."""
+    number = number_named(tensor)
+    module, parametrised, _ = tensor.partition(".parametrizations.")
+    return number[0] if number else module if parametrised else tensor.rpartition(".")[0]
 
 
 # -- text ------------------------------------------------------------------------------------------

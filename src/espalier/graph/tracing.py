@@ -16,20 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from espalier.carving import Kept, carve, computes_weight, make_plain
+from espalier.carving import Kept, carve, computes_weight, make_plain, number_named
 from espalier.copies import copied, named_modules, named_tensors, unwrapped
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
+from espalier.graph.reasons import CallPlace, Reason
 from espalier.graph.rehearsal import Rehearsal, Rehearsed, Units, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
-    CallPlace,
     Lessons,
     Memory,
     Mismatch,
-    Reason,
     Record,
     TraceError,
     TraceTimeout,
@@ -97,7 +96,7 @@ def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, t
 
 def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Tracing:
     lessons = Lessons()
-    notes: dict[Any, str] = {}
+    notes: dict[Any, Reason] = {}
     device = "meta"
     first = 0  # the widths that found something are tried first
     while True:
@@ -130,7 +129,7 @@ def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
 
 
 def _watched(
-    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
+    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, Reason]
 ) -> Tracing:
     """On ``device``, or on the CPU where the forward cannot run there."""
     try:
@@ -259,10 +258,10 @@ class Forward:
         return slice(1, 2) if self.alike else slice(3) if self.training else slice(None)
 
 
-def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Tracing) -> None:
+def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Tracing) -> None:
     """What must stay for the rehearsal to pass: the line that did not follow; the channels that move it; the module around."""
     mismatch = found.mismatch
-    text = f"{mismatch.text} when widths change, so its channels are frozen: {mismatch.place}"
+    text = f"{mismatch.text} when widths change, so its channels are frozen"
     key, level = mismatch.key, lessons.lines.get(mismatch.key, 0) if mismatch.key is not None else FROZEN
     if key is not None and level < FROZEN and not found.rehearsed.single:
         tried = any(f"aten.{op}." in key[1] for op in _TRIED_OUT) and level < 2
@@ -272,7 +271,7 @@ def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Tracing
             lessons.lines[mismatch.place.line, key[1]] = FROZEN
             lessons.reasons[mismatch.place.line, key[1]] = mismatch.reason
         if lessons.lines[key] >= 2 or "split" in key[1] or "slice" in key[1]:
-            notes[key] = f"{key[1]} {text}"
+            notes[key] = Reason(f"{key[1]} {text}", mismatch.place)
         return
     culprits = _culprits(found, stage)
     single = found.rehearsed.single
@@ -280,23 +279,21 @@ def _learn(lessons: Lessons, notes: dict[Any, str], found: Found, stage: Tracing
         len(culprits) > 1
     ):  # together they do it: of two widths that became equal, hold the one that the other cannot reach
         culprits = [max(culprits, key=lambda g: g.size * g.width)]
-    slices = [s for g in culprits for s in g.slices[:1] if "#" not in s.tensor]
+    slices = [s for g in culprits for s in g.slices[:1] if not number_named(s.tensor)]
     slices = [s for s in slices if not (single and (s.tensor, s.dim) in lessons.channels)]
     for s in slices:
         positions = s.index[-1:] if single else s.index
         lessons.channels[s.tensor, s.dim] = positions.reshape(-1), Reason(mismatch.reason, mismatch.place)
     if slices:
         if not single:
-            notes[mismatch.place, mismatch.text] = f"the forward {text}"
+            notes[mismatch.place, mismatch.text] = Reason(f"the forward {text}", mismatch.place)
         return
     name = mismatch.place.module
     while name in lessons.modules and name:
         name = name.rpartition(".")[0]
     lessons.modules[name] = Reason("the module around these channels works for one size only", mismatch.place)
-    notes["module", name] = (
-        f"{name or 'the whole model'} does not follow when widths change, so it is frozen: {mismatch.text} when widths "
-        f"change: {mismatch.place}"
-    )
+    text = f"does not follow when widths change, so it is frozen: {mismatch.text} when widths change"
+    notes["module", name] = Reason(f"{name or 'the whole model'} {text}", mismatch.place)
 
 
 def _culprits(found: Found, stage: Tracing) -> list[Group]:
@@ -340,7 +337,7 @@ def _blame(error: BaseException, model: nn.Module) -> CallPlace:
 
 
 def _watch(
-    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, str]
+    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, Reason]
 ) -> Tracing:
     """An eval-mode and a train-mode forward on the same labels; costs are those of the first."""
     private = _plain_copy(model, device, lessons)
@@ -372,9 +369,8 @@ def _watch(
                 f"and {unused[0]} and {len(unused) - 1} other parameters have no part in the eval-mode forward, so what they "
                 "need was not seen"
             )
-        notes["training"] = (
-            f"the train-mode forward failed on the example input, {unseen}: {first_line(error)}: {place}"
-        )
+        text = f"the train-mode forward failed on the example input, {unseen}: {first_line(error)}"
+        notes["training"] = Reason(text, place)
     else:
         same = _alike(forwards[0].records, watch.records)
         if same:

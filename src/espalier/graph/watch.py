@@ -42,6 +42,7 @@ from espalier.graph.constants import (
     own_value,
 )
 from espalier.graph.numbers import Number, install
+from espalier.graph.reasons import OUTPUT, CallPlace, Reason
 from espalier.graph.standins import stand_in
 
 DETACH = torch.ops.aten.detach.default
@@ -58,30 +59,6 @@ class TraceError(ValueError):
 
 class TraceTimeout(TraceError):
     """Tracing took longer than its time limit; the message names the operation it was at."""
-
-
-@dataclass(frozen=True)
-class CallPlace:
-    """Where in the user's code an operation was called."""
-
-    module: str  # name inside the model, "" for the model itself
-    module_type: str
-    line: str  # "file.py:123", or "" when no user code is on the stack
-
-    def __str__(self) -> str:
-        where = f"{self.module or '(model)'} [{self.module_type}]"
-        return f"{where} at {self.line}" if self.line else where
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why channels may not be removed."""
-
-    text: str
-    place: CallPlace
-
-    def __str__(self) -> str:
-        return f"{self.text}: {self.place}"
 
 
 @dataclass(frozen=True)
@@ -323,7 +300,7 @@ class Watch(TorchDispatchMode):
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
         self.normed: dict[str, None] = {}  # layers with weights that a hook or parametrisation makes of statistics
         self.reads: Counter[str] = Counter()  # parameter -> operations that read it; to hand on a view is not to read
-        self.unknown: dict[str, None] = {}
+        self.unknown: dict[Reason, None] = {}  # operations without a rule
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
         self._guesses: dict[bytes, tuple[Key, int]] = {}  # layer that a view split -> where, which dimension shrinks
@@ -586,7 +563,7 @@ class Watch(TorchDispatchMode):
                 del module.__dict__["_compiled_call_impl"]
         for tensor in tensors_in(output):
             for layer in state(tensor).layers:
-                reason = Reason("is an output of the model", CallPlace("", type(model).__name__, ""))
+                reason = Reason(OUTPUT, CallPlace("", type(model).__name__, ""))
                 self.freezes.append((layer.reshape(-1), reason))
         return output
 
@@ -734,7 +711,7 @@ class Watch(TorchDispatchMode):
         except (Mismatch, TraceError):
             raise
         except Exception as error:  # a shape that the rule does not expect, or a rule that is wrong
-            self.unknown[f"{func._overloadpacket} in {self.place()}: its rule failed, {first_line(error)}"] = None
+            self.unknown[Reason(f"{func._overloadpacket}: its rule failed, {first_line(error)}", self.place())] = None
             self.rules["fixed"](self, Call(func, args, kwargs, out))
 
     def freeze_operands(self, args: Any, kwargs: Any, text: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from espalier.graph.call import Call
+from espalier.graph.reasons import Reason
 from espalier.graph.rules.table import RULES, align, aten, derived_from, pending_of, rule, settle
 from espalier.graph.watch import (
     COMPUTED,
@@ -168,7 +169,7 @@ def unknown(watch: Watch, call: Call) -> None:
     operands = call.operands
     if any(state(t).layers for t in operands):
         watch.freeze_operands(call.args, call.kwargs, f"{call.packet} has no rule")
-        watch.unknown[f"{call.packet} in {watch.place()}"] = None
+        watch.unknown[Reason(str(call.packet), watch.place())] = None
     if operands:
         constant_macs(watch, call)
     for o in call.outs:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from espalier.carving import computes_weight
 from espalier.graph.call import Call
+from espalier.graph.reasons import Reason
 from espalier.graph.rules.elementwise import combine
 from espalier.graph.rules.table import align, derived_from, pending_of, rule, settle
 from espalier.graph.watch import (
     COMPUTED,
     Layer,
     RawSite,
-    Reason,
     State,
     Watch,
     state,

@@ -6,11 +6,11 @@ import numpy as np
 from torch import nn
 
 from espalier.graph.call import Call
+from espalier.graph.reasons import Reason
 from espalier.graph.rules.elementwise import combine, pointwise
 from espalier.graph.rules.table import aten, derived_from, dims_of, rule, settle
 from espalier.graph.watch import (
     COMPUTED,
-    Reason,
     Watch,
     narrowed,
     state,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from espalier.graph.call import Call
+from espalier.graph.reasons import Reason
 from espalier.graph.watch import (
     Layer,
-    Reason,
     Watch,
     state,
 )

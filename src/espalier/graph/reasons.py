@@ -1,0 +1,64 @@
+"""Why channels stay, and where in the user's code that was decided: data, made into sentences here and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CallPlace:
+    """Where in the user's code an operation was called."""
+
+    module: str  # name inside the model, "" for the model itself
+    module_type: str
+    line: str  # "file.py:123", or "" when no user code is on the stack
+
+    def __str__(self) -> str:
+        where = f"{self.module or '(model)'} [{self.module_type}]"
+        return f"{where} at {self.line}" if self.line else where
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something stays, or what else is to be known; ``place`` is ``None`` where no line of code is to blame."""
+
+    text: str
+    place: CallPlace | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.place is None else f"{self.text}: {self.place}"
+
+    @property
+    def line(self) -> str:
+        """The source line, shortened; empty where there is none."""
+        return shorten_path(self.place.line) if self.place is not None else ""
+
+    @property
+    def shortened(self) -> Reason:
+        """The same with a shortened line."""
+        if self.place is None:
+            return self
+        return Reason(self.text, CallPlace(self.place.module, self.place.module_type, self.line))
+
+
+OUTPUT = "is an output of the model"  # no news to anybody
+UNUSED = Reason("nothing consumes these channels")
+FIXED = Reason("is fixed")
+
+
+def shorten_path(line: str) -> str:
+    """``file:line`` from the installed package on, or from the current folder on, or the last two parts."""
+    path = line.replace("\\", "/")
+    for marker in (
+        "/site-packages/",
+        "/dist-packages/",
+        f"/python{sys.version_info[0]}.{sys.version_info[1]}/",
+    ):
+        if marker in path:
+            return path.rpartition(marker)[2]
+    here = f"{Path.cwd().as_posix().rstrip('/')}/"
+    if path.startswith(here):
+        return path.removeprefix(here)
+    return "/".join(path.split("/")[-2:])
