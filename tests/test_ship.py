@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import espalier as es
 from espalier.deploy.int8 import export_int8
+from espalier.layers import PaddedConv2d, PartConv2d
 from espalier.present.cli import app
 
 ONE_EPOCH = es.Recipe(epochs=1, batch_size=256, threads=1)
@@ -142,3 +143,40 @@ def test_networks_are_timed_in_turns_from_the_command_line(folder):
     assert lines[1][-1] == "1.00x"
     assert "weights alone have no structure" in run("time", folder / "model.safetensors").output
     assert "there is no such file" in run("time", folder / "none.onnx").output
+
+
+LAYERS = {
+    "all inputs": PartConv2d(8, 4, (3, 3), padding=(1, 1)),
+    "some inputs": PartConv2d(8, 4, (3, 3), padding=(1, 1), selects=True),
+    "a smaller kernel off the centre": PartConv2d(8, 4, (2, 3), padding=(1, 1), shift=(0, 0, 0, -1)),
+    "cropped by more than there is": PartConv2d(8, 4, (1, 1), shift=(-12, 4, 0, 1)),
+    "the rule of TensorFlow": PaddedConv2d(8, 4, (3, 3), stride=2),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_our_own_layers_are_scripted_by_torchscript(layer):
+    x = torch.randn(2, 8, 9, 9)
+    assert torch.equal(torch.jit.script(LAYERS[layer])(x), LAYERS[layer](x))
+
+
+@pytest.mark.parametrize(
+    "method", [es.TCP(), es.DPRP(), es.TTLC(search=0), es.MGP(), es.Magnitude(), es.SVDOneShot()], ids=lambda m: m.name
+)
+def test_what_a_method_leaves_is_scripted_by_torchscript(method):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    run = es.attach(net, x[:1], budget=es.Budget(macs=0.4), method=method)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.01)
+    for step in range(20):
+        run.lr_scale((step + 1) / 20, default=1.0)
+        (run.model(x).square().mean() + run.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step(progress=(step + 1) / 20, optimizer=optimizer)
+    small = run.finish().eval()
+    torch.testing.assert_close(torch.jit.script(small)(x), small(x))

@@ -244,3 +244,92 @@ def test_examples_and_counts_of_nested_inputs():
     x = torch.zeros(4, 3)
     assert image_count({"a": x}) == image_count((x, 1)) == image_count([x[0]] * 4) == 4
     assert example_of({"a": x})["a"].shape == (1, 3) and len(example_of([x, x, x])[0]) == 1
+
+
+OWN_JOB = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import espalier as es
+
+
+def build(num_classes=3, in_channels=1):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, num_classes, 3, padding=1)
+    )
+
+
+def make_data():
+    torch.manual_seed(0)
+    x = F.interpolate(torch.randn(24, 1, 4, 4), size=8, mode="nearest")
+    y = (x[:, 0] > -0.4).long() + (x[:, 0] > 0.4).long()
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
+    return es.Loaders(batches * 3, batches[:1])
+
+
+def make_task():
+    return es.Segmentation(classes=3, ignore_index=9)
+"""
+
+
+def test_a_task_on_the_command_line_is_trained_judged_and_remembered(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from espalier.present.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.py").write_text(OWN_JOB)
+    own = ["--model", "job.py:build", "--data", "job.py:make_data"]
+    done = CliRunner().invoke(
+        app,
+        [
+            "compress",
+            *own,
+            "--task",
+            "job.py:make_task",
+            "--macs",
+            "50%",
+            "--epochs",
+            "2",
+            "--lr",
+            "0.05",
+            "--out",
+            "run",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "test mean_iou" in done.output
+    told = CliRunner().invoke(app, ["evaluate", "run", "--trust"])
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith("mean_iou ")
+    refused = CliRunner().invoke(app, ["evaluate", "run", "--model", "job.py:build"])
+    assert refused.exit_code == 2 and "its data job.py:make_data is code" in refused.output
+
+
+def test_an_unknown_task_and_a_setting_that_it_does_not_have_are_refused():
+    from espalier.present.config import make_task, task_section
+
+    with pytest.raises(ValueError, match="--task segmenting: choose one of classification, segmentation"):
+        task_section("segmenting")
+    with pytest.raises(ValueError, match="there is no 'class'"):
+        make_task({"task": task_section("segmentation:class=3")})
+    assert make_task({"task": es.Segmentation(classes=3).to_dict()}) == es.Segmentation(classes=3)
+
+
+def test_in_python_a_line_per_epoch_is_written_where_somebody_looks(capsys, monkeypatch):
+    def run(**options):
+        es.compress(
+            regressor(), regression_loaders(), budget=HALF, task=es.Regression(), recipe=es.Recipe(epochs=2), **options
+        )
+        return capsys.readouterr()
+
+    quiet = run()
+    assert quiet.out == quiet.err == ""  # a log file is no terminal
+    told = run(progress=True)
+    assert told.out == ""
+    assert [line.split()[0] for line in told.err.splitlines()] == ["dense", "epoch", "epoch"]
+    assert "test mae" in told.err
+    monkeypatch.setattr("espalier.run.progress.sys.stderr.isatty", lambda: True, raising=False)
+    assert run().err and not run(progress=False).err

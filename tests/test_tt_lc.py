@@ -473,14 +473,6 @@ def test_workers_try_at_the_same_time_and_share_what_they_find(tmp_path) -> None
     assert more[:8] == trials and len(more) == 10
 
 
-def test_without_optuna_the_error_says_what_to_do(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(es.MissingPackage, match=r"pip install optuna scipy.*search=0"):
-        es.TTLC().start(net(), X, es.Budget(macs=0.5))
-    es.TTLC(search=0).start(net(), X, es.Budget(macs=0.5))
-
-
 # -- the method
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +45,14 @@ class PaddedConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, kernel, stride, dilation in zip(
-            reversed(x.shape[-2:]),
-            reversed(self.kernel_size),
-            reversed(self.stride),
-            reversed(self.dilation),
-            strict=True,
-        ):
-            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, pads))
+        (tall, wide), (down, right), (row, column) = self.kernel_size, self.stride, self.dilation
+        pads = _same(x.shape[-1], wide, right, column) + _same(x.shape[-2], tall, down, row)
+        return self._conv_forward(F.pad(x, pads), self.weight, self.bias)
+
+
+def _same(size: int, kernel: int, stride: int, dilation: int) -> list[int]:
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return [total // 2, total - total // 2]
 
 
 class OwnDecay(nn.Module):
@@ -74,7 +71,8 @@ class PartConv2d(nn.Conv2d):
     kernel with an uneven padding: this is how it is executed.
     """
 
-    index: Tensor | None
+    if TYPE_CHECKING:  # TorchScript cannot read it, and infers it
+        index: Tensor | None
 
     def __init__(
         self,
@@ -112,25 +110,28 @@ class PartConv2d(nn.Conv2d):
         return part.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.index is not None:
-            x = x.index_select(1, self.index)
-        if any(self.shift):
-            x = F.pad(x, self._within(x))
-        return super().forward(x)
-
-    def _within(self, x: Tensor) -> list[int]:
-        """``shift``, where it would crop more than there is: the rest from the zeros of the other side, all the same."""
-        shift = list(self.shift)
-        for first, second, size in ((0, 1, x.shape[-1]), (2, 3, x.shape[-2])):
-            for side, other in ((first, second), (second, first)):
-                if shift[side] < 0 and -shift[side] > size:
-                    shift[other] += shift[side] + size
-                    shift[side] = -size
-        return shift
+        index = self.index
+        if index is not None:
+            x = x.index_select(1, index)
+        left, right, top, bottom = self.shift
+        if left != 0 or right != 0 or top != 0 or bottom != 0:
+            left, right = _within(left, right, x.shape[-1])
+            top, bottom = _within(top, bottom, x.shape[-2])
+            x = F.pad(x, [left, right, top, bottom])
+        return self._conv_forward(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         selects = "" if self.index is None else ", selects its inputs"
         return f"{super().extra_repr()}{selects}" + (f", shift={self.shift}" if any(self.shift) else "")
+
+
+def _within(first: int, second: int, size: int) -> tuple[int, int]:
+    """Two paddings, where one would crop more than there is: the rest from the zeros of the other side, all the same."""
+    if first < 0 and -first > size:
+        first, second = -size, second + first + size
+    if second < 0 and -second > size:
+        first, second = first + second + size, -size
+    return first, second
 
 
 # -- factorised layers -------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ trial it was killed in; several workers share one study, and the sampler spares 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import threading
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from espalier.forms.transfer import moved
-from espalier.optional import MissingPackage
 from espalier.seals import DAMAGED, SEAL, seal
 
 JOURNAL = "search.journal"  # in the folder of a run
@@ -31,14 +29,6 @@ Ranges = Mapping[str, tuple[float, float]]
 Point = dict[str, float]
 Trials = list[dict[str, Any]]
 """``{"point": {name: value}, "score": number or None, "failed": why}`` in the order they were begun."""
-
-
-def need_optuna(who: str) -> None:
-    """Raises: MissingPackage with what to do."""
-    if importlib.util.find_spec("optuna") is None:
-        raise MissingPackage(
-            f"{who} searches with optuna, which is not installed: pip install optuna scipy, or set search=0"
-        )
 
 
 def minimise(

@@ -44,7 +44,7 @@ from espalier.methods.equal import equal_sequences
 from espalier.methods.formed import check_reachable, places_for
 from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import loss_with
-from espalier.methods.search import JOURNAL, Point, Trials, curves, minimise, name_of, need_optuna
+from espalier.methods.search import JOURNAL, Point, Trials, curves, minimise, name_of
 from espalier.plan import Budget
 from espalier.settings import Fraction, OneOf, Positive, Share, described
 from espalier.solver import solve
@@ -66,7 +66,7 @@ class TTLC(Method):
     select: Annotated[
         Fraction, described("share of the C steps in which ranks are chosen anew, by search in the last")
     ] = 0.5
-    search: Annotated[int, described("trials; 0: EVBMF and the solver alone, without optuna", ge=0)] = 16
+    search: Annotated[int, described("trials; 0: EVBMF and the solver alone", ge=0)] = 16
     workers: Annotated[int, described("trials at a time; more than one do not repeat bit for bit", ge=1)] = 1
     held_out: Annotated[int, described("training images that trials are scored on", ge=0)] = 1000
     lc: Annotated[bool, described("false: plain training, one decomposition at share, fine-tuning; the baseline")] = (
@@ -123,8 +123,6 @@ class TTLC(Method):
 
         Without either, as in a loop of one's own, nothing is searched.
         """
-        if self.trials:
-            need_optuna("TT-LC")
         return TTLCRun(model, example, budget, self, batches)
 
 

@@ -23,10 +23,13 @@ from espalier.present.config import (
     fit_model_to,
     given,
     hyper_parameters,
+    job_example,
     make_data,
     make_model,
     make_recipe,
+    make_task,
     merged_settings,
+    task_section,
 )
 from espalier.present.demo import run_demo
 from espalier.present.edge import Edge, stdout, stopped
@@ -71,62 +74,41 @@ def main(
 
 
 @app.command()
-@opt.with_settings(data=(Images,), recipe=(Recipe,))
+@opt.with_settings(shared=opt.JOB, data=(Images,), recipe=(Recipe,))
 def compress(
-    model: opt.Model = None,
-    weights: opt.Weights = None,
-    data: opt.Data = None,
-    data_dir: opt.DataDir = None,
-    download: opt.Download = False,
-    holdout: opt.Holdout = None,
+    task: opt.Task = None,
     macs: opt.Macs = None,
     params: opt.Params = None,
     activation_memory: opt.ActivationMemory = None,
     latency: opt.Latency = None,
     profile: opt.Profile = None,
     runtime: opt.TimeRuntime = None,
-    multiple_of: opt.MultipleOf = None,
-    protect: opt.Protect = None,
     method: opt.Method = None,
     set: opt.Set = None,
-    no_distill: opt.NoDistill = False,
-    config: opt.Config = None,
-    out: opt.Out = None,
     resume: opt.Resume = False,
     force: opt.Force = False,
     log: opt.Log = None,
     tensorboard: opt.Tensorboard = False,
     no_verify: opt.NoVerify = False,
-    trust: opt.Trust = False,
     *,
+    job: Mapping[str, Any],
     settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Train a network and prune it to a budget; leaves a run folder. With --method none, train only."""
-    wanted: Config = {
-        "model": given(name=model, weights=weights),
-        "data": {**given(name=data, dir=data_dir, holdout=holdout), **settings["data"]},
-        "budget": given(
-            **amounts(macs=macs, params=params, activation_memory=activation_memory),
-            latency=time_of(latency),
-            profile=profile,
-            runtime=runtime,
-            multiple_of=multiple_of,
-            protect=protect,
-        ),
-        "method": {**given(name=method), **hyper_parameters(set or [])},
-        "recipe": {**settings["recipe"], **({"distill": 0.0} if no_distill else {})},
-    }
-    if out is None:
-        raise ValueError("--out is missing: give the folder that receives the run")
-    own = f" --model {model}" if model is not None and runs_code(model) else " --trust" if trust else ""
+    limits = amounts(macs=macs, params=params, activation_memory=activation_memory)
+    time = given(latency=time_of(latency), profile=profile, runtime=runtime)
+    wanted = _wanted(job, settings, budget={**limits, **time})
+    wanted |= {"method": {**given(name=method), **hyper_parameters(set or [])}, "task": task_section(task)}
+    out: Path = job["out"]
+    own = f" --model {job['model']}" if job["model"] and runs_code(job["model"]) else " --trust" if job["trust"] else ""
     with stopped(f"go on with: espalier compress --out {out} --resume{own}"):
-        merged = merged_settings(wanted, config=config, out=out, resume=resume, trust=trust)
+        merged = merged_settings(wanted, config=job["config"], out=out, resume=resume, trust=job["trust"])
         run_job(
             merged,
             out=out,
             resume=resume,
             force=force,
-            download=download,
+            download=job["download"],
             log=",".join(filter(None, (log, "tensorboard" if tensorboard else None))),
             verify=not no_verify,
         )
@@ -135,44 +117,40 @@ def compress(
     stdout.print(f"{out}", markup=False, soft_wrap=True)
 
 
+def _wanted(
+    job: Mapping[str, Any], settings: Mapping[str, dict[str, Any]], *, budget: Mapping[str, Any] | None = None
+) -> Config:
+    """Sections as the options have them that a run and a sweep share.  Raises: ValueError without a folder."""
+    if job["out"] is None:
+        raise ValueError("--out is missing: give the folder that receives the run, or all runs of a sweep")
+    return {
+        "model": given(name=job["model"], weights=job["weights"]),
+        "data": {**given(name=job["data"], dir=job["data_dir"], holdout=job["holdout"]), **settings["data"]},
+        "budget": {**(budget or {}), **given(multiple_of=job["multiple_of"], protect=job["protect"])},
+        "method": {},
+        "recipe": {**settings["recipe"], **({"distill": 0.0} if job["no_distill"] else {})},
+    }
+
+
 @app.command(name="sweep")
-@opt.with_settings(data=(Images,), recipe=(Recipe,))
+@opt.with_settings(shared=opt.JOB, data=(Images,), recipe=(Recipe,))
 def sweep_points(
-    model: opt.Model = None,
-    weights: opt.Weights = None,
-    data: opt.Data = None,
-    data_dir: opt.DataDir = None,
-    download: opt.Download = False,
-    holdout: opt.Holdout = None,
     macs: opt.MacsList = None,
     params: opt.ParamsList = None,
     activation_memory: opt.ActivationMemoryList = None,
     latency: opt.LatencyList = None,
     profile: opt.Profile = None,
     runtime: opt.TimeRuntime = None,
-    multiple_of: opt.MultipleOf = None,
-    protect: opt.Protect = None,
     method: opt.Methods = None,
     seeds: opt.Seeds = 1,
-    no_distill: opt.NoDistill = False,
-    config: opt.Config = None,
-    out: opt.Out = None,
     storage: opt.Storage = None,
-    trust: opt.Trust = False,
     *,
+    job: Mapping[str, Any],
     settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Run methods at several budgets and seeds: a run folder for each, a table, pictures. Started again, it goes on."""
-    if out is None:
-        raise ValueError("--out is missing: give the folder that receives the sweep")
-    wanted: Config = {
-        "model": given(name=model, weights=weights),
-        "data": {**given(name=data, dir=data_dir, holdout=holdout), **settings["data"]},
-        "budget": given(multiple_of=multiple_of, protect=protect, profile=profile, runtime=runtime),
-        "method": {},
-        "recipe": {**settings["recipe"], **({"distill": 0.0} if no_distill else {})},
-    }
-    merged = merged_settings(wanted, config=config, out=None, resume=False, trust=trust)
+    wanted, out = _wanted(job, settings, budget=given(profile=profile, runtime=runtime)), job["out"]
+    merged = merged_settings(wanted, config=job["config"], out=None, resume=False, trust=job["trust"])
     limits = {"macs": macs, "params": params, "activation_memory": activation_memory}
     texts = {n: text for n, text in limits.items() if text is not None}
     budgets: dict[str, Sequence[float | str]] = {
@@ -180,11 +158,11 @@ def sweep_points(
     }
     if latency is not None:
         budgets["latency"] = [time_of(text) or text for text in latency.split(",")]
-        merged = with_shared_profile(merged, out=out, download=download)
+        merged = with_shared_profile(merged, out=out, download=job["download"])
     methods = (method or merged["method"].get("name", TCP.name)).split(",")
     points = points_of({**merged, "method": {}}, methods=methods, budgets=budgets, seeds=seeds)
     with stopped("go on with the same command"):
-        rows = sweep(points, out=out, storage=storage, download=download)
+        rows = sweep(points, out=out, storage=storage, download=job["download"])
     show_markdown(as_markdown(rows), stdout)
     stdout.print(f"{out}", markup=False, soft_wrap=True)
     if any(r["state"] == "fail" for r in rows):
@@ -245,11 +223,13 @@ def evaluate(
     }
     merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust)
     recipe = make_recipe(merged)
-    source = make_data(merged, device=pick_device(recipe.device))
+    source, task = make_data(merged, device=pick_device(recipe.device)), make_task(merged)
     network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
-    found = evaluate_model(network, source.test_batches(), precision=settings["recipe"].get("precision", "fp32"))
-    used = cost(trace(network, source.example()))
-    stdout.print(f"accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}")
+    precision = settings["recipe"].get("precision", "fp32")
+    found = evaluate_model(network, source.test_batches(), precision=precision, task=task)
+    used = cost(trace(network, job_example(source, task)))
+    loss = f", loss {found['loss']:.4f}" if "loss" in found else ""
+    stdout.print(f"{task.metric.said(found[task.metric.name])}{loss}")
     memory = readable_bytes(used.activation_memory)
     stdout.print(f"{used.macs:,} MACs, {used.params:,} parameters, {memory} of activations at the peak")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from espalier.methods.base import WHOLE, Method
 from espalier.methods.dprp import DPRP
@@ -19,17 +20,36 @@ from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget, amount_of
-from espalier.run.data import Data, FolderData, load_data
+from espalier.run.batches import Source
+from espalier.run.data import Loaders, load_data
 from espalier.run.folder import Images
-from espalier.run.models import build_model, runs_code
+from espalier.run.models import build_model, own_made, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 from espalier.settings import settings_of
+from espalier.tasks import (
+    Classification,
+    Detection,
+    Regression,
+    Segmentation,
+    SuperResolution,
+    Task,
+    example_of,
+)
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, TTLC, MGP, Magnitude, SVDOneShot)}
 """What ``--method`` knows, besides ``none``: one row per method."""
 
-SECTIONS = ("model", "data", "budget", "method", "recipe")
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "regression": Regression,
+    "super-resolution": SuperResolution,
+    "detection": Detection,
+}
+"""What ``--task`` knows, besides those of the user's own."""
+
+SECTIONS = ("model", "data", "budget", "method", "recipe", "task")
 Config = dict[str, dict[str, Any]]
 """Section -> name -> value, as in the file; a name that is absent has its default."""
 
@@ -87,6 +107,18 @@ def hyper_parameters(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def task_section(text: str | None) -> dict[str, Any]:
+    """``segmentation:classes=21`` or ``file.py:make_task`` as a section.  Raises: ValueError for an unknown task."""
+    if text is None:
+        return {}
+    name, *pairs = text.split(":")
+    if name in TASKS:
+        return {"name": name, **hyper_parameters(pairs)}
+    if runs_code(text):
+        return {"name": text}
+    raise ValueError(f"--task {text}: choose one of {', '.join(TASKS)}, or your own: file.py:make_task")
+
+
 def read_sections(file: Path) -> Config:
     """What a ``config.toml`` says, all sections there.  Raises: ValueError for a value that is not what it must be."""
     tables: Config = {**{name: {} for name in SECTIONS}, **read_config(file)}
@@ -106,8 +138,8 @@ def merged_settings(options: Config, *, config: Path | None, out: Path | None, r
     if file is not None and (config is None or file.is_dir()):
         file = file / CONFIG
     below = read_sections(file) if file is not None else {}
-    if file is not None and not trust and "name" not in options.get("model", {}):
-        check_runs_no_code(below, file)
+    if file is not None and not trust:
+        check_runs_no_code({n: t for n, t in below.items() if "name" not in options.get(n, {})}, file)
     merged = merge({name: dict(below.get(name, {})) for name in SECTIONS}, options)
     if resume and merged["method"].get("name") != below.get("method", {}).get("name"):
         raise ValueError(f"{file}: cannot resume with another method; leave --method out")
@@ -115,13 +147,14 @@ def merged_settings(options: Config, *, config: Path | None, out: Path | None, r
 
 
 def check_runs_no_code(config: Config, file: Path) -> None:
-    """Raises: ValueError if the configuration names a network that would be imported."""
-    name = config["model"].get("name", "")
-    if runs_code(name):
-        raise ValueError(
-            f"{file}: its network {name} is code that would be imported and run; if you know who wrote it, say --trust, "
-            f"or name the network yourself: --model {name}"
-        )
+    """Raises: ValueError if the configuration names a network, data or a task that would be imported."""
+    for section, what in (("model", "network"), ("data", "data"), ("task", "task")):
+        name = config.get(section, {}).get("name", "")
+        if runs_code(name) and not name.startswith("imagefolder:"):
+            raise ValueError(
+                f"{file}: its {what} {name} is code that would be imported and run; if you know who wrote it, say --trust, "
+                f"or name the {what} yourself: --{section} {name}"
+            )
 
 
 def merge(below: Config, above: Config) -> Config:
@@ -143,11 +176,32 @@ def required(config: Config, section: str, name: str) -> Any:
 # -- objects
 
 
-def make_data(config: Config, *, device: str | torch.device, download: bool = False) -> Data | FolderData:
-    """The data set by name."""
+def make_task(config: Config) -> Task:
+    """The task by name with the settings beside it; a classifier's where none is named."""
+    options = {n: v for n, v in config.get("task", {}).items() if n != "name"}
+    name = config.get("task", {}).get("name", "classification")
+    known = {**TASKS, **{kind.__name__: kind for kind in TASKS.values()}}  # as runs in Python write it down
+    if name in known:
+        _check_names(f"task {name}", options, [f.name for f in fields(known[name])])  # type: ignore[arg-type]
+        return known[name](**options)
+    found = own_made(name, {}) if runs_code(name) else None
+    if not isinstance(found, Task):
+        what = "no task is called that" if found is None else f"returned a {type(found).__name__}"
+        raise ValueError(f"task {name}: {what}; name one of {', '.join(TASKS)}, or a function that returns an es.Task")
+    return found
+
+
+def make_data(config: Config, *, device: str | torch.device, download: bool = False) -> Source:
+    """The data set by name, or the loaders of the user's own."""
     section = config["data"]
+    name = required(config, "data", "name")
+    if runs_code(name) and not name.startswith("imagefolder:"):
+        found = own_made(name, {})
+        if not isinstance(found, Loaders):
+            raise ValueError(f"data {name}: returned a {type(found).__name__}; return es.Loaders(train, test)")
+        return replace(found, device=device)
     return load_data(
-        required(config, "data", "name"),
+        name,
         data_dir=section.get("dir"),
         download=download,
         holdout=section.get("holdout", 0),
@@ -173,12 +227,21 @@ def make_model(config: Config) -> nn.Module:
     )
 
 
-def fit_model_to(config: Config, data: Data | FolderData) -> Config:
-    """``config`` with the data's classes, channels and size written into the model's section."""
+def job_example(data: Source, task: Task) -> Any:
+    """One input of the network, as the task takes a batch apart."""
+    if data.num_classes is not None and isinstance(task, Classification):
+        return data.example(1)
+    return example_of(task.split(next(iter(data.calibration_batches(batch_size=1, batches=1))))[0])
+
+
+def fit_model_to(config: Config, data: Source) -> Config:
+    """``config`` with the data's classes, channels and size in the model's section; those of loaders as a batch has them."""
+    task = make_task(config)
+    first = next(t for t in tree_leaves(job_example(data, task)) if isinstance(t, torch.Tensor))
     shape = {
-        "num_classes": data.num_classes,
-        "in_channels": data.in_channels,
-        "image_size": data.image_size,
+        "num_classes": data.num_classes or getattr(task, "classes", 1),
+        "in_channels": first.shape[-3] if first.dim() > 2 else first.shape[-1],
+        "image_size": first.shape[-1],
     }
     return {**config, "model": {**config["model"], **shape}}
 

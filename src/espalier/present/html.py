@@ -17,10 +17,10 @@ from typing import Any
 
 from espalier.costs import LATENCY
 from espalier.present.figures import COST_WORDS, Group, figures_of, figures_of_all, said, time_left
-from espalier.present.progress import short
 from espalier.present.runs import COSTS, Run, example_of, read_run
 from espalier.run.anatomy import ComparedLayer, timed
 from espalier.run.charts import COLOURS
+from espalier.run.progress import short
 from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, places, proven, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 from espalier.run.timed import time_sentence

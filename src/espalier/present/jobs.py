@@ -14,11 +14,13 @@ from espalier.methods.agreement import once
 from espalier.present.config import (
     Config,
     fit_model_to,
+    job_example,
     make_budget,
     make_data,
     make_method,
     make_model,
     make_recipe,
+    make_task,
 )
 from espalier.present.edge import stderr, stdout
 from espalier.present.profiling import with_profile
@@ -26,7 +28,7 @@ from espalier.present.progress import RunProgress
 from espalier.run.batches import Source
 from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
-from espalier.run.data import FolderData
+from espalier.run.data import Data, FolderData
 from espalier.run.evaluate import pick_device
 from espalier.run.loggers import Loggers
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
@@ -45,6 +47,7 @@ from espalier.run.rundir import (
 from espalier.run.suspect import suspicion
 from espalier.solver import BudgetError
 from espalier.surgery import load, save
+from espalier.tasks import Classification, Task, moved
 
 
 def run_job(
@@ -71,28 +74,31 @@ def run_job(
     if download and own.world > 1:
         once(lambda: bool(make_data(config, device="cpu", download=True)))
     data = make_data(config, device=pick_device(recipe.device), download=download and own.world == 1)
-    config = fit_model_to(config, data)
+    config, task = fit_model_to(config, data), make_task(config)
     if isinstance(data, FolderData):
         stdout.print(data.told, markup=False, soft_wrap=True)
     network = starting_network(config, seed=recipe.seed)
-    if "weights" in config["model"] and (doubt := suspicion(network.to(pick_device(recipe.device)), data)):
+    doubt = None
+    if "weights" in config["model"] and isinstance(data, (Data, FolderData)) and task == Classification():
+        doubt = suspicion(network.to(pick_device(recipe.device)), data)
+    if doubt is not None:
         learns = method is not None and recipe.distill is None
         stderr.print(f"warning: {doubt}{'; it is not made a teacher' if learns else ''}", markup=False, soft_wrap=True)
         recipe = replace(recipe, distill=0.0) if learns else recipe
     network.cpu()
     if method is not None and timed:
-        asked = config
-        config = once(lambda: with_profile(asked, network, data.example(1).cpu(), out=out, resume=resume))
+        asked, example = config, moved(job_example(data, task), "cpu")
+        config = once(lambda: with_profile(asked, network, example, out=out, resume=resume))
         budget = make_budget(config, method)
     title = f"{config['model']['name']} on {config['data']['name']}"
-    with RunProgress(stdout, epochs=recipe.epochs, title=title) as progress:
+    with RunProgress(stdout, epochs=recipe.epochs, title=title, metric=task.metric) as progress:
         on_epoch = progress.on_epoch if beat is None else with_beat(progress.on_epoch, beat)
         if method is None:
             with held(out):
                 settled = config
                 if once(lambda: check_folder(out, resume=resume, force=force)) is None:
                     once(lambda: begin_dense(out, settled, recipe))
-                train_only(network, data, recipe, out=out, log=log, on_epoch=on_epoch, on_step=progress.on_step)
+                train_only(network, data, recipe, task, out=out, log=log, on_epoch=on_epoch, on_step=progress.on_step)
         else:
             options = multiples(config)
             for multiple in options:
@@ -109,7 +115,8 @@ def run_job(
                         verify=verify,
                         log=log,
                         dense_result=known,
-                        config={"model": config["model"], "data": config["data"]},
+                        config={n: config[n] for n in ("model", "data", "task") if config.get(n)},
+                        task=task,
                         on_epoch=on_epoch,
                         on_step=progress.on_step,
                         on_dense=progress.on_dense,
@@ -144,19 +151,27 @@ def starting_network(config: Config, *, seed: int) -> nn.Module:
 
 def begin_dense(out: Path, config: Config, recipe: Recipe) -> None:
     """The folder of a run that only trains."""
-    tables = {"model": config["model"], "data": config["data"], "method": {"name": "none"}}
+    tables = {**{n: config[n] for n in ("model", "data", "task") if config.get(n)}, "method": {"name": "none"}}
     begin_folder(out, {**tables, "recipe": recipe.to_config()})
 
 
 def train_only(
-    network: nn.Module, data: Source, recipe: Recipe, *, out: Path, on_epoch: OnEpoch, on_step: OnStep, log: str = ""
+    network: nn.Module,
+    data: Source,
+    recipe: Recipe,
+    task: Task,
+    *,
+    out: Path,
+    on_epoch: OnEpoch,
+    on_step: OnStep,
+    log: str = "",
 ) -> None:
     """Train ``network`` in place, as it is; from the checkpoint in ``out``, if there is one."""
 
     loggers = Loggers(log, out) if log else None
 
     def after_epoch(history: History) -> None:
-        write_log(out / LOG, history.epochs, Epoch)
+        write_log(out / LOG, history.epochs, Epoch, metric=task.metric.name)
         if loggers is not None:
             loggers(history)
         on_epoch(history)
@@ -166,6 +181,7 @@ def train_only(
         network,
         data,
         recipe,
+        task=task,
         checkpoint=checkpoint,
         resume=once(checkpoint.exists),
         on_epoch=after_epoch,

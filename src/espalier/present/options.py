@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_args
 
 import typer
 
@@ -25,17 +25,25 @@ MACHINE = ("precision", "channels_last", "device", "threads", "graphs")
 """Fields of a recipe that have a panel of their own in the help."""
 
 
-def with_settings(**sections: Sequence[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+Command = Callable[..., None]
+
+
+def with_settings(
+    shared: Mapping[str, Any] | None = None, **sections: Sequence[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for every field of a class of settings, or for those named behind it.
 
-    The command receives what was given, section by section, as ``settings``.
+    The command receives what was given, section by section, as ``settings``, and the options that it shares with others,
+    ``shared`` (name -> annotation), as ``job``.
 
     >>> @with_settings(recipe=(Recipe,))                          # doctest: +SKIP
     ... def compress(model: opt.Model = None, *, settings: Mapping[str, Mapping[str, Any]]) -> None: ...
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+    def decorate(command: Command) -> Command:
+        taken = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p for p in taken if p.name not in ("settings", "job")]
+        common = [_shared(name, annotation) for name, annotation in (shared or {}).items()]
         made = {
             s.name: (section, _parameter(s, PANELS[section]))
             for section, (owner, *names) in sections.items()
@@ -49,14 +57,22 @@ def with_settings(**sections: Sequence[Any]) -> Callable[[Callable[..., None]], 
             for name, (section, _) in made.items():
                 if (value := values.pop(name)) is not None:
                     found[section][name] = value
+            if shared is not None:
+                values["job"] = {name: values.pop(name) for name in shared}
             command(**values, settings=found)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [p for _, p in made.values()]
+        mine = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters = common + mine + [p for _, p in made.values()]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
 
     return decorate
+
+
+def _shared(name: str, annotation: Any) -> inspect.Parameter:
+    default = False if get_args(annotation)[0] is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _parameter(setting: Setting, panel: str) -> inspect.Parameter:
@@ -87,7 +103,7 @@ Model = Annotated[
     _option(
         "--model",
         "resnet20 ... resnet110 (also resnet20a: option-A shortcuts), cifar_resnet18, vgg16_bn, torchvision:NAME, timm:NAME, "
-        "package.module:factory.",
+        "file.py:factory or package.module:factory.",
         "Network and data",
         metavar="NAME",
     ),
@@ -99,7 +115,12 @@ Weights = Annotated[
 ]
 Data = Annotated[
     str | None,
-    _option("--data", "digits, cifar10, cifar100 or imagefolder:PATH.", "Network and data", metavar="NAME"),
+    _option(
+        "--data",
+        "digits, cifar10, cifar100, imagefolder:PATH, or loaders of your own: file.py:make_data.",
+        "Network and data",
+        metavar="NAME",
+    ),
 ]
 DataDir = Annotated[
     Path | None,
@@ -227,6 +248,23 @@ Tensorboard = Annotated[bool, _option("--tensorboard", "The same as --log tensor
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="Run the code that the folder's config.toml names: only if you know who wrote it."),
+]
+
+JOB: dict[str, Any] = {
+    "model": Model, "weights": Weights, "data": Data, "data_dir": DataDir, "download": Download, "holdout": Holdout,
+    "multiple_of": MultipleOf, "protect": Protect, "no_distill": NoDistill, "config": Config, "out": Out, "trust": Trust,
+}  # fmt: skip
+"""What one run and a sweep of runs are told alike."""
+
+Task = Annotated[
+    str | None,
+    _option(
+        "--task",
+        "What the network is for: classification (default), segmentation:classes=21, regression, super-resolution, detection, "
+        "or file.py:make_task.",
+        "Network and data",
+        metavar="NAME",
+    ),
 ]
 
 # -- sweep

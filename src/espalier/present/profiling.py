@@ -59,8 +59,8 @@ def show_check(found: Profile, network: nn.Module, example: Any) -> None:
 
 
 def time_of(text: str | None) -> float | str | None:
-    """``--latency``: a fraction as a number, a time as it stands."""
+    """``--latency``: a fraction or a percentage as a number, a time as it stands."""
     try:
-        return None if text is None else float(text)
+        return None if text is None else float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return text

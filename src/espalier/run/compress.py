@@ -33,6 +33,7 @@ from espalier.run.evaluate import evaluate, modes_kept, pick_device
 from espalier.run.loggers import Log, Loggers
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.processes import held, is_shared, join, tested
+from espalier.run.progress import Lines, watched
 from espalier.run.recipe import ADDED, WHERE, Recipe
 from espalier.run.report import Outcome, write_results
 from espalier.run.rundir import (
@@ -130,6 +131,7 @@ def compress(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     on_dense: OnDense | None = None,
+    progress: bool | None = None,
     task: Task | None = None,
     log: Log = (),
 ) -> Result:
@@ -147,6 +149,9 @@ def compress(
 
     A ``trained`` network becomes the teacher of its small copy, unless ``recipe.distill`` is 0; ``None``
     means to find out: trained is what classifies training images far better than chance.
+
+    ``progress`` writes a line per epoch to stderr; ``None`` does where that is a terminal or a notebook and no ``on_epoch`` is
+    given.
 
     ``out`` is a folder that receives the run: network, plan, metrics, configuration, log, summary,
     checkpoints.  It is refused if it holds a run already, unless ``resume`` goes on with that run (exactly,
@@ -175,6 +180,9 @@ def compress(
     source, example, calibration = _data_or_example(data, method, task)
     recipe = recipe or Recipe()
     own = join(recipe) if source is not None else share()
+    told = own.first and (progress or (progress is None and on_epoch is None and watched()))
+    lines = Lines(epochs=recipe.epochs, metric=task.metric) if told else None
+    shows = None if lines is None else lines.on_epoch
     if source is not None and method.trains and recipe.epochs == 0:
         raise ValueError(f"{method.name} works while the network trains: give Recipe(epochs=1) or more")
     if out is None and (resume or force):
@@ -195,8 +203,9 @@ def compress(
             if not own.first:
                 job.folder = None  # one writes
             job.write_down(resumes=earlier is not None)
-            if on_dense is not None and job.dense_result and own.first:
-                on_dense(job.dense_result, job.teacher is not None)
+            for hears in (None if lines is None else lines.on_dense, on_dense):
+                if hears is not None and job.dense_result and own.first:
+                    hears(job.dense_result, job.teacher is not None)
             if job.source is not None and recipe.epochs:
                 history = train(
                     job.small,
@@ -207,7 +216,9 @@ def compress(
                     task=task,
                     checkpoint=job.checkpoint,
                     resume=job.goes_on,
-                    on_epoch=job.logged(*(each for each in (loggers, on_epoch) if each is not None)),
+                    on_epoch=job.logged(
+                        *(each for each in (lines and lines.on_epoch, loggers, on_epoch) if each is not None)
+                    ),
                     on_step=on_step,
                 )
                 job.history = _with_cost(history, job.constant)
@@ -345,7 +356,7 @@ class _Job:
             "budget": self.budget.settings if self.limited else {},
             "method": {"name": self.method.name, **asdict(self.method)},
             "recipe": self.recipe.to_config() if self.source is not None else {},
-            **({} if self.task == Classification() else {"task": self.task.to_dict()}),
+            **({} if self.task == Classification() else {"task": {**self.task.to_dict(), **more.get("task", {})}}),
             "start": {"trained": self.trained, "weights": fingerprint(self.model)},
             "versions": {
                 "espalier": __version__,

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.optional import import_optional
-
 SILENT = 3600.0  # seconds without an epoch after which a point on another machine is given to somebody else
 JOURNAL = "sweep.journal"
 
@@ -35,11 +33,12 @@ class Entry:
 class Ledger:
     """``storage`` is a database URL (``sqlite:///sweep.db``, ``postgresql://...``) or a file of Optuna's journal.
 
-    Raises: ValueError if it cannot be opened; MissingPackage without the extra ``search``.
+    Raises: ValueError if it cannot be opened.
     """
 
     def __init__(self, storage: str, name: str) -> None:
-        optuna = import_optional("optuna", extra="search")
+        import optuna  # takes a second
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._states = optuna.trial.TrialState
         try:

@@ -255,7 +255,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size
         return _timm_model(name[5:], num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     if runs_code(name):
-        return _own_model(origin, rest, sizes)
+        return _own_model(name, sizes)
     if name in CIFAR_MODELS:
         return CIFAR_MODELS[name](**_taken(CIFAR_MODELS[name], sizes, name))
     if name in _torchvision_names():
@@ -361,7 +361,7 @@ def _timm_model(name: str, *, num_classes: int, in_channels: int, image_size: in
     return timm.create_model(name, pretrained=False, **options)
 
 
-def own_object(module: str, factory: str) -> Any:
+def _own_object(module: str, factory: str) -> Any:
     """What ``factory`` names in a module, or in a file ending in ``.py``, of the user's own.
 
     Raises: ValueError if it cannot be imported or has no such function.
@@ -382,14 +382,19 @@ def own_object(module: str, factory: str) -> Any:
     return build
 
 
-def _own_model(module: str, factory: str, sizes: Mapping[str, int]) -> nn.Module:
-    name = f"{module}:{factory}"
-    build = own_object(module, factory)
+def own_made(name: str, sizes: Mapping[str, int]) -> Any:
+    """What ``module:factory`` or ``file.py:factory`` returns, given those of ``sizes`` that it takes by name."""
+    module, _, factory = name.rpartition(":")
+    build = _own_object(module, factory)
     arguments = _taken(build, sizes, name)
     try:
-        model = build(**arguments)
+        return build(**arguments)
     except Exception as error:
         raise _failed(name, error) from error
+
+
+def _own_model(name: str, sizes: Mapping[str, int]) -> nn.Module:
+    model = own_made(name, sizes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must return an nn.Module and returned a {type(model).__name__}")
     return model
