@@ -216,9 +216,7 @@ def compress(
                     task=task,
                     checkpoint=job.checkpoint,
                     resume=job.goes_on,
-                    on_epoch=job.logged(
-                        *(each for each in (lines and lines.on_epoch, loggers, on_epoch) if each is not None)
-                    ),
+                    on_epoch=job.logged(*(each for each in (shows, loggers, on_epoch) if each is not None)),
                     on_step=on_step,
                 )
                 job.history = _with_cost(history, job.constant)
