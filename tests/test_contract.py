@@ -55,6 +55,11 @@ ROWS = {
         es.MGP(), removal="realise", bad=({"filters": False, "inputs": False, "shapes": False}, {"stagger": -1.0})
     ),
     "mgp-stripes": Row(es.MGP(stripes=True)),
+    "joint": Row(
+        es.Joint(blocks=False),
+        removal="_cut",
+        bad=({"form": "round"}, {"fade": 0.3}, {"stagger": -1.0}),
+    ),
     "dprp": Row(es.DPRP(orthogonality=0.1), removal="_drop", bad=({"form": "round"}, {"energy": 1.5}, {"every": 0.9})),
     "dprp-once": Row(es.DPRP(orthogonality=0.1, once=True), removal="_drop"),
     "dprp-energy": Row(es.DPRP(orthogonality=0.1, energy=0.3), None, removal="_drop"),

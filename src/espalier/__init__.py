@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.methods.base import Run as Run
     from espalier.methods.base import attach as attach
     from espalier.methods.dprp import DPRP as DPRP
+    from espalier.methods.joint import Joint as Joint
     from espalier.methods.magnitude import Magnitude as Magnitude
     from espalier.methods.mgp import MGP as MGP
     from espalier.methods.svd_oneshot import SVDOneShot as SVDOneShot
@@ -78,6 +79,7 @@ _HOME = {
     "Cost": "espalier.costs",
     "DPRP": "espalier.methods.dprp",
     "Graph": "espalier.graph",
+    "Joint": "espalier.methods.joint",
     "Loaders": "espalier.run.data",
     "MGP": "espalier.methods.mgp",
     "Magnitude": "espalier.methods.magnitude",

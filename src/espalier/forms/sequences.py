@@ -64,29 +64,30 @@ def sequential(place: Place, form: str, weights: Sequence[Tensor], bias: Tensor 
 
 @torch.no_grad()
 def composed(row: nn.Sequential, like: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, in float64, of the one layer of the geometry of ``like`` that computes what ``row`` computes.
+    """Weight and bias, in float64, of the one layer that computes what ``row`` computes: as wide, of the geometry of ``like``.
 
     They are read from its answers to unit inputs, one per element of a filter: nothing is assumed about how ``row`` was made.
     """
     row = copy.deepcopy(row).double().cpu()
+    first: Any = row[0]
     if isinstance(like, nn.Linear):
-        units = torch.eye(like.in_features, dtype=torch.float64)
-        bias = row(torch.zeros(1, like.in_features, dtype=torch.float64))[0]
+        units = torch.eye(first.in_features, dtype=torch.float64)
+        bias = row(torch.zeros(1, len(units), dtype=torch.float64))[0]
         weight = (row(units) - bias).T
     else:
-        kernel = like.kernel_size
+        kernel, inputs = like.kernel_size, first.in_channels
         stage: Any
         for stage in row:
             stage.padding = (0,) * len(kernel)
         size = [(k - 1) * d + 1 for k, d in zip(kernel, like.dilation, strict=True)]
-        bias = row(torch.zeros(1, like.in_channels, *size, dtype=torch.float64)).reshape(-1)
-        weight = torch.empty(like.out_channels, like.in_channels, *kernel, dtype=torch.float64)
+        bias = row(torch.zeros(1, inputs, *size, dtype=torch.float64)).reshape(-1)
+        weight = torch.empty(len(bias), inputs, *kernel, dtype=torch.float64)
         taps = list(itertools.product(*map(range, kernel)))
-        for channel in range(like.in_channels):
-            units = torch.zeros(len(taps), like.in_channels, *size, dtype=torch.float64)
+        for channel in range(inputs):
+            units = torch.zeros(len(taps), inputs, *size, dtype=torch.float64)
             for number, tap in enumerate(taps):
                 units[(number, channel, *(t * d for t, d in zip(tap, like.dilation, strict=True)))] = 1.0
-            answers = row(units).reshape(*kernel, like.out_channels)
+            answers = row(units).reshape(*kernel, len(bias))
             weight[:, channel] = (answers - bias).movedim(-1, 0)
     if like.bias is None and float(bias.abs().max()) != 0.0:
         raise ValueError("a row of layers adds a bias that the layer it stands for does not have")

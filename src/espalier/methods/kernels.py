@@ -80,3 +80,78 @@ class Kernels:
         """There is nothing to decide about ``layers`` any more."""
         self.options = {n: o for n, o in self.options.items() if n not in layers}
         self.chosen = {n: r for n, r in self.chosen.items() if n not in layers}
+
+
+@dataclass
+class Forms(Kernels):
+    """The forms that layers may take: ``options`` has the places of a rectangle, none where the option is a rank."""
+
+    ranks: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # layer -> rank of every option; 0: a kernel shape, or dense
+    layouts: dict[str, str] = field(default_factory=dict)  # layer -> form of its factors
+    aims: dict[str, int] = field(default_factory=dict)  # layer -> rank that the keep-set of now gives it
+
+    @property
+    def spatial(self) -> tuple[str, ...]:
+        """Layers with a kernel that may be cut."""
+        return tuple(n for n, options in self.options.items() if any(options[:-1]))
+
+    def worth(self, taps: Mapping[str, np.ndarray], triplets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What each option adds, as ``solve`` takes it."""
+        found = {}
+        for layer, ranks in self.ranks.items():
+            held = self._held(layer, taps.get(layer), triplets.get(layer))
+            found[alternatives_name(layer)] = np.diff(np.maximum.accumulate([0.0, *held]))
+            assert len(held) == len(ranks)
+        return found
+
+    def _held(self, layer: str, taps: np.ndarray | None, triplets: np.ndarray | None) -> list[float]:
+        """Share of the layer that each option holds times what the layer is worth: the more of its two views."""
+        views = [float(v.sum()) for v in (taps, triplets) if v is not None]
+        whole = max(views, default=0.0)
+        rectangles = [h for h, _ in self._best(layer, taps)] if taps is not None else None
+        held = []
+        for number, rank in enumerate(self.ranks[layer][:-1]):
+            if rank:
+                assert triplets is not None
+                held.append(whole * float(triplets[:rank].sum()) / max(float(triplets.sum()), 1e-30))
+            else:
+                assert rectangles is not None and taps is not None
+                held.append(whole * rectangles[number] / max(float(taps.sum()), 1e-30))
+        return [*held, whole]
+
+    def _best(self, layer: str, worth: np.ndarray) -> list[tuple[float, Rectangle]]:
+        whole = self.options[layer][-1][0]
+        taps = worth.reshape(whole.size)
+        found = []
+        for places in self.options[layer]:
+            held = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in places]
+            found.append((max(held), places[int(np.argmax(held))]) if places else (0.0, whole))
+        return found
+
+    def take(self, taps: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]) -> None:
+        """Of every layer the rectangle or the rank of the option that ``keep`` takes."""
+        taken = {n: len(keep[alternatives_name(n)]) - 1 for n in self.ranks}
+        self.aims = {n: self.ranks[n][t] for n, t in taken.items() if self.ranks[n][t]}
+        self.chosen = {
+            n: self._best(n, taps[n])[t][1]
+            for n, t in taken.items()
+            if t < len(self.ranks[n]) - 1 and not self.ranks[n][t]
+        }
+
+    @property
+    def areas(self) -> dict[str, float]:
+        return {n: float(self.chosen.get(n, self._whole(n)).area) for n in self.spatial}
+
+    def going(self, ready: Collection[str]) -> dict[str, np.ndarray]:
+        found = {}
+        for layer in (n for n in self.chosen if n in ready):
+            areas = [places[0].area if places else 0 for places in self.options[layer]]
+            found[alternatives_name(layer)] = np.arange(areas.index(self.chosen[layer].area) + 1)
+        return found
+
+    def forget(self, layers: Collection[str]) -> None:
+        super().forget(layers)
+        for table in ("ranks", "layouts", "aims"):
+            setattr(self, table, {n: v for n, v in getattr(self, table).items() if n not in layers})

@@ -6,6 +6,7 @@ A kernel goes in one piece, once the keep-set is final.  Stripes are never remov
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class PositionFading(Fading):
 
     kernels: Kernels
     stripes: StripeMasks
-    remembers = ("kernels", "stripes")
+    remembers: ClassVar[tuple[str, ...]] = ("kernels", "stripes")
 
     @property
     def counted(self) -> Cost | None:

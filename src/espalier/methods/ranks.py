@@ -174,7 +174,7 @@ def rank_alternatives(
     ranks: dict[str, tuple[int, ...]] = {}
     alternatives: dict[str, list[ConvSequence]] = {}
     for name, place in places.items():
-        sequences = _options(place, forms[name], multiple_of)
+        sequences = rank_options(place, forms[name], multiple_of)
         if sequences:
             alternatives[name] = [*sequences, dense_sequence(place)]
             ranks[name] = tuple(c.widths[0] for c in sequences)
@@ -233,7 +233,8 @@ def layout(place: Place, form: str) -> str:
     return max((n for n in full if full[n] <= most), key=full.__getitem__, default=ALWAYS.name)
 
 
-def _options(place: Place, form: str, multiple_of: int) -> list[ConvSequence]:
+def rank_options(place: Place, form: str, multiple_of: int) -> list[ConvSequence]:
+    """Ranks at which two layers cost less than one, rising."""
     macs, params = cost_of(place, dense_sequence(place))
     sequences = []
     for rank in range(multiple_of, matrix_form(form).full_rank(place) + 1, multiple_of):

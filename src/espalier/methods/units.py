@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from espalier.copies import named_tensors
 from espalier.graph import Graph, Slice
+from espalier.graph.graph import FORM
 
 _PIECE = 1 << 20  # elements that are squared at a time
 
@@ -68,14 +69,21 @@ class Units:
     """
 
     def __init__(
-        self, model: nn.Module, graph: Graph, *, taps: Sequence[str] = (), stripes: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        graph: Graph,
+        *,
+        taps: Sequence[str] = (),
+        stripes: Sequence[str] = (),
+        more: Sequence[int] = (),
     ) -> None:
+        """``more``: sizes of rows of units behind all others, which no position owns."""
         self.graph = graph
         parameters, _ = named_tensors(model)
         weights = [parameters[f"{name}.weight"] for name in (*taps, *stripes)]
         owned = [w.shape[2:].numel() * (w.shape[0] if i >= len(taps) else 1) for i, w in enumerate(weights)]
-        self.groups = len(graph.groups) + len(owned)
-        self.sizes = np.concatenate([graph.sizes, np.array(owned, dtype=np.int64)])
+        self.groups = len(graph.groups) + len(owned) + len(more)
+        self.sizes = np.concatenate([graph.sizes, np.array([*owned, *more], dtype=np.int64)])
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.count = int(self.offsets[-1])
         rows = [slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i in range(len(owned))]
@@ -195,7 +203,7 @@ class Units:
         """
         out = np.zeros(self.count, dtype=bool)
         for i, group in enumerate(self.graph.groups):
-            if group.name in keep and not group.options:
+            if group.name in keep and group.kind != FORM:
                 out[self.offsets[i] : self.offsets[i + 1]] = True
                 out[self.offsets[i] + np.asarray(keep[group.name])] = False
         for layer, mask in (stays or {}).items():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from espalier.methods.base import WHOLE, Method
 from espalier.methods.dprp import DPRP
+from espalier.methods.joint import Joint
 from espalier.methods.magnitude import Magnitude
 from espalier.methods.mgp import MGP
 from espalier.methods.svd_oneshot import SVDOneShot
@@ -37,7 +38,9 @@ from espalier.tasks import (
     example_of,
 )
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (TCP, DPRP, TTLC, MGP, Magnitude, SVDOneShot)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (TCP, DPRP, TTLC, MGP, Joint, Magnitude, SVDOneShot)
+}
 """What ``--method`` knows, besides ``none``: one row per method."""
 
 TASKS: dict[str, type[Task]] = {

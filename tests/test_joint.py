@@ -1,0 +1,82 @@
+"""Joint: one budget for blocks, channels, kernel shapes and ranks of one network."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import espalier as es
+from espalier.layers import FactorisedConv
+from tests.test_contract import batch, optimizer_of
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+class Wide(nn.Module):
+    """A residual block and a wide layer of rank 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.block = Block(16)
+        self.wide, self.head = nn.Conv2d(16, 48, 3, padding=1), nn.Linear(48, 10)
+        weight = self.wide.weight.data
+        weight.copy_((torch.randn(48, 4) @ torch.randn(4, 144) * 0.05).view_as(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.wide(self.block(F.relu(self.bn(self.stem(x)))))).mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+def run_of(method: es.Joint, budget: es.Budget, *, steps: int, of: int) -> tuple[nn.Module, es.Run]:
+    torch.manual_seed(0)
+    model = Wide()
+    dense = copy.deepcopy(model)
+    run = es.attach(model, EXAMPLE, budget=budget, method=method)
+    optimizer = optimizer_of(run)
+    for step in range(steps):
+        x, y = batch(step)
+        F.cross_entropy(run.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step(progress=(step + 1) / of, optimizer=optimizer)
+    return dense, run
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "steps"),
+    [
+        (es.Joint(blocks=False, shapes=False, fade=0.1), es.Budget(params=0.6), 60),
+        (es.Joint(fade=0.1), es.Budget(macs=0.4, params=0.5), 60),
+        (es.Joint(blocks=False, shapes=False, fade=0.1), es.Budget(params=0.6), 26),  # stopped while ranks sink
+        (es.Joint(fade=0.1), es.Budget(macs=0.5), 5),  # stopped before anything was decided
+    ],
+)
+def test_layers_end_in_the_forms_that_were_planned_and_all_is_proven(method, budget, steps):
+    dense, run = run_of(method, budget, steps=steps, of=60)
+    small = run.finish()
+    assert run.forced == (steps < 60)
+    es.verify(dense, run.dense_graph, run.plan, EXAMPLE, small=small, trained=True).require()
+    found = es.cost(es.trace(small, EXAMPLE))
+    assert all(getattr(found, m) <= limit for m, limit in run.limits.items())
+    if budget.params == 0.6:
+        assert isinstance(small.wide, FactorisedConv), "its rank is low: two layers keep nearly all of it"
+        assert small.stem.out_channels < 16 or small.block.conv1.out_channels < 16 or small.wide[1].out_channels < 48
+
+
+def test_a_pace_that_leaves_ranks_no_time_is_refused():
+    with pytest.raises(ValueError, match="ranks fall after channels"):
+        es.Joint(fade=0.3)
