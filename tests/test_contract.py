@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import espalier as es
 from espalier.methods.base import Method, Run
+from espalier.methods.state import restored
 from tests.halving import Halving
 
 STEPS = 60
@@ -113,6 +114,13 @@ def eval_logits(model: nn.Module) -> Tensor:
     return found
 
 
+def tensors_in(saved: Any) -> list[Tensor]:
+    if isinstance(saved, Tensor):
+        return [saved]
+    parts = saved.values() if isinstance(saved, dict) else saved if isinstance(saved, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 def within(run: Run, small: nn.Module) -> bool:
     meant = run.counted or es.cost(es.trace(small, EXAMPLE))
     return all(getattr(meant, m) <= limit for m, limit in run.limits.items())
@@ -145,10 +153,13 @@ def test_no_removal_moves_a_logit(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run, ROWS[name].removal, watched)
     train_on(run, optimizer, 0, STEPS)
     assert moved and max(moved) < 1e-5
+    own = {id(p) for p in run.model.parameters()}
+    assert own == {id(p) for group in optimizer.param_groups for p in group["params"]} >= set(map(id, optimizer.state))
+    assert all(state["momentum_buffer"].shape == p.shape for p, state in optimizer.state.items())
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_run_in_a_loop_of_ones_own_is_resumed_to_the_bit(name: str) -> None:
+def test_a_run_in_a_loop_of_ones_own_is_resumed_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = EVERY[name]
     whole, optimizer = begin(row)
     train_on(whole, optimizer, 0, STEPS)
@@ -160,7 +171,15 @@ def test_a_run_in_a_loop_of_ones_own_is_resumed_to_the_bit(name: str) -> None:
     file.seek(0)
     content = torch.load(file, weights_only=True)
 
+    carried: set[int] = set()
+
+    def watched(saved: Any, device: torch.device) -> Any:
+        carried.update(map(id, tensors_in(saved)))
+        return restored(saved, device)
+
+    monkeypatch.setattr("espalier.methods.base.restored", watched)  # which takes everything to the device of the model
     again = es.attach(net(), EXAMPLE, budget=row.budget, method=row.method, state=content["run"])
+    assert carried >= set(map(id, tensors_in(content["run"]["own"])))
     optimizer = optimizer_of(again)
     optimizer.load_state_dict(content["optimizer"])
     train_on(again, optimizer, 37, STEPS)

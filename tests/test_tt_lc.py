@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import re
@@ -26,10 +27,11 @@ from espalier.forms.form import cost_of
 from espalier.forms.spectra import spectra_of
 from espalier.forms.transfer import moved
 from espalier.methods import lc as lc_module
-from espalier.methods import tt_lc
+from espalier.methods import scoring, tt_lc
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
 from espalier.methods.scoring import loss_on, recalibrate_batchnorm
 from espalier.methods.search import minimise
+from espalier.run import report
 from espalier.run.charts import COLOURS, search_curve
 from espalier.run.data import load_data, set_aside
 from tests.waits import Waits
@@ -555,30 +557,42 @@ def run_until(data, method, *, stop_before, steps: int = 150):
                 return run, x, optimizer
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3])
-def test_a_killed_run_goes_on_bit_for_bit(digits, stop_at, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def few(digits, monkeypatch):
+    """A few digits, in runs that export and time nothing."""
+    monkeypatch.setattr(report, "latency", lambda *_, **__: [])
+    monkeypatch.setattr(report, "export_onnx", lambda *_, **__: 0.0)
+    return dataclasses.replace(digits, train=digits.train[:512], test=digits.test[:64])
+
+
+def assert_same_run(one: es.Result, other: es.Result) -> None:
+    assert one.cost == other.cost and one.limits == other.limits
+    theirs = dict(other.model.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in one.model.named_parameters())
+    assert (one.folder / "history.json").read_text() == (other.folder / "history.json").read_text()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(few, tmp_path) -> None:
     """Inside an L step before and after the search, and after the replacement."""
     method = es.TTLC(search=3, iterations=7, share=0.6, arrive=2)
     options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=4, ema=0.9)}
-    whole = es.compress(net(), digits, out=tmp_path / "whole", **options)
+    whole = es.compress(net(), few, out=tmp_path / "whole", **options)
+    for stop_at in (1, 2, 3):
 
-    def killed(history):
-        if len(history.epochs) == stop_at:
-            raise KeyboardInterrupt
+        def killed(history, stop_at=stop_at):
+            if len(history.epochs) == stop_at:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        es.compress(net(), digits, out=tmp_path / "parts", on_epoch=killed, **options)
-    rest = es.compress(net(), digits, out=tmp_path / "parts", resume=True, **options)
-    assert rest.cost == whole.cost and rest.limits == whole.limits
-    theirs = dict(whole.model.named_parameters())
-    assert all(torch.equal(p, theirs[n]) for n, p in rest.model.named_parameters())
-    assert (tmp_path / "parts" / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
+        out = tmp_path / f"killed after {stop_at}"
+        with pytest.raises(KeyboardInterrupt):
+            es.compress(net(), few, out=out, on_epoch=killed, **options)
+        assert_same_run(es.compress(net(), few, out=out, resume=True, **options), whole)
 
 
 @pytest.mark.parametrize("epochs", [2, 4], ids=["before any checkpoint", "after one"])
-def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, epochs, tmp_path, monkeypatch) -> None:
+def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(few, epochs, tmp_path, monkeypatch) -> None:
     calls: list = []
-    real = tt_lc.loss_on
+    real = scoring.loss_on
 
     def loss_on(model, images):
         calls.append(model)
@@ -586,20 +600,18 @@ def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(digits, ep
             raise KeyboardInterrupt
         return real(model, images)
 
-    monkeypatch.setattr(tt_lc, "loss_on", loss_on)
+    monkeypatch.setattr(scoring, "loss_on", loss_on)
     method = es.TTLC(search=5, iterations=6, share=0.6)
     options = {"budget": es.Budget(macs=0.4), "method": method, "recipe": recipe(epochs=epochs)}
     stop = 0
-    whole = es.compress(net(), digits, out=tmp_path / "whole", **options)
+    whole = es.compress(net(), few, out=tmp_path / "whole", **options)
     assert len(calls) == 5
     stop = 5 + 3
     with pytest.raises(KeyboardInterrupt):
-        es.compress(net(), digits, out=tmp_path / "parts", **options)
-    rest = es.compress(net(), digits, out=tmp_path / "parts", resume=True, **options)
+        es.compress(net(), few, out=tmp_path / "parts", **options)
+    rest = es.compress(net(), few, out=tmp_path / "parts", resume=True, **options)
     assert len(calls) == 5 + 3 + 3  # trials 3 to 5, and not the first two
-    theirs = dict(whole.model.named_parameters())
-    assert all(torch.equal(p, theirs[n]) for n, p in rest.model.named_parameters())
-    assert (tmp_path / "parts" / "history.json").read_text() == (tmp_path / "whole" / "history.json").read_text()
+    assert_same_run(rest, whole)
 
 
 def test_parallel_trials_do_not_touch_the_model(digits) -> None:

@@ -420,12 +420,13 @@ class Run(ABC):
         self.taken, self.skipped = dict(state["taken"]), dict(state["skipped"])
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.history = restored(state["history"], device)
-        stateful = {n for n in state["own"] if hasattr(getattr(self, n), "load_state_dict")}
-        for n in state["own"].keys() - stateful:
-            setattr(self, n, restored(state["own"][n], device))
+        own = {n: restored(saved, device) for n, saved in state["own"].items()}
+        stateful = {n for n in own if hasattr(getattr(self, n), "load_state_dict")}
+        for n in own.keys() - stateful:
+            setattr(self, n, own[n])
         self.bind()
         for n in stateful:
-            getattr(self, n).load_state_dict(state["own"][n])
+            getattr(self, n).load_state_dict(own[n])
         self.restored()
 
 

@@ -228,7 +228,7 @@ class Sensitivity:
         return {"value": self.value.clone(), "batches": self.batches, "listening": self.listening}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = state["value"].to(self.units.device)
+        self.value = state["value"]
         self.batches, self.listening = state["batches"], state["listening"]
 
 
@@ -302,7 +302,7 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["active"]:
-            self.start({n: s.to(self.units.device) for n, s in state["sums"].items()})
+            self.start(state["sums"])
 
     def _gather(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
