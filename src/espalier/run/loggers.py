@@ -37,10 +37,8 @@ def _wandb(folder: Path) -> Any:
 
 
 def _mlflow(folder: Path) -> Any:
-    at = os.environ.get("MLFLOW_TRACKING_URI")
-    return import_lightning().loggers.MLFlowLogger(
-        experiment_name="espalier", run_name=folder.name, tracking_uri=at, save_dir=str(folder / "mlruns")
-    )
+    at = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    return import_lightning().loggers.MLFlowLogger(experiment_name="espalier", run_name=folder.name, tracking_uri=at)
 
 
 # name -> packages that it needs, each with the extra that brings it, and how it is made
