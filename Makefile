@@ -49,5 +49,5 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 
 # What development needs on top: every extra.
 $(VENV)/.dev: $(VENV)/.base
-	$(INSTALL) --editable '.[models,data,onnx,dev,bench]'
+	$(INSTALL) --editable '.[models,data,onnx,detection,dev,bench]'
 	@touch $@

@@ -204,6 +204,17 @@ def test_a_detector_is_halved_by_its_own_losses():
     assert len(boxes) == 8
 
 
+def test_boxes_are_judged_by_cocos_mean_average_precision():
+    pytest.importorskip("pycocotools")
+    target = {"boxes": torch.tensor([[0.0, 0.0, 8.0, 8.0]]), "labels": torch.ones(1, dtype=torch.int64)}
+    found = {**target, "scores": torch.ones(1)}
+    half = {**found, "boxes": torch.tensor([[0.0, 0.0, 8.0, 6.0]])}  # IoU 0.75: right at 6 of COCO's 10 thresholds
+    for boxes, expected in ((found, 100.0), (half, 60.0)):
+        meter = es.Detection().meter()
+        meter.update([boxes], [target])
+        assert meter.compute() == pytest.approx(expected)
+
+
 class Depth(es.Task):
     """What the page calls a task of one's own."""
 

@@ -146,7 +146,10 @@ def _check_reachable(
         reached = getattr(smallest, metric)
         if reached > limit:
             total = getattr(dense, metric)
-            count = type(getattr(budget, metric, None)) is int
+            given = budget.get(metric) if isinstance(budget, Mapping) else getattr(budget, metric)
+            count = type(given) is int and (
+                isinstance(budget, Budget) or given < 0.01 * total
+            )  # else it was a fraction
             is_share = count and 1 < limit <= 100  # is likely to be meant as one
             asked, least, whole = (f"{n:.3g} ms" if metric == LATENCY else f"{n:,}" for n in (limit, reached, total))
             raise BudgetError(
