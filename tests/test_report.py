@@ -347,6 +347,11 @@ def test_the_page_opens_with_what_was_asked_met_and_lost(runs, no_figures):
         r"kept [\d.]+ % and [\d.]+ %, and lost 5\.00 points of accuracy \(90\.00 ± 1\.5\d %, before 95\.00 ± 1\.\d\d %\)\.$",
         text,
     )
+    setting = {"runtime": "openvino", "version": "1", "threads": 1, "batch": 1, "processor": "p"}
+    kept = {"asked": 0.5, "limit": 2.0, "dense": 4.0, "small": 1.9, "setting": setting}
+    timed = replace(runs[1], metrics={**runs[1].metrics, "limits": {"latency": 2.0}, "time": kept})
+    assert "at most 50 % of the time of a trained" in sentence(timed)
+    assert "kept 47.5 %, takes 1.9 ms instead of 4" in sentence(timed) and "openvino" in page([timed], timing=False)
     html = page([runs[1]], timing=False)
     assert (
         text.partition(", and lost")[0] in html and "360 test images" in html and runs[1].metrics["processor"] in html

@@ -128,25 +128,34 @@ def sentence(run: Run, runtime: str | None = None) -> str:
         return f"{run.title} was trained as it is{_reached(run)}."
     metrics = run.metrics
     network = f"{'a trained' if run.config.get('start', {}).get('trained') else 'an untrained'} {run.title}"
-    met = listed([percent(_meant(run, cost)) for cost in metrics["limits"] if cost in COST_NAMES])
+    met = listed(
+        [percent(_meant(run, cost)) for cost in metrics["limits"] if cost in COST_NAMES or metrics.get("time")]
+    )
     if asked := _asked(run):
         text = f"{run.method} was asked for at most {asked} of {network}{f', kept {met}' if met else ''}"
     else:
         text = f"{run.method} chose the size of {network}, kept {percent(metrics['fraction']['macs'])} of the MACs"
-    if time := run.times(runtime or "").get(1):
+    if kept := metrics.get("time"):
+        text += f", takes {kept['small']:.3g} ms instead of {kept['dense']:.3g}"
+    elif time := run.times(runtime or "").get(1):
         text += f", takes {time[1]['milliseconds']:.3g} ms instead of {time[0]['milliseconds']:.3g}"
     return f"{text}{_reached(run)}."
 
 
 def _asked(run: Run) -> str:
-    """``40 % of the MACs and 50 % of the parameters``."""
+    """``40 % of the MACs and 50 % of the time``."""
     dense, limits = run.metrics["dense"], run.metrics["limits"]
     parts = [f"{100 * limits[c] / dense[c]:.4g} % of the {COST_WORDS[c]}" for c in limits if c in COST_WORDS]
-    return listed(parts + [f"{limits[cost]:.3g} ms" for cost in limits if cost == LATENCY])
+    if LATENCY in limits:
+        asked = (run.metrics.get("time") or {}).get("asked")
+        parts.append(f"{100 * asked:.4g} % of the time" if isinstance(asked, float) else f"{limits[LATENCY]:.3g} ms")
+    return listed(parts)
 
 
 def _meant(run: Run, cost: str) -> float:
     """The share that a limit is about."""
+    if cost == LATENCY:
+        return float(run.metrics["time"]["small"] / run.metrics["time"]["dense"])
     counted = (run.metrics["counted"] or {}).get("fraction", {})
     return float(counted.get(cost, run.metrics["fraction"][cost]))
 
