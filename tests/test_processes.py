@@ -6,7 +6,9 @@ Two workers, forked from the test by torchrun's own engine, have everything impo
 import io
 import json
 import os
+import runpy
 import signal
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +142,15 @@ def on_page(folder):
     return printed.getvalue()
 
 
+def example(folder):
+    """``examples/two_processes.py``, what each process prints."""
+    script, printed = Path(__file__).parents[1] / "examples" / "two_processes.py", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", [str(script), "--epochs", "1", "--out", str(folder / "example.safetensors")])
+        runpy.run_path(str(script), run_name="__main__")
+    return printed.getvalue()
+
+
 def said(error, act):
     try:
         act()
@@ -170,6 +181,7 @@ def everything(folder):
         "stopped": said(es.TrainingStopped, lambda: compressed(es.TCP(), loaders(signal.SIGTERM), out=into)),
         "resumed": compressed(es.TCP(), loaders(), out=into, resume=True),
         "page": on_page(folder),
+        "example": example(folder),
         "differs": said(ValueError, lambda: check_same("the plan", str(share().rank))),
         "refused": said(ValueError, lambda: once(refused_by_first)),
         "too many": said(ValueError, lambda: compressed(es.TCP(), recipe=replace(RECIPE, devices=3))),
@@ -249,6 +261,11 @@ def test_the_first_command_of_the_page_runs_and_one_process_prints(folder, pair)
     assert "test" in pair[0]["page"] and pair[1]["page"] == ""
     assert (folder / "two" / "model.safetensors").exists()
     assert "devices" not in (folder / "two" / "config.toml").read_text()
+
+
+def test_the_example_runs_and_one_process_prints(folder, pair):
+    assert "2 processes, " in pair[0]["example"] and pair[1]["example"] == ""
+    assert (folder / "example.safetensors").exists()
 
 
 def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number_of_processes(folder, pair):
