@@ -342,6 +342,22 @@ def test_ranks_are_planned_by_what_factorised_layers_take_and_a_run_goes_on_with
     assert again.cost == run.cost
 
 
+@pytest.mark.parametrize("method", [es.MGP(inputs=False), es.DPRP()])
+def test_kernel_shapes_and_ranks_that_fall_in_training_have_times_too(profile, monkeypatch, method):
+    for module, name, value in (
+        (forms, "NETWORKS", 2),
+        (forms, "SECONDS", 0.0),
+        (closing, "SECONDS", 0.0),
+        (closing, "ROUNDS", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    torch.manual_seed(0)
+    run = method.start(Small().eval(), X, es.Budget(latency=0.95, profile=profile))
+    assert run.budget.profile.lacking(run.graph) == [] and run.budget.profile.forms and run.cost.latency > 0
+    with pytest.raises(ValueError, match="no times are known of the forms"):
+        solve(replace(run.graph, overhead=None), {}, {"latency": 1.0})
+
+
 def test_where_a_profile_was_made_elsewhere_its_prediction_counts(profile, monkeypatch):
     """Another machine's times cannot be measured here; another version of the runtime is refused unless it is said."""
     monkeypatch.setattr(on_device, "race", None)

@@ -28,6 +28,7 @@ from espalier.surgery import rebuild, shrink_, structure
 from espalier.surgery.shrink import bake
 from espalier.timing.closing import settle
 from espalier.timing.family import Family
+from espalier.timing.forms import measured as with_forms
 from espalier.timing.making import batched, is_here, need_here
 from espalier.timing.profile import Profile, from_json, to_json
 
@@ -222,6 +223,14 @@ class Run(ABC):
             self._reference = family.file(Plan.dense(graph))
         found = settle(family, self._reference, worth, self.budget, per_cost=per_cost, rules=rules)
         return found.plan, found.budget
+
+    def know_forms(self) -> None:
+        """Where time is limited: measure what the forms that ``graph`` offers take, as far as nobody has."""
+        if isinstance(self.budget.profile, Profile):
+            profile = self.budget.profile
+            known = once(lambda: with_forms(profile, self.plain_model(), self.example, self.graph, self.put))
+            self.budget = replace(self.budget, profile=known)
+            self.graph = known.on(self.graph)
 
     def plain_model(self) -> nn.Module:
         """The network whose graph ``graph`` is, in layers that anybody can shrink and export."""

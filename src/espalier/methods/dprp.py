@@ -125,6 +125,7 @@ class DPRPRun(Closing):
             self.bake()
         self.alternatives = rank_alternatives(dense, example, graph=self.graph, budget=budget, form=method.form)
         self.graph, self.skipped = self.alternatives.graph, dict(self.alternatives.skipped)
+        self.budget = self.alternatives.budget
         self.plan = Plan.dense(self.graph)
         if not goes_on:
             self._factorise()

@@ -49,8 +49,6 @@ from espalier.plan import Budget, Plan
 from espalier.settings import OneOf, Share, described
 from espalier.solver import BudgetError
 from espalier.surgery import replace as put_layer
-from espalier.timing.forms import measured
-from espalier.timing.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -141,10 +139,7 @@ class JointRun(MGPRun):
         self.sinks_from = self.sunk = 0.0
         self._refreshed = -1.0
         self._places: dict[str, Place] = {}
-        if isinstance(budget.profile, Profile):
-            known = measured(budget.profile, model, example, self.graph, self.put)
-            self.budget = replace(budget, profile=known)
-            self.graph = known.on(self.graph)
+        self.know_forms()
         self.decide({g.name: np.ones(g.size) for g in self.graph.groups})  # unreachable budgets fail now
         self.bases = self._decomposed()
         self._begin()

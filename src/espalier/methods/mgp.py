@@ -103,9 +103,10 @@ class MGPRun(PositionFading):
         free, tied = stripable(model, self.graph, example) if method.stripes else ([], {})
         self.skipped.update(tied)
         self.stripes = StripeMasks(model, free)
+        self.know_forms()
         counted = self.stripes.graph(self.graph)
         even = {g.name: np.ones(g.size) for g in counted.groups}
-        self.decide(even, graph=counted, measured=False)  # unreachable budgets fail now
+        self.decide(even, graph=counted, measured=not free)  # unreachable budgets fail now
         self._begin()
 
     # -- 2. importance, and 3. coarse to fine --------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class MGPRun(PositionFading):
         for number in range(self._open(len(kinds), progress), len(kinds) + 1):
             some = {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}
             try:
-                plan = self.decide(some, limits, graph=graph, measured=False)
+                plan = self.decide(some, limits, graph=graph, measured=not self.stripes.layers)
                 break
             except BudgetError:
                 if number == len(kinds):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from espalier.costs import Cost
+from espalier.forms import cut_kernel
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import Removed
 from espalier.methods.kernels import Kernels
@@ -33,6 +34,13 @@ class PositionFading(Fading):
     def counted(self) -> Cost | None:
         """The cost of kept stripes, where they are free; zeros are not executed faster than other numbers."""
         return self.stripes.count(self.graph) if self.stripes.layers else None
+
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        for layer, places in self.kernels.options.items():
+            taken = places[options.get(alternatives_name(layer), len(places)) - 1]
+            if taken is not places[-1]:
+                chosen = self.kernels.chosen.get(layer)
+                cut_kernel(model, layer, chosen if chosen in taken else taken[len(taken) // 2])
 
     def _units(self) -> Units:
         return Units(self.model, self.graph, taps=self.kernels.layers, stripes=self.stripes.layers)
