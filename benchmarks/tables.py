@@ -149,7 +149,7 @@ DETAILS = (
     "*Training* is the time of all epochs over that of the dense row, left out where an epoch took twice as long as another; "
     "*cut* is what a method needs before and after."
 )
-OURS = ("tcp", "mgp", "dprp", "tt-lc")
+OURS = ("tcp", "mgp", "dprp", "tt-lc", "joint")
 SIDE_BY_SIDE = ("dense", "magnitude", "svd-oneshot", "torch-pruning", *OURS)
 
 
@@ -217,7 +217,9 @@ def budget_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
         cells = [_scored(_mine(rows, label)) for label in SIDE_BY_SIDE]
         if sum(cell is not None for cell in cells) > 1:
             lines.append([_link(name, recipe), *cells])
-    return table(["recipe", *SIDE_BY_SIDE], lines)
+    used = [0, *(place for place in range(1, len(SIDE_BY_SIDE) + 1) if any(line[place] for line in lines))]
+    head = ["recipe", *SIDE_BY_SIDE]
+    return table([head[place] for place in used], [[line[place] for place in used] for line in lines])
 
 
 def speed_table() -> str:
