@@ -136,4 +136,5 @@ def test_reasons_become_sentences():
     assert (
         str(Reason("is an output of the model", CallPlace("", "Net", ""))) == "is an output of the model: (model) [Net]"
     )
+    assert reason.split(": ")[0] == reason.text  # it is a sentence to whoever wants one
     assert (str(UNUSED), UNUSED.line) == ("nothing consumes these channels", "")

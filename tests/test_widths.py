@@ -77,7 +77,8 @@ def test_a_number_that_follows_the_width_freezes_what_it_touches_and_nothing_els
 
     model = randomise(Net(run, a=conv(3, 16), b=conv(16, 12), c=nn.Linear(12, 5))).eval()
     graph = trace(model, IMAGE)
-    assert sizes(graph) == {"b": 12}, reasons(graph)
+    floor = {"capped": {"a": 11}, "above a threshold": {"a": 11}}.get(way, {})  # down to six
+    assert sizes(graph) == {"b": 12, **floor}, reasons(graph)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +219,17 @@ def test_channels_that_go_together_are_told_apart_when_they_change_places() -> N
 
     model = Net(run, a=conv(3, 8), b=nn.Conv2d(8, 8, 3, padding=1, groups=2), c=nn.Linear(24, 5))
     assert "a" not in sizes(prove_every_width(model, IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("act", "least"), [(lambda y: y * min(y.shape[1], 8) ** -0.5, 8), (lambda y: y * (y.shape[1] > 5), 6)]
+)
+def test_a_width_that_has_to_be_large_enough_is_cut_to_that(act: Callable[[Tensor], Tensor], least: int) -> None:
+    model = Net(
+        lambda m, x: m.c(act(m.b(m.a(x).relu())).relu().mean((2, 3))), a=conv(3, 8), b=conv(8, 16), c=nn.Linear(16, 5)
+    )
+    graph = prove_every_width(model, IMAGE)
+    assert sizes(graph) == {"a": 8, "b": 16 - least + 1}  # the last of a group stays as well
 
 
 def test_what_roll_takes_round_the_end_may_go_or_stay() -> None:

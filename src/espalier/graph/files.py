@@ -30,7 +30,10 @@ from espalier.graph.reasons import CallPlace, Reason
 def to_json(graph: Graph) -> str:
     """Everything in ``graph`` but times, which its profile knows (``budget.timed``)."""
     untimed = replace(graph, sites=tuple(replace(s, time=None) for s in graph.sites), overhead=None)
-    return json.dumps(asdict(untimed), default=lambda value: value.tolist())
+    plain = asdict(untimed)
+    plain["frozen"] = [{**f, "reason": own.reason.parts} for f, own in zip(plain["frozen"], graph.frozen, strict=True)]
+    plain |= {"notes": [n.parts for n in graph.notes], "unknown": [n.parts for n in graph.unknown]}
+    return json.dumps(plain, default=lambda value: value.tolist())
 
 
 def from_json(text: str) -> Graph:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,19 @@ class CallPlace:
         return f"{where} at {self.line}" if self.line else where
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why something stays, or what else is to be known; ``place`` is ``None`` where no line of code is to blame."""
+class Reason(str):
+    """Why something stays, or what else is to be known: a sentence that knows its parts.
+
+    ``place`` is ``None`` where no line of code is to blame.
+    """
 
     text: str
-    place: CallPlace | None = None
+    place: CallPlace | None
 
-    def __str__(self) -> str:
-        return self.text if self.place is None else f"{self.text}: {self.place}"
+    def __new__(cls, text: str, place: CallPlace | None = None) -> Reason:
+        reason = super().__new__(cls, text if place is None else f"{text}: {place}")
+        reason.text, reason.place = text, place
+        return reason
 
     @property
     def line(self) -> str:
@@ -41,6 +46,11 @@ class Reason:
         if self.place is None:
             return self
         return Reason(self.text, CallPlace(self.place.module, self.place.module_type, self.line))
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {"text": self.text, "place": None if self.place is None else asdict(self.place)}
 
 
 OUTPUT = "is an output of the model"  # no news to anybody

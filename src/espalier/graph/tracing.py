@@ -21,7 +21,7 @@ from espalier.copies import copied, named_modules, named_tensors, unwrapped
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
 from espalier.graph.reasons import CallPlace, Reason
-from espalier.graph.rehearsal import Rehearsal, Rehearsed, Units, widths
+from espalier.graph.rehearsal import NUMBER, Rehearsal, Rehearsed, Units, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
@@ -263,7 +263,9 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     mismatch = found.mismatch
     text = f"{mismatch.text} when widths change, so its channels are frozen"
     key, level = mismatch.key, lessons.lines.get(mismatch.key, 0) if mismatch.key is not None else FROZEN
-    if key is not None and level < FROZEN and not found.rehearsed.single:
+    culprits = _culprits(found, stage) if key is None or level >= FROZEN or mismatch.reason == NUMBER else []
+    least = _least(culprits[0], found, stage) if len(culprits) == 1 and not found.rehearsed.single else None
+    if least is None and key is not None and level < FROZEN and not found.rehearsed.single:
         tried = any(f"aten.{op}." in key[1] for op in _TRIED_OUT) and level < 2
         lessons.lines[key] = level + 1 if tried else FROZEN
         lessons.reasons[key] = mismatch.reason
@@ -273,8 +275,8 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
         if lessons.lines[key] >= 2 or "split" in key[1] or "slice" in key[1]:
             notes[key] = Reason(f"{key[1]} {text}", mismatch.place)
         return
-    culprits = _culprits(found, stage)
     single = found.rehearsed.single
+    culprits = culprits or _culprits(found, stage)
     if (
         len(culprits) > 1
     ):  # together they do it: of two widths that became equal, hold the one that the other cannot reach
@@ -282,10 +284,11 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     slices = [s for g in culprits for s in g.slices[:1] if not number_named(s.tensor)]
     slices = [s for s in slices if not (single and (s.tensor, s.dim) in lessons.channels)]
     for s in slices:
-        positions = s.index[-1:] if single else s.index
-        lessons.channels[s.tensor, s.dim] = positions.reshape(-1), Reason(mismatch.reason, mismatch.place)
+        positions = s.index[-1:] if single else s.index if least is None else s.index[1 - least :]
+        before = lessons.channels.get((s.tensor, s.dim), (positions, None))[0]
+        lessons.channels[s.tensor, s.dim] = np.union1d(before, positions), Reason(mismatch.reason, mismatch.place)
     if slices:
-        if not single:
+        if not single and least is None:
             notes[mismatch.place, mismatch.text] = Reason(f"the forward {text}", mismatch.place)
         return
     name = mismatch.place.module
@@ -294,6 +297,23 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     lessons.modules[name] = Reason("the module around these channels works for one size only", mismatch.place)
     text = f"does not follow when widths change, so it is frozen: {mismatch.text} when widths change"
     notes["module", name] = Reason(f"{name or 'the whole model'} {text}", mismatch.place)
+
+
+def _least(group: Group, found: Found, stage: Tracing) -> int | None:
+    """The smallest width at which ``group``, cut alone, brings no mismatch (``min(c, 8)``, ``if c > k``), if there is one."""
+    forward = next(f for f in stage.forwards if f.training == found.training)
+    whole = {g.name: np.arange(g.size) for g in stage.graph.groups}
+
+    def passes(count: int) -> bool:
+        return stage.rehearse(Rehearsed({**whole, group.name: np.arange(count)}, single=False), forward) is None
+
+    low, high = len(found.rehearsed.units[group.name]), group.size - 1  # too few; enough, if anything is
+    if high <= low or not passes(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
 
 
 def _culprits(found: Found, stage: Tracing) -> list[Group]:
