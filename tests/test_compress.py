@@ -536,5 +536,5 @@ def test_toml_is_read_back_as_it_was_written():
 
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path):
-    rundir.write_json(tmp_path / "m.json", {"loss": float("nan"), "list": [float("inf"), 1.5]})
-    assert json.loads((tmp_path / "m.json").read_text()) == {"loss": None, "list": [None, 1.5]}
+    rundir.write_sealed(tmp_path / "m.json", {"loss": float("nan"), "list": [float("inf"), 1.5]})
+    assert rundir.read_sealed(tmp_path / "m.json") == {"loss": None, "list": [None, 1.5]}

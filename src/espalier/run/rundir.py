@@ -136,11 +136,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return opened_json(text, where=str(path))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """JSON; numbers that JSON does not have (NaN, infinity) become null."""
-    write_file(path, (json.dumps(_finite(content), indent=1) + "\n").encode())
-
-
 def write_log(path: Path, epochs: Sequence[Any], columns: type, *, metric: str = "accuracy") -> None:
     """One row per epoch, columns as in the dataclass; empty where there is nothing to say.
 

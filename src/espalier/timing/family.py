@@ -24,7 +24,6 @@ from espalier.surgery import shrink
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _MARK = re.compile(r"_L(\d+)_")
-BEFORE = -1  # the "layer" of nodes before the first
 
 
 @dataclass(frozen=True)
