@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def refused_by_first():
 def everything(folder):
     torch.set_num_threads(1)  # a pool of threads does not live through a fork
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a script has it that torchrun starts
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # a fault fails, and does not wait for half an hour
     into = folder / "stopped"
     found = {
         **{name: by_name(name) for name in METHODS},
