@@ -225,6 +225,8 @@ def test_a_profile_of_another_network_or_setting_is_refused(profile):
 def test_a_runtime_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="choose onnxruntime or openvino"):
         es.profile(Small(), X, runtime="fastest")
+    with pytest.raises(ValueError, match="computes in what the file holds"):
+        es.profile(Small(), X, precision="bf16")
 
 
 def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, monkeypatch):

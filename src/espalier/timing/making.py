@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from espalier.plan import Plan
 from espalier.solver import timed_counts
 from espalier.timing import on_device
 from espalier.timing.family import Family, layer_of
-from espalier.timing.profile import Measured, Profile, ProfiledLayer, Setting, load_profile, save_profile
+from espalier.timing.profile import NOISY, Measured, Profile, ProfiledLayer, Setting, load_profile, save_profile
 
 NETWORKS = 24  # measured for a profile
 GRAINS = (4, 8, 16)  # multiples of channels that a runtime may like; at others, ONNX Runtime falls back to slower code
@@ -50,6 +51,10 @@ def profile(
 
     Raises: ValueError for a runtime that is unknown or not installed.
     """
+    if runtime == "onnxruntime" and precision != "f32":
+        raise ValueError(
+            f"profile(precision={precision!r}): ONNX Runtime computes in what the file holds, f32; take openvino"
+        )
     graph, family = _family(model, example, batch)
     setting = Setting(
         runtime, on_device.version(need_runtime(runtime)), on_device.processor(), threads, batch, precision
@@ -67,6 +72,8 @@ def profile(
                 save_profile(found, to)
         if progress is not None:
             progress(number + 1, len(plans))
+    if found.spread > NOISY:
+        warnings.warn(f"profile: {found.describe()}; measure again when it is quiet", stacklevel=2)
     return found
 
 
