@@ -170,9 +170,10 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 def computes_weight(module: nn.Module) -> bool:
     """Is it a layer whose weight a hook or a parametrisation of torch's computes anew for every call (weight norm)?"""
+    if not isinstance(module, _PLAIN) or "weight" in module._parameters:
+        return False
     held = module._parameters.keys() | module._modules.keys()
-    normed = not held.isdisjoint(("weight_g", "weight_orig", "parametrizations"))
-    return isinstance(module, _PLAIN) and normed and "weight" not in held and hasattr(module, "weight")
+    return not held.isdisjoint(("weight_g", "weight_orig", "parametrizations")) and hasattr(module, "weight")
 
 
 def plain_layer(module: Any) -> nn.Module:

@@ -126,7 +126,8 @@ def install(modules: dict[str, nn.Module]) -> None:
                 own[key] = _kept(name, key, value)
             else:
                 own[key] = type(value)(_kept(name, f"{key}.{i}", n) for i, n in enumerate(value))
-        weight = own.get("_parameters", {}).get("weight")
+        held = own.get("_parameters")
+        weight = held.get("weight") if isinstance(held, dict) else None  # of a scripted module it is no dictionary
         for key, dim in OF_LAYERS.items():
             if weight is not None and type(own.get(key)) is int and dim < weight.ndim and weight.shape[dim] == own[key]:
                 own[key] = _counting(f"{name}.weight", dim, own[key])
