@@ -34,6 +34,7 @@ METHODS = {
     "tcp": es.TCP(),
     "tcp, by variance": es.TCP(importance="share"),
     "mgp": es.MGP(),
+    "joint": es.Joint(),
     "dprp": es.DPRP(importance="taylor"),
     "tt-lc": es.TTLC(iterations=2, search=2, held_out=12, sweeps=1),
     "magnitude": es.Magnitude(score="taylor"),
