@@ -213,7 +213,7 @@ class Rehearsal:
             raise Mismatch(
                 watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
             )
-        if self.single:
+        if self.single and (len(layers) != len(survivors) or any(m.size < 2 for m in layers)):
             return
         if len(layers) != len(survivors):
             raise Mismatch(watch.key(), "loses track of its channels", watch.place())
