@@ -284,10 +284,10 @@ class Fading(Closing):
         """The small model.  If training stopped before everything had faded, the rest is cut here, and ``forced`` is true."""
         if not self.done:
             plan = self.keep_set(self.limits, 1.0)
-            self.forced = bool(self._outside_of(plan).any())
-            self.realise(
-                {g.name: np.asarray(plan.keep[g.name]) for g in self.graph.groups if g.name in plan.keep}, None
-            )
+            stay = {g.name: np.asarray(plan.keep[g.name]) for g in self.graph.groups if g.name in plan.keep}
+            less = any(len(units) < self.graph.group(n).size for n, units in stay.items())  # options too
+            self.forced = less or bool(self._outside_of(plan).any())
+            self.realise(stay, None)
             self._finished()
         return self.model
 
