@@ -439,7 +439,7 @@ class Run(ABC):
         self.restored()
 
 
-STATE = "espalier-run/1"
+STATE = "espalier-run/2"
 
 Process = Run  # its old name, for methods written outside
 
