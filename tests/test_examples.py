@@ -58,7 +58,7 @@ def test_an_example_runs(name, tmp_path, monkeypatch):
 
 
 def test_every_example_is_run():
-    assert {path.name for path in EXAMPLES.glob("*.*")} == {*ROWS, "classifier.sh", "service.py"}
+    assert {path.name for path in EXAMPLES.glob("*.*")} == {*ROWS, "classifier.sh", "service.py", "two_processes.py"}
 
 
 def boxes_in_yolos_layout(folder):

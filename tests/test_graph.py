@@ -622,7 +622,7 @@ class Remembers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(4))
+        self.table = nn.Parameter(torch.tensor([0.5, -1.25, 2.0, 0.75]))  # sums that single precision holds exactly
         self.kept: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Case:
 def smallest(graph: Graph, importance: dict[str, np.ndarray], multiple_of: int) -> Cost:
     """The least this network can cost, as the error of an unreachable budget states it."""
     try:
-        return cost(graph, solve(graph, importance, Budget(activation_memory=1.5, multiple_of=multiple_of)))
+        return cost(graph, solve(graph, importance, Budget(activation_memory=2, multiple_of=multiple_of)))
     except BudgetError as error:
         return error.smallest
 

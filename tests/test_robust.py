@@ -153,12 +153,15 @@ def test_accumulated_gradients_give_the_importance_of_the_whole_batch() -> None:
 
 def test_moments_of_a_resumed_run_are_where_the_model_is() -> None:
     run = es.TCP(importance="share").start(net(), X[:1], es.Budget(macs=0.5))
-    run.moments.start()
+    assert isinstance(run.score, Moments)
+    run.score.start()
     run.model(X[:8])
+    run.score.batch_done()
     model = net().to("meta")  # in the place of a GPU
     again = Moments(model, Units(model, run.graph))
-    again.load_state_dict(run.moments.state_dict())
-    model(torch.zeros(2, 1, 8, 8, device="meta"))  # adds to the sums
+    again.load_state_dict(run.score.state_dict())
+    model(torch.zeros(2, 1, 8, 8, device="meta"))
+    again.batch_done()  # adds to the sums
     assert {s.device.type for s in again.sums.values()} == {"meta"}
 
 

@@ -131,7 +131,7 @@ def test_a_shape_that_may_equal_the_inputs_is_tried() -> None:
         return m.b(y + x if y.shape == x.shape else y)
 
     graph = trace(Net(run, a=conv(3, 16), b=conv(16, 5)), IMAGE)
-    assert sizes(graph) == {}, "at three channels the input would be added"
+    assert sizes(graph) == {"a": 13}, "one of them stays: four channels, because at three the input would be added"
 
 
 def test_a_width_of_another_tensor_of_equal_width_is_told_apart() -> None:
@@ -166,13 +166,13 @@ def in_training_only(change: Callable[[Tensor], Tensor]) -> nn.Module:
         lambda y: y - y.mean(1, keepdim=True),
         lambda y: y.view(len(y), 16, -1).view_as(y),
         lambda y: y * y.shape[1] ** -0.5,
-        lambda y: y if y.shape[1] > 7 else y.relu(),
+        lambda y: y if y.shape[1] > 7 else y.relu(),  # of nine that may go one stays
     ],
 )
 def test_what_only_training_runs_is_watched_and_rehearsed(change: Callable[[Tensor], Tensor]) -> None:
     model = randomise(in_training_only(change))
     graph = trace(model, IMAGE)
-    assert sizes(graph) == {"b": 12}, reasons(graph)
+    assert sizes(graph) in ({"b": 12}, {"a": 9, "b": 12}), reasons(graph)
     for plan in every_width(graph):
         assert shrink(model, graph, plan).train()(IMAGE).shape == (1, 5)
 

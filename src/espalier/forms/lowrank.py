@@ -301,7 +301,7 @@ class BasisChange:
 
     def mixed(self, values: Tensor) -> Tensor:
         """Squares per singular value in the new basis, likewise."""
-        return ((self.above * self.below.mT).square() @ values[..., None])[..., 0]
+        return ((self.above * self.below.mT).square().to(values) @ values[..., None])[..., 0]
 
     @staticmethod
     def alone(u: Tensor, s: Tensor, v: Tensor) -> BasisChange:

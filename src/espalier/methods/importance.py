@@ -199,7 +199,7 @@ class Sensitivity:
         """Take in what was heard since the last call, unless it is not finite.  Nothing here waits for the device."""
         if not self._heard:
             return
-        sums = self.units.sum(part for parts in self._heard.values() for part in parts)
+        sums = self.units.sum(part for parts in self._heard.values() for part in parts).to(self.value)
         squares = average_(sums).square()
         squares = squares / self.units.total(squares).clamp_min(1e-30)
         finite = torch.isfinite(squares).all()
@@ -302,7 +302,7 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["active"]:
-            self.start(state["sums"])
+            self.start({name: row.to(self.units.device) for name, row in state["sums"].items()})
 
     def _gather(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
