@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from networks import StandardisedConv2d
+from proving import randomise
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -281,6 +282,15 @@ def test_saved_and_loaded_it_gives_the_same_bits(tmp_path: Path) -> None:
     again = load(tmp_path / "small.safetensors", base=network())
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(small.eval()(x), again.eval()(x))
+
+
+def test_a_network_in_channels_last_is_proven_as_well() -> None:
+    """A file keeps no memory layout, and a convolution sums in another order in another one."""
+    torch.manual_seed(0)
+    model, x = randomise(build_model("resnet8", num_classes=10)).eval(), torch.randn(1, 3, 32, 32)
+    graph = trace(model, x)
+    plan = Plan({g.name: np.arange(max(1, g.size // 2)) for g in graph.groups})
+    verify(model, graph, plan, x, small=shrink(model, graph, plan).to(memory_format=torch.channels_last)).require()
 
 
 def test_a_layer_that_stands_for_another_of_its_type_comes_back_as_it_was_saved(tmp_path: Path) -> None:
