@@ -68,9 +68,9 @@ def torchvision(path: str, example: Any, **options: Any) -> Built:
     return getattr(models, name)(weights=None, **options), example
 
 
-def segmenter(name: str, *, encoder: str = "resnet18") -> Built:
+def segmenter(name: str, *, encoder: str = "resnet18", side: int = 64) -> Built:
     smp = importlib.import_module("segmentation_models_pytorch")
-    return getattr(smp, name)(encoder_name=encoder, encoder_weights=None, classes=4), pictures(64, count=2)
+    return getattr(smp, name)(encoder_name=encoder, encoder_weights=None, classes=4), pictures(side, count=2)
 
 
 def transformer(name: str, *, side: int = 64, **options: Any) -> Built:
@@ -170,8 +170,9 @@ NETWORKS: dict[str, Callable[[], Built]] = {
     **{f"torchvision:{n}": (lambda n=n: torchvision(f"video.{n}", FILM)) for n in ("r3d_18", "mc3_18", "r2plus1d_18")},
     "torchvision:raft_small": lambda: torchvision("optical_flow.raft_small", (pictures(128), pictures(128))),
     **{f"smp:{n}": (lambda n=n: segmenter(n)) for n in (
-        "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3Plus", "UPerNet",
+        "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "UPerNet",
     )},
+    "smp:PAN": lambda: segmenter("PAN", side=128),
     "smp:Unet, mobilenet_v2": lambda: segmenter("Unet", encoder="mobilenet_v2"),
     "smp:Unet, timm-efficientnet-b0": lambda: segmenter("Unet", encoder="timm-efficientnet-b0"),
     "transformers:ResNet": lambda: transformer("ResNet"),
