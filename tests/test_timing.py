@@ -323,14 +323,18 @@ def test_forms_that_were_never_measured_are_named(profile):
         profile.on(graph)
 
 
-def test_ranks_are_planned_by_what_factorised_layers_take_and_a_run_goes_on_with_these_times(profile, monkeypatch):
+def measure_little(monkeypatch, *, networks):
     for module, name, value in (
-        (forms, "NETWORKS", 3),
+        (forms, "NETWORKS", networks),
         (forms, "SECONDS", 0.0),
         (closing, "SECONDS", 0.0),
         (closing, "ROUNDS", 1),
     ):
         monkeypatch.setattr(module, name, value)
+
+
+def test_ranks_are_planned_by_what_factorised_layers_take_and_a_run_goes_on_with_these_times(profile, monkeypatch):
+    measure_little(monkeypatch, networks=3)
     torch.manual_seed(0)
     model = Small().eval()
     run = es.SVDOneShot().start(model, X, es.Budget(latency=0.95, profile=profile))
@@ -347,13 +351,7 @@ def test_ranks_are_planned_by_what_factorised_layers_take_and_a_run_goes_on_with
 
 @pytest.mark.parametrize("method", [es.MGP(inputs=False), es.DPRP()])
 def test_kernel_shapes_and_ranks_that_fall_in_training_have_times_too(profile, monkeypatch, method):
-    for module, name, value in (
-        (forms, "NETWORKS", 2),
-        (forms, "SECONDS", 0.0),
-        (closing, "SECONDS", 0.0),
-        (closing, "ROUNDS", 1),
-    ):
-        monkeypatch.setattr(module, name, value)
+    measure_little(monkeypatch, networks=2)
     torch.manual_seed(0)
     run = method.start(Small().eval(), X, es.Budget(latency=0.95, profile=profile))
     assert run.budget.profile.lacking(run.graph) == [] and run.budget.profile.forms and run.cost.latency > 0

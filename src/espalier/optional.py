@@ -66,12 +66,7 @@ def import_timm() -> ModuleType:
 
 def import_fabric() -> ModuleType:
     """Import Lightning Fabric.  Raises: MissingPackage if neither ``lightning`` nor ``lightning_fabric`` is installed."""
-    with suppress(MissingPackage):
-        import_torchvision()
-    for name in ("lightning.fabric", "lightning_fabric"):
-        with suppress(MissingPackage):
-            return import_optional(name, extra="lightning")
-    raise MissingPackage("this needs the package lightning, which is not installed: pip install lightning")
+    return _lightning("lightning.fabric", "lightning_fabric")
 
 
 def import_transformers() -> ModuleType:
@@ -91,9 +86,14 @@ def import_lightning() -> ModuleType:
 
     Raises: MissingPackage if neither ``lightning`` nor ``pytorch_lightning`` is installed.
     """
+    return _lightning("lightning.pytorch", "pytorch_lightning")
+
+
+def _lightning(*names: str) -> ModuleType:
+    """The first of ``names`` that is installed."""
     with suppress(MissingPackage):
         import_torchvision()
-    for name in ("lightning.pytorch", "pytorch_lightning"):
+    for name in names:
         with suppress(MissingPackage):
             return import_optional(name, extra="lightning")
     raise MissingPackage("this needs the package lightning, which is not installed: pip install lightning")
