@@ -1,4 +1,4 @@
-"""How long ``espalier demo`` takes: digits, dense training and TCP to two limits, export and report.
+"""How long ``espalier demo`` takes: digits, dense training, a profile and TCP to half of the time, export and report.
 
 python -m benchmarks.demo     # with two threads, once; writes benchmarks/results/demo.json
 """
