@@ -81,6 +81,13 @@ def test_a_recipe_makes_sense(name):
         Recipe.from_dict(job.recipe)
         Budget(**job.budget)
         assert method.get("budget", {}).keys() <= {"multiple_of"}, "one table, one size"
+        if (
+            "start" in content
+            and "weights" not in content["model"]
+            and "dense" not in content["start"].get("for", ["dense"])
+        ):
+            total = job.recipe["epochs"] + (content["start"]["epochs"] if job.starts_trained else 0)
+            assert total == content["recipe"]["epochs"], f"{label}: from scratch all train equally long"
         if method["name"] in METHODS:
             assert method.keys() - {"name", "recipe", "budget"} <= {f.name for f in fields(METHODS[method["name"]])}
         else:
