@@ -468,7 +468,8 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
             for name, tensor in own.items():
                 home = fresh.get(name, tensor.device)
                 if tensor.is_meta:
-                    value = tensors[name].to("cpu" if home.type == "meta" else home, tensor.dtype)
+                    where = "cpu" if home.type == "meta" else home
+                    value = tensors[name].to(where, tensor.dtype, copy=True)  # the file's are not aligned
                     _replace(base, name, value)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
