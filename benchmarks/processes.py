@@ -61,7 +61,7 @@ def measured(steps: int, threads: int) -> dict[str, float]:
         torch.manual_seed(0)
         model = build_model("resnet20", num_classes=10)
         budget = es.Budget(macs=0.5)
-        run = es.attach(model, torch.zeros(1, 3, 32, 32), budget=budget, method=es.TCP(start_at=0.34, reach=0.66))
+        run = es.attach(model, torch.zeros(1, 3, 32, 32), budget=budget, method=es.TCP(start_at=0.34, end_at=0.66))
         recipe = Recipe(epochs=3, batch_size=BATCH, device="cpu")
         marks: list[float] = []
         dist_on = dist.is_initialized()

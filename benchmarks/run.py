@@ -534,7 +534,7 @@ def import_rows(content: Mapping[str, Any], recipes: dict[str, dict[str, Any]], 
         if score:
             method["score" if name == "magnitude" else "importance"] = score
         if name == "magnitude":
-            method["returns"] = 1.0  # the only way there was then
+            method["share_exponent"] = 1.0  # the only way there was then
         method |= {k: float(v) for k, v in (pair.split("=") for pair in row["settings"].split(",") if pair)}
         budget = {"macs": row["macs"], **({"multiple_of": row["multiple_of"]} if row["multiple_of"] > 1 else {})}
         key = _imported_key(row, method, budget, recipes)

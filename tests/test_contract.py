@@ -49,9 +49,9 @@ ROWS = {
     "tcp": Row(
         es.TCP(),
         removal="realise",
-        bad=({"importance": "colour"}, {"every": 0.0}, {"returns": 2.0}, {"start_at": 0.5}),
+        bad=({"importance": "colour"}, {"every": 0.0}, {"share_exponent": 2.0}, {"start_at": 0.5}),
     ),
-    "tcp-share": Row(es.TCP(importance="share", returns=0.7), es.Budget(params=0.6), removal="realise"),
+    "tcp-share": Row(es.TCP(importance="share", share_exponent=0.7), es.Budget(params=0.6), removal="realise"),
     "mgp": Row(
         es.MGP(), removal="realise", bad=({"filters": False, "inputs": False, "shapes": False}, {"stagger": -1.0})
     ),
@@ -67,7 +67,7 @@ ROWS = {
     "tt-lc": Row(es.TTLC(search=0, iterations=4), bad=({"forms": ("cube",)}, {"share": 1.0}, {"iterations": 1})),
 }
 ONE_SHOT = {
-    "magnitude": Row(es.Magnitude(), bad=({"score": "colour"}, {"returns": 0.0})),
+    "magnitude": Row(es.Magnitude(), bad=({"score": "colour"}, {"share_exponent": 0.0})),
     "svd-oneshot": Row(es.SVDOneShot(), bad=({"form": "round"},)),
 }
 EVERY = {**ROWS, **ONE_SHOT}

@@ -570,7 +570,7 @@ def test_ranks_only_fall_to_a_budget_that_is_met_exactly(budget: Budget) -> None
 
 
 def test_nothing_that_fits_is_left_out() -> None:
-    run, _ = trained(DPRP(start_at=0.0, every=0.25, reach=0.25), Budget(params=0.5))
+    run, _ = trained(DPRP(start_at=0.0, every=0.25, end_at=0.25), Budget(params=0.5))
     run.finish()  # one decision: no earlier one has bound it
     assert unused_blocks(run.graph, run.plan, Budget(params=0.5)) == []
 
@@ -590,7 +590,7 @@ def test_decided_once_all_layers_walk_together_to_ranks_that_were_known_at_the_f
     split = {n for n, layer in run.layers.items() if not layer.whole}
     assert split and {n: run.layers[n].rank for n in split} == {n: first[n] for n in split}
     assert all(a >= b for a, b in pairwise(costs)) and len(set(costs)) >= 5
-    half = costs[STEPS // 4]  # in the middle between start_at and reach
+    half = costs[STEPS // 4]  # in the middle between start_at and end_at
     assert 0.3 < (costs[0] - half) / (costs[0] - costs[-1]) < 0.7
     used = [getattr(run.cost, m) / limit for m, limit in run.limits.items()]
     assert max(used) <= 1.0 and max(used) >= 0.97
@@ -690,7 +690,7 @@ def test_memory_of_activations_is_not_a_budget_for_ranks() -> None:
     "settings",
     [
         {"energy": 0.0}, {"energy": 1.0}, {"energy": float("nan")}, {"energy": True}, {"form": "tucker"},
-        {"importance": "luck"}, {"every": 0.0}, {"reach": 1.0}, {"start_at": 0.6}, {"sparsity": -1.0},
+        {"importance": "luck"}, {"every": 0.0}, {"end_at": 1.0}, {"start_at": 0.6}, {"sparsity": -1.0},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:

@@ -16,9 +16,10 @@ from espalier.costs import CostModel, cost
 from espalier.forms import cut_kernel, find_places, rectangles, shape_sequence, shapes
 from espalier.graph import files, hold, selectable, trace, with_inputs
 from espalier.graph.alternatives import alternatives_name
+from espalier.graph.graph import FORM, INPUTS
 from espalier.graph.inputs import inputs_name
 from espalier.layers import PartConv2d
-from espalier.methods.mgp import FILTERS, INPUTS, MGP, SHAPES, MGPRun, granularities, kind_of
+from espalier.methods.mgp import FILTERS, MGP, SHAPES, MGPRun, granularities, granularity
 from espalier.methods.stripes import StripeMasks, living
 from espalier.methods.units import Units
 from espalier.plan import Budget, Plan
@@ -114,7 +115,7 @@ def joint(model: nn.Module, example: Tensor, method: MGP) -> tuple[object, dict]
 
 def carried_out(model, graph, options, plan: Plan, draw: np.random.Generator, *, masked: bool):
     """The network of a plan: small, or of full size with zeros."""
-    channels = Plan({n: u for n, u in plan.keep.items() if kind_of(n) != SHAPES})
+    channels = Plan({n: u for n, u in plan.keep.items() if graph.group(n).kind != FORM})
     made = mask(model, graph, channels) if masked else shrink(model, graph, channels)
     for layer, found in options.items():
         option = found[len(plan.keep[alternatives_name(layer)]) - 1]
@@ -184,7 +185,7 @@ def test_a_network_that_keeps_reading_everything_copies_nothing() -> None:
     model = network()
     graph, _ = joint(model, EXAMPLE, MGP(shapes=False))
     assert not any(isinstance(m, PartConv2d) for m in shrink(model, graph, Plan.dense(graph)).modules())
-    inputs = [g for g in graph.groups if kind_of(g.name) == INPUTS]
+    inputs = [g for g in graph.groups if g.kind == INPUTS]
     assert inputs
     less = Plan({inputs[0].name: np.arange(inputs[0].size - 1)})
     assert cost(graph, less).macs < cost(graph).macs
@@ -268,7 +269,7 @@ def test_removal_changes_no_logit_and_keeps_training_going() -> None:
     carry_out = run.realise
 
     def watched(stay, optimizer):
-        kinds.update(kind_of(n) for n, u in stay.items() if len(u) < run.graph.group(n).size)
+        kinds.update(granularity(run.graph.group(n)) for n, u in stay.items() if len(u) < run.graph.group(n).size)
         before = logits(model, x)
         result = carry_out(stay, optimizer)
         assert (before - logits(model, x)).abs().max() <= 1e-5 * before.abs().max()
@@ -290,7 +291,7 @@ def test_finer_granularities_begin_later_unless_the_budget_needs_them() -> None:
 
     def touched(limits: dict[str, int], progress: float) -> set[str]:
         plan = run.keep_set(limits, progress)
-        return {kind_of(n) for n, u in plan.keep.items() if len(u) < run.graph.group(n).size}
+        return {granularity(run.graph.group(n)) for n, u in plan.keep.items() if len(u) < run.graph.group(n).size}
 
     run.score.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
     assert touched(gentle, 0.05) == {FILTERS}
@@ -399,7 +400,7 @@ def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
         {"filters": False, "inputs": False, "shapes": False},
         {"fade": 0.0},
         {"stagger": -0.1},
-        {"reach": 1.0},
+        {"end_at": 1.0},
         {"filters": False, "streams": True},
     ],
 )
@@ -584,7 +585,7 @@ NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
     model, example = build(name), zoo_example(name)
-    run = MGP(reach=0.5).start(model, example, Budget(macs=0.5))
+    run = MGP(end_at=0.5).start(model, example, Budget(macs=0.5))
     run.score.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
     small = run.finish()
     assert run.forced

@@ -204,9 +204,9 @@ def test_settings_of_the_wrong_type_are_refused(make: Callable[[], es.Method], w
 
 
 def test_settings_that_are_numbers_of_numpy_become_plain_ones() -> None:
-    method = es.TTLC(pull=np.float32(0.5), iterations=np.int64(4), growth=2)
-    assert [type(v) for v in (method.pull, method.iterations, method.growth)] == [float, int, float]
-    assert copy.copy(method) == es.TTLC(pull=0.5, iterations=4, growth=2.0)
+    method = es.TTLC(penalty_exponent=np.float32(0.5), iterations=np.int64(4), growth=2)
+    assert [type(v) for v in (method.penalty_exponent, method.iterations, method.growth)] == [float, int, float]
+    assert copy.copy(method) == es.TTLC(penalty_exponent=0.5, iterations=4, growth=2.0)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

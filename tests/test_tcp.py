@@ -38,7 +38,7 @@ def test_a_score_of_the_weights_arrives_at_the_budget_in_multiples() -> None:
 
 def test_early_everything_is_decided_at_once_fades_until_reach_and_leaves_every_group_its_floor() -> None:
     model = network()
-    run = TCP(early=True, floor=0.4, fade=0.1, reach=0.4).start(model, EXAMPLE, Budget(macs=0.5))
+    run = TCP(early=True, floor=0.4, fade=0.1, end_at=0.4).start(model, EXAMPLE, Budget(macs=0.5))
     floor, sizes = dict(run.floor), {g.name: g.size for g in run.graph.groups}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     frozen, gone_at, cost = None, [], run.cost.macs
@@ -96,7 +96,7 @@ def test_strength_rises_when_the_mass_lags_and_falls_when_it_leads() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"importance": "luck"}, {"fade": 0.0}, {"reach": 1.0}, {"start_at": 0.5, "reach": 0.5}, {"every": float("nan")}],
+    [{"importance": "luck"}, {"fade": 0.0}, {"end_at": 1.0}, {"start_at": 0.5, "end_at": 0.5}, {"every": float("nan")}],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="TCP"):
@@ -183,5 +183,5 @@ def test_diminishing_returns_keep_the_order_and_the_total_and_lift_the_last_unit
     [(power, "a number above 0 and at most 1") for power in (0.0, 1.5, -1.0, float("nan"), True)],
 )
 def test_returns_outside_their_range_are_refused(method: type, power: float, words: str) -> None:
-    with pytest.raises(ValueError, match=f"returns=.*must be {words}"):
-        method(returns=power)
+    with pytest.raises(ValueError, match=f"share_exponent=.*must be {words}"):
+        method(share_exponent=power)

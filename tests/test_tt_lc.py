@@ -238,7 +238,9 @@ def test_weights_that_run_away_are_detected_and_the_last_form_is_kept() -> None:
 def test_the_penalty_pulls_as_far_in_a_long_run_as_in_a_short_one(steps: int, momentum: float) -> None:
     """Trained on the penalty alone, weights go the same share of the way in an L step, whatever its length."""
     model = net()
-    run = es.TTLC(search=0, iterations=4, share=0.8, pull=0.4, growth=1.5).start(model, X, es.Budget(macs=0.4))
+    run = es.TTLC(search=0, iterations=4, share=0.8, penalty_exponent=0.4, growth=1.5).start(
+        model, X, es.Budget(macs=0.4)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
     name, begun, left = "3", None, []
     for step in range(4 * steps):
@@ -287,7 +289,7 @@ def test_the_rate_after_the_replacement_rises_to_its_peak_and_falls_to_nothing()
         assert run.replaced
         return [run.rate(progress) for progress in (0.6, 0.65, 0.7, 0.8, 1.0)]
 
-    plain, settled = rates(settle=1.0, rise=0.0), rates(settle=0.5, rise=0.25)
+    plain, settled = rates(finetune_lr=1.0, finetune_warmup=0.0), rates(finetune_lr=0.5, finetune_warmup=0.25)
     assert plain[0] == 1.0 and plain[-1] == pytest.approx(0.0, abs=1e-12)
     assert settled == pytest.approx([share * rate for share, rate in zip((0, 0.25, 0.5, 0.5, 0.5), plain, strict=True)])
 
@@ -503,7 +505,9 @@ def test_compress_meets_the_budget_and_learns(digits, budget, tmp_path) -> None:
 
 def test_the_gap_falls_and_the_replacement_hardly_moves_the_logits(digits) -> None:
     data = set_aside(digits, 100)
-    run, x, _ = run_until(data, es.TTLC(search=0, iterations=10, share=0.8, pull=0.1, growth=2.0), stop_before=True)
+    run, x, _ = run_until(
+        data, es.TTLC(search=0, iterations=10, share=0.8, penalty_exponent=0.1, growth=2.0), stop_before=True
+    )
     gaps = [value for _, value in run.history["gap"]["all"]]
     assert gaps[-1] < 0.25 * max(gaps)
     run.model.eval()
@@ -808,8 +812,8 @@ def test_budgets_that_cannot_be_met_fail_at_once() -> None:
 
 
 WRONG = [
-    {"iterations": 1}, {"share": 1.0}, {"pull": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
-    {"forms": "cp"}, {"search": -1}, {"workers": 0}, {"lc": 1}, {"settle": 0.0}, {"rise": 1.0},
+    {"iterations": 1}, {"share": 1.0}, {"penalty_exponent": 0.0}, {"growth": 0.5}, {"ranks": "best"}, {"forms": ()},
+    {"forms": "cp"}, {"search": -1}, {"workers": 0}, {"lc": 1}, {"finetune_lr": 0.0}, {"finetune_warmup": 1.0},
 ]  # fmt: skip
 
 

@@ -21,13 +21,13 @@ Kept = dict[str, dict[int, np.ndarray]]
 
 
 def number_name(module: str, key: str) -> str:
-    """How the number ``key`` of ``module`` is named among tensors; ``key.1`` is the second of several."""
-    return f"{module}#{key}"
+    """How the number ``key`` of ``module`` is named among tensors, as no tensor can be; ``key.1`` is the second of several."""
+    return f"{module}..{key}"
 
 
 def number_named(name: str) -> tuple[str, str] | None:
     """Module and key of a number; ``None`` of a tensor."""
-    module, mark, key = name.partition("#")
+    module, mark, key = name.partition("..")
     return (module, key) if mark else None
 
 

@@ -11,11 +11,11 @@ ValueError: Pace(every=2): must be a number above 0 and below 1
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import annotated_types
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -40,8 +40,17 @@ class Settings:
     An annotation is a plain type, a ``Literal`` of words, or either with pydantic's ``Field(ge=..., gt=..., le=..., lt=...,
     description=...)`` in ``Annotated``.  Numbers of numpy become plain ones; nothing else is converted.
 
+    ``formerly`` holds what fields were called before (old name -> name now), so that an old script is told what to write.
+
     Raises: ValueError in one line, ``Class(field=value): must be ...``.
     """
+
+    formerly: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        for name in values.keys() & cls.formerly.keys():
+            raise ValueError(f"{cls.__name__}({name}={values[name]!r}): is called {cls.formerly[name]} now")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         owner: Any = type(self)

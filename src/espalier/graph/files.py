@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from espalier.graph.graph import (
-    BLOCK,
-    CHANNELS,
-    FORM,
-    INPUTS,
-    STRIPES,
-    Block,
-    Extent,
-    Frozen,
-    Graph,
-    Group,
-    Site,
-    Slice,
-    Span,
-    Term,
-)
+from espalier.graph.graph import Block, Extent, Frozen, Graph, Group, Site, Slice, Span, Term
 from espalier.graph.reasons import CallPlace, Reason
 
 
@@ -42,9 +28,7 @@ def from_json(text: str) -> Graph:
     groups = []
     for g in plain["groups"]:
         slices = [Slice(**{**s, "index": _index(s["index"])}) for s in g["slices"]]
-        options = tuple(g.get("options", g.get("ladder", ())))  # the second: as first written
-        kind, layer = (g["kind"], g["layer"]) if "kind" in g else _from_name(g["name"])
-        groups.append(Group(g["name"], g["size"], tuple(slices), options, kind, layer))
+        groups.append(Group(**{**g, "slices": tuple(slices), "options": tuple(g["options"])}))
     rest = {n: _tuples(v) for n, v in plain.items()}
     return Graph(**{
         **rest,
@@ -57,21 +41,12 @@ def from_json(text: str) -> Graph:
         "parameters": tuple(Term(**_tuples_in(t)) for t in plain["parameters"]),
         "shapes": {n: tuple(s) for n, s in plain["shapes"].items()},
         "group_width": plain["group_width"],
-        "spans": tuple(Span(**_tuples_in(s)) for s in plain.get("spans", ())),
-        "blocks": tuple(Block(**_tuples_in(b)) for b in plain.get("blocks", ())),
+        "spans": tuple(Span(**_tuples_in(s)) for s in plain["spans"]),
+        "blocks": tuple(Block(**_tuples_in(b)) for b in plain["blocks"]),
     })  # fmt: skip
 
 
-def _from_name(name: str) -> tuple[str, str]:
-    """Kind and layer of a group that was written without them: its name ends in its kind."""
-    layer, _, kind = name.rpartition(":")
-    return (kind, layer) if kind in (FORM, INPUTS, STRIPES, BLOCK) else (CHANNELS, "")
-
-
-def _reason(value: Any) -> Reason:
-    """From a sentence, as first written, or from its parts."""
-    if isinstance(value, str):
-        return Reason(value)
+def _reason(value: Mapping[str, Any]) -> Reason:
     return Reason(value["text"], None if value["place"] is None else CallPlace(**value["place"]))
 
 

@@ -65,7 +65,7 @@ class TraceTimeout(TraceError):
 class Axis:
     """One labelled dimension: labels ``start .. start+size-1`` belong to ``tensor`` along ``dim``."""
 
-    tensor: str  # parameter or buffer name, or "module#before" / "module#after" for a ChannelPad
+    tensor: str  # parameter or buffer name, or ``number_name`` of what a module counts
     dim: int
     start: int
     size: int

@@ -66,6 +66,14 @@ class Method(Settings, ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool]  # False: one shot, needs no data
+    formerly: ClassVar[Mapping[str, str]] = {
+        "reach": "end_at",
+        "returns": "share_exponent",
+        "pull": "penalty_exponent",
+        "settle": "finetune_lr",
+        "rise": "finetune_warmup",
+        "beyond": "noise_weight",
+    }
 
     @property
     def needs_budget(self) -> bool:

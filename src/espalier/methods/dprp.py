@@ -9,7 +9,7 @@ our reading, in the paper's order:
    long as its rank has not fallen its factors are trained as their product, which takes the steps of dense training;
 2. penalty ``orthogonality * sum_l (|U^T U - I|^2 + |V^T V - I|^2) / r_l^2 + sparsity * sum_l (sum |s|)^2 / sum s^2``,
    with at least 16 for ``r_l``: of the smallest ranks the pull would be too strong for usual learning rates;
-3. rank events, from ``start_at`` to ``reach`` every ``every``: drop what has faded; re-orthonormalise exactly, with the
+3. rank events, from ``start_at`` to ``end_at`` every ``every``: drop what has faded; re-orthonormalise exactly, with the
    optimiser's state (``surgery.change_bases``), as every ``TURN_EVERY`` steps until the end; decide the next ranks;
 4. which ranks: at most a share of ``energy`` is given up over the whole run, or the most important triplets inside the
    budget, by the shared ``solver``, or both.  The cost falls from the full one to the target, fast at first (``power``).  With
@@ -75,15 +75,16 @@ class DPRP(ClosingMethod):
         bool,
         described("find the final ranks at the first event and walk there; later only whole layers are aimed anew"),
     ] = False
-    returns: Annotated[
-        Fraction, described("with once: a rank that holds a share h of its layer is worth h ** returns; 1 is additive")
+    share_exponent: Annotated[
+        Fraction,
+        described("with once: a rank that holds a share h of its layer is worth h ** share_exponent; 1 is additive"),
     ] = 0.5
     floor: Annotated[
         float,
         described("with once: no rank falls below that share of what equal fractions in all layers leave", ge=0, le=1),
     ] = 0.5
     start_at: Annotated[Share, described("when ranks begin to fall")] = 0.1
-    reach: Annotated[Share, described("when they stand")] = 0.6
+    end_at: Annotated[Share, described("when ranks have fallen")] = 0.6
     every: Annotated[float, described("time between two rank events", gt=0, lt=1)] = 0.02
     orthogonality: Annotated[float, described("weight of the pull to orthonormal factors", ge=0)] = 1.0
     sparsity: Annotated[float, described("weight of the penalty on singular values", ge=0)] = 1e-4
@@ -92,15 +93,15 @@ class DPRP(ClosingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_at + self.every > self.reach:
+        if self.start_at + self.every > self.end_at:
             raise ValueError(
-                f"DPRP(start_at={self.start_at}, every={self.every}, reach={self.reach}): start_at + every must not be above "
-                "reach: ranks need one interval to fall"
+                f"DPRP(start_at={self.start_at}, every={self.every}, end_at={self.end_at}): start_at + every must not be above "
+                "end_at: ranks need one interval to fall"
             )
 
     @property
     def closed_at(self) -> float:
-        return self.reach
+        return self.end_at
 
     @property
     def needs_budget(self) -> bool:
@@ -202,7 +203,7 @@ class DPRPRun(Closing):
             self._finished()
         else:
             self._next = progress + self.method.every
-            self.settled = self._next >= self.method.reach
+            self.settled = self._next >= self.method.end_at
             self._aim(self._next)
             renewed = self.split(self._falling, optimizer=optimizer)
         check_run(self)
@@ -270,7 +271,7 @@ class DPRPRun(Closing):
                 self.targets[name] = min(found, rank)
             return
         method = self.method
-        wanted = self._by_energy(min((arrival - method.start_at) / (method.reach - method.start_at), 1.0))
+        wanted = self._by_energy(min((arrival - method.start_at) / (method.end_at - method.start_at), 1.0))
         limits = self.limits if self.settled else self.limits_at(arrival)
         worth = self.alternatives.importance(self.scores())
         plan = solve(self.graph, worth, limits, ceiling=self.alternatives.options(wanted))
@@ -286,7 +287,7 @@ class DPRPRun(Closing):
         free = {n: scores for n, scores in self.scores().items() if n not in stands}
         plan = solve(
             self.graph,
-            self.alternatives.importance(free, returns=self.method.returns),
+            self.alternatives.importance(free, exponent=self.method.share_exponent),
             self.limits,
             ceiling=self.alternatives.options({**self._by_energy(1.0), **stands}),
             floor=self.alternatives.equal(self.limits, share=self.method.floor),
@@ -358,8 +359,8 @@ class DPRPRun(Closing):
 
     @property
     def status(self) -> Status:
-        whole = self.method.reach - self.method.start_at
-        left = 0.0 if self.done else min(max((self.method.reach - self._last) / whole, 0.0), 1.0)
+        whole = self.method.end_at - self.method.start_at
+        left = 0.0 if self.done else min(max((self.method.end_at - self._last) / whole, 0.0), 1.0)
         return Status(self.cost, 0.0 if self.done else self.method.sparsity, left)
 
 

@@ -404,24 +404,24 @@ TAYLOR = "taylor"
 SCORES = (*BY_WEIGHT, TAYLOR, "share")
 
 
-Returns = Annotated[
+ShareExponent = Annotated[
     Fraction,
-    described("below 1 the last units of a group are worth more (``methods.importance.diminishing``); 1 is additive"),
+    described("the best units of a group are worth their share of it to this power; below 1 the last ones count more"),
 ]
 ScoreName = Annotated[str, OneOf(SCORES), described("how units are ranked; taylor is the sensitivity of the loss")]
 
 
-def diminishing(scores: np.ndarray, power: float) -> np.ndarray:
-    """Scores of one group with diminishing returns: the best ``k`` units together are worth ``total * share ** power``.
+def diminishing(scores: np.ndarray, exponent: float) -> np.ndarray:
+    """Scores of one group with diminishing returns: the best ``k`` units together are worth ``total * share ** exponent``.
 
-    ``share`` is what they hold of the group's total, ``power`` is above 0 and up to 1, which leaves the scores as they are.
+    ``share`` is what they hold of the group's total, ``exponent`` is above 0 and up to 1, which leaves the scores as they are.
     Below 1 the last units of a group gain worth, so that no group is emptied because its units are small one by one.
     """
     total = float(scores.sum())
-    if power == 1.0 or total <= 0.0:
+    if exponent == 1.0 or total <= 0.0:
         return scores
     order = np.argsort(-scores, kind="stable")
     share = np.cumsum(scores[order]) / total
     worth = np.empty_like(scores, dtype=np.float64)
-    worth[order] = total * np.diff(np.concatenate([[0.0], np.minimum(share, 1.0) ** power]))
+    worth[order] = total * np.diff(np.concatenate([[0.0], np.minimum(share, 1.0) ** exponent]))
     return np.maximum(worth, 0.0)

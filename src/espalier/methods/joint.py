@@ -10,7 +10,7 @@ Here every layer may end in the form that serves the budget best, and one solver
    input, a kernel position, or a singular triplet (``s u^T dL/dW v``), normalised together (``methods.importance``).  The bases
    of the triplets are those of the weights at the last decisions (``REFRESH``); blocks are calibrated (``methods.blocks``);
 3. coarse to fine: at first only blocks and channels may go, then inputs, then forms; a decision may be taken back until it is
-   carried out.  The last one, at ``reach - 2 fade``, is final and spends the whole budget;
+   carried out.  The last one, at ``end_at - 2 fade``, is final and spends the whole budget;
 4. pressure and removal of blocks, channels, inputs and kernels while the network trains, as in MGP;
 5. ranks last, on what remains: the part of a weight outside of the leading singular subspace of its final rank sinks to zero in
    a straight line, momentum along; then the layer is written as two, which compute the same, and trains on as these.
@@ -39,7 +39,7 @@ from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import Batches, Removed
 from espalier.methods.kernels import Forms
-from espalier.methods.mgp import FILTERS, INPUTS, MGP, SHAPES, MGPRun, granularities, kind_of
+from espalier.methods.mgp import MGP, MGPRun, granularities
 from espalier.methods.pressure import MOMENTA, PRESSES, FadingMethod
 from espalier.methods.ranks import LAYOUTS, layout, rank_options
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
@@ -47,7 +47,6 @@ from espalier.methods.stripes import StripeMasks
 from espalier.methods.units import Gate, Units
 from espalier.plan import Budget, Plan
 from espalier.settings import OneOf, Share, described
-from espalier.solver import BudgetError
 from espalier.surgery import replace as put_layer
 
 
@@ -67,15 +66,15 @@ class Joint(FadingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_at + 2 * self.fade >= self.reach:
+        if self.start_at + 2 * self.fade >= self.end_at:
             raise ValueError(
-                f"Joint(start_at={self.start_at}, fade={self.fade}, reach={self.reach}): the budget needs time to move, and "
-                "ranks fall after channels; start_at + 2 * fade must be below reach"
+                f"Joint(start_at={self.start_at}, fade={self.fade}, end_at={self.end_at}): the budget needs time to move, and "
+                "ranks fall after channels; start_at + 2 * fade must be below end_at"
             )
 
     @property
     def closed_at(self) -> float:
-        return self.reach - 2 * self.fade
+        return self.end_at - 2 * self.fade
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> JointRun:
         return JointRun(model, example, budget, self)
@@ -205,17 +204,7 @@ class JointRun(MGPRun):
         taps = {n: values[rows] for n, rows in units.taps.items()}
         triplets = {n: values[rows] for n, rows in units.triplets.items()}
         scores = {**units.split(values), **self.kernels.worth(taps, triplets)}
-        kinds = [k for k in (FILTERS, INPUTS, SHAPES) if any(kind_of(n) == k for n in scores)]
-        for number in range(self._open(len(kinds), progress), len(kinds) + 1):
-            try:
-                plan = self.decide({n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}, limits)
-                break
-            except BudgetError:
-                if number == len(kinds):
-                    raise
-        else:
-            plan = self.decide({}, limits)
-        plan = self._without_dear_ranks(plan)
+        plan = self._without_dear_ranks(self.coarse_to_fine(scores, limits, progress, self.graph))
         self.kernels.take(taps, plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
         self.record("rank aimed at", {n: float(r) for n, r in self.kernels.aims.items()}, progress=progress)

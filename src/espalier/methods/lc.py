@@ -121,8 +121,8 @@ class LearningCompression:
             return
         raise PenaltyDiverged(
             f"LC iteration {self.iterations + 1}: the weights move away from their compressed form (gap {gap:.3g}, it was "
-            f"{self._least:.3g}) at mu={self.mu:.3g}; lower the rate, the penalty or its growth (of TTLC: pull, growth). "
-            f"What iteration {self.iterations} compressed the weights to is kept, and so is the last checkpoint"
+            f"{self._least:.3g}) at mu={self.mu:.3g}; lower the rate, or of TTLC penalty_exponent or growth. What "
+            f"iteration {self.iterations} compressed the weights to is kept, and so is the last checkpoint"
         )
 
     def release(self) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.blocks import WholeBlocks, need_comparable, takes_blocks
-from espalier.methods.importance import Returns, ScoreName, diminishing, measure
+from espalier.methods.importance import ScoreName, ShareExponent, diminishing, measure
 from espalier.methods.scoring import batchnorm_settled
 from espalier.plan import Budget
 from espalier.settings import described
@@ -31,7 +31,7 @@ class Magnitude(Method):
     trains: ClassVar[bool] = False
     score: ScoreName = "scale_times_consumer"
     per_cost: Annotated[bool, described("importance per MAC saved, or importance alone")] = True
-    returns: Returns = 0.5
+    share_exponent: ShareExponent = 0.5
     blocks: WholeBlocks = None
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class OneShot(AtOnce):
         if takes_blocks(method.blocks, budget, score=method.score):
             self.offer_blocks()
         importance = measure(model, self.graph, method.score, batches)
-        importance = {n: diminishing(w, method.returns) for n, w in importance.items()}
+        importance = {n: diminishing(w, method.share_exponent) for n, w in importance.items()}
         keep = self.decide(importance, per_cost=method.per_cost).keep
         with batchnorm_settled(model, batches):
             self.remove(keep, None)

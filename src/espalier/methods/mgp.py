@@ -24,6 +24,7 @@ that adapts to the structure of the moment.  What follows is our reading, in the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -34,9 +35,7 @@ from torch import Tensor, nn
 from espalier.costs import CostModel
 from espalier.forms import Place, Rectangle, find_places, shape_sequence, shapes
 from espalier.graph import Graph, hold, selectable, with_alternatives, with_inputs
-from espalier.graph.alternatives import alternatives_name
-from espalier.graph.inputs import inputs_name
-from espalier.graph.stripes import stripes_name
+from espalier.graph.graph import FORM, INPUTS, STRIPES, Group
 from espalier.methods.base import Batches
 from espalier.methods.blocks import WholeBlocks, takes_blocks
 from espalier.methods.kernels import Kernels
@@ -118,23 +117,31 @@ class MGPRun(PositionFading):
         stripes = {n: values[rows].reshape(self.stripes.gone[n].shape) for n, rows in self.units.stripes.items()}
         scores = {**self.units.split(values), **self.kernels.scores(taps), **self.stripes.scores(stripes)}
         graph = self.stripes.graph(self.graph)
-        kinds = [k for k in (FILTERS, INPUTS, SHAPES, STRIPES) if any(kind_of(n) == k for n in scores)]
-        for number in range(self._open(len(kinds), progress), len(kinds) + 1):
-            some = {n: s for n, s in scores.items() if kind_of(n) in kinds[:number]}
-            try:
-                plan = self.decide(some, limits, graph=graph, measured=not self.stripes.layers)
-                break
-            except BudgetError:
-                if number == len(kinds):
-                    raise
-        else:  # nothing can go at all
-            plan = self.decide({}, limits, graph=graph, measured=False)
+        plan = self.coarse_to_fine(scores, limits, progress, graph, measured=not self.stripes.layers)
         self.kernels.choose(taps, plan.keep)
-        plan = Plan({n: u for n, u in plan.keep.items() if kind_of(n) != STRIPES}, plan.sizes)
+        plan = Plan({n: u for n, u in plan.keep.items() if graph.group(n).kind != STRIPES}, plan.sizes)
         if self.stripes.layers:  # so far averaged over the filters that go
             self.stripes.choose(self.graph, stripes, plan.keep, limits, self.budget)
         self.record("kernel", {**self.kernels.areas, **self.stripes.areas}, progress=progress)
         return plan
+
+    def coarse_to_fine(
+        self,
+        scores: Mapping[str, np.ndarray],
+        limits: Mapping[str, float],
+        progress: float,
+        graph: Graph,
+        *,
+        measured: bool = True,
+    ) -> Plan:
+        """The plan by the granularities that take part by now; finer ones come early where the budget needs them."""
+        of = {n: granularity(graph.group(n)) for n in scores}
+        kinds = [k for k in GRANULARITIES if k in of.values()]
+        for number in range(self._open(len(kinds), progress), len(kinds)):
+            some = {n: s for n, s in scores.items() if of[n] in kinds[:number]}
+            with suppress(BudgetError):
+                return self.decide(some, limits, graph=graph, measured=measured)
+        return self.decide(scores, limits, graph=graph, measured=measured and bool(scores))
 
     def _open(self, kinds: int, progress: float) -> int:
         """How many of ``kinds`` granularities take part at ``progress``; one at least."""
@@ -181,17 +188,16 @@ class MGPRun(PositionFading):
 
 # -- 1. granularities --------------------------------------------------------------------------------------------------
 
-FILTERS, INPUTS, SHAPES, STRIPES = "filters", "inputs", "shapes", "stripes"
+FILTERS, SHAPES = "filters", "shapes"
+GRANULARITIES = (FILTERS, INPUTS, SHAPES, STRIPES)
 SLOWEST, FASTEST = 0.5, 2.0  # pace of a group, relative to the mean
 SMALLEST = 0.1  # reference of a stripe, relative to the mean of those that stay
 FEWEST_INPUTS = 8  # an image has too few channels to select among
 
 
-def kind_of(group: str) -> str:
-    """The granularity of a group, by its name; residual blocks take part from the beginning, as filters do."""
-    layer = group.partition(":")[0]
-    finer = {inputs_name(layer): INPUTS, alternatives_name(layer): SHAPES, stripes_name(layer): STRIPES}
-    return finer.get(group, FILTERS)
+def granularity(group: Group) -> str:
+    """Residual blocks take part from the beginning, as filters do."""
+    return {INPUTS: INPUTS, FORM: SHAPES, STRIPES: STRIPES}.get(group.kind, FILTERS)
 
 
 def granularities(

@@ -36,7 +36,7 @@ class FadingMethod(ClosingMethod):
     """The hyper-parameters that fading methods share; every duration is a fraction of the whole run."""
 
     start_at: Annotated[Share, described("when the budget leaves the full cost")] = 0.02
-    reach: Annotated[Share, described("when, about, everything outside is gone")] = 0.5
+    end_at: Annotated[Share, described("when, about, everything outside is gone")] = 0.5
     fade: Annotated[float, described("how long a unit takes from leaving the keep-set to zero", gt=0, lt=1)] = 0.06
     every: Annotated[float, described("time between two decisions about the keep-set", gt=0, lt=1)] = 0.01
     chunk: Annotated[
@@ -50,7 +50,7 @@ class FadingMethod(ClosingMethod):
 
     @property
     def closed_at(self) -> float:
-        return self.reach - self.fade
+        return self.end_at - self.fade
 
     @property
     def scored_by(self) -> str:
@@ -59,10 +59,10 @@ class FadingMethod(ClosingMethod):
 
     def check_pace(self) -> None:
         """``ValueError`` unless the fractions make sense together."""
-        if self.start_at + self.fade >= self.reach:
+        if self.start_at + self.fade >= self.end_at:
             raise ValueError(
-                f"{type(self).__name__}(start_at={self.start_at}, fade={self.fade}, reach={self.reach}): the budget needs time "
-                "to move; start_at + fade must be below reach"
+                f"{type(self).__name__}(start_at={self.start_at}, fade={self.fade}, end_at={self.end_at}): the budget needs "
+                "time to move; start_at + fade must be below end_at"
             )
 
 

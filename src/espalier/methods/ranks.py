@@ -62,17 +62,17 @@ class RankAlternatives:
         """Alternatives -> option, as ``solve`` and ``Run.options`` take it."""
         return {alternatives_name(layer): self.option(layer, rank) for layer, rank in ranks.items()}
 
-    def importance(self, scores: Mapping[str, np.ndarray], *, returns: float = 1.0) -> dict[str, np.ndarray]:
+    def importance(self, scores: Mapping[str, np.ndarray], *, exponent: float = 1.0) -> dict[str, np.ndarray]:
         """What every option adds, from a score per triplet, largest singular value first.
 
-        A option that holds the share ``h`` of its layer's total is worth ``total * h ** returns``: below 1, what a layer loses
+        A option that holds the share ``h`` of its layer's total is worth ``total * h ** exponent``: below 1, what a layer loses
         last is dearest, so that none is emptied because its energy lies in few triplets.
         """
         found = {}
         for layer, values in scores.items():
             sums = np.concatenate([[0.0], np.cumsum(values)])
-            if returns != 1.0 and sums[-1] > 0:
-                sums = sums[-1] * (sums / sums[-1]) ** returns
+            if exponent != 1.0 and sums[-1] > 0:
+                sums = sums[-1] * (sums / sums[-1]) ** exponent
             at = np.minimum([0, *self.ranks[layer], len(values)], len(values))
             found[alternatives_name(layer)] = np.diff(sums[at])
         return found

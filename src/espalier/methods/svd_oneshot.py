@@ -20,7 +20,7 @@ from espalier.forms.svd import svd
 from espalier.forms.table import matrix_form
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import AtOnce, Batches, Method
-from espalier.methods.importance import Returns
+from espalier.methods.importance import ShareExponent
 from espalier.methods.ranks import LAYOUTS, RankAlternatives, energy, rank_alternatives
 from espalier.methods.scoring import batchnorm_settled
 from espalier.methods.whitening import input_moments, whitened_svd
@@ -37,7 +37,7 @@ class SVDOneShot(Method):
     trains: ClassVar[bool] = False
     form: Annotated[str, OneOf(LAYOUTS), described("of the factors; auto is the faster one of every layer")] = "auto"
     whiten: Annotated[bool, described("where there are batches, weigh directions by how the inputs use them")] = True
-    returns: Returns = 1.0
+    share_exponent: ShareExponent = 1.0
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Truncated:
         """``batches``: what directions are worth and BatchNorm are measured on them; without, on nothing."""
@@ -58,7 +58,9 @@ class Truncated(AtOnce):
         layers: dict[str, Any] = {n: model.get_submodule(n) for n in alternatives.places}
         whitened = batches is not None and method.whiten
         factors = _factors(model, alternatives, batches if whitened else None)
-        scores = alternatives.importance({n: energy(s) for n, (_, s, _) in factors.items()}, returns=method.returns)
+        scores = alternatives.importance(
+            {n: energy(s) for n, (_, s, _) in factors.items()}, exponent=method.share_exponent
+        )
         self.plan = self.decide(scores)
         self.taken = {n: len(units) for n, units in self.plan.keep.items() if n in scores}
         ranks = {}

@@ -37,7 +37,7 @@ from torch import nn
 from espalier.graph.graph import CHANNELS
 from espalier.methods.base import Batches
 from espalier.methods.blocks import WholeBlocks, need_comparable, takes_blocks
-from espalier.methods.importance import Returns, ScoreName, diminishing
+from espalier.methods.importance import ScoreName, ShareExponent, diminishing
 from espalier.methods.pressure import Fading, FadingMethod
 from espalier.methods.units import upload
 from espalier.plan import Budget, Plan
@@ -52,12 +52,12 @@ class TCP(FadingMethod):
     trains: ClassVar[bool] = True
     importance: ScoreName = "taylor"
     per_cost: Annotated[bool, described("weigh importance by what a unit costs, or take it as it is")] = True
-    returns: Returns = 1.0
+    share_exponent: ShareExponent = 1.0
     blocks: WholeBlocks = None
     early: Annotated[
         bool,
         described(
-            "decide for the final budget from the start; all fade until reach, and the keep-set is frozen once it stays"
+            "decide for the final budget from the start; all fade until end_at, and the keep-set is frozen once it stays"
         ),
     ] = False
     floor: Annotated[Share, described("of its units that every group keeps at least")] = 0.0
@@ -99,7 +99,7 @@ class TCPRun(Fading):
         here was tried and made the keep-set churn: every decision, a third of the pressed units came back.
         """
         worth = self.units.by_group(self.score.value)
-        worth = {n: diminishing(w, self.method.returns) for n, w in worth.items()}
+        worth = {n: diminishing(w, self.method.share_exponent) for n, w in worth.items()}
         return self.decide(worth, limits, per_cost=self.method.per_cost, floor=self.floor)
 
     def stays(self, outside: np.ndarray) -> bool:
@@ -107,9 +107,9 @@ class TCPRun(Fading):
         return self.method.early and (outside & self._outside).sum() >= STABLE * max((outside | self._outside).sum(), 1)
 
     def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
-        """Early: whenever a unit leaves, it arrives at zero at ``reach``."""
+        """Early: whenever a unit leaves, it arrives at zero at ``end_at``."""
         if self.method.early:
-            pace = self.method.fade / max(self.method.reach - self._last, self.method.fade)
+            pace = self.method.fade / max(self.method.end_at - self._last, self.method.fade)
             self.pull = torch.where(upload(outside & ~self._outside, self.units.device), pace, self.pull)
 
 

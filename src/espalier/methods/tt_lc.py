@@ -72,22 +72,23 @@ class TTLC(Method):
     lc: Annotated[bool, described("false: plain training, one decomposition at share, fine-tuning; the baseline")] = (
         True
     )
-    pull: Annotated[
+    penalty_exponent: Annotated[
         Positive,
         described(
             "how far the penalty alone moves weights in the first L step that has one, as an exponent; 1: all but 1/e"
         ),
     ] = 0.1
-    growth: Annotated[float, described("of pull, from one L step to the next", ge=1)] = 1.2
+    growth: Annotated[float, described("of penalty_exponent, from one L step to the next", ge=1)] = 1.2
     arrive: Annotated[
         int, described("C steps within the last L step that take equal parts of what is left of the distance", ge=0)
     ] = 0
     cycle: Annotated[Fraction, described("learning rate at the end of an L step, relative to its start")] = 0.3
     decay: Annotated[Fraction, described("learning rate at the start of an L step, relative to the last one's")] = 1.0
-    settle: Annotated[
-        Fraction, described("peak of the rate afterwards, relative to where the next L step would have started")
+    finetune_lr: Annotated[
+        Fraction,
+        described("peak of the rate after the last C step, relative to where the next L step would have started"),
     ] = 0.5
-    rise: Annotated[Share, described("share of what is left of the run in which it rises to that")] = 0.15
+    finetune_warmup: Annotated[Share, described("share of what is left in which the rate rises to that")] = 0.15
     forms: Annotated[tuple[str, ...], described("what a layer may become")] = tuple(FORMS)
     ranks: Annotated[
         str,
@@ -95,7 +96,9 @@ class TTLC(Method):
         described("evbmf proposes; energy: all of it counts the same; equal: one form and fraction in all layers"),
     ] = "evbmf"
     floor: Annotated[Fraction, described("least share of the full rank that a proposal may have")] = 0.1
-    beyond: Annotated[Fraction, described("what energy beyond the proposal counts")] = 0.5
+    noise_weight: Annotated[Fraction, described("what energy beyond the proposal, which EVBMF calls noise, counts")] = (
+        0.5
+    )
     tt_fraction: Annotated[Fraction, described("TT rank as a share of the full one, where no search sets it")] = 0.5
     sweeps: Annotated[int, described("of HOOI in a C step", ge=0)] = 3
     seed: Annotated[int, described("of the search", ge=0)] = 0
@@ -143,7 +146,7 @@ class TTLCRun(Run):
         self.stages = {n: "linear" if p.linear else "x".join(map(str, p.output_size)) for n, p in self.places.items()}
         self.lc = LearningCompression(
             {n: model.get_submodule(n).weight for n in self.places},  # type: ignore[misc]
-            mu=method.pull,
+            mu=method.penalty_exponent,
             growth=method.growth,
         )
         self.sequences: dict[str, ConvSequence] = {}  # form of every layer that does not stay dense
@@ -183,8 +186,8 @@ class TTLCRun(Run):
         method = self.method
         if self.replaced:
             left = min((progress - self._at) / max(1.0 - self._at, 1e-9), 1.0)
-            peak = method.settle * method.decay**self.lc.iterations
-            risen = min(1.0, left / method.rise) if method.rise else 1.0
+            peak = method.finetune_lr * method.decay**self.lc.iterations
+            risen = min(1.0, left / method.finetune_warmup) if method.finetune_warmup else 1.0
             return risen * peak * 0.5 * (1.0 + math.cos(math.pi * left))
         inside = min(max(progress - self._at, 0.0) / max(self._due() - self._at, 1e-9), 1.0)
         warm = min(1.0, (inside + WARM_UP / 10) / WARM_UP) if self.lc.iterations == 0 else 1.0
@@ -261,7 +264,7 @@ class TTLCRun(Run):
             signal = float(spectra.tucker[ranks])
         else:
             signal = float(spectra.channel[min(max(ranks), len(spectra.channel) - 1)])
-        worth: np.ndarray = np.minimum(held, signal) + self.method.beyond * np.maximum(held - signal, 0.0)
+        worth: np.ndarray = np.minimum(held, signal) + self.method.noise_weight * np.maximum(held - signal, 0.0)
         return np.maximum.accumulate(worth)
 
     # -- 4. search -----------------------------------------------------------------------------------------------------
@@ -348,9 +351,9 @@ class TTLCRun(Run):
         is the exponent.  A fixed ``mu`` means another thing in a run of another length: one that suited a short run held the
         weights of a long one, from random ones on, to the ranks of its second epoch.
         """
-        pull = self.method.pull * self.method.growth**number
+        exponent = self.method.penalty_exponent * self.method.growth**number
         travel, self._travel = self._travel, 0.0
-        return pull / travel if travel > 0 else self.lc.mu
+        return exponent / travel if travel > 0 else self.lc.mu
 
     def _fit(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
+from espalier.carving import number_name
 from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
 from espalier.graph.rules.table import RULES, align, aten, derived_from, pending_of, rule, settle
@@ -203,7 +204,7 @@ def new_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> None:
     for dim in dims:
         size = out.shape[dim]
         if size > 1:
-            labels = watch.axis_labels(f"{watch.module_name}#made{watch.made}.{dim}", 0, size)
+            labels = watch.axis_labels(number_name(watch.module_name, f"made{watch.made}.{dim}"), 0, size)
             if not watch.follow(size, labels):
                 watch.made_labels.update(labels[-1:].tolist())
             if len(labels) == size:  # in a rehearsal it may be another than was predicted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from espalier.carving import number_name
 from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
 from espalier.graph.rules.elementwise import combine, pointwise
@@ -137,7 +138,7 @@ def batch_norm(watch: Watch, call: Call) -> None:
     module = watch.module
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not affines and vec.any():
         width = module.num_features  # it remembers its width, though it has nothing of that width
-        watch.tie(vec[:width], watch.axis_labels(f"{watch.module_name}#channels", 0, width))
+        watch.tie(vec[:width], watch.axis_labels(number_name(watch.module_name, "channels"), 0, width))
     for affine in affines:
         watch.tie(vec, watch.vector(affine, 0))
         if not known.derived and state(affine).pending:
@@ -199,7 +200,7 @@ def group_norm(watch: Watch, call: Call) -> None:
     block = vec.reshape(groups, -1)
     known = isinstance(watch.module, nn.GroupNorm) and watch.module.num_groups == groups
     if known and vec.any():
-        watch.tie(vec, watch.axis_labels(f"{watch.module_name}#channels", 0, vec.size))
+        watch.tie(vec, watch.axis_labels(number_name(watch.module_name, "channels"), 0, vec.size))
     if groups == 1 and block.shape[1] > 1:
         watch.mix(block, [1], "group norm with one group takes its statistics over these channels")
     elif not known:

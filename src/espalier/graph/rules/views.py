@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espalier.carving import number_name
 from espalier.graph.call import Call
 from espalier.graph.rules.elementwise import combine, new_widths
 from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
@@ -362,8 +363,8 @@ def pad(watch: Watch, call: Call) -> None:
         padded = [d for d in varying(layer) if amount.get(d, (0, 0)) != (0, 0)]
         if padded == [1] and isinstance(watch.module, ChannelPad) and len(varying(layer)) == 1:
             name = watch.module_name
-            before = watch.axis_labels(f"{name}#before", 0, watch.module.before)
-            after = watch.axis_labels(f"{name}#after", 0, watch.module.after)
+            before = watch.axis_labels(number_name(name, "before"), 0, watch.module.before)
+            after = watch.axis_labels(number_name(name, "after"), 0, watch.module.after)
             vec = np.concatenate([before, layer.reshape(-1), after])
             layer = vec.reshape([1, -1] + [1] * (tensor.ndim - 2))
         elif padded and (both := _padding(watch, layer, padded, amount[padded[0]])) is not None:
