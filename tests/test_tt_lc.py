@@ -28,6 +28,7 @@ from espalier.forms.spectra import spectra_of
 from espalier.forms.transfer import moved
 from espalier.methods import lc as lc_module
 from espalier.methods import scoring, tt_lc
+from espalier.methods.decay import decay_products
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
 from espalier.methods.scoring import loss_on, recalibrate_batchnorm
 from espalier.methods.search import minimise
@@ -292,6 +293,43 @@ def test_the_rate_after_the_replacement_rises_to_its_peak_and_falls_to_nothing()
     plain, settled = rates(finetune_lr=1.0, finetune_warmup=0.0), rates(finetune_lr=0.5, finetune_warmup=0.25)
     assert plain[0] == 1.0 and plain[-1] == pytest.approx(0.0, abs=1e-12)
     assert settled == pytest.approx([share * rate for share, rate in zip((0, 0.25, 0.5, 0.5, 0.5), plain, strict=True)])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_frobenius_decay_is_that_of_the_product(kind) -> None:
+    torch.manual_seed(0)
+    row = nn.Sequential(nn.Conv2d(4, 3, 1, bias=False), nn.Conv2d(3, 5, 3, bias=False), nn.Conv2d(5, 6, 1)).double()
+    weights = [m.weight for m in row]
+    composed = torch.einsum("oa,abkl,bi->oikl", weights[2][:, :, 0, 0], weights[1], weights[0][:, :, 0, 0])
+    wanted = torch.autograd.grad(0.5 * composed.square().sum(), weights)
+    before = [w.detach().clone() for w in weights]
+    optimizer = kind([{"params": row.parameters(), "weight_decay": 0.1}], lr=1e-3)
+    for p in row.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(2):
+        optimizer.step()
+    decay_products([row], optimizer, steps=2)
+    for weight, old, gradient in zip(weights, before, wanted, strict=True):
+        torch.testing.assert_close(weight - old, -2e-4 * gradient, rtol=1e-2, atol=1e-8)
+
+
+def test_frobenius_decay_sets_in_with_the_factors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).double()
+    frobenius = es.TTLC(lc=False, search=0, share=0.5, frobenius=True)
+    run = es.attach(model, torch.zeros(1, 3, 8, 8).double(), budget=es.Budget(macs=0.4), method=frobenius)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(1, 6 + tt_lc.DECAY_EVERY):
+        if step == 6:
+            row = model[2]
+            before = [layer.weight.detach().clone() for layer in row]
+            wanted = torch.autograd.grad(0.5 * row.composed().square().sum(), [layer.weight for layer in row])
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        run.step(progress=step / 10, optimizer=optimizer)
+    for layer, old, gradient in zip(row, before, wanted, strict=True):
+        torch.testing.assert_close(layer.weight - old, -1e-3 * tt_lc.DECAY_EVERY * gradient, rtol=0.02, atol=1e-7)
 
 
 def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monkeypatch) -> None:

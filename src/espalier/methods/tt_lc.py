@@ -15,7 +15,8 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
    BatchNorm estimated anew; never on test images;
 5. C steps: HOSVD and a few HOOI sweeps from the bases of the last one, multipliers, a larger ``mu``; in the last L step
    ``arrive`` more take what is left of the distance in equal parts: a pull alone approaches the constraint and never meets it;
-6. after the last one ``D(theta)`` takes the place of ``w``, as plain convolutions, and the rest of the run trains ``theta``.
+6. after the last one ``D(theta)`` takes the place of ``w``, as plain convolutions, and the rest of the run trains ``theta``,
+   with ``frobenius`` under the weight decay of their product (``methods/decay``).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.agreement import check_run, check_same, once
 from espalier.methods.base import Batches, Method, Removed, Run, Status
+from espalier.methods.decay import decay_products
 from espalier.methods.equal import equal_sequences
 from espalier.methods.formed import check_reachable, places_for
 from espalier.methods.lc import LearningCompression
@@ -89,6 +91,9 @@ class TTLC(Method):
         described("peak of the rate after the last C step, relative to where the next L step would have started"),
     ] = 0.5
     finetune_warmup: Annotated[Share, described("share of what is left in which the rate rises to that")] = 0.15
+    frobenius: Annotated[bool, described("after the cut the product of a layer's factors decays, not each of them")] = (
+        False
+    )
     forms: Annotated[tuple[str, ...], described("what a layer may become")] = tuple(FORMS)
     ranks: Annotated[
         str,
@@ -159,6 +164,7 @@ class TTLCRun(Run):
         self._at = 0.0  # progress of the last C step
         self._arrived = 0  # of the C steps within the last L step
         self._travel = 0.0  # sum of the learning rates since then, over what momentum leaves of each
+        self._decayed = 0  # steps whose decay is that of factors still
         self._check_reachable()
 
     def _check_reachable(self) -> None:
@@ -216,6 +222,10 @@ class TTLCRun(Run):
                 removed = self._replace(progress, optimizer)
                 check_run(self)
                 return removed
+        self._decayed += self.replaced and self.method.frobenius
+        if self._decayed == DECAY_EVERY:
+            decay_products(map(self.model.get_submodule, self.sequences), optimizer, steps=DECAY_EVERY)
+            self._decayed = 0
         return None
 
     # -- 2. and 3. ranks and forms -------------------------------------------------------------------------------------
@@ -429,7 +439,8 @@ class TTLCRun(Run):
     # -- resume --------------------------------------------------------------------------------------------------------
 
     remembers = (
-        "replaced", "forced", "_at", "_arrived", "_travel", "sequences", "factors", "collapsed", "trials", "point", "lc",
+        "replaced", "forced", "_at", "_arrived", "_travel", "_decayed", "sequences", "factors", "collapsed", "trials",
+        "point", "lc",
     )  # fmt: skip
 
 
@@ -452,3 +463,4 @@ SPAN = 2.0  # the error of a stage weighs between 2**-SPAN and 2**SPAN times wha
 TT_RANGE = (0.2, 1.0)
 CALIBRATION = 8  # batches that estimate BatchNorm for one candidate
 FINAL_SWEEPS = 10
+DECAY_EVERY = 4  # steps: the gradient of a product costs a fraction of a step
