@@ -126,6 +126,7 @@ class Run(ABC):
         self.folder: Path | None = None  # of the run, for one that stores something of its own on the way
         self._asked = False  # for the learning rate
         self._seen: int | None = None  # the optimiser that ``checked`` was called with
+        self.step_above: float | None = None  # milliseconds of the next larger plan, which is above a limit on time
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
 
     @property
@@ -227,9 +228,13 @@ class Run(ABC):
         assert isinstance(profile, Profile)
         need_here(profile)
         family = Family(self.plain_model(), graph, batched(self.example, profile.setting.batch), put=self.put)
-        if self._reference is None and self._dense_graph is None:  # nothing has gone yet
+        begins = self._reference is None and self._dense_graph is None  # nothing has gone yet
+        if begins:
             self._reference = family.file(Plan.dense(graph))
         found = settle(family, self._reference, worth, self.budget, per_cost=per_cost, rules=rules)
+        self.step_above = found.above
+        if begins and not found.fits:  # now it costs nothing to say that the limit is out of reach
+            solve(found.budget.timed(graph), worth, found.budget, per_cost=per_cost, **rules)
         return found.plan, found.budget
 
     def know_forms(self) -> None:
@@ -344,7 +349,7 @@ class Run(ABC):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    remembers: ClassVar[tuple[str, ...]] = ()
+    remembers: ClassVar[tuple[str, ...]] = ("step_above",)
     """Attributes that a run needs to go on exactly, beside what every run has; those of base classes are added.
 
     Plain values, tensors, arrays, and objects with a ``state_dict`` of their own.

@@ -272,6 +272,7 @@ class _Job:
         self.skipped: dict[str, str] = {}
         self.counted: Cost | None = None
         self.predicted: float | None = None  # milliseconds
+        self.step_above: float | None = None
         self.dense_result: dict[str, float] = {}
         self.cut_seconds = 0.0
 
@@ -401,7 +402,7 @@ class _Job:
     def _take_from(self, run: Run) -> None:
         self.plan, self.graph = run.plan, run.dense_graph
         self.course, self.skipped = run.history, run.skipped
-        self.counted, self.predicted = run.counted, run.cost.latency
+        self.counted, self.predicted, self.step_above = run.counted, run.cost.latency, run.step_above
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
@@ -418,7 +419,7 @@ class _Job:
         small_result = self._tested(self.small) if self.source is not None else {}
         small = _in_modes_of(self.model, self.small.to(self.home))
         proof = once(lambda: self._proof(small)) if verify else None
-        time_of = once(lambda: time_kept(self.model, small, self.example, self.budget))
+        time_of = once(lambda: time_kept(self.model, small, self.example, self.budget, above=self.step_above))
         if self.folder is not None:
             write_results(
                 self.folder,

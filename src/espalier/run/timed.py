@@ -15,6 +15,7 @@ from espalier.timing.making import asked
 from espalier.timing.profile import Profile, Setting
 
 SECONDS = 2.0  # of measuring
+STAIR = 0.08  # below the budget by more: there is no network in between
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,24 @@ class TimeKept:
     dense: float
     small: float
     setting: Setting
+    above: float | None = None  # milliseconds of the next larger network that was measured while planning
 
     @property
     def fraction(self) -> float:
         return self.small / self.dense
 
 
-def time_kept(dense: nn.Module, small: nn.Module, example: Any, budget: Budget) -> TimeKept | None:
+def time_kept(
+    dense: nn.Module, small: nn.Module, example: Any, budget: Budget, *, above: float | None = None
+) -> TimeKept | None:
     """Measure both networks where the budget is about time.  Raises: ValueError if one cannot be exported."""
     profile = budget.profile
     if budget.latency is None or not isinstance(profile, Profile):
         return None
     files = [to_onnx_bytes(dense, example), to_onnx_bytes(small, example)]
     whole, left = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
-    return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting)
+    step = None if above is None else above * whole / profile.dense
+    return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting, step)
 
 
 def time_sentence(kept: Mapping[str, Any]) -> str:
@@ -48,6 +53,8 @@ def time_sentence(kept: Mapping[str, Any]) -> str:
     wanted = f"{kept['asked']:.0%} of the dense network's" if isinstance(kept["asked"], float) else kept["asked"]
     over = kept["small"] / kept["limit"] - 1.0
     verdict = f"{over:.1%} above the budget" if over > 0 else f"{-over:.1%} below the budget"
+    if over < -STAIR and kept.get("above"):
+        verdict += f", the next step of the staircase takes {kept['above']:.3g} ms"
     threads = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
     return (
         f"Time: asked {wanted}, measured {share:.1%} ({kept['small']:.3g} of {kept['dense']:.3g} ms, "

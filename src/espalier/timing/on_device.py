@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ WARM_UP = 2
 LEAST, MOST = 8, 400  # runs of one network
 BURST = 4  # runs in a row
 AGREE = 0.05  # halves of the runs whose fastest differ by more are run again
+OPENINGS = (
+    6  # of every network in a race, at most: where its memory comes to lie makes it some percent faster or slower
+)
+SETTLED = 0.01  # shares that another opening changes by less are believed
 SETTINGS = "settings.json"
 
 Run = Callable[[], None]
@@ -33,7 +38,7 @@ Opened = tuple[Run, Run, Callable[[], Nodes]]  # the network alone, the network 
 def measure(
     content: bytes, *, runtime: str, threads: int, batch: int, precision: str, seconds: float
 ) -> dict[str, Any]:
-    """Milliseconds of the whole network and of every node, least of many runs, and how far two halves of the runs differ.
+    """Milliseconds of the whole network and of every node, and how far two halves of the runs differ.
 
     Alone and watched in turns, because what else the machine does then meets both; some runs at a time, because the other one
     leaves the caches cold.
@@ -43,9 +48,10 @@ def measure(
         alone()
         watched()
     times: list[float] = []
+    clock = _clock(threads)
     for _ in range(3):
-        begin, runs = time.perf_counter(), 0
-        while runs < LEAST or (runs < MOST and time.perf_counter() - begin < seconds):
+        begin, runs = clock(), 0
+        while runs < LEAST or (runs < MOST and clock() - begin < seconds):
             times += [_once(alone, threads) for _ in range(BURST)]
             for _ in range(BURST):
                 watched()
@@ -53,24 +59,34 @@ def measure(
         spread = _spread(times)
         if spread <= AGREE:
             break
-    return {"whole": 1e3 * min(times), "spread": spread, "nodes": nodes()}
+    return {"whole": 1e3 * _fast(times), "spread": spread, "nodes": nodes()}
 
 
 def race(
     contents: list[bytes], *, runtime: str, threads: int, batch: int, precision: str, seconds: float
 ) -> list[float]:
-    """Milliseconds of several networks, in turns, because the speed of a machine drifts; the fastest round of each."""
-    calls = [RUNTIMES[runtime](content, threads, batch, precision)[0] for content in contents]
-    loops = []
-    for call in calls:
-        call()
-        loops.append(max(1, round(2e-3 / max(_once(call, threads), 1e-6))))  # short ones several at once
-    found: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    while len(found[0]) < 5 or time.perf_counter() - begin < seconds:
-        for times, call, count in zip(found, calls, loops, strict=True):
-            times.append(_once(call, threads, count))
-    return [1e3 * min(times) for times in found]
+    """Milliseconds of several networks, in turns, because the speed of a machine drifts.
+
+    Opened anew, half of ``seconds`` each, until their shares stand: on a busy machine that takes longer.
+    """
+    found: list[list[float]] = [[] for _ in contents]
+    clock, shares = _clock(threads), np.zeros(len(contents))
+    for _ in range(OPENINGS):
+        calls = [RUNTIMES[runtime](content, threads, batch, precision)[0] for content in contents]
+        loops = []
+        for call in calls:
+            call()
+            loops.append(max(1, round(2e-3 / max(_once(call, threads), 1e-6))))  # short ones several at once
+        begin, rounds = clock(), 0
+        while rounds < 5 or clock() - begin < seconds / 2:
+            for times, call, count in zip(found, calls, loops, strict=True):
+                times.append(_once(call, threads, count))
+            rounds += 1
+        took = np.array([_fast(times) for times in found])
+        before, shares = shares, took / took.sum()
+        if np.abs(before / shares - 1.0).max() <= SETTLED:
+            break
+    return [1e3 * float(t) for t in took]
 
 
 def version(runtime: str) -> str:
@@ -96,27 +112,37 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+Clock = Callable[[], float]
+
+
+def _clock(threads: int) -> Clock:
+    """Seconds.  Of one thread those on the processor: what others take meanwhile is not its own."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
 def _once(call: Run, threads: int, count: int = 1) -> float:
-    """Seconds of one call.  Of one thread its time on the processor counts: what others take meanwhile is not its own."""
-    clock = time.process_time if threads == 1 else time.perf_counter
+    """Seconds of one call."""
+    clock = _clock(threads)
     begin = clock()
     for _ in range(count):
         call()
     return (clock() - begin) / count
 
 
+def _fast(times: list[float]) -> float:
+    """The mean over the fastest quarter: others only add time, and the least of all comes about by chance."""
+    return float(np.mean(sorted(times)[: max(1, len(times) // 4)]))
+
+
 Seen = dict[tuple[str, str], list[float]]  # name and operation of a node -> milliseconds of every run
 
 
 def _fastest(seen: Seen) -> Nodes:
-    """Of every node the mean over the fastest quarter of its runs: whole microseconds are too coarse for the least."""
-    return [
-        (name, kind, float(np.mean(sorted(times)[: max(1, len(times) // 4)]))) for (name, kind), times in seen.items()
-    ]
+    return [(name, kind, _fast(times)) for (name, kind), times in seen.items()]
 
 
 def _spread(times: list[float]) -> float:
-    one, two = min(times[::2]), min(times[1::2])
+    one, two = _fast(times[::2]), _fast(times[1::2])
     return abs(one - two) / min(one, two)
 
 
@@ -128,6 +154,7 @@ def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Op
 
     folder = tempfile.TemporaryDirectory()
 
+    @cache
     def session(watched: bool) -> tuple[Any, dict[str, Any]]:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -140,10 +167,14 @@ def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Op
         feeds = {i.name: _input(i.shape, kinds.get(i.type, np.float32), batch) for i in opened.get_inputs()}
         return opened, feeds
 
-    (plain, inputs), (watched, own) = session(False), session(True)
+    plain, inputs = session(False)
+
+    def watch() -> None:
+        opened, own = session(True)
+        opened.run(None, own)
 
     def nodes() -> Nodes:
-        events = json.loads(Path(watched.end_profiling()).read_text(encoding="utf-8"))
+        events = json.loads(Path(session(True)[0].end_profiling()).read_text(encoding="utf-8"))
         folder.cleanup()
         seen: Seen = {}
         for event in events:  # a name stands for one node, the first run has all of them in the order of execution
@@ -152,7 +183,7 @@ def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Op
                 seen.setdefault(key, []).append(1e-3 * event["dur"])
         return _fastest(seen)
 
-    return lambda: plain.run(None, inputs), lambda: watched.run(None, own), nodes
+    return lambda: plain.run(None, inputs), watch, nodes
 
 
 def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opened:
