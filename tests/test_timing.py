@@ -349,6 +349,22 @@ def test_ranks_are_planned_by_what_factorised_layers_take_and_a_run_goes_on_with
     assert again.cost == run.cost
 
 
+def test_the_last_ranks_are_built_and_measured(profile, monkeypatch):
+    measure_little(monkeypatch, networks=2)
+    files = []
+
+    def race(contents, **_):
+        files.append(contents)
+        return [0.5, 1.0]
+
+    monkeypatch.setattr(on_device, "race", race)
+    torch.manual_seed(0)
+    run = es.attach(Small(), X, budget=es.Budget(latency=0.9, profile=profile), method=es.DPRP())
+    assert not files
+    run.finish()
+    assert [len(pair) for pair in files] == [2] and run.cost.latency == pytest.approx(0.5 * profile.dense)
+
+
 @pytest.mark.parametrize("method", [es.MGP(inputs=False), es.DPRP()])
 def test_kernel_shapes_and_ranks_that_fall_in_training_have_times_too(profile, monkeypatch, method):
     measure_little(monkeypatch, networks=2)

@@ -200,16 +200,17 @@ class Run(ABC):
         per_cost: bool = True,
         measured: bool = True,
         floor: Mapping[str, int] | None = None,
+        ceiling: Mapping[str, int] | None = None,
     ) -> Plan:
         """The most important units inside ``limits``, for good by default; ``graph`` where it is not the run's own.
 
-        ``floor``: the fewest that stay of a group.
+        ``floor`` and ``ceiling``: the fewest and the most that stay of a group.
 
         Where time is limited for good, the plan is built and measured until its time is right, unless not ``measured``; by
         prediction alone where the profile comes from another machine.
         """
         limits, graph, profile = self.limits if limits is None else limits, graph or self.graph, self.budget.profile
-        worth, rules = worth_of_blocks(graph, importance), block_rules(graph)
+        worth, rules = worth_of_blocks(graph, importance), {**block_rules(graph), "ceiling": ceiling}
         for name, count in (floor or {}).items():
             rules["floor"][name] = max(count, rules["floor"].get(name, 0))
         final = measured and LATENCY in limits and limits == self.limits

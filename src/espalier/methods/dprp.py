@@ -46,7 +46,6 @@ from espalier.methods.pace import Closing, ClosingMethod
 from espalier.methods.ranks import LAYOUTS, Triplets, dense_twin, energy, rank_alternatives, tails
 from espalier.plan import Budget, Plan
 from espalier.settings import Fraction, OneOf, Share, described
-from espalier.solver import solve
 from espalier.surgery import change_bases, cut_ranks, decompositions, replace, split_layers
 
 SCORES = ("energy", TAYLOR, "whole")
@@ -153,6 +152,12 @@ class DPRPRun(Closing):
     def ranks(self) -> dict[str, int]:
         """Of every factorised layer, now."""
         return {n: layer.rank for n, layer in self.layers.items()}
+
+    def plain_model(self) -> nn.Module:
+        return dense_twin(self.model)
+
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        self.alternatives.put(model, options)
 
     # -- 1. every layer as its singular value decomposition ------------------------------------------------------------
 
@@ -274,7 +279,7 @@ class DPRPRun(Closing):
         wanted = self._by_energy(min((arrival - method.start_at) / (method.end_at - method.start_at), 1.0))
         limits = self.limits if self.settled else self.limits_at(arrival)
         worth = self.alternatives.importance(self.scores())
-        plan = solve(self.graph, worth, limits, ceiling=self.alternatives.options(wanted))
+        plan = self.decide(worth, limits, ceiling=self.alternatives.options(wanted), measured=self.settled)
         for name, now in self.ranks.items():
             option = len(plan.keep[alternatives_name(name)])
             rank = min(self.alternatives.rank(name, option, whole=wanted[name]), now)
@@ -285,10 +290,9 @@ class DPRPRun(Closing):
         """Ranks at the end, from whole layers; of those that are split the ranks found before stand."""
         stands = {n: r for n, r in self.final.items() if not self.layers[n].whole}
         free = {n: scores for n, scores in self.scores().items() if n not in stands}
-        plan = solve(
-            self.graph,
+        plan = self.decide(
             self.alternatives.importance(free, exponent=self.method.share_exponent),
-            self.limits,
+            measured=self.settled or not self.final,
             ceiling=self.alternatives.options({**self._by_energy(1.0), **stands}),
             floor=self.alternatives.equal(self.limits, share=self.method.floor),
         )
