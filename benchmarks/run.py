@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import RESULTS, environment, rounded, table, write_results
-from benchmarks.peers import PEERS, lacking
+from benchmarks.peers import PEERS, Cut, lacking
 from benchmarks.recipe import Job, jobs, read_recipes
 from benchmarks.side_by_side import run_side_by_side
 from espalier.costs import Cost, cost
@@ -49,7 +49,9 @@ from espalier.run.measure import latency
 from espalier.run.models import build_model, load_weights
 from espalier.run.recipe import WHERE, Recipe
 from espalier.run.rundir import HISTORY, LOG, METRICS
+from espalier.run.timed import time_kept
 from espalier.surgery import load, save
+from espalier.timing.making import profile as measured_profile
 
 HOME = Path(os.environ.get("ESPALIER_RUNS", RESULTS))
 RUNS = HOME / "runs"
@@ -366,11 +368,12 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
     folder = WORK / job.key
     method = make_method({"method": job.method})
     assert method is not None
+    budget = budget_of(job, dense, data)
     begun = time.perf_counter()
     compress(
         dense,
         data,
-        budget=Budget(**job.budget),
+        budget=budget,
         method=method,
         recipe=recipe,
         out=folder,
@@ -398,6 +401,7 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
         "accuracy": metrics["small"]["accuracy"],
         "loss": metrics["small"]["loss"],
         "speedup": {f"{t['backend']}, batch {t['batch']}": t["speedup"] for t in timings},
+        **({"time": metrics["time"]} if metrics.get("time") else {}),
         "curve": [e["accuracy"] for e in log],
         "macs_curve": [e["macs"] / metrics["dense"]["macs"] for e in log if "macs" in e],
         "epoch_seconds": [e["seconds"] for e in log],
@@ -409,6 +413,16 @@ def _with_espalier(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> di
         "widths": _widths(small),
         "course": _course(folder / HISTORY),
     }
+
+
+def budget_of(job: Job, dense: nn.Module, data: Data) -> Budget:
+    """With the profile of the recipe's network on this machine, measured once, where it is about time."""
+    budget = dict(job.budget)
+    if "latency" not in budget:
+        return Budget(**budget)
+    WORK.mkdir(parents=True, exist_ok=True)
+    profile = measured_profile(dense, data.example(), to=WORK / f"{job.name}.onnxruntime.json")
+    return Budget(**budget, profile=profile)
 
 
 def _course(path: Path) -> dict[str, Any]:
@@ -429,9 +443,12 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
     if job.method["name"] in PEERS:
         torch.manual_seed(job.seed)
         batches = list(data.calibration_batches(batch_size=min(64, len(data.train) // 80), batches=80, seed=job.seed))
-        asked = Budget(**job.budget)
-        assert isinstance(asked.macs, float)
-        model = PEERS[job.method["name"]](model.cpu(), example, asked.macs, asked.multiple_of, batches)
+        asked, peer = budget_of(job, dense, data), PEERS[job.method["name"]]
+        if asked.latency is None:
+            assert isinstance(asked.macs, float)
+            model = peer(model.cpu(), example, asked.macs, asked.multiple_of, batches)
+        else:
+            model = within_time(peer, model.cpu(), example, asked, batches)
     cut = time.perf_counter() - begun
     teacher = copy.deepcopy(dense) if job.starts_trained and recipe.distill != 0 else None
     history = _train(model, data, recipe, folder=WORK / job.key, label=job.label, teacher=teacher)
@@ -452,6 +469,23 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
         "seconds": {"cut": cut, "train": history.seconds},
         "widths": _widths(model),
     }
+
+
+def within_time(peer: Cut, model: nn.Module, example: torch.Tensor, budget: Budget, batches: list[Any]) -> nn.Module:
+    """A peer plans by MACs: the largest share of them whose network is measured within the budget of time, by bisection."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(7):
+        share = (low + high) / 2
+        small = peer(copy.deepcopy(model), example, share, budget.multiple_of, batches)
+        kept = time_kept(model, small, example, budget)
+        assert kept is not None
+        if kept.small <= kept.limit:
+            low, best = share, small
+        else:
+            high = share
+    if best is None:
+        raise ValueError("the peer did not reach the time")
+    return best
 
 
 def speed_up(dense: nn.Module, small: nn.Module, example: torch.Tensor) -> dict[str, float]:
