@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import espalier as es
 from espalier.present import sweep as room
 from espalier.present.cli import app
 from espalier.present.sweep import as_markdown, numbers, points_of, rows_of, sweep
@@ -216,4 +217,4 @@ def test_the_command_sweeps_and_goes_on(tmp_path, unmeasured):
     assert "cannot be met" in rows[1]["error"] and (tmp_path / "magnitude-macs0.5-seed0" / "model.safetensors").exists()
     assert json.loads((tmp_path / "magnitude-macs0.5-seed0" / "metrics.json").read_text())
     ledger = Ledger(str(Path(tmp_path) / JOURNAL), "espalier sweep")
-    assert as_markdown(rows_of(ledger, [])).startswith("| method")
+    assert as_markdown(rows_of(ledger, []), es.Metric("error")).startswith("| method | budget | error |")

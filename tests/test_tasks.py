@@ -1,5 +1,6 @@
 """Networks for other tasks than classification: what is minimised, what is reported, and that the budget is met."""
 
+import csv
 import json
 
 import pytest
@@ -293,23 +294,21 @@ def test_a_task_on_the_command_line_is_trained_judged_and_remembered(tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.py").write_text(OWN_JOB)
     own = ["--model", "job.py:build", "--data", "job.py:make_data"]
-    done = CliRunner().invoke(
-        app,
-        [
-            "compress",
-            *own,
-            "--task",
-            "job.py:make_task",
-            "--macs",
-            "50%",
-            "--epochs",
-            "2",
-            "--lr",
-            "0.05",
-            "--out",
-            "run",
-        ],
-    )
+    command = [
+        "compress",
+        *own,
+        "--task",
+        "job.py:make_task",
+        "--macs",
+        "50%",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.05",
+        "--out",
+        "run",
+    ]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "test mean_iou" in done.output
     told = CliRunner().invoke(app, ["evaluate", "run", "--trust"])
@@ -317,6 +316,23 @@ def test_a_task_on_the_command_line_is_trained_judged_and_remembered(tmp_path, m
     assert told.output.startswith("mean_iou ")
     refused = CliRunner().invoke(app, ["evaluate", "run", "--model", "job.py:build"])
     assert refused.exit_code == 2 and "its data job.py:make_data is code" in refused.output
+
+
+def test_a_sweep_takes_a_task_and_its_table_tells_the_metric(tmp_path, monkeypatch, unmeasured):
+    from typer.testing import CliRunner
+
+    from espalier.present.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.py").write_text(OWN_JOB)
+    own = ["--model", "job.py:build", "--data", "job.py:make_data", "--task", "segmentation:classes=3"]
+    limits = ["--method", "magnitude", "--macs", "0.5,0.8", "--epochs", "1", "--out", "all"]
+    done = CliRunner().invoke(app, ["sweep", *own, *limits])
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader((tmp_path / "all" / "sweep.csv").open()))
+    assert [float(row["macs"]) <= most for row, most in zip(rows, (0.5, 0.8), strict=True)] == [True, True]
+    assert all(0 < float(row["mean_iou"]) <= 100 for row in rows) and "accuracy" not in rows[0]
+    assert (tmp_path / "all" / "sweep.md").read_text().startswith("| method | budget | mean_iou |")
 
 
 def test_an_unknown_task_and_a_setting_that_it_does_not_have_are_refused():

@@ -38,7 +38,7 @@ from espalier.present.jobs import open_network, run_job
 from espalier.present.profiling import measured_profile, show_check, time_of
 from espalier.present.ship import described, exported, exported_int8, input_of_run, times, times_table
 from espalier.present.show import show_markdown, show_summary
-from espalier.present.sweep import as_markdown, numbers, points_of, sweep, with_shared_profile
+from espalier.present.sweep import as_markdown, judged_by, numbers, points_of, sweep, with_shared_profile
 from espalier.run.evaluate import evaluate as evaluate_model
 from espalier.run.evaluate import pick_device
 from espalier.run.folder import Images
@@ -76,7 +76,6 @@ def main(
 @app.command()
 @opt.with_settings(shared=opt.JOB, data=(Images,), recipe=(Recipe,))
 def compress(
-    task: opt.Task = None,
     macs: opt.Macs = None,
     params: opt.Params = None,
     activation_memory: opt.ActivationMemory = None,
@@ -98,7 +97,7 @@ def compress(
     limits = amounts(macs=macs, params=params, activation_memory=activation_memory)
     time = given(latency=time_of(latency), profile=profile, runtime=runtime)
     wanted = _wanted(job, settings, budget={**limits, **time})
-    wanted |= {"method": {**given(name=method), **hyper_parameters(set or [])}, "task": task_section(task)}
+    wanted |= {"method": {**given(name=method), **hyper_parameters(set or [])}}
     out: Path = job["out"]
     own = f" --model {job['model']}" if job["model"] and runs_code(job["model"]) else " --trust" if job["trust"] else ""
     with stopped(f"go on with: espalier compress --out {out} --resume{own}"):
@@ -128,6 +127,7 @@ def _wanted(
         "data": {**given(name=job["data"], dir=job["data_dir"], holdout=job["holdout"]), **settings["data"]},
         "budget": {**(budget or {}), **given(multiple_of=job["multiple_of"], protect=job["protect"])},
         "method": {},
+        "task": task_section(job["task"]),
         "recipe": {**settings["recipe"], **({"distill": 0.0} if job["no_distill"] else {})},
     }
 
@@ -163,7 +163,7 @@ def sweep_points(
     points = points_of({**merged, "method": {}}, methods=methods, budgets=budgets, seeds=seeds)
     with stopped("go on with the same command"):
         rows = sweep(points, out=out, storage=storage, download=job["download"])
-    show_markdown(as_markdown(rows), stdout)
+    show_markdown(as_markdown(rows, judged_by(points)), stdout)
     stdout.print(f"{out}", markup=False, soft_wrap=True)
     if any(r["state"] == "fail" for r in rows):
         raise typer.Exit(1)
@@ -291,6 +291,9 @@ def profile(
     runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino.")] = "onnxruntime",
     threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Images at a time.", min=1)] = 1,
+    precision: Annotated[
+        str, typer.Option("--precision", help="f32; int8 in onnxruntime; bf16 or f16 in openvino.", metavar="NAME")
+    ] = "f32",
     out: Annotated[Path, typer.Option("--out", help="The profile; one that was interrupted goes on.")] = Path(PROFILE),
     check: Annotated[bool, typer.Option("--check", help="Predict networks that are not in it.")] = False,
     export: Annotated[
@@ -308,8 +311,9 @@ def profile(
     """Measure what the layers of a network take in a runtime, at every width: what a budget of time is planned by."""
     config, inputs = described({"model": given(name=model)}, input, num_classes)
     network = make_model(config).eval()
+    how: dict[str, Any] = {"runtime": runtime, "threads": threads, "batch": batch, "precision": precision}
     if export is not None:
-        place = export_networks(network, inputs, export, runtime=runtime, threads=threads, batch=batch)
+        place = export_networks(network, inputs, export, **how)
         stdout.print(f"{place}: copy it there and run: python measure.py .", markup=False, soft_wrap=True)
         return
     if collect is not None:
@@ -317,7 +321,7 @@ def profile(
         save_profile(found, out)
     else:
         with stopped(f"go on with the same command, {out} keeps what was measured"):
-            found = measured_profile(network, inputs, to=out, runtime=runtime, threads=threads, batch=batch)
+            found = measured_profile(network, inputs, to=out, **how)
     stdout.print(f"{out}: {found.describe()}", markup=False, soft_wrap=True)
     if check:
         show_check(found, network, inputs)

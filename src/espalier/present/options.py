@@ -132,6 +132,16 @@ DataDir = Annotated[
     ),
 ]
 Download = Annotated[bool, _option("--download", "Fetch the data if it is absent.", "Network and data")]
+Task = Annotated[
+    str | None,
+    _option(
+        "--task",
+        "What the network is for: classification (default), segmentation:classes=21, regression, super-resolution, detection, "
+        "or file.py:make_task.",
+        "Network and data",
+        metavar="NAME",
+    ),
+]
 Holdout = Annotated[
     int | None,
     _option("--holdout", "Training images set aside to choose by.", "Network and data", metavar="N"),
@@ -252,20 +262,10 @@ Trust = Annotated[
 
 JOB: dict[str, Any] = {
     "model": Model, "weights": Weights, "data": Data, "data_dir": DataDir, "download": Download, "holdout": Holdout,
-    "multiple_of": MultipleOf, "protect": Protect, "no_distill": NoDistill, "config": Config, "out": Out, "trust": Trust,
+    "task": Task, "multiple_of": MultipleOf, "protect": Protect, "no_distill": NoDistill,
+    "config": Config, "out": Out, "trust": Trust,
 }  # fmt: skip
 """What one run and a sweep of runs are told alike."""
-
-Task = Annotated[
-    str | None,
-    _option(
-        "--task",
-        "What the network is for: classification (default), segmentation:classes=21, regression, super-resolution, detection, "
-        "or file.py:make_task.",
-        "Network and data",
-        metavar="NAME",
-    ),
-]
 
 # -- sweep
 

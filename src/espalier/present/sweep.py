@@ -24,33 +24,22 @@ from espalier.present.config import (
     Config,
     fit_model_to,
     hyper_parameters,
+    job_example,
     make_budget,
     make_data,
     make_method,
     make_recipe,
+    make_task,
 )
 from espalier.present.edge import stderr, stdout
 from espalier.present.jobs import run_job, starting_network
 from espalier.present.profiling import measured_profile
 from espalier.run.charts import Dot, dot_chart
 from espalier.run.ledger import JOURNAL, Entry, Ledger
-from espalier.run.report import dense_score
+from espalier.run.report import dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, METRICS, PROFILE, read_config, read_sealed, to_toml, write_file
+from espalier.tasks import Metric, moved
 
-COLUMNS = (
-    "method",
-    "budget",
-    "seed",
-    "state",
-    "accuracy",
-    "dense accuracy",
-    *COSTS,
-    "time",
-    "backend",
-    "seconds",
-    "error",
-)
-"""Of the table: costs and time as shares of the dense network."""
 AXES = {"time": "measured time", "macs": "MACs", "params": "parameters"}
 
 
@@ -63,6 +52,17 @@ class Point:
     budget: str
     seed: int
     config: Config
+
+
+def judged_by(points: Sequence[Point]) -> Metric:
+    """What all points are judged by."""
+    return make_task(points[0].config).metric
+
+
+def columns(metric: Metric) -> tuple[str, ...]:
+    """Of the table: costs and time as shares of the dense network."""
+    scores = (metric.name, f"dense {metric.name}")
+    return ("method", "budget", "seed", "state", *scores, *COSTS, "time", "backend", "seconds", "error")
 
 
 def points_of(
@@ -129,15 +129,16 @@ def sweep(points: Sequence[Point], *, out: Path, storage: str | None, download: 
         )
     for point in points:
         _same_as_before(out / point.name, point)
-    ledger = Ledger(storage or str(out / JOURNAL), "espalier sweep")
+    metric = judged_by(points)
+    ledger = Ledger(storage or str(out / JOURNAL), "espalier sweep", maximize=metric.higher_is_better)
     ledger.add(p.name for p in points)
     by_name = {p.name: p for p in points}
     known: dict[str, float] | None = None
     while (entry := ledger.take(by_name)) is not None:
         known = _work(ledger, entry, by_name[entry.point], out=out, known=known, download=download) or known
-        write_tables(out, rows_of(ledger, points))
+        write_tables(out, rows_of(ledger, points), metric)
     rows = rows_of(ledger, points)
-    write_tables(out, rows)
+    write_tables(out, rows, metric)
     return rows
 
 
@@ -178,9 +179,10 @@ def _work(
         ledger.release(entry)
         raise
     ledger.note(entry, **facts_of(metrics, config))
-    ledger.complete(entry, float(metrics["small"].get("accuracy", 0.0)))
-    shared = "weights" in point.config["model"] and "accuracy" in metrics["dense"]
-    return {n: metrics["dense"][n] for n in ("accuracy", "loss")} if shared else None
+    metric = judged_by([point])
+    ledger.complete(entry, float(metrics["small"][metric.name]))
+    dense = {n: metrics["dense"][n] for n in (metric.name, "loss") if n in metrics["dense"]}
+    return dense if "weights" in point.config["model"] and metric.name in dense else None
 
 
 def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,9 +190,10 @@ def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     the last backend measured, at batch 1."""
     kept = metrics.get("time")
     timings = [t for t in metrics["latency"] if t["name"] == "small" and t["batch"] == 1]
+    metric = metric_of(metrics)
     return {
-        "accuracy": metrics["small"].get("accuracy"),
-        "dense accuracy": dense_score(metrics, config),  # none where the run began untrained
+        metric.name: metrics["small"].get(metric.name),
+        f"dense {metric.name}": dense_score(metrics, config),  # none where the run began untrained
         **{name: metrics["fraction"][name] for name in COSTS},
         "time": kept["small"] / kept["dense"] if kept else 1 / timings[-1]["speedup"] if timings else None,
         "backend": kept["setting"]["runtime"] if kept else timings[-1]["backend"] if timings else None,
@@ -205,58 +208,61 @@ def rows_of(ledger: Ledger, points: Sequence[Point]) -> list[dict[str, Any]]:
     for point in points:
         entry = entries[point.name]
         row = {"method": point.method, "budget": point.budget, "seed": point.seed, "state": entry.state, **entry.facts}
-        found.append({column: row.get(column) for column in COLUMNS})
+        found.append({column: row.get(column) for column in columns(judged_by([point]))})
     return found
 
 
 # -- what a sweep leaves behind ----------------------------------------------------------------------------------------
 
 
-def write_tables(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_tables(out: Path, rows: Sequence[Mapping[str, Any]], metric: Metric) -> None:
     """``sweep.csv``, every point; ``sweep.md``, means over seeds; and a picture against each of ``AXES`` that was measured."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns(metric), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(out / "sweep.csv", text.getvalue().encode())
-    write_file(out / "sweep.md", as_markdown(rows).encode())
+    write_file(out / "sweep.md", as_markdown(rows, metric).encode())
     for axis, words in AXES.items():
-        chart = picture(rows, axis, words)
+        chart = picture(rows, axis, words, metric)
         if chart:
             write_file(out / f"sweep-{axis}.svg", chart.encode())
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_markdown(rows: Sequence[Mapping[str, Any]], metric: Metric) -> str:
     """A line per method and budget, ± the spread over seeds; what failed says why."""
-    head = ["method", "budget", "accuracy", "MACs, %", "parameters, %", "time, %", "seeds"]
+    head = ["method", "budget", metric.name, "MACs, %", "parameters, %", "time, %", "seeds"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    failed = []
+    failed, digits = [], places(metric)
     for (method, budget), some in _by_setting(rows):
         done = [r for r in some if r["state"] == "complete"]
-        cells = [_spread([r["accuracy"] for r in done])]
+        cells = [_spread([r[metric.name] for r in done], digits=digits)]
         cells += [_spread([r[n] and 100 * r[n] for r in done], digits=1) for n in ("macs", "params", "time")]
         lines.append(f"| {' | '.join([method, budget, *cells, f'{len(done)} of {len(some)}'])} |")
         failed += [f"- {method}, {budget}, seed {r['seed']}: {r['error']}" for r in some if r["state"] == "fail"]
-    dense = sorted({r["dense accuracy"] for r in rows if r["dense accuracy"] is not None})
+    dense = sorted({r[f"dense {metric.name}"] for r in rows} - {None})
     if dense:
-        lines += ["", f"Dense: {', '.join(f'{a:.2f}' for a in dense)}."]
+        lines += ["", f"Dense: {', '.join(f'{a:.{digits}f}' for a in dense)}."]
     return "\n".join([*lines, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
 
 
-def picture(rows: Sequence[Mapping[str, Any]], axis: str, words: str) -> str:
-    """Accuracy against ``axis``, means over seeds, a colour per method; empty where nothing was measured."""
+def picture(rows: Sequence[Mapping[str, Any]], axis: str, words: str, metric: Metric) -> str:
+    """The metric against ``axis``, means over seeds, a colour per method; empty where nothing was measured."""
     methods = list(dict.fromkeys(r["method"] for r in rows))
     dots = []
     for (method, budget), some in _by_setting(rows):
-        found = [(100 * r[axis], r["accuracy"]) for r in some if None not in (r[axis], r["accuracy"])]
+        found = [(100 * r[axis], r[metric.name]) for r in some if None not in (r[axis], r[metric.name])]
         if found:
             x, y = (mean(values) for values in zip(*found, strict=True))
             dots.append(Dot(f"{method} {budget}", x, y, methods.index(method) % 6))
     if not dots:
         return ""
-    dots += [Dot("dense", 100.0, a, 5, hollow=True) for a in sorted({r["dense accuracy"] for r in rows} - {None})]
+    dots += [Dot("dense", 100.0, a, 5, hollow=True) for a in sorted({r[f"dense {metric.name}"] for r in rows} - {None})]
     x_label = f"{words} left, per cent of the dense network"
-    return dot_chart(dots, title=f"Accuracy against {words}", x_label=x_label, y_label="test accuracy, per cent")
+    title, unit = f"{metric.name} against {words}", metric.unit and f", {metric.unit}"
+    return dot_chart(
+        dots, title=title, x_label=x_label, y_label=f"{metric.name}{unit}", higher_is_better=metric.higher_is_better
+    )
 
 
 def _by_setting(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
@@ -264,7 +270,7 @@ def _by_setting(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, 
         yield key, [r for r in rows if (r["method"], r["budget"]) == key]
 
 
-def _spread(values: Sequence[float | None], *, digits: int = 2) -> str:
+def _spread(values: Sequence[float | None], *, digits: int) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "-"
@@ -287,5 +293,5 @@ def with_shared_profile(config: Config, *, out: Path, download: bool) -> Config:
     budget = dict(config["budget"])
     runtime, file = budget.pop("runtime", "onnxruntime"), (out / PROFILE).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    measured_profile(network, data.example(1).cpu(), to=file, runtime=runtime, threads=1, batch=1)
+    measured_profile(network, moved(job_example(data, make_task(config)), "cpu"), to=file, runtime=runtime)
     return {**config, "budget": {**budget, "profile": str(file)}}

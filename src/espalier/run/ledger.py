@@ -36,7 +36,7 @@ class Ledger:
     Raises: ValueError if it cannot be opened.
     """
 
-    def __init__(self, storage: str, name: str) -> None:
+    def __init__(self, storage: str, name: str, *, maximize: bool = True) -> None:
         import optuna  # takes a second
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -48,7 +48,10 @@ class Ledger:
                 Path(storage).parent.mkdir(parents=True, exist_ok=True)
                 backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
             self.study = optuna.create_study(
-                study_name=name, storage=backend, direction="maximize", load_if_exists=True
+                study_name=name,
+                storage=backend,
+                direction="maximize" if maximize else "minimize",
+                load_if_exists=True,
             )
         except Exception as error:  # every database has errors of its own
             raise ValueError(f"storage {storage}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
@@ -99,8 +102,8 @@ class Ledger:
             for name, value in facts.items():
                 self._storage.set_trial_user_attr(self._id(entry), name, value)
 
-    def complete(self, entry: Entry, accuracy: float) -> None:
-        self._storage.set_trial_state_values(self._id(entry), self._states.COMPLETE, [accuracy])
+    def complete(self, entry: Entry, score: float) -> None:
+        self._storage.set_trial_state_values(self._id(entry), self._states.COMPLETE, [score])
 
     def fail(self, entry: Entry, error: str) -> None:
         """Recorded, and not tried again."""
