@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 import espalier as es
 from benchmarks.common import environment, read_results, rounded, table, write_results
-from espalier.deploy.int8 import export_int8, quantised
+from espalier.deploy.int8 import export_int8
 from espalier.run.models import load_weights
 from espalier.run.onnx import to_onnx_bytes
+from espalier.timing.bits import quantised
 
 NAME = "int8"
 NETWORKS: dict[str, tuple[str, int, int]] = {
@@ -66,7 +67,7 @@ def times(dense: nn.Module, small: nn.Module, example: Tensor) -> dict[str, floa
         found = {}
         for name, network in (("dense", dense), ("small", small)):
             plain = to_onnx_bytes(network, example)
-            calibration = [torch.randn(4, *example.shape[1:]).numpy()]  # time does not depend on it
+            calibration = [(torch.randn(4, *example.shape[1:]).numpy(),)]  # time does not depend on it
             for kind, content in (("float", plain), ("int8", quantised(plain, calibration))):
                 found[f"{name} {kind}"] = Path(folder) / f"{name}-{kind}.onnx"
                 found[f"{name} {kind}"].write_bytes(content)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.optional import import_optional
 from espalier.run.measure import Timing, latency
 from espalier.run.onnx import check_place, onnx_session, to_onnx_bytes
 from espalier.run.rundir import write_file
+from espalier.timing.bits import quantised
 
 Batch = tuple[Tensor, Tensor]
 
@@ -65,7 +61,7 @@ def export_int8(
         raise ValueError("export_int8: give at least one batch to calibrate with and one to test with")
     example = next(iter(images))[:1]
     plain = to_onnx_bytes(model, torch.from_numpy(example))
-    small = quantised(plain, images)
+    small = quantised(plain, [(x,) for x in images])
     before, after = _accuracy(plain, judged), _accuracy(small, judged)
     if before - after > most_lost:
         raise ValueError(
@@ -79,39 +75,6 @@ def export_int8(
         timings = latency(files, torch.from_numpy(example), backend="onnxruntime", batch_sizes=batch_sizes)
     write_file(target, small)
     return Quantised(target, before, after, tuple(timings))
-
-
-def quantised(content: bytes, images: Sequence[np.ndarray]) -> bytes:
-    """An ONNX file in float as one in eight bits, calibrated on ``images``, arrays as its first input takes them."""
-    quantization = import_optional("onnxruntime.quantization", extra="onnx")
-    shape_inference = import_optional("onnxruntime.quantization.shape_inference", extra="onnx")
-    name = onnx_session(content).get_inputs()[0].name
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            self.batches: Iterator[np.ndarray] = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {name: batch}
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain, ready, small = (Path(folder) / f"{stage}.onnx" for stage in ("plain", "ready", "small"))
-        plain.write_bytes(content)
-        nowhere = io.StringIO()
-        with redirect_stdout(nowhere), redirect_stderr(nowhere):  # they print advice
-            shape_inference.quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
-            quantization.quantize_static(
-                str(ready),
-                str(small),
-                Reader(),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                weight_type=quantization.QuantType.QInt8,
-                activation_type=quantization.QuantType.QUInt8,
-            )
-        return small.read_bytes()
 
 
 def _accuracy(content: bytes, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:

@@ -14,7 +14,16 @@ from espalier.timing.making import check_profile, profile
 from espalier.timing.profile import Profile, load_profile
 
 
-def measured_profile(network: nn.Module, example: Any, *, to: Path, runtime: str, threads: int, batch: int) -> Profile:
+def measured_profile(
+    network: nn.Module,
+    example: Any,
+    *,
+    to: Path,
+    runtime: str,
+    threads: int = 1,
+    batch: int = 1,
+    precision: str = "f32",
+) -> Profile:
     """Make a profile, or go on with the one in ``to``, and say how far it is."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,6 +36,7 @@ def measured_profile(network: nn.Module, example: Any, *, to: Path, runtime: str
             runtime=runtime,
             threads=threads,
             batch=batch,
+            precision=precision,
             to=to,
             progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
@@ -44,7 +54,7 @@ def with_profile(config: Config, network: nn.Module, example: Any, *, out: Path,
         budget["profile"].need(wanted)
     else:
         beside = out.with_name(f"{out.name}.{runtime}.json")
-        budget["profile"] = measured_profile(network, example, to=beside, runtime=runtime, threads=1, batch=1)
+        budget["profile"] = measured_profile(network, example, to=beside, runtime=runtime)
     stdout.print(f"profile: {budget['profile'].describe()}", markup=False, soft_wrap=True)
     return {**config, "budget": budget}
 

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from espalier.plan import Budget, milliseconds_of
-from espalier.run.onnx import to_onnx_bytes
+from espalier.run.onnx import positional, to_onnx_bytes
 from espalier.timing import on_device
+from espalier.timing.bits import in_precision
 from espalier.timing.making import asked
 from espalier.timing.profile import Profile, Setting
 
@@ -41,7 +42,8 @@ def time_kept(
     profile = budget.profile
     if budget.latency is None or not isinstance(profile, Profile):
         return None
-    files = [to_onnx_bytes(dense, example), to_onnx_bytes(small, example)]
+    inputs = [x.numpy() for x in positional(example)]
+    files = [in_precision(to_onnx_bytes(model, example), profile.setting.precision, inputs) for model in (dense, small)]
     whole, left = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
     step = None if above is None else above * whole / profile.dense
     return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting, step)
@@ -55,9 +57,10 @@ def time_sentence(kept: Mapping[str, Any]) -> str:
     verdict = f"{over:.1%} above the budget" if over > 0 else f"{-over:.1%} below the budget"
     if over < -STAIR and kept.get("above"):
         verdict += f", the next step of the staircase takes {kept['above']:.3g} ms"
+    bits = "" if setting["precision"] == "f32" else f", {setting['precision']}"
     threads = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
     return (
         f"Time: asked {wanted}, measured {share:.1%} ({kept['small']:.3g} of {kept['dense']:.3g} ms, "
-        f"{1 / share:.2f}x faster; {verdict}), in {setting['runtime']} {setting['version']}, {threads}, "
+        f"{1 / share:.2f}x faster; {verdict}), in {setting['runtime']} {setting['version']}{bits}, {threads}, "
         f"batch {setting['batch']}, on {setting['processor']}."
     )

@@ -15,6 +15,7 @@ import numpy as np
 from espalier.graph.times import Staircase
 
 BLOCKS = (1, 8, 16, 32)
+INT8_BLOCKS = (*BLOCKS, 64)
 ABOVE = 0.6  # weight of a time above the fit
 REACH = 0.5  # of the smooth surface, in powers of two of a length
 FAITH = 0.7  # times that the surface counts as zero, everywhere: few times bend it little
@@ -24,14 +25,16 @@ Times = np.ndarray
 """Rows of (length, ..., milliseconds)."""
 
 
-def staircases(times: Mapping[str, Times], kinds: Mapping[str, str], *, grain: int) -> dict[str, Staircase]:
-    """A table for every signature.  Signatures of one kind share the sizes of the blocks."""
+def staircases(
+    times: Mapping[str, Times], kinds: Mapping[str, str], *, grain: int, of: Sequence[int] = BLOCKS
+) -> dict[str, Staircase]:
+    """A table for every signature.  Signatures of one kind share the sizes of the blocks, which are some ``of`` these."""
     blocks = {}
     for kind in sorted(set(kinds.values())):
         alike = [_merged(times[s]) for s in times if kinds[s] == kind]
         varies = [any(len(set(rows[:, d])) > 2 for rows in alike) for d in range(alike[0].shape[1] - 1)]
         errors = {}
-        for sizes in itertools.product(*(BLOCKS if v else BLOCKS[:1] for v in varies)):
+        for sizes in itertools.product(*(of if v else of[:1] for v in varies)):
             errors[sizes] = sum(_error(rows, sizes) for rows in alike)
         best = min(errors.values())
         blocks[kind] = max(sizes for sizes, error in errors.items() if error <= 1.02 * best + 1e-9)

@@ -47,7 +47,7 @@ def measured(
         formed = copy_model(model, {}).cpu().eval()
         put(formed, {g: option for g, (_, option) in chosen.items()})
         own = trace(formed, batched(example, 1))
-        family = Family(formed, own, batched(example, profile.setting.batch))
+        family = Family(formed, own, batched(example, profile.setting.batch), precision=profile.setting.precision)
         by_layer = {graph.group(g).layer: form for g, (form, _) in chosen.items()}
         rows = []
         for count, plan in enumerate(sample(own, NETWORKS, grain, seed=number)):

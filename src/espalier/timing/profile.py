@@ -18,7 +18,7 @@ from espalier.costs import CostModel
 from espalier.graph import Graph
 from espalier.graph.times import Staircase
 from espalier.surgery.files import write_beside
-from espalier.timing.fitting import staircases, whole_from_parts
+from espalier.timing.fitting import BLOCKS, INT8_BLOCKS, staircases, whole_from_parts
 
 FORMAT = "espalier-profile/2"
 NOISY = 0.05  # spread above which a profile says that the machine was busy
@@ -121,7 +121,8 @@ class Profile:
                 took = right * max(a * ms + each * nodes, 0.1 * ms, 1e-5)
                 rows.setdefault(layer.signature, []).append((*lengths, took))
         kinds = {x.signature: _kind(x) for layers, _ in self._every for x in layers}
-        return staircases({s: np.array(r) for s, r in rows.items()}, kinds, grain=self.grain)
+        of = INT8_BLOCKS if self.setting.precision == "int8" else BLOCKS
+        return staircases({s: np.array(r) for s, r in rows.items()}, kinds, grain=self.grain, of=of)
 
     @property
     def overhead(self) -> float:
