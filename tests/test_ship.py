@@ -76,6 +76,7 @@ def test_the_folder_says_how_a_picture_becomes_an_input(folder):
     in_file = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
     assert json.loads(in_file["mean"]) == list(data.mean)
     assert in_file["espalier_version"] == es.__version__
+    assert in_file["plan_hash"] == json.loads((folder / "plan.json").read_text())["sha256"]
     assert run("export", folder, "--to", folder / "again.onnx", "--input-name", "digit").exit_code == 0
     again = onnx.load(folder / "again.onnx")
     assert again.graph.input[0].name == "digit"
@@ -161,9 +162,11 @@ def test_our_own_layers_are_scripted_by_torchscript(layer):
 
 
 @pytest.mark.parametrize(
-    "method", [es.TCP(), es.DPRP(), es.TTLC(search=0), es.MGP(), es.Magnitude(), es.SVDOneShot()], ids=lambda m: m.name
+    "method",
+    [es.TCP(), es.DPRP(), es.TTLC(search=0), es.MGP(), es.Joint(), es.Magnitude(), es.SVDOneShot()],
+    ids=lambda m: m.name,
 )
-def test_what_a_method_leaves_is_scripted_by_torchscript(method):
+def test_what_a_method_leaves_is_scripted_and_traced_by_torchscript(method):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
@@ -179,4 +182,5 @@ def test_what_a_method_leaves_is_scripted_by_torchscript(method):
         optimizer.zero_grad()
         run.step(progress=(step + 1) / 20, optimizer=optimizer)
     small = run.finish().eval()
-    torch.testing.assert_close(torch.jit.script(small)(x), small(x))
+    for made in (torch.jit.script(small), torch.jit.trace(small, x)):
+        torch.testing.assert_close(made(x), small(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from espalier.run.evaluate import pick_device
 from espalier.run.measure import Timing, latency
 from espalier.run.models import model_names
 from espalier.run.onnx import export_onnx
-from espalier.run.rundir import CONFIG, PREPROCESSING
+from espalier.run.rundir import CONFIG, metadata_of
 
 CALIBRATION = 64  # images in one batch to calibrate with
 
@@ -67,7 +66,9 @@ def exported(
     """Write the network in ``path`` to ``target``; what its ending says, and how far it is from PyTorch, in a sentence."""
     network = open_network(path, config)
     if target.suffix == ".onnx":
-        difference = export_onnx(network, target, inputs, metadata=metadata_of(path), **form)
+        difference = export_onnx(
+            network, target, inputs, metadata=metadata_of(path if path.is_dir() else path.parent), **form
+        )
     else:
         if given := [f"--{name.replace('_', '-')}" for name, value in form.items() if value]:
             raise ValueError(f"{', '.join(given)}: of ONNX files only; {target} is none")
@@ -99,17 +100,6 @@ def exported_int8(
         f"{target}: {found.accuracy:.2f} % in eight bits, {found.float_accuracy:.2f} % in float; "
         f"{last.milliseconds:.3g} ms, {last.speedup:.2f}x as fast"
     )
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    """What the run says of its input, for the metadata of a file that is made from it."""
-    file = (path if path.is_dir() else path.parent) / PREPROCESSING
-    if not file.exists():
-        return {}
-    said = json.loads(file.read_text(encoding="utf-8"))
-    return {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in said.items() if name != "format"
-    }
 
 
 def times(

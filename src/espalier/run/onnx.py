@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from espalier import __version__
 from espalier.copies import copy_model, unwrapped
@@ -127,9 +127,10 @@ def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[
     private = copy_model(unwrapped(model, who="export_onnx"), {}).cpu().eval()
     args, form = positional(example), form or Form()
     private = _flat(private, example)
-    if isinstance(example, dict) and form.input_names is None and len(example) == len(args):
-        form = replace(form, input_names=tuple(example))
-    if form.input_names is not None and len(form.input_names) != len(args):
+    if form.input_names is None:
+        form = replace(form, input_names=names_of(example))
+    assert form.input_names is not None
+    if len(form.input_names) != len(args):
         raise ValueError(f"export_onnx: {len(form.input_names)} input names were given for {len(args)} inputs")
     problems = []
     for name, export, free in _attempts(form):
@@ -182,6 +183,23 @@ def positional(example: Any) -> tuple[Tensor, ...]:
         odd = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
         raise ValueError(f"ONNX has inputs that are tensors; the example has {', '.join(odd) or 'nothing'}")
     return tuple(leaf.detach().cpu() for leaf in leaves)
+
+
+def names_of(example: Any) -> list[str]:
+    """Of the tensors in ``positional(example)``: ``input``, ``input0`` in a row, ``images.left`` in tables.
+
+    >>> x = torch.zeros(1)
+    >>> names_of(x), names_of((x, x)), names_of({"images": {"left": x, "right": x}, "sizes": [x]})
+    (['input'], ['input0', 'input1'], ['images.left', 'images.right', 'sizes.0'])
+    """
+    paths = [path for path, _ in tree_flatten_with_path(example)[0]]
+    found = [
+        [next(str(getattr(key, n)) for n in ("key", "idx", "name") if hasattr(key, n)) for key in path]
+        for path in paths
+    ]
+    if not isinstance(example, dict) and not hasattr(example, "_fields"):
+        found = [[f"input{first[0] if first and len(paths) > 1 else ''}", *first[1:]] for first in found]
+    return [".".join(words) for words in found]
 
 
 class _Flat(nn.Module):
@@ -273,7 +291,7 @@ def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...]
         dynamo=True,
         dynamic_shapes=shapes,
         verbose=False,
-        input_names=_names(args, form),
+        input_names=form.input_names,
         output_names=form.output_names,
         opset_version=form.opset,
     )
@@ -284,14 +302,14 @@ def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...]
 
 def _by_tracing(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: Form) -> bytes:
     file = io.BytesIO()
-    names = _names(args, form)
-    axes = {name: _open(a, free) for name, a in zip(names, args, strict=True)} if free else None
+    assert form.input_names is not None
+    axes = {name: _open(a, free) for name, a in zip(form.input_names, args, strict=True)} if free else None
     torch.onnx.export(
         model,
         args,
         file,  # type: ignore[arg-type]
         dynamo=False,
-        input_names=names,
+        input_names=form.input_names,
         output_names=form.output_names,
         opset_version=form.opset,
         dynamic_axes=axes,
@@ -303,12 +321,6 @@ def _open(tensor: Tensor, free: tuple[str, ...]) -> dict[int, str]:
     """Dimension -> name of what stays open in this input; height and width only where it is an image."""
     places = {"batch": 0, "height": tensor.dim() - 2, "width": tensor.dim() - 1}
     return {places[name]: name for name in free if name == "batch" or tensor.dim() >= 4}
-
-
-def _names(args: tuple[Tensor, ...], form: Form) -> list[str]:
-    if form.input_names is not None:
-        return list(form.input_names)
-    return ["input"] if len(args) == 1 else [f"input{number}" for number in range(len(args))]
 
 
 _Export = Callable[[nn.Module, tuple[Tensor, ...], tuple[str, ...], Form], bytes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,3 @@ class Preprocessing:
     def to_json(self) -> str:
         """The content of ``preprocessing.json``."""
         return json.dumps({"format": "espalier-preprocessing/1", "layout": "NCHW", **asdict(self)}, indent=1)
-
-    def metadata(self) -> dict[str, str]:
-        """The same for the metadata of an ONNX file: text by name, lists as JSON."""
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self._said().items()}
-
-    def _said(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value not in ((), "")}

@@ -18,7 +18,7 @@ from espalier.run.loop import History
 from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
-from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, write_file, write_sealed
+from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, metadata_of, write_file, write_sealed
 from espalier.run.timed import TimeKept, time_sentence
 from espalier.surgery import save
 from espalier.surgery.verify import Proof
@@ -74,8 +74,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
     notes: dict[str, str] = {}
     difference = None
     try:
-        said = {} if outcome.preprocessing is None else outcome.preprocessing.metadata()
-        difference = export_onnx(outcome.small_model, folder / ONNX, outcome.example, metadata=said)
+        difference = export_onnx(outcome.small_model, folder / ONNX, outcome.example, metadata=metadata_of(folder))
     except ValueError as error:
         notes["model.onnx"] = str(error)
     timings: list[Timing] = []

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.methods.search import JOURNAL
-from espalier.seals import opened_json, sealed_json
+from espalier.seals import SEAL, opened_json, sealed_json
 from espalier.surgery.files import write_beside
 
 CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
@@ -225,3 +225,17 @@ def _value(value: Any, key: str) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_value(v, key) for v in value)}]"
     raise ValueError(f"config: {key} is a {type(value).__name__}, which TOML has no notation for")
+
+
+def metadata_of(folder: Path) -> dict[str, str]:
+    """What ``folder`` says of its network's input, and the checksum of its plan: text by name, lists as JSON.
+
+    For the metadata of ONNX files; empty for a folder that holds no run.
+    """
+    found = {}
+    if (folder / PREPROCESSING).exists():
+        said = json.loads((folder / PREPROCESSING).read_text(encoding="utf-8"))
+        found = {name: value for name, value in said.items() if name != "format" and value not in ([], "")}
+    if (folder / PLAN).exists():  # the first format had no checksum
+        found["plan_hash"] = json.loads((folder / PLAN).read_text(encoding="utf-8")).get(SEAL, "")
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
