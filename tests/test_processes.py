@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed._composable import replicate
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import espalier as es
 from espalier.methods.agreement import check_same, once, share
+from espalier.optional import import_lightning
 from espalier.present.cli import app
 from espalier.present.edge import stdout
 from espalier.run.data import load_data
@@ -113,11 +115,11 @@ def loaders(sent=None, number=1):
     return es.Loaders(train, batches(3), num_classes=10)
 
 
-def own_loop(method, *, wrapped=False):
+def own_loop(method, *, wrapped=False, around=lambda network: network):
     own = share()
     run = es.attach(net(seed=1 + own.rank), EXAMPLE, budget=BUDGET, method=method)  # all take the weights of the first
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
-    network = DistributedDataParallel(run.model, find_unused_parameters=True) if wrapped else run.model
+    network = DistributedDataParallel(run.model, find_unused_parameters=True) if wrapped else around(run.model)
     for step, (x, y) in enumerate(batches(24)):
         mine = own.rows(16)
         loss = F.cross_entropy(network(x[mine]), y[mine]) + run.penalty()
@@ -130,6 +132,31 @@ def own_loop(method, *, wrapped=False):
         if wrapped and removed is not None:
             network = DistributedDataParallel(run.model, find_unused_parameters=True)
     return facts(run.plan, run.finish())
+
+
+def in_lightning():
+    """The wrapped loop, as Lightning has it."""
+    L = import_lightning()
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net(seed=1 + share().rank)
+
+        def training_step(self, batch, index):
+            mine = share().rows(16)
+            return F.cross_entropy(self.net(batch[0][mine]), batch[1][mine])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    compression = es.lightning.Compression(BUDGET, es.TCP(), network="net", example=EXAMPLE)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[compression],
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(batches(24), batch_size=None))
+    return facts(compression.plan, compression.small)
 
 
 def on_page(folder):
@@ -179,6 +206,8 @@ def everything(folder):
         ),
         "loop": own_loop(es.TCP()),
         "loop, wrapped": own_loop(es.TCP(), wrapped=True),
+        "loop, replicated": said(ValueError, lambda: own_loop(es.TCP(), around=replicate)),
+        "lightning": in_lightning(),
         "loop of factors, wrapped": own_loop(es.DPRP(every=0.2), wrapped=True),
         "stopped": said(es.TrainingStopped, lambda: compressed(es.TCP(), loaders(signal.SIGTERM), out=into)),
         "resumed": compressed(es.TCP(), loaders(), out=into, resume=True),
@@ -197,6 +226,7 @@ def everything(folder):
 def alone(tmp_path_factory):
     """What one process finds; it has imported then what the two will need."""
     folder = tmp_path_factory.mktemp("alone") / "run"
+    import_lightning()
 
     def not_here(*arguments, **options):
         raise ValueError("not in these tests")
@@ -246,7 +276,12 @@ def test_without_synchronisation_running_statistics_are_averaged_and_so_the_same
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("loop", es.TCP()), ("loop, wrapped", es.TCP()), ("loop of factors, wrapped", es.DPRP(every=0.2))],
+    [
+        ("loop", es.TCP()),
+        ("loop, wrapped", es.TCP()),
+        ("lightning", es.TCP()),
+        ("loop of factors, wrapped", es.DPRP(every=0.2)),
+    ],
 )
 def test_a_loop_of_ones_own_averages_its_gradients_or_wraps_anew_after_a_removal(pair, name, method):
     assert_alike(pair[0][name], own_loop(method))
@@ -280,6 +315,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number_of_proc
         ("differs", "the plan of process 1 is not that of process 0"),
         ("refused", "only the first knows"),
         ("too many", "asks for 3 processes, and there are 2"),
+        ("loop, replicated", "which holds the parameters of the network and does not follow"),
         ("too small", "a batch of 1 cannot be shared by 2 processes"),
     ],
 )

@@ -2,11 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from espalier.present.cli import app
+from espalier.present.config import hyper_parameters, make_method
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -16,6 +21,13 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def code_of(page: Path) -> str:
     """All Python blocks of a page, as one program."""
     return "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Arguments of every ``espalier`` command that a page shows."""
+    text = re.sub(r"\\\n\s*|\$\(.*?\)", "", page.read_text(encoding="utf-8"))
+    found = re.findall(r"^ *(?:srun |torchrun .* -m )*espalier ([a-z]+ .*)$", text, re.MULTILINE)
+    return [shlex.split(command, comments=True) for command in found]
 
 
 def run(arguments: list[str], *, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -33,6 +45,15 @@ def test_the_code_on_a_page_runs(page, tmp_path):
     script.write_text(code_of(page), encoding="utf-8")
     done = run([str(script)], folder=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands_of(p)], ids=lambda page: page.name)
+def test_the_commands_on_a_page_are_understood(page):
+    known = typer.main.get_command(app).commands
+    for name, *arguments in commands_of(page):
+        given = known[name].make_context(name, arguments).params
+        if given.get("set"):
+            make_method({"method": {"name": given["method"], **hyper_parameters(given["set"])}})
 
 
 def test_the_first_result_takes_ten_lines():

@@ -30,7 +30,8 @@ def unwrapped(model: nn.Module, *, who: str, in_place: bool = False) -> nn.Modul
     if not isinstance(model, nn.Module):
         raise ValueError(f"{who}: expected an nn.Module, got {type(model).__name__}")
     while (name := _wrapper(model)) is not None:
-        if name == "FullyShardedDataParallel" or (in_place and name == "DistributedDataParallel"):
+        check_free(model, who=who)
+        if in_place and name == "DistributedDataParallel":
             raise ValueError(
                 f"{who}: this is a {name}, which does not follow when parameters change; give the network before it is "
                 "wrapped, and wrap what comes back"
@@ -45,20 +46,29 @@ def unwrapped(model: nn.Module, *, who: str, in_place: bool = False) -> nn.Modul
     return model
 
 
+def check_free(model: nn.Module, *, who: str) -> None:
+    """Raises: ValueError where FSDP, or FSDP2's ``fully_shard`` and ``replicate``, hold the parameters of ``model``."""
+    if (name := _wrapper(model)) in _HOLDERS:
+        raise ValueError(
+            f"{who}: this is a {name} ({_HOLDERS[name]}), which holds the parameters of the network and does not follow when "
+            "they change; leave it out and call es.average_gradients(model) after backward(), or use DistributedDataParallel"
+        )
+
+
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
     "AveragedModel": "module",
 }
+_HOLDERS = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard or replicate", "DDP": "replicate"}
 _Uninitialized = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 
 
 def _wrapper(model: nn.Module) -> str | None:
     """By name: to import them all would take seconds."""
     kinds = [k.__name__ for k in type(model).__mro__ if k.__module__.startswith("torch.")]
-    return next((k for k in kinds if k in _WRAPPERS), None)
+    return next((k for k in kinds if k in _WRAPPERS or k in _HOLDERS), None)
 
 
 def check_sound(model: nn.Module, *, who: str) -> None:

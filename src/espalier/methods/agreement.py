@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from espalier.copies import check_free
+
 if TYPE_CHECKING:
     from espalier.methods.base import Run
 
@@ -173,6 +175,7 @@ def average_gradients(model: nn.Module) -> None:
 
     In a loop of one's own it takes the place of DistributedDataParallel: there is no wrapper that a surgery could leave behind.
     """
+    check_free(model, who="average_gradients")
     reduce_gradients(model, ())
 
 
@@ -187,8 +190,10 @@ def reduce_gradients(model: nn.Module, more: Sequence[float], *, weight: float =
         return numbers
     absent = [p.grad is None for p in parameters]
     there = 1.0 - torch.tensor(absent, dtype=torch.float32).to(device, non_blocking=True)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad * weight for p in parameters]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([numbers, there, *(part.reshape(-1) for part in parts)])
+    if weight != 1.0:
+        flat[len(more) + len(parameters) :].mul_(weight)
     average_(flat)
     numbers, seen, rest = flat.split([len(more), len(parameters), len(flat) - len(more) - len(parameters)])
     means = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, make_plain
-from espalier.copies import check_sound, named_tensors, unwrapped
+from espalier.copies import check_free, check_sound, named_tensors, unwrapped
 from espalier.costs import LATENCY, METRICS, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, files, hold, trace
@@ -228,7 +228,9 @@ class Run(ABC):
         profile = self.budget.profile
         assert isinstance(profile, Profile)
         need_here(profile)
-        family = Family(self.plain_model(), graph, batched(self.example, profile.setting.batch), put=self.put)
+        own = profile.setting
+        inputs = batched(self.example, own.batch)
+        family = Family(self.plain_model(), graph, inputs, put=self.put, precision=own.precision)
         begins = self._reference is None and self._dense_graph is None  # nothing has gone yet
         if begins:
             self._reference = family.file(Plan.dense(graph))
@@ -325,6 +327,7 @@ class Run(ABC):
         if self._seen == id(optimizer):
             return
         self._seen = id(optimizer)
+        check_free(self.model, who="step")
         own = {id(p) for p in self.model.parameters()}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in held]

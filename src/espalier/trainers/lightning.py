@@ -14,7 +14,9 @@ from espalier.optional import import_lightning
 from espalier.plan import Budget, Plan
 from espalier.trainers.attached import add_penalty, holds_all, restore_optimizer, saved_run, set_rate
 
-Callback: Any = import_lightning().Callback
+_lightning: Any = import_lightning()
+Callback: Any = _lightning.Callback
+DDPStrategy: Any = _lightning.strategies.DDPStrategy
 
 
 class Compression(Callback):  # type: ignore[misc]
@@ -26,9 +28,11 @@ class Compression(Callback):  # type: ignore[misc]
     right as they are.  When training ends, ``small`` is the compressed network, and stands in the module.
 
     Lightning's checkpoints hold the run: ``trainer.fit(..., ckpt_path=...)`` on a module with the *dense* network goes on
-    exactly.
+    exactly.  Of several processes, ``Trainer(devices=2, strategy="ddp")``, all end with the same network; methods that train
+    layers as factors want ``"ddp_find_unused_parameters_true"``.
 
-    Raises: ValueError where the module has no such network, no example is known, or several processes or optimisers train.
+    Raises: ValueError where the module has no such network, no example is known, several optimisers train, or several processes
+    by another strategy.
 
     >>> compression = es.lightning.Compression(es.Budget(macs=0.5), es.TCP(), network="model")    # doctest: +SKIP
     >>> trainer = L.Trainer(max_epochs=40, callbacks=[compression])                               # doctest: +SKIP
@@ -54,9 +58,10 @@ class Compression(Callback):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit" or self.run is not None:
             return
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise ValueError(
-                "Compression: works in one process; give Trainer(devices=1). Surgery changes parameters that DDP holds"
+                f"Compression: several processes train with Trainer(strategy='ddp'), not {type(trainer.strategy).__name__}: "
+                "surgery changes parameters that others hold in parts"
             )
         model = pl_module.get_submodule(self.network) if self._has(pl_module) else None
         if model is None:
@@ -106,7 +111,10 @@ class Compression(Callback):  # type: ignore[misc]
             return  # gradients were only accumulated
         self._stepped = trainer.global_step
         progress = min(trainer.global_step / trainer.estimated_stepping_batches, 1.0)
-        self.run.step(progress=progress, optimizer=trainer.optimizers[0])
+        removed = self.run.step(progress=progress, optimizer=trainer.optimizers[0])
+        if removed is not None and isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy.model = trainer.lightning_module  # DDP is made anew, around the parameters of now
+            trainer.strategy.configure_ddp()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         assert self.run is not None
