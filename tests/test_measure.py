@@ -166,19 +166,21 @@ def test_names_open_sizes_opset_and_metadata_are_as_asked(onnx, tmp_path):
     assert np.allclose(theirs, net(wide).detach().numpy(), atol=1e-5)
 
 
-def test_inputs_in_tables_are_named_by_their_place(onnx, tmp_path):
+def test_inputs_and_outputs_in_tables_are_named_by_their_place(onnx, tmp_path):
     class Stereo(nn.Module):
         def __init__(self):
             super().__init__()
             self.first = nn.Conv2d(3, 4, 3)
 
         def forward(self, images, scale):
-            return self.first(images["left"]) - scale[0] * self.first(images["right"])
+            left, right = self.first(images["left"]), scale[0] * self.first(images["right"])
+            return {"near": left - right, "far": [left + right]}
 
     x, path = torch.randn(1, 3, 8, 8), tmp_path / "m.onnx"
     export_onnx(Stereo(), path, {"images": {"left": x, "right": 2 * x}, "scale": [torch.ones(1, 1, 1, 1)]})
-    names = [i.name for i in onnx_session(path.read_bytes()).get_inputs()]
-    assert names == ["images.left", "images.right", "scale.0"]
+    session = onnx_session(path.read_bytes())
+    assert [i.name for i in session.get_inputs()] == ["images.left", "images.right", "scale.0"]
+    assert [o.name for o in session.get_outputs()] == ["near", "far.0"]
 
 
 def test_what_cannot_be_written_as_asked_is_refused(onnx, tmp_path):

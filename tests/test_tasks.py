@@ -313,7 +313,7 @@ def test_a_task_on_the_command_line_is_trained_judged_and_remembered(tmp_path, m
     assert "test mean_iou" in done.output
     told = CliRunner().invoke(app, ["evaluate", "run", "--trust"])
     assert told.exit_code == 0, told.output
-    assert told.output.startswith("mean_iou ")
+    assert told.output.startswith("mean_iou ") and " ms for a batch of one in " in told.output
     refused = CliRunner().invoke(app, ["evaluate", "run", "--model", "job.py:build"])
     assert refused.exit_code == 2 and "its data job.py:make_data is code" in refused.output
 

@@ -178,12 +178,12 @@ class Takes(nn.Module):
 
 
 INPUTS: dict[str, tuple[Callable[..., Tensor], Any, list[str]]] = {
-    "a named tuple": (lambda i: i.p + i.q, Pair(X, X), ["input0", "input1"]),
-    "a named tuple in a tuple": (lambda i: i.p + i.q, (Pair(X, X),), ["input0", "input1"]),
+    "a named tuple": (lambda i: i.p + i.q, Pair(X, X), ["p", "q"]),
+    "a named tuple in a tuple": (lambda i: i.p + i.q, (Pair(X, X),), ["p", "q"]),
     "keywords": (lambda p, q: p + q, {"p": X, "q": X}, ["p", "q"]),
     "a list": (lambda xs: xs[0] + xs[1], ([X, X],), ["input0", "input1"]),
-    "a table": (lambda d: d["p"] + d["q"], ({"p": X, "q": X},), ["input0", "input1"]),
-    "a tensor and a list": (lambda x, xs: x + xs[0], (X, [X]), ["input0", "input1"]),
+    "a table": (lambda d: d["p"] + d["q"], ({"p": X, "q": X},), ["p", "q"]),
+    "a tensor and a list": (lambda x, xs: x + xs[0], (X, [X]), ["input0", "input1.0"]),
 }
 
 

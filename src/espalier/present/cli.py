@@ -36,7 +36,7 @@ from espalier.present.edge import Edge, stdout, stopped
 from espalier.present.html import write_report
 from espalier.present.jobs import open_network, run_job
 from espalier.present.profiling import measured_profile, show_check, time_of
-from espalier.present.ship import described, exported, exported_int8, input_of_run, times, times_table
+from espalier.present.ship import described, exported, exported_int8, input_of_run, time_told, times, times_table
 from espalier.present.show import show_markdown, show_summary
 from espalier.present.sweep import as_markdown, judged_by, numbers, points_of, sweep, with_shared_profile
 from espalier.run.evaluate import evaluate as evaluate_model
@@ -227,11 +227,13 @@ def evaluate(
     network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
     precision = settings["recipe"].get("precision", "fp32")
     found = evaluate_model(network, source.test_batches(), precision=precision, task=task)
-    used = cost(trace(network, job_example(source, task)))
+    example = job_example(source, task)
+    used = cost(trace(network, example))
     loss = f", loss {found['loss']:.4f}" if "loss" in found else ""
     stdout.print(f"{task.metric.said(found[task.metric.name])}{loss}")
     memory = readable_bytes(used.activation_memory)
     stdout.print(f"{used.macs:,} MACs, {used.params:,} parameters, {memory} of activations at the peak")
+    stdout.print(time_told(path, network, example))
 
 
 @app.command()

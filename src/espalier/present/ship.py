@@ -27,7 +27,7 @@ from espalier.run.evaluate import pick_device
 from espalier.run.measure import Timing, latency
 from espalier.run.models import model_names
 from espalier.run.onnx import export_onnx
-from espalier.run.rundir import CONFIG, metadata_of
+from espalier.run.rundir import CONFIG, ONNX, metadata_of
 
 CALIBRATION = 64  # images in one batch to calibrate with
 
@@ -123,6 +123,19 @@ def times(
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise ValueError(f"{runtime}: {first_line(error)}; say another shape with --input") from error
+
+
+def time_told(path: Path, network: nn.Module, example: Any) -> str:
+    """Milliseconds of one input: of the run's ONNX file where there is one and it can be run, else of the network."""
+    quick: dict[str, Any] = {"batch_sizes": (1,), "seconds": 1.0}
+    try:
+        [found] = latency(path / ONNX, backend="onnxruntime", **quick)
+    except ValueError:
+        try:
+            [found] = latency(network, example, **quick)
+        except ValueError as error:
+            return f"not timed: {error}"
+    return f"{found.milliseconds:.3g} ms for a batch of one in {found.backend}, one thread"
 
 
 SIZES = ("num_classes", "in_channels", "image_size")

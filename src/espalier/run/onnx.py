@@ -64,9 +64,9 @@ def export_onnx(
     1 and 3, and where ``dynamic`` has "height" or "width" at another size as well. Nothing is written unless it is within
     ``tolerance``.  ``example`` is what ``trace`` takes.
 
-    ``input_names`` and ``output_names`` name inputs and outputs in order; ``opset`` is the version of ONNX's operators, the
-    exporter's by default; ``dynamic`` lists what stays open, of "batch", "height" and "width".  ``metadata`` goes into the
-    file's ``metadata_props``; the version of Espalier is always there.
+    ``input_names`` and ``output_names`` name inputs and outputs in order, by default by their keys in tables; ``opset`` is the
+    version of ONNX's operators, the exporter's by default; ``dynamic`` lists what stays open, of "batch", "height" and "width".
+    ``metadata`` goes into the file's ``metadata_props``; the version of Espalier is always there.
 
     Raises: ValueError if ``path`` cannot be written, no exporter can translate the model, or ONNX Runtime computes
     something else; MissingPackage if the extra ``onnx`` is not installed.
@@ -132,6 +132,8 @@ def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[
     assert form.input_names is not None
     if len(form.input_names) != len(args):
         raise ValueError(f"export_onnx: {len(form.input_names)} input names were given for {len(args)} inputs")
+    if form.output_names is None:
+        form = replace(form, output_names=_keys_of_output(private, args, taken=form.input_names))
     problems = []
     for name, export, free in _attempts(form):
         try:
@@ -192,14 +194,29 @@ def names_of(example: Any) -> list[str]:
     >>> names_of(x), names_of((x, x)), names_of({"images": {"left": x, "right": x}, "sizes": [x]})
     (['input'], ['input0', 'input1'], ['images.left', 'images.right', 'sizes.0'])
     """
+    while isinstance(example, (tuple, list)) and not hasattr(example, "_fields") and len(example) == 1:
+        [example] = example
     paths = [path for path, _ in tree_flatten_with_path(example)[0]]
     found = [
         [next(str(getattr(key, n)) for n in ("key", "idx", "name") if hasattr(key, n)) for key in path]
         for path in paths
     ]
     if not isinstance(example, dict) and not hasattr(example, "_fields"):
-        found = [[f"input{first[0] if first and len(paths) > 1 else ''}", *first[1:]] for first in found]
+        found = [[f"input{''.join(words[:1])}", *words[1:]] for words in found]
     return [".".join(words) for words in found]
+
+
+def _keys_of_output(model: nn.Module, args: tuple[Tensor, ...], *, taken: Sequence[str]) -> list[str] | None:
+    """Where the network returns a table of tensors, their keys; other outputs are named by the exporter."""
+    try:
+        with torch.no_grad():
+            found = model(*args)
+    except Exception:  # the exporters will say what is wrong
+        return None
+    if not isinstance(found, dict) or not all(isinstance(leaf, Tensor) for leaf in tree_flatten(dict(found))[0]):
+        return None
+    names = names_of(dict(found))
+    return None if set(names) & set(taken) else names
 
 
 class _Flat(nn.Module):
