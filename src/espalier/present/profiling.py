@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def measured_profile(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("profile"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stdout, transient=True) as bar:
+    with Progress(*columns, console=stdout, transient=True) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the machine was busy stands in what is told of the profile
         task = bar.add_task("profile", total=None)
         return profile(
             network,

@@ -24,7 +24,7 @@ from espalier.present.config import (
 )
 from espalier.present.jobs import open_network
 from espalier.run.evaluate import pick_device
-from espalier.run.measure import Timing, latency
+from espalier.run.measure import Timing, latency, ms_said
 from espalier.run.models import model_names
 from espalier.run.onnx import export_onnx
 from espalier.run.rundir import CONFIG, ONNX, metadata_of
@@ -135,7 +135,7 @@ def time_told(path: Path, network: nn.Module, example: Any) -> str:
             [found] = latency(network, example, **quick)
         except ValueError as error:
             return f"not timed: {error}"
-    return f"{found.milliseconds:.3g} ms for a batch of one in {found.backend}, one thread"
+    return f"{ms_said(found.milliseconds)} ms for a batch of one in {found.backend}, one thread"
 
 
 SIZES = ("num_classes", "in_channels", "image_size")
@@ -162,7 +162,7 @@ def _timed(
 
 def times_table(timings: Sequence[Timing]) -> str:
     """One line per network and batch size, whatever the length of names."""
-    rows = [(t.name, str(t.batch), f"{t.milliseconds:.3g}", f"{t.speedup:.2f}x") for t in timings]
+    rows = [(t.name, str(t.batch), ms_said(t.milliseconds), f"{t.speedup:.2f}x") for t in timings]
     width = max(len(name) for name, *_ in [("network",), *rows])
     lines = [("network", "batch", "ms", "speed-up"), *rows]
     return "\n".join(f"{name:<{width}}  {batch:>5}  {ms:>8}  {speed:>8}" for name, batch, ms, speed in lines)

@@ -293,5 +293,6 @@ def with_shared_profile(config: Config, *, out: Path, download: bool) -> Config:
     budget = dict(config["budget"])
     runtime, file = budget.pop("runtime", "onnxruntime"), (out / PROFILE).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    measured_profile(network, moved(job_example(data, make_task(config)), "cpu"), to=file, runtime=runtime)
+    found = measured_profile(network, moved(job_example(data, make_task(config)), "cpu"), to=file, runtime=runtime)
+    stdout.print(f"profile: {found.describe()}", markup=False, soft_wrap=True)
     return {**config, "budget": {**budget, "profile": str(file)}}

@@ -58,6 +58,15 @@ def slow_widths(model: nn.Module) -> list[str]:
     return [n for n, m in depthwise(model).items() if m.in_channels % LANES]
 
 
+def ms_said(milliseconds: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> ms_said(0.73712), ms_said(3104.2)
+    ('0.737', '3,104')
+    """
+    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:,.0f}"
+
+
 Model = nn.Module | str | os.PathLike[str]
 """A network, or the path of an ONNX file, which "onnxruntime" times as it is."""
 

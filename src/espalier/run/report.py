@@ -15,7 +15,7 @@ from espalier.costs import METRICS as COSTS
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
 from espalier.run.loop import History
-from espalier.run.measure import LANES, Timing, latency, size_on_disk, slow_widths
+from espalier.run.measure import LANES, Timing, latency, ms_said, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
 from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, metadata_of, write_file, write_sealed
@@ -276,5 +276,5 @@ def _latency_table(timings: list[dict[str, Any]]) -> list[str]:
             f"{first['backend']}, batch {first['batch']}",
             (first["milliseconds"], second["milliseconds"]),
         )
-        lines.append(f"| {place} | {times[0]:.3g} | {times[1]:.3g} | {second['speedup']:.2f}x |")
+        lines.append(f"| {place} | {ms_said(times[0])} | {ms_said(times[1])} | {second['speedup']:.2f}x |")
     return [*lines, "", "One thread of this machine's processor, the fastest of several interleaved runs.", ""]
