@@ -106,13 +106,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="in an epoch")
     arguments = parser.parse_args()
     kinds: dict[str, Callable[[], dict[str, float]]] = {
-        "two processes": lambda: two(arguments.steps),  # first: a pool of threads does not live through a fork
+        "two processes": lambda: two(arguments.steps),
         "one process": lambda: measured(arguments.steps, 1),
-        "one process, two threads": lambda: measured(arguments.steps, 2),
+        "one process, two threads": lambda: measured(arguments.steps, 2),  # last: its pool does not live through a fork
     }
     rounds: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    for kind in ("two processes", "one process"):
-        for _ in range(arguments.rounds):
+    for _ in range(arguments.rounds):  # in turns: what else the machine does meets both
+        for kind in ("two processes", "one process"):
             rounds[kind].append(kinds[kind]())
     for _ in range(arguments.rounds):
         rounds["one process, two threads"].append(kinds["one process, two threads"]())
