@@ -134,7 +134,7 @@ def own_loop(method, *, wrapped=False, around=lambda network: network):
     return facts(run.plan, run.finish())
 
 
-def in_lightning():
+def in_lightning(**options):
     """The wrapped loop, as Lightning has it."""
     L = import_lightning()
 
@@ -153,7 +153,7 @@ def in_lightning():
     compression = es.lightning.Compression(BUDGET, es.TCP(), network="net", example=EXAMPLE)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[compression],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[compression], **options,
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(batches(24), batch_size=None))
     return facts(compression.plan, compression.small)
@@ -208,6 +208,7 @@ def everything(folder):
         "loop, wrapped": own_loop(es.TCP(), wrapped=True),
         "loop, replicated": said(ValueError, lambda: own_loop(es.TCP(), around=replicate)),
         "lightning": in_lightning(),
+        "lightning, synchronised": said(ValueError, lambda: in_lightning(sync_batchnorm=True)),
         "loop of factors, wrapped": own_loop(es.DPRP(every=0.2), wrapped=True),
         "stopped": said(es.TrainingStopped, lambda: compressed(es.TCP(), loaders(signal.SIGTERM), out=into)),
         "resumed": compressed(es.TCP(), loaders(), out=into, resume=True),
@@ -316,6 +317,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number_of_proc
         ("refused", "only the first knows"),
         ("too many", "asks for 3 processes, and there are 2"),
         ("loop, replicated", "which holds the parameters of the network and does not follow"),
+        ("lightning, synchronised", "replaces layers that are compressed"),
         ("too small", "a batch of 1 cannot be shared by 2 processes"),
     ],
 )

@@ -32,7 +32,7 @@ class Compression(Callback):  # type: ignore[misc]
     layers as factors want ``"ddp_find_unused_parameters_true"``.
 
     Raises: ValueError where the module has no such network, no example is known, several optimisers train, or several processes
-    by another strategy.
+    by another strategy or with ``sync_batchnorm``.
 
     >>> compression = es.lightning.Compression(es.Budget(macs=0.5), es.TCP(), network="model")    # doctest: +SKIP
     >>> trainer = L.Trainer(max_epochs=40, callbacks=[compression])                               # doctest: +SKIP
@@ -63,6 +63,8 @@ class Compression(Callback):  # type: ignore[misc]
                 f"Compression: several processes train with Trainer(strategy='ddp'), not {type(trainer.strategy).__name__}: "
                 "surgery changes parameters that others hold in parts"
             )
+        if getattr(trainer.strategy, "_layer_sync", None) is not None:
+            raise ValueError("Compression: Trainer(sync_batchnorm=True) replaces layers that are compressed; leave it out")
         model = pl_module.get_submodule(self.network) if self._has(pl_module) else None
         if model is None:
             inside = ", ".join(name for name, _ in pl_module.named_children()) or "nothing"
