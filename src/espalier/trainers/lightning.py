@@ -64,7 +64,9 @@ class Compression(Callback):  # type: ignore[misc]
                 "surgery changes parameters that others hold in parts"
             )
         if getattr(trainer.strategy, "_layer_sync", None) is not None:
-            raise ValueError("Compression: Trainer(sync_batchnorm=True) replaces layers that are compressed; leave it out")
+            raise ValueError(
+                "Compression: Trainer(sync_batchnorm=True) replaces layers that are compressed; leave it out"
+            )
         model = pl_module.get_submodule(self.network) if self._has(pl_module) else None
         if model is None:
             inside = ", ".join(name for name, _ in pl_module.named_children()) or "nothing"
