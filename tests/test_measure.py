@@ -102,6 +102,17 @@ def test_an_exported_file_computes_the_same_at_any_batch_size(onnx, tmp_path, ca
     assert capfd.readouterr() == ("", "")
 
 
+def test_weights_that_processors_are_slow_at_are_zero_in_a_file(onnx, monkeypatch):
+    monkeypatch.setattr(onnx_room, "_EXPORTERS", onnx_room._EXPORTERS[1:])
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e-40, 2e-38, -3e-39], [0.0, 1.0, -1e-45]]))
+    [weight] = [w for w in onnx.load_model_from_string(onnx_room.to_onnx_bytes(model, torch.zeros(1, 3))).graph.initializer
+                if len(w.dims) == 2]  # fmt: skip
+    stored = onnx.numpy_helper.to_array(weight)
+    assert sorted(stored.ravel().tolist()) == [0.0, 0.0, 0.0, 0.0, np.float32(2e-38), 1.0]
+
+
 def test_a_file_that_computes_something_else_is_not_written(onnx, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"older")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
@@ -146,12 +147,18 @@ def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[
 
 
 def _described(content: bytes, form: Form) -> bytes:
-    """The file with its metadata."""
+    """The file with its metadata, and without weights so small that processors take many times as long for them."""
     onnx = import_optional("onnx", extra="onnx")
     model = onnx.load_model_from_string(content)
     version = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if form.opset not in (None, version):
         raise ValueError(f"writes opset {version}, not {form.opset}")
+    for weight in model.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(weight)
+            normal = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
+            if not np.array_equal(normal, values, equal_nan=True):
+                weight.CopyFrom(onnx.numpy_helper.from_array(normal, weight.name))
     onnx.helper.set_model_props(model, {"espalier_version": __version__, **form.metadata})
     found: bytes = model.SerializeToString()
     return found
