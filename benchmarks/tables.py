@@ -25,7 +25,8 @@ from benchmarks.gpu_throughput import PLACES
 from benchmarks.peers import PEERS
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
-from espalier.run.charts import Dot, dot_chart, gap_curve, rank_bars
+from espalier.run.charts import Dot, Line, dot_chart, gap_curve, line_chart, rank_bars
+from espalier.timing.profile import Profile, load_profile
 
 DOCS, README, FIGURES = ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "figures"
 BEHIND = ROOT / "docs" / "results"  # a page per recipe, and one each for speed, graphs and networks
@@ -65,8 +66,11 @@ def rendered() -> dict[Path, str]:
     texts = {path: path.read_text(encoding="utf-8") for path in pages() if path != DOCS and path.parent != BEHIND}
     filled = {path: fill(text, makers) for path, text in texts.items() if BLOCK.search(text)}
     behind = {BEHIND / f"{name}.md": text for name, text in appendix(recipes, found).items()}
-    picture = {FIGURES / "accuracy-time.svg": accuracy_and_time(recipes, found)}
-    return {DOCS: document(recipes, found), **behind, **filled, **picture, **figures(texts.values(), found)}
+    pictures = {
+        FIGURES / "accuracy-time.svg": accuracy_and_time(recipes, found),
+        FIGURES / "staircase.svg": staircase(load_profile(RESULTS / "profile_resnet20.json")),
+    }
+    return {DOCS: document(recipes, found), **behind, **filled, **pictures, **figures(texts.values(), found)}
 
 
 def accuracy_and_time(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
@@ -89,6 +93,21 @@ def accuracy_and_time(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> 
     x_label = "time left, per cent (ONNX Runtime, one image, one thread)"
     title = "Accuracy against measured time: ResNet-20, CIFAR-10, 5 epochs from the published weights"
     return dot_chart(dots, title=title, x_label=x_label, y_label="test accuracy, per cent")
+
+
+def staircase(profile: Profile) -> str:
+    """What three layers take at any number of outputs, with all inputs."""
+    lines = []
+    for tone, name in enumerate(("layer1.1.conv1", "layer2.1.conv1", "layer3.1.conv1")):
+        layer = next(x for x in profile.layers if x.module == name)
+        points = [(n, 1e3 * float(profile.tables[layer.signature].at([n, *layer.lengths[1:]])))
+                  for n in range(1, layer.lengths[0] + 1)]  # fmt: skip
+        lines.append(Line(f"{name}, {layer.lengths[1]} inputs", tuple(points), tone))
+    own = profile.setting
+    title = (
+        f"ResNet-20 for CIFAR: what a layer takes, by its outputs, in {own.runtime} {own.version} on {own.processor}"
+    )
+    return line_chart(lines, title=title, x_label="outputs", y_label="microseconds, one image, one thread", low=0)
 
 
 def chosen_by_holdout(recipe: Mapping[str, Any]) -> bool:

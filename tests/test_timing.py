@@ -387,6 +387,23 @@ def test_the_last_ranks_are_built_and_measured(profile, monkeypatch):
     assert [len(pair) for pair in files] == [2] and run.cost.latency == pytest.approx(0.5 * profile.dense)
 
 
+def test_forms_are_measured_against_the_dense_network_because_the_machine_may_be_slower_now(profile, monkeypatch):
+    measure_little(monkeypatch, networks=2)
+    really, took = on_device.measure, []
+
+    def measured(content, **options):
+        found = really(content, **options)
+        took.append(found["whole"])
+        return found
+
+    monkeypatch.setattr(on_device, "measure", measured)
+    run = es.SVDOneShot().start(Small().eval(), X, es.Budget(latency=0.95, profile=profile))
+    dense, *others = took[:3]
+    assert [n.whole for n in run.budget.profile.forms[0].networks] == pytest.approx(
+        [t * profile.dense / dense for t in others]
+    )
+
+
 @pytest.mark.parametrize("method", [es.MGP(inputs=False), es.DPRP()])
 def test_kernel_shapes_and_ranks_that_fall_in_training_have_times_too(profile, monkeypatch, method):
     measure_little(monkeypatch, networks=2)

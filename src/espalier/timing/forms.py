@@ -15,10 +15,11 @@ from torch import nn
 from espalier.copies import copy_model
 from espalier.graph import Graph, trace
 from espalier.graph.graph import FORM
+from espalier.plan import Plan
 from espalier.timing import on_device
 from espalier.timing.family import Family
 from espalier.timing.making import Progress, asked, attributed, batched, need_here, profiled_layers, sample
-from espalier.timing.profile import Formed, Profile
+from espalier.timing.profile import Formed, Measured, Profile
 
 NETWORKS = 8  # measured of every choice of forms
 SECONDS = 0.2  # of measuring a network, at least
@@ -32,8 +33,10 @@ def measured(
 ) -> Profile:
     """``profile`` with the times of all forms that ``graph`` offers: those that are lacking are measured now.
 
-    Of every layer that has several, each network has one; ``put`` builds them.  Raises: ValueError if that has to be done on
-    another machine, or with another version of the runtime.
+    Of every layer that has several, each network has one; ``put`` builds them.  ``model`` is the dense network that was
+    profiled: it is measured along, because machines are not always as fast as they were.
+
+    Raises: ValueError if that has to be done on another machine, or with another version of the runtime.
     """
     waiting = _lacking(profile, graph)
     if not waiting:
@@ -41,6 +44,8 @@ def measured(
     need_here(profile)
     rounds = max(map(len, waiting.values()))
     grain = profile.grain
+    whole = trace(model, batched(example, 1))
+    dense = Family(model, whole, batched(example, profile.setting.batch)).file(Plan.dense(whole))
     for number in range(rounds):
         # layers take turns: neighbours have different forms, and all forms of a layer are there in the end
         chosen = {g: forms[(number + place) % len(forms)] for place, (g, forms) in enumerate(waiting.items())}
@@ -50,14 +55,21 @@ def measured(
         family = Family(formed, own, batched(example, profile.setting.batch), precision=profile.setting.precision)
         by_layer = {graph.group(g).layer: form for g, (form, _) in chosen.items()}
         rows = []
+        now = on_device.measure(dense, seconds=SECONDS, **asked(profile.setting))["whole"]
         for count, plan in enumerate(sample(own, NETWORKS, grain, seed=number)):
             times = on_device.measure(family.file(plan), seconds=SECONDS, **asked(profile.setting))
-            rows.append(attributed(times, family, own, plan))
+            rows.append(_slower(attributed(times, family, own, plan), profile.dense / now))
             if progress is not None:
                 progress(number * NETWORKS + count + 1, rounds * NETWORKS)
         layers = tuple(replace(x, form=_form_of(x.module, by_layer)) for x in profiled_layers(family, own))
         profile = replace(profile, forms=(*profile.forms, Formed(layers, tuple(rows))))
     return profile
+
+
+def _slower(network: Measured, factor: float) -> Measured:
+    """What it would have taken on a machine on which everything takes ``factor`` times as long."""
+    ms = tuple(factor * t for t in network.ms)
+    return replace(network, ms=ms, rest=factor * network.rest, whole=factor * network.whole)
 
 
 def _form_of(module: str, forms: Mapping[str, str]) -> str:
