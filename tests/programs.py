@@ -730,7 +730,10 @@ def needed(lines: Sequence[str], result: str) -> list[str]:
     return stays[::-1]
 
 
-def random_program(pick: Pick, *, longest: int = 20) -> Program:
+LONGEST = 20  # statements
+
+
+def random_program(pick: Pick, *, longest: int = LONGEST) -> Program:
     """A program of up to ``longest`` statements, drawn with ``pick(options)``; what its outputs do not need is left out."""
     d = Draft(pick, widths=pick([(4, 6, 8), (8, 12), (6, 8, 10), (8, 16)]))
     kind = pick(["map", "map", "map", "map", "seq", "vec", "tok"])

@@ -108,6 +108,29 @@ def read(net: Any, x: Tensor) -> Tensor:
     return net.b(y)
 
 
+def spread(net: Any, x: Tensor) -> Tensor:
+    """A pixel shuffle by hand, as some write it: the factor of the channels comes last."""
+    y = net.a(x)
+    y = y.view(y.shape[0], 2, 2, y.shape[1] // 4, 8, 8).permute(0, 3, 4, 1, 5, 2)
+    return net.b(y.reshape(y.shape[0], -1, 16, 16))
+
+
+def moved(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x).flatten(2)
+    places = (net.o(x).flatten(2).sigmoid() * 63).long().clamp(0, 63)
+    return net.b(y.gather(2, places.expand(-1, y.shape[1], -1)).unflatten(2, (8, 8)))
+
+
+def patches(net: Any, x: Tensor) -> Tensor:
+    return net.b(F.fold(F.unfold(net.a(x), 2, stride=2).relu(), (8, 8), 2, stride=2))
+
+
+def cut_where_joined(net: Any, x: Tensor) -> Tensor:
+    y, z = net.a(x), net.c(x)
+    both = torch.cat([y, z], 1).relu()
+    return net.b(both[:, : y.shape[1]]) + net.d(both[:, y.shape[1] :])
+
+
 STEPS = {"scale": torch.rand(16) / 50 + 0.01, "zero": torch.zeros(16)}
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
@@ -137,6 +160,12 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     ),
     "columns read by a GRU": (
         read, {"a": conv(3, 8), "r": nn.GRU(16, 6, 2, batch_first=True), "b": nn.Linear(6, 5)}, {"a": 8, "r.weight_ih_l0": 6},
+    ),
+    "a pixel shuffle by hand": (spread, {"a": conv(3, 16), "b": conv(4, 5)}, {"a": 4}),
+    "positions that others choose": (moved, {"a": conv(3, 16), "o": conv(3, 1), "b": conv(16, 4)}, {"a": 16}),
+    "patches put back": (patches, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
+    "cut where it was joined": (
+        cut_where_joined, {"a": conv(3, 6), "c": conv(3, 8), "b": conv(6, 4), "d": conv(8, 4)}, {"a": 6, "c": 8},
     ),
     "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
 }  # fmt: skip

@@ -134,13 +134,14 @@ def test_a_shape_that_may_equal_the_inputs_is_tried() -> None:
     assert sizes(graph) == {"a": 13}, "one of them stays: four channels, because at three the input would be added"
 
 
-def test_a_width_of_another_tensor_of_equal_width_is_told_apart() -> None:
+def test_two_tensors_of_which_one_says_how_wide_the_other_is_are_cut_alike() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x).relu()
         b, c, h, w = y.shape
         return m.c(m.b(y.flatten(2)).view(b, c, h, w))
 
-    prove_every_width(Net(run, a=conv(3, 16), b=nn.Conv1d(16, 16, 3, padding=1), c=conv(16, 5)), IMAGE)
+    graph = prove_every_width(Net(run, a=conv(3, 16), b=nn.Conv1d(16, 16, 3, padding=1), c=conv(16, 5)), IMAGE)
+    assert sizes(graph) == {"a": 16} and {s.tensor for s in graph.groups[0].producers} >= {"a.weight", "b.weight"}
 
 
 def test_a_squeeze_keeps_two_channels_because_it_would_take_one_away() -> None:
@@ -292,6 +293,55 @@ def test_an_output_that_is_not_a_number_on_the_example_is_no_difference() -> Non
     graph = trace(model, IMAGE)
     proof = verify(model, graph, Plan({"b": np.arange(5)}, {"b": 12}), IMAGE).require()
     assert "not finite" in next(c.detail for c in proof.checks if c.name == "identity")
+
+
+def test_a_statistic_of_a_weight_that_is_returned_keeps_the_weight() -> None:
+    def run(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.b(m.a(x).relu()), m.a.weight.square().sum()
+
+    assert not trace(Net(run, a=conv(3, 8), b=conv(8, 4)), IMAGE).groups
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    """Computed by the first forward, in single precision, and read by all that come."""
+    if m.once is None:
+        m.once = m.of(m).detach().float().clone()
+    return m.b(m.a(x).relu() * m.once.to(x.dtype))
+
+
+def test_a_value_that_a_module_keeps_holds_the_channels_that_it_was_computed_from() -> None:
+    model = Net(kept, a=conv(3, 8), b=conv(8, 4), once=None, of=lambda m: m.a.bias[:, None, None])
+    assert "a" not in sizes(trace(model, IMAGE))
+
+
+def test_what_only_one_network_has_rounded_is_no_difference() -> None:
+    model = randomise(Net(kept, a=conv(3, 8), b=conv(8, 4), once=None, of=lambda m: m.b.bias.sum() * 1.1))
+    graph = trace(model, IMAGE)
+    plan = Plan({"a": np.arange(5)}, {"a": 8})
+    small = shrink(model, graph, plan)
+    small(IMAGE)
+    verify(model, graph, plan, IMAGE, small=small, fresh=lambda: model).require()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: torch.stack([torch.dot(v, m.w) for v in m.a(x).relu().mean((2, 3))]),
+        lambda m, x: torch.einsum("bchw,c->bhw", m.a(x).relu(), m.w),
+    ],
+)
+def test_a_vector_that_reads_channels_is_cut_and_costs_what_torch_counts(run: Callable[[Any, Tensor], Tensor]) -> None:
+    model = randomise(Net(run, a=conv(3, 6)))
+    model.w = nn.Parameter(torch.rand(6))
+    graph = trace(model, IMAGE)
+    for keep in (1, 3):
+        verify(model, graph, Plan({"a": np.arange(keep)}, {"a": 6}), IMAGE).require()
+
+
+def test_a_mask_that_the_network_holds_selects_what_it_says() -> None:
+    model = Net(lambda m, x: m.b(m.a(x)[:, m.mask]), a=conv(3, 8), b=conv(4, 5))
+    model.mask = nn.Buffer(torch.arange(8) % 2 == 0)
+    assert not trace(model, IMAGE).groups
 
 
 class Inferring(nn.Module):

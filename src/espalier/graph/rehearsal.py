@@ -41,7 +41,7 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
     size one.  *As wide as what is fixed*: so that a shape may equal that of the input, or of channels that stay; ``stuck``
     are widths that earlier rehearsals fixed.
     """
-    yield Rehearsed(_spread(graph, _distinct(graph.sizes)))
+    yield Rehearsed(_spread(graph, distinct(graph.sizes)))
     yield Rehearsed(_spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
     yield Rehearsed(_spread(graph, np.ones_like(graph.sizes)), single=True)
     for fixed in dict.fromkeys((*stuck, *_fixed_widths(graph))):
@@ -63,7 +63,7 @@ def _spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: b
     return units
 
 
-def _distinct(sizes: np.ndarray) -> list[int]:
+def distinct(sizes: np.ndarray) -> list[int]:
     """About two thirds of every size (of a few, all but one), and as far as there is room no number twice, rather primes."""
     taken: set[int] = set()
     counts = []

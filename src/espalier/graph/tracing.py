@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,28 +15,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from espalier.carving import Kept, carve, computes_weight, make_plain, number_named
 from espalier.copies import copied, named_modules, named_tensors, unwrapped
+from espalier.graph.call import tensors_of
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
 from espalier.graph.reasons import CallPlace, Reason
-from espalier.graph.rehearsal import NUMBER, Rehearsal, Rehearsed, Units, widths
+from espalier.graph.rehearsal import NUMBER, Rehearsal, Rehearsed, Units, distinct, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
+    HARD_CODED,
     Lessons,
     Memory,
     Mismatch,
+    Positions,
     Record,
     TraceError,
     TraceTimeout,
     Watch,
     first_line,
     is_users,
+    state,
     tensors_in,
+    uncompiled,
 )
 from espalier.graph.watchdog import watchdog
 
@@ -131,11 +138,12 @@ def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
 def _watched(
     model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, Reason]
 ) -> Tracing:
-    """On ``device``, or on the CPU where the forward cannot run there."""
+    """On ``device``, or on the CPU where the forward cannot run there, or there by the values that the example has."""
     try:
         return _watch(model, example, lessons, deadline, device, notes)
     except _Failed as failed:
-        if device != "cpu":
+        if device != "cpu" or lessons.every_value_passes:
+            lessons.every_value_passes = device != "cpu"
             return _watched(model, example, lessons, deadline, "cpu", notes)
         error = failed.error
         text = f"trace: the forward failed on the example input: {first_line(error)}: {failed.place}"
@@ -170,6 +178,7 @@ class Tracing:
     watch: Watch
     graph: Graph
     forwards: tuple[Forward, ...]
+    left: Left
 
     def first_mismatch(self, first: int) -> tuple[Found | None, int]:
         """The first mismatch of all rehearsals, beginning with number ``first``, and the number of the one that found it."""
@@ -193,11 +202,21 @@ class Tracing:
         """What ``small``, the network that keeps ``units`` of ``graph``, does otherwise than predicted, in either mode."""
         single = any(len(u) == 1 < graph.group(n).size for n, u in units.items())
         kept = graph.kept(units)
-        found = (self._compare(self._copy(small), kept, forward, single) for forward in self.forwards)
+        found = (self._compare(self._fresh(small), kept, forward, single) for forward in self.forwards)
         return next((m for m in found if m is not None), None)
 
     def _copy(self, model: nn.Module) -> nn.Module:
         return _plain_copy(model, self.device, self.watch.lessons)
+
+    def _fresh(self, small: nn.Module) -> nn.Module:
+        """A copy of ``small`` in which nothing is left of earlier forwards, as in what was watched."""
+        private = self._copy(small)
+        modules = named_modules(private)
+        for (name, key), before in self.left.items():
+            if name in modules:
+                vars(modules[name]).pop(key, None)
+                vars(modules[name]).update({k: copy.copy(v) for k, v in before.items()})
+        return private
 
     def rehearse(self, rehearsed: Rehearsed, forward: Forward) -> Mismatch | None:
         """Watch a copy of these widths; what does not go as predicted."""
@@ -261,6 +280,9 @@ class Forward:
 def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Tracing) -> None:
     """What must stay for the rehearsal to pass: the line that did not follow; the channels that move it; the module around."""
     mismatch = found.mismatch
+    if ties := _equal_widths(found, stage):
+        lessons.ties += ties
+        return
     text = f"{mismatch.text} when widths change, so its channels are frozen"
     key, level = mismatch.key, lessons.lines.get(mismatch.key, 0) if mismatch.key is not None else FROZEN
     culprits = _culprits(found, stage) if key is None or level >= FROZEN or mismatch.reason == NUMBER else []
@@ -320,24 +342,61 @@ def _culprits(found: Found, stage: Tracing) -> list[Group]:
     """Groups that, cut alone, bring a mismatch: as few as a search by halves finds, none if it takes more than ``MANY``."""
     forward = next(f for f in stage.forwards if f.training == found.training)
     units = found.rehearsed.units
-    groups = [g for g in stage.graph.groups if len(units[g.name]) < g.size]
 
     def fails(some: list[Group]) -> bool:
         cut = {g.name for g in some}
         tried = {g.name: units[g.name] if g.name in cut else np.arange(g.size) for g in stage.graph.groups}
         return stage.rehearse(Rehearsed(tried, found.rehearsed.single), forward) is not None
 
-    guilty: list[Group] = []
-    rest = groups
-    while len(guilty) < MANY and not (guilty and fails(guilty)):
-        low, high = 0, len(rest)  # the shortest beginning of the rest that fails together with the guilty
+    return _fewest([g for g in stage.graph.groups if len(units[g.name]) < g.size], fails)
+
+
+def _fewest(rest: list[Group], enough: Callable[[list[Group]], bool]) -> list[Group]:
+    """Of ``rest`` as few as are ``enough``, as far as a search by halves finds them; none if it takes more than ``MANY``."""
+    chosen: list[Group] = []
+    while len(chosen) < MANY and not (chosen and enough(chosen)):
+        low, high = 0, len(rest)  # the shortest beginning of the rest that is enough together with the chosen
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if fails([*guilty, *rest[:middle]]) else (middle + 1, high)
+            low, high = (low, middle) if enough([*chosen, *rest[:middle]]) else (middle + 1, high)
         if low == 0 or low > len(rest):
-            return guilty
-        guilty, rest = [*guilty, rest[low - 1]], rest[: low - 1]
-    return guilty
+            return chosen
+        chosen, rest = [*chosen, rest[low - 1]], rest[: low - 1]
+    return chosen
+
+
+def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positions]]:
+    """What has to be as wide as each other: the mismatch is gone where all groups of one size keep the same units.
+
+    So it is where a size comes from another tensor of the same width: ``y.view(b, c, h, w)`` with the ``c`` of ``x``.
+    """
+    groups, mismatch = stage.graph.groups, found.mismatch
+    sizes = [g.size for g in groups if not number_named(g.slices[0].tensor)]
+    if found.rehearsed.single or mismatch.reason != HARD_CODED or len(set(sizes)) == len(sizes):
+        return []
+    forward = next(f for f in stage.forwards if f.training == found.training)
+    number = {size: i for i, size in enumerate(dict.fromkeys(sizes))}
+    counts = distinct(np.array(list(number)))
+
+    def gone(cut: Sequence[Group]) -> bool:
+        names = {g.name for g in cut}
+        units = {g.name: np.arange(counts[number[g.size]] if g.name in names else g.size) for g in groups}
+        left = stage.rehearse(Rehearsed(units), forward)
+        return left is None or (left.key, left.place) != (mismatch.key, mismatch.place)
+
+    movable = [g for g in groups if g.size in number]
+    if not gone(movable):
+        return []
+    for group in _fewest(movable, lambda some: not gone(some)):
+        others = [g for g in movable if g.size == group.size and g is not group]
+        if others and gone([group, *others]):
+            fewest = _fewest(others, lambda some, first=group: gone([first, *some]))  # type: ignore[misc]
+            return [(_positions(group), _positions(g)) for g in fewest]
+    return []
+
+
+def _positions(group: Group) -> Positions:
+    return group.slices[0].tensor, group.slices[0].dim, group.slices[0].index
 
 
 def _blame(error: BaseException, model: nn.Module) -> CallPlace:
@@ -360,7 +419,7 @@ def _watch(
     model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, Reason]
 ) -> Tracing:
     """An eval-mode and a train-mode forward on the same labels; costs are those of the first."""
-    private = _plain_copy(model, device, lessons)
+    private, trained = (_plain_copy(model, device, lessons) for _ in range(2))  # a forward may leave caches in its copy
     watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
     try:
         output = _forward(watch, private, example, device, training=False)
@@ -369,12 +428,14 @@ def _watch(
     except Exception as error:
         raise _Failed(error, _blame(error, private)) from error
     forwards = [Forward(False, watch.records, [tuple(t.shape) for t in tensors_in(output)])]
+    left = _left(private, trained)
+    for tensor in _read_again(private, left, example, device):
+        watch.freeze(state(tensor).layers, "is computed once and kept by a module, which is not cut")
     sites, memory, spans, known = watch.sites, watch.memory, watch.spans, watch.known
     reads = watch.reads
     unused = [n for n in watch.parameters if n not in reads]
     watch.sites, watch.memory, watch.spans, watch.records = [], Memory(), [], []
     watch.reads = Counter()
-    trained = _plain_copy(model, device, lessons)  # a forward may leave caches in its copy
     watch.look_at(trained)
     try:
         output = _forward(watch, trained, example, device, training=True)
@@ -400,7 +461,55 @@ def _watch(
     watch.sites, watch.memory, watch.spans, watch.reads = sites, memory, spans, reads | watch.reads
     component = components(watch)
     graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
-    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards))
+    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards), left)
+
+
+Left = dict[tuple[str, str], dict[str, Any]]
+"""Module and attribute in which a forward leaves tensors -> the attribute as it was before, nothing where there was none."""
+
+
+def _left(private: nn.Module, fresh: nn.Module) -> Left:
+    """What a forward of ``private`` has left in its modules, and ``fresh``, another copy, has not."""
+    modules = named_modules(fresh)
+    return {
+        (name, key): {k: copy.copy(v) for k, v in vars(modules[name]).items() if k == key}
+        for name, module in named_modules(private).items()
+        for key, value in vars(module).items()
+        if key not in ("_parameters", "_buffers")
+        and _plain_tensors(value)
+        and name in modules
+        and not _plain_tensors(vars(modules[name]).get(key))
+    }
+
+
+def _plain_tensors(value: Any) -> list[Tensor]:
+    """Tensors in an attribute of a module, in a list or a dictionary, that are no parameters."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return [t for t in values if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+
+
+def _read_again(private: nn.Module, left: Left, example: Any, device: str) -> list[Tensor]:
+    """Those of the tensors that a forward has ``left`` in ``private`` that hold channels, and that the next one reads."""
+    modules = named_modules(private)
+    tensors = [t for name, key in left for t in _plain_tensors(vars(modules[name])[key]) if state(t).layers]
+    if not tensors:
+        return []
+    args, kwargs = call_arguments(example, device)
+    with torch.no_grad(), mode(private, training=False), same_random_numbers(), uncompiled(), Reads() as reads:
+        private(*args, **kwargs)
+    return [t for t in tensors if id(t) in reads.found]
+
+
+class Reads(TorchDispatchMode):
+    """``found`` are the numbers (``id``) of all tensors that operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.update(map(id, tensors_of(args, kwargs)))
+        return op(*args, **(kwargs or {}))
 
 
 def _forward(watch: Watch, private: nn.Module, example: Any, device: str, *, training: bool) -> Any:

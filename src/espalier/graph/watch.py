@@ -205,6 +205,9 @@ def tensors_in(value: Any, _depth: int = 0) -> Iterator[Tensor]:
             yield from tensors_in(item, _depth + 1)
 
 
+HARD_CODED = "sizes look hard-coded here"
+
+
 class Mismatch(Exception):
     """In a rehearsal an operation did not do what the labels predicted.
 
@@ -212,11 +215,12 @@ class Mismatch(Exception):
     path.  ``reason`` is what to say of the channels that are frozen.
     """
 
-    def __init__(
-        self, key: Key | None, text: str, place: CallPlace, *, reason: str = "sizes look hard-coded here"
-    ) -> None:
+    def __init__(self, key: Key | None, text: str, place: CallPlace, *, reason: str = HARD_CODED) -> None:
         super().__init__(text)
         self.key, self.text, self.place, self.reason = key, text, place, reason
+
+
+Positions = tuple[str, int, np.ndarray]  # of a tensor along a dimension, ``(units, positions per unit)``
 
 
 @dataclass
@@ -226,8 +230,10 @@ class Lessons:
     lines: dict[Key, int] = field(default_factory=dict)  # how much of it is fixed
     reasons: dict[Key, str] = field(default_factory=dict)  # of the same, once all of it is fixed
     channels: dict[tuple[str, int], tuple[np.ndarray, Reason]] = field(default_factory=dict)  # positions that stay
+    ties: list[tuple[Positions, Positions]] = field(default_factory=list)  # as wide as each other, unit by unit
     modules: dict[str, Reason] = field(default_factory=dict)
     plain: dict[str, None] = field(default_factory=dict)  # layers that compute their weight: watched as plain ones
+    every_value_passes: bool = True  # see ``graph.standins``; not where the forward fails so
     positions: set[str] = field(default_factory=set)  # grouped convolutions that lose the same positions in all groups
 
 
@@ -304,6 +310,7 @@ class Watch(TorchDispatchMode):
         self.at_hand: list[Layer] = []  # what reached an operation that raised
         self.clock = 0
         self._guesses: dict[bytes, tuple[Key, int]] = {}  # layer that a view split -> where, which dimension shrinks
+        self._splits: dict[bytes, tuple[int, ...]] = {}  # of the same, its shape without the dimensions of size one
         self.wrong_guesses: set[Key] = set()
         self.divided: set[str] = set()  # convolutions that lose whole groups of several channels
         self.made = 0  # constants that this forward has made
@@ -325,6 +332,10 @@ class Watch(TorchDispatchMode):
         for at, (positions, reason) in lessons.channels.items():
             if at in self._axis_of:
                 self.freezes.append((self._axis_of[at].start + positions, reason))
+        for pair in lessons.ties:
+            a, b = (self._axis_of[tensor, dim].start + index for tensor, dim, index in pair)
+            self.tie(a[:, :1], b)
+            self.tie(b[:, :1], a)
 
     def look_at(self, model: nn.Module) -> None:
         """Label the tensors of ``model``, which is the model or another private copy of it."""
@@ -381,6 +392,10 @@ class Watch(TorchDispatchMode):
             return np.arange(axis.start, axis.start + axis.size)
         return axis.start + kept[dim]
 
+    def axis_at(self, label: int) -> int:
+        """Number of the axis that a label is of; -1 of what is fixed."""
+        return int(np.searchsorted([a.start for a in self.axes], label, side="right")) - 1
+
     @property
     def label_count(self) -> int:
         return self._next
@@ -432,9 +447,7 @@ class Watch(TorchDispatchMode):
             if layer.size == along == size and found is None:
                 found = layer.reshape(-1)
             elif along == size and layer.ndim == len(shape) and found is None:
-                guess = self.guessed(layer)
-                if guess is not None and guess[1] != dim:
-                    self.wrong_guesses.add(guess[0])
+                self._doubt_guesses(layer, dim)
                 first = layer
                 for other in varying(layer):
                     first = first if other == dim else narrowed(first, other)
@@ -447,9 +460,23 @@ class Watch(TorchDispatchMode):
     def guess(self, layer: Layer, shrinking: int) -> None:
         """A view has split the channels of ``layer``: all that lies at one position of the dimension ``shrinking`` goes."""
         self._guesses[layer.tobytes()] = self.key(), varying(layer).index(shrinking)
+        self._splits[layer.tobytes()] = tuple([n for n in layer.shape if n > 1])
         for dim in varying(layer):
             if dim != shrinking:
                 self.tie(layer, narrowed(layer, dim))
+
+    def _doubt_guesses(self, layer: Layer, dim: int) -> None:
+        """What lies at one position of ``dim`` goes together: a guess by which it would not was wrong."""
+        rows = np.moveaxis(layer, dim, 0).reshape(layer.shape[dim], -1)
+        for data, (key, number) in self._guesses.items():
+            split = np.frombuffer(data, dtype=np.int64).reshape(self._splits[data])
+            place = np.zeros(self.label_count, dtype=np.int64)
+            place[split] = np.arange(1, split.shape[number] + 1).reshape(
+                [-1 if d == number else 1 for d in range(split.ndim)]
+            )
+            found = place[rows]
+            if (found != found[:, :1]).any():
+                self.wrong_guesses.add(key)
 
     def guessed(self, layer: Layer) -> tuple[Key, int] | None:
         """Where ``layer``, which changes along several dimensions, was split, and the dimension that shrinks."""
@@ -537,7 +564,7 @@ class Watch(TorchDispatchMode):
     def reason(self) -> str:
         """Why this line is fixed."""
         known = self.lessons.reasons
-        return known.get(self.key()) or known.get((user_line(), self._op_name())) or "sizes look hard-coded here"
+        return known.get(self.key()) or known.get((user_line(), self._op_name())) or HARD_CODED
 
     def _op_name(self) -> str:
         return str(self._func) if self._func is not None else "forward"
@@ -562,9 +589,8 @@ class Watch(TorchDispatchMode):
             for module in self._modules.values():
                 del module.__dict__["_compiled_call_impl"]
         for tensor in tensors_in(output):
-            for layer in state(tensor).layers:
-                reason = Reason(OUTPUT, CallPlace("", type(model).__name__, ""))
-                self.freezes.append((layer.reshape(-1), reason))
+            known, reason = state(tensor), Reason(OUTPUT, CallPlace("", type(model).__name__, ""))
+            self.freezes += [(m.reshape(-1), reason) for m in (*known.layers, *(m for m, _ in known.pending))]
         return output
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -615,7 +641,7 @@ class Watch(TorchDispatchMode):
             )
         try:
             out = shapes.output(func, args, kwargs)
-            if out is None:
+            if out is None and self.lessons.every_value_passes:
                 out = stand_in(func, args, kwargs)
             if out is None:
                 out = func(*args, **kwargs)

@@ -144,7 +144,10 @@ def matmul(watch: Watch, call: Call) -> None:
     if derived and min(a.ndim, b.ndim) == 1:
         weight_times_vector(watch, a, b, call.out, derived)
     else:
+        sites = len(watch.sites)
         watch.put(call.out, contract(watch, a, b, call.out), derived=derived)
+        if min(a.ndim, b.ndim) == 1:  # of a vector, which torch's counter does not count
+            del watch.sites[sites:]
 
 
 def weight_times_vector(watch: Watch, a: Tensor, b: Tensor, out: Tensor, derived: int) -> None:
@@ -198,7 +201,7 @@ def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
         other = watch.vector(b, kb)
         watch.tie(inner, other)
         if weight is not None:
-            settle(watch, [weight])
+            settle(watch, [a, b])
             if state(weight).derived == COMPUTED:
                 watch.freeze([other if weight is b else inner], "belongs to a weight that is computed")
             watch.consume(other if weight is b else inner)

@@ -143,6 +143,21 @@ def pixel_unshuffle(watch: Watch, call: Call) -> None:
     _put_along(watch, call.out, -3, watch.vector(call.first, -3).repeat(call["downscale_factor"] ** 2))
 
 
+@rule("im2col")
+def im2col(watch: Watch, call: Call) -> None:
+    """``(C, H, W) -> (C*k*k, positions)``"""
+    channels = watch.vector(call.first, -3)
+    _put_along(watch, call.out, -2, channels.repeat(math.prod(call["kernel_size"])))
+
+
+@rule("col2im")
+def col2im(watch: Watch, call: Call) -> None:
+    """``(C*k*k, positions) -> (C, H, W)``"""
+    block = watch.vector(call.first, -2).reshape(-1, math.prod(call["kernel_size"]))
+    watch.tie(block, block[:, :1])
+    _put_along(watch, call.out, -3, block[:, 0])
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(watch: Watch, call: Call) -> None:
     block = watch.vector(call.first, 1).reshape(call["groups"], -1)
@@ -167,15 +182,21 @@ def line(layer: Layer, dim: int) -> np.ndarray:
 MOST_PIECES = 16  # that a width is taken to be made of, where no number says how it is cut
 
 
-def shares(watch: Watch, layer: Layer, dim: int, pieces: Sequence[int], text: str) -> None:
-    """``layer`` is cut along ``dim`` into ``pieces``, of which no number says why: are they shares of the width?
+def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str) -> None:
+    """``layer`` is cut along ``dim`` at ``ends``, of which no number says why: are the pieces shares of the width?
 
-    First guess: yes, so that equal pieces lose the same; then: no.  A rehearsal decides.
+    First guess where two tensors were joined there: the cut is where they meet; then: yes, so that equal pieces lose the same;
+    then: no.  A rehearsal decides.
     """
-    size = math.gcd(*pieces)
-    if layer.shape[dim] // size > MOST_PIECES or size < min(4, *pieces) or size == 1:
+    size, level = math.gcd(*ends, layer.shape[dim]), watch.level()
+    labels = line(layer, dim)
+    if all(watch.axis_at(labels[n - 1]) != watch.axis_at(labels[n]) for n in ends):
+        if level == 0:
+            return
+        level -= 1
+    if layer.shape[dim] // size > MOST_PIECES or size < min(4, *np.diff([0, *ends, layer.shape[dim]])) or size == 1:
         watch.mix(layer, [dim], text)
-    elif watch.level() >= 1:
+    elif level >= 1:
         watch.freeze([layer], "is cut at a fixed width")
     else:
         first, *others = np.split(layer, range(size, layer.shape[dim], size), dim)
@@ -196,7 +217,7 @@ def slice_(watch: Watch, call: Call) -> None:
                 labels = line(layer, dim)
                 ends = [n for n in (start, start + size) if 0 < n < total]
                 if not all(watch.follow(n, labels[:n]) or watch.follow(total - n, labels[n:]) for n in ends):
-                    shares(watch, layer, dim, [*ends, total], "is sliced at a fixed index")
+                    shares(watch, layer, dim, ends, "is sliced at a fixed index")
             else:
                 watch.mix(layer, [dim], "is sliced at a fixed index")
             layer = on_labels(call, layer)
@@ -233,7 +254,7 @@ def split(watch: Watch, call: Call) -> None:
                 if any(follow):
                     watch.freeze([m for m, f in zip(parts, follow, strict=True) if not f], "is split at a fixed width")
                 else:
-                    shares(watch, layer, dim, sizes, "is split at fixed widths")
+                    shares(watch, layer, dim, np.cumsum(sizes)[:-1].tolist(), "is split at fixed widths")
             cut = on_labels(call, layer)
         else:
             cut = [layer.squeeze(dim) if unbinds else layer] * len(out)
@@ -303,6 +324,25 @@ def numbered(watch: Watch, call: Call) -> None:
         else:
             kept.append(layer)
     watch.put(call.out, kept, derived=derived_from([call.first]))
+
+
+@rule("gather")
+def gather(watch: Watch, call: Call) -> None:
+    """Every channel by itself, by numbers of its own, along another dimension: ``index`` has to be as wide."""
+    tensor, index, dim = call.first, call["index"], call["dim"] % max(call.first.ndim, 1)
+    kept = []
+    for layer in state(tensor).layers:
+        if layer.shape[dim] > 1 or any(index.shape[d] != layer.shape[d] for d in varying(layer)):
+            watch.freeze([layer], "channels are selected by number")
+        else:
+            kept.append(layer)
+    for layer in state(index).layers:
+        same = [m for m in kept if varying(m) == varying(layer)]
+        if same:
+            watch.tie(same[0], layer)
+        else:
+            watch.freeze([layer], "are numbers to select by")
+    watch.put(call.out, kept, derived=derived_from([tensor]), pending=state(tensor).pending)
 
 
 def _read(call: Call, layer: Layer) -> Layer | None:
