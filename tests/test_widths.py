@@ -112,7 +112,7 @@ def shortcut_where_it_fits(m: Any, x: Tensor) -> Tensor:
     return m.c(y)
 
 
-@pytest.mark.parametrize(("first", "second", "free"), [(24, 16, {"b": 16}), (16, 24, {"a": 16})])
+@pytest.mark.parametrize(("first", "second", "free"), [(24, 16, {"a": 8, "b": 16}), (16, 24, {"a": 16, "b": 8})])
 def test_a_shortcut_that_only_equal_widths_would_make_is_never_made(
     first: int, second: int, free: dict[str, int]
 ) -> None:

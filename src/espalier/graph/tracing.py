@@ -301,8 +301,11 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     culprits = culprits or _culprits(found, stage)
     if (
         len(culprits) > 1
-    ):  # together they do it: of two widths that became equal, hold the one that the other cannot reach
-        culprits = [max(culprits, key=lambda g: g.size * g.width)]
+    ):  # together they do it: of two widths that became equal, hold one where the other cannot reach it
+        *others, largest = sorted(culprits, key=lambda g: g.size * g.width)
+        beyond = others[-1].size * others[-1].width // largest.width + 1
+        known = any((s.tensor, s.dim) in lessons.channels for s in largest.slices)
+        culprits, least = [largest], beyond if beyond < largest.size and not known else None
     slices = [s for g in culprits for s in g.slices[:1] if not number_named(s.tensor)]
     slices = [s for s in slices if not (single and (s.tensor, s.dim) in lessons.channels)]
     for s in slices:
