@@ -130,11 +130,11 @@ def time_told(path: Path, network: nn.Module, example: Any) -> str:
     quick: dict[str, Any] = {"batch_sizes": (1,), "seconds": 1.0}
     try:
         [found] = latency(path / ONNX, backend="onnxruntime", **quick)
-    except ValueError:
+    except Exception:  # there is no such file or runtime, or the runtime has an error of its own
         try:
             [found] = latency(network, example, **quick)
-        except ValueError as error:
-            return f"not timed: {error}"
+        except Exception as error:  # what networks say to inputs that do not stand in a row
+            return f"not timed: {first_line(error)}"
     return f"{ms_said(found.milliseconds)} ms for a batch of one in {found.backend}, one thread"
 
 
