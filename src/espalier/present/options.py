@@ -92,169 +92,128 @@ def _parameter(setting: Setting, panel: str) -> inspect.Parameter:
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _option(name: str, text: str, panel: str, *, metavar: str | None = None) -> typer.models.OptionInfo:
-    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+def _option(panel: str | None, text: str, metavar: str | None = None, flag: str | None = None, **more: Any) -> Any:
+    """Named after the parameter that it annotates, unless ``flag`` says otherwise."""
+    names = [] if flag is None else [flag]
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False, **more)
 
+
+_network, _budget, _training, _folder, _plain = (
+    functools.partial(_option, panel) for panel in ("Network and data", "Budget", "Training", "Run folder", None)
+)
 
 # -- network and data
 
 Model = Annotated[
     str | None,
-    _option(
-        "--model",
+    _network(
         "resnet20 ... resnet110 (also resnet20a: option-A shortcuts), cifar_resnet18, vgg16_bn, torchvision:NAME, timm:NAME, "
         "file.py:factory or package.module:factory.",
-        "Network and data",
-        metavar="NAME",
+        "NAME",
     ),
 ]
 ModelArgument = Annotated[str, typer.Argument(help="Name of a network, as for --model.", metavar="MODEL")]
-Weights = Annotated[
-    Path | None,
-    _option("--weights", "Trained weights: safetensors or a checkpoint.", "Network and data", metavar="FILE"),
-]
+Weights = Annotated[Path | None, _network("Trained weights: safetensors or a checkpoint.", "FILE")]
 Data = Annotated[
     str | None,
-    _option(
-        "--data",
-        "digits, cifar10, cifar100, imagefolder:PATH, or loaders of your own: file.py:make_data.",
-        "Network and data",
-        metavar="NAME",
-    ),
+    _network("digits, cifar10, cifar100, imagefolder:PATH, or loaders of your own: file.py:make_data.", "NAME"),
 ]
-DataDir = Annotated[
-    Path | None,
-    _option(
-        "--data-dir",
-        "Where the data lies; default ESPALIER_DATA_DIR, then data.",
-        "Network and data",
-        metavar="DIR",
-    ),
-]
-Download = Annotated[bool, _option("--download", "Fetch the data if it is absent.", "Network and data")]
+DataDir = Annotated[Path | None, _network("Where the data lies; default ESPALIER_DATA_DIR, then data.", "DIR")]
+Download = Annotated[bool, _network("Fetch the data if it is absent.", flag="--download")]
+Holdout = Annotated[int | None, _network("Training images set aside to choose by.", "N")]
 Task = Annotated[
     str | None,
-    _option(
-        "--task",
+    _network(
         "What the network is for: classification (default), segmentation:classes=21, regression, super-resolution, detection, "
         "or file.py:make_task.",
-        "Network and data",
-        metavar="NAME",
+        "NAME",
     ),
 ]
-Holdout = Annotated[
-    int | None,
-    _option("--holdout", "Training images set aside to choose by.", "Network and data", metavar="N"),
-]
 
-# -- budget
+# -- budget; the lists are a sweep's
 
 Macs = Annotated[
-    str | None,
-    _option(
-        "--macs",
-        "Multiply-adds: 0.4 or 40% of the dense network's, or a count such as 4e6.",
-        "Budget",
-        metavar="AMOUNT",
-    ),
+    str | None, _budget("Multiply-adds: 0.4 or 40% of the dense network's, or a count such as 4e6.", "AMOUNT")
 ]
-Params = Annotated[str | None, _option("--params", "Parameters, likewise.", "Budget", metavar="AMOUNT")]
-ActivationMemory = Annotated[
-    str | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget", metavar="AMOUNT")
-]
+Params = Annotated[str | None, _budget("Parameters, likewise.", "AMOUNT")]
+ActivationMemory = Annotated[str | None, _budget("Peak bytes of activations, likewise.", "AMOUNT")]
 Latency = Annotated[
     str | None,
-    _option(
-        "--latency",
+    _budget(
         "Time in a runtime: a fraction of the dense network's, or a time such as 2ms. Measures a profile first, or takes one.",
-        "Budget",
-        metavar="TIME",
+        "TIME",
+    ),
+]
+MacsList = Annotated[str | None, _budget("Multiply-adds, several with commas between them: 0.3,0.5,0.7.", "LIST")]
+ParamsList = Annotated[str | None, _budget("Parameters, likewise; lists are paired, one value goes with all.", "LIST")]
+ActivationMemoryList = Annotated[str | None, _budget("Peak bytes of activations, likewise.", "LIST")]
+LatencyList = Annotated[
+    str | None,
+    _budget(
+        "Times in a runtime, likewise: fractions of the dense network's, or times such as 2ms; all points share one profile.",
+        "LIST",
     ),
 ]
 Profile = Annotated[
-    Path | None,
-    _option(
-        "--profile", "What layers take there, from espalier profile; default: measured now.", "Budget", metavar="FILE"
-    ),
+    Path | None, _budget("What layers take there, from espalier profile; default: measured now.", "FILE")
 ]
-TimeRuntime = Annotated[
-    str | None,
-    _option("--runtime", "Where time counts: onnxruntime (default) or openvino.", "Budget", metavar="NAME"),
-]
+TimeRuntime = Annotated[str | None, _budget("Where time counts: onnxruntime (default) or openvino.", "NAME")]
 MultipleOf = Annotated[
     int | None,
-    _option(
-        "--multiple-of",
+    _budget(
         "Widths and ranks are multiples of this, or stay whole; default 4, which runs fast, or 1 if that is out of reach.",
-        "Budget",
-        metavar="N",
+        "N",
     ),
 ]
 Protect = Annotated[
-    list[str] | None,
-    _option(
-        "--protect",
-        "A group or module that keeps everything; * allowed, repeatable.",
-        "Budget",
-        metavar="NAME",
-    ),
+    list[str] | None, _budget("A group or module that keeps everything; * allowed, repeatable.", "NAME")
 ]
 
 # -- method and training
 
 Method = Annotated[
+    str | None, _training("tcp (default), dprp, tt-lc, mgp, magnitude, svd-oneshot, or none to train only.", "NAME")
+]
+Methods = Annotated[
     str | None,
-    _option(
-        "--method",
-        "tcp (default), dprp, tt-lc, mgp, magnitude, svd-oneshot, or none to train only.",
-        "Training",
-        metavar="NAME",
+    _training(
+        "Methods, with commas between them; hyper-parameters behind colons: mgp,mgp:blocks=true. Default tcp.", "LIST"
     ),
 ]
 Set = Annotated[
-    list[str] | None,
-    _option(
-        "--set",
-        "A hyper-parameter of the method, for example energy=0.02; repeatable.",
-        "Training",
-        metavar="NAME=VALUE",
-    ),
+    list[str] | None, _training("A hyper-parameter of the method, for example energy=0.02; repeatable.", "NAME=VALUE")
 ]
-NoDistill = Annotated[
-    bool, typer.Option("--no-distill", help="The same as --distill 0.", rich_help_panel="Training", show_default=False)
+Seeds = Annotated[
+    int,
+    typer.Option(help="Runs of every method at every budget, from --seed on.", rich_help_panel="Training", metavar="N"),
 ]
+NoDistill = Annotated[bool, _training("The same as --distill 0.", flag="--no-distill")]
 
 # -- run folder
 
-NoVerify = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify", help="Do not prove the finished network.", rich_help_panel="Run folder", show_default=False
-    ),
-]
-Out = Annotated[Path | None, _option("--out", "Folder that receives the run.", "Run folder", metavar="DIR")]
+NoVerify = Annotated[bool, _folder("Do not prove the finished network.", flag="--no-verify")]
+Out = Annotated[Path | None, _folder("Folder that receives the run.", "DIR")]
 Config = Annotated[
-    Path | None,
-    _option(
-        "--config",
-        "config.toml of a run, or its folder: does it again; options given here win.",
-        "Run folder",
-        metavar="PATH",
-    ),
+    Path | None, _folder("config.toml of a run, or its folder: does it again; options given here win.", "PATH")
 ]
-Resume = Annotated[bool, _option("--resume", "Go on with the run in --out.", "Run folder")]
-Force = Annotated[bool, _option("--force", "Begin anew in --out; the old run moves to a folder inside.", "Run folder")]
+Resume = Annotated[bool, _folder("Go on with the run in --out.", flag="--resume")]
+Force = Annotated[bool, _folder("Begin anew in --out; the old run moves to a folder inside.", flag="--force")]
 Log = Annotated[
     str | None,
-    _option(
-        "--log",
+    _folder(
         "Loggers, with commas between them: tensorboard, wandb, mlflow; csv (log.csv in --out) is always written.",
-        "Run folder",
-        metavar="LIST",
+        "LIST",
     ),
 ]
-Tensorboard = Annotated[bool, _option("--tensorboard", "The same as --log tensorboard.", "Run folder")]
-
+Tensorboard = Annotated[bool, _folder("The same as --log tensorboard.", flag="--tensorboard")]
+Storage = Annotated[
+    str | None,
+    _folder(
+        "Where workers take points from: a file of Optuna's journal, or a database URL such as sqlite:///sweep.db; default "
+        "sweep.journal in --out. Start the same command as often as you like, on this machine or others.",
+        "FILE|URL",
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="Run the code that the folder's config.toml names: only if you know who wrote it."),
@@ -267,101 +226,29 @@ JOB: dict[str, Any] = {
 }  # fmt: skip
 """What one run and a sweep of runs are told alike."""
 
-# -- sweep
+# -- inspect, evaluate, export, time
 
-MacsList = Annotated[
-    str | None,
-    _option("--macs", "Multiply-adds, several with commas between them: 0.3,0.5,0.7.", "Budget", metavar="LIST"),
-]
-ParamsList = Annotated[
-    str | None,
-    _option("--params", "Parameters, likewise; lists are paired, one value goes with all.", "Budget", metavar="LIST"),
-]
-ActivationMemoryList = Annotated[
-    str | None, _option("--activation-memory", "Peak bytes of activations, likewise.", "Budget", metavar="LIST")
-]
-LatencyList = Annotated[
-    str | None,
-    _option(
-        "--latency",
-        "Times in a runtime, likewise: fractions of the dense network's, or times such as 2ms; all points share one profile.",
-        "Budget",
-        metavar="LIST",
-    ),
-]
-Methods = Annotated[
-    str | None,
-    _option(
-        "--method",
-        "Methods, with commas between them; hyper-parameters behind colons: mgp,mgp:blocks=true. Default tcp.",
-        "Training",
-        metavar="LIST",
-    ),
-]
-Seeds = Annotated[
-    int,
-    typer.Option(
-        "--seeds", help="Runs of every method at every budget, from --seed on.", rich_help_panel="Training", metavar="N"
-    ),
-]
-Storage = Annotated[
-    str | None,
-    _option(
-        "--storage",
-        "Where workers take points from: a file of Optuna's journal, or a database URL such as sqlite:///sweep.db; default "
-        "sweep.journal in --out. Start the same command as often as you like, on this machine or others.",
-        "Run folder",
-        metavar="FILE|URL",
-    ),
-]
-
-# -- inspect
-
-NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Default: CIFAR's 10, else 1000.", min=1)]
-Input = Annotated[
-    list[str] | None,
-    typer.Option("--input", help="Shape of an input, batch first; repeat for several.", metavar="1,3,224,224"),
-]
+NumClasses = Annotated[int | None, typer.Option(help="Default: CIFAR's 10, else 1000.", min=1)]
+Input = Annotated[list[str] | None, _plain("Shape of an input, batch first; repeat for several.", "1,3,224,224")]
 AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
-
-# -- evaluate, export
-
 RunOrFile = Annotated[Path, typer.Argument(help="A run folder, or a file of weights.", metavar="PATH")]
 To = Annotated[
     Path | None,
-    typer.Option(
-        "--to",
-        help="Where the file goes; its ending says what: .onnx, .pt2 or .pt; default: ONNX, beside.",
-        metavar="FILE",
-    ),
+    _plain("Where the file goes; its ending says what: .onnx, .pt2 or .pt; default: ONNX, beside.", "FILE"),
 ]
 InputNames = Annotated[
-    list[str] | None,
-    typer.Option("--input-name", help="Name of an input in the ONNX file; repeat in order.", metavar="NAME"),
+    list[str] | None, _plain("Name of an input in the ONNX file; repeat in order.", "NAME", "--input-name")
 ]
-OutputNames = Annotated[
-    list[str] | None, typer.Option("--output-name", help="Name of an output, likewise.", metavar="NAME")
-]
-Opset = Annotated[
-    int | None,
-    typer.Option("--opset", help="Version of ONNX's operators; default: the exporter's.", metavar="N", min=9),
-]
+OutputNames = Annotated[list[str] | None, _plain("Name of an output, likewise.", "NAME", "--output-name")]
+Opset = Annotated[int | None, _plain("Version of ONNX's operators; default: the exporter's.", "N", min=9)]
 Dynamic = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dynamic", help="A size to leave open: batch, height or width; repeatable; default batch.", metavar="NAME"
-    ),
+    list[str] | None, _plain("A size to leave open: batch, height or width; repeatable; default batch.", "NAME")
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="In eight bits, calibrated and judged on the run's data.")]
-Calibrate = Annotated[
-    int, typer.Option("--calibrate", help="For --int8: batches of 64 images to calibrate with.", metavar="N", min=1)
-]
+Calibrate = Annotated[int, typer.Option(help="For --int8: batches of 64 images to calibrate with.", metavar="N", min=1)]
 MostLost = Annotated[
-    float, typer.Option("--most-lost", help="For --int8: points of accuracy that may be lost; else nothing is written.")
+    float, typer.Option(help="For --int8: points of accuracy that may be lost; else nothing is written.")
 ]
-
-# -- time
-
-Runtime = Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino or torch.", metavar="NAME")]
+Runtime = Annotated[str, typer.Option(help="onnxruntime, openvino or torch.", metavar="NAME")]
 TimeThreads = Annotated[int, typer.Option("--threads", help="Number of CPU threads.", metavar="N")]
-Batch = Annotated[list[int] | None, typer.Option("--batch", help="Batch size; repeatable; default 1.", metavar="N")]
+Batch = Annotated[list[int] | None, _plain("Batch size; repeatable; default 1.", "N")]
