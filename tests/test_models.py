@@ -15,7 +15,7 @@ from torch import nn
 from espalier.layers import ChannelPad
 from espalier.optional import MissingPackage, import_optional
 from espalier.run.data import load_data
-from espalier.run.models import CIFAR_MODELS, CifarResNet, build_model, load_weights, resnet20, vgg16_bn
+from espalier.run.models import CIFAR_MODELS, CifarResNet, CifarVgg, build_model, load_weights
 
 
 def parameters(model):
@@ -53,12 +53,12 @@ def test_parameters_of_the_published_networks(name, expected):
 
 def test_option_b_adds_two_projections():
     projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
-    assert parameters(resnet20()) - parameters(resnet20(shortcut="A")) == projections
+    assert parameters(CifarResNet(20)) - parameters(CifarResNet(20, shortcut="A")) == projections
 
 
 @pytest.mark.parametrize(("size", "pools"), [(1, 0), (8, 3), (31, 4), (32, 5), (64, 5)])
 def test_vgg_leaves_out_pools_that_would_empty_the_map(size, pools):
-    model = vgg16_bn(image_size=size).eval()
+    model = CifarVgg(image_size=size).eval()
     assert sum(isinstance(m, nn.MaxPool2d) for m in model.modules()) == pools
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 13
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 1
@@ -247,14 +247,14 @@ def assert_same_weights(left, right):
     ids=["plain", "state_dict", "nested", "module", "compiled and parallel", "net", "argparse", "ema"],
 )
 def test_wrapped_checkpoints_load(tmp_path, wrap):
-    saved, fresh = resnet20(), resnet20()
+    saved, fresh = CifarResNet(20), CifarResNet(20)
     torch.save(wrap(saved.state_dict()), tmp_path / "w.pt")
     load_weights(fresh, tmp_path / "w.pt")
     assert_same_weights(saved, fresh)
 
 
 def test_safetensors_load(tmp_path):
-    saved, fresh = resnet20(), resnet20()
+    saved, fresh = CifarResNet(20), CifarResNet(20)
     save_file(saved.state_dict(), tmp_path / "w.safetensors")
     load_weights(fresh, tmp_path / "w.safetensors")
     assert_same_weights(saved, fresh)
@@ -268,11 +268,11 @@ def test_a_prefix_that_the_network_itself_has_is_kept(tmp_path):
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(tmp_path):
-    weights = resnet20(num_classes=100).state_dict()
+    weights = CifarResNet(20, num_classes=100).state_dict()
     del weights["bn1.bias"]
     weights["extra"] = torch.zeros(1)
     torch.save(weights, tmp_path / "w.pt")
-    model = resnet20()
+    model = CifarResNet(20)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError) as caught:
         load_weights(model, tmp_path / "w.pt")
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded(tmp_path):
 def test_a_long_list_is_cut(tmp_path):
     torch.save({"other": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"missing in the file: .*, and \d+ more"):
-        load_weights(resnet20(), tmp_path / "w.pt")
+        load_weights(CifarResNet(20), tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(("given", "fitting"), [("resnet20", "resnet20a"), ("resnet32a", "resnet20a")])
@@ -297,9 +297,9 @@ def test_weights_without_shortcuts_name_the_network_they_fit(tmp_path, given, fi
 
 
 def test_weights_with_projections_name_the_network_they_fit(tmp_path):
-    torch.save(resnet20().state_dict(), tmp_path / "w.pt")
+    torch.save(CifarResNet(20).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match="the network is resnet20a; these are weights of resnet20, with option-B"):
-        load_weights(resnet20(shortcut="A"), tmp_path / "w.pt")
+        load_weights(CifarResNet(20, shortcut="A"), tmp_path / "w.pt")
 
 
 class Payload:
@@ -307,8 +307,8 @@ class Payload:
 
 
 def broken_files(folder):
-    torch.save(resnet20().state_dict(), folder / "whole.pt")
-    save_file(resnet20().state_dict(), folder / "whole.safetensors")
+    torch.save(CifarResNet(20).state_dict(), folder / "whole.pt")
+    save_file(CifarResNet(20).state_dict(), folder / "whole.safetensors")
     for name in ("whole.pt", "whole.safetensors"):
         content = (folder / name).read_bytes()
         (folder / f"cut.{name}").write_bytes(content[: len(content) // 2])
@@ -330,13 +330,13 @@ def broken_files(folder):
 def test_files_that_are_not_weights_are_named(tmp_path, name):
     broken_files(tmp_path)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        load_weights(resnet20(), tmp_path / name)
+        load_weights(CifarResNet(20), tmp_path / name)
 
 
 def test_a_pickled_object_is_named(tmp_path):
-    torch.save({"model": resnet20().state_dict(), "ema": Payload()}, tmp_path / "code.pt")
+    torch.save({"model": CifarResNet(20).state_dict(), "ema": Payload()}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match=r"code\.pt.*pickled objects.*test_models\.Payload; save model\.state_dict"):
-        load_weights(resnet20(), tmp_path / "code.pt")
+        load_weights(CifarResNet(20), tmp_path / "code.pt")
 
 
 @pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "resnet32-d509ac18.th", "resnet56-4bfd9763.th"])

@@ -26,7 +26,7 @@ import pickle
 import sys
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -73,110 +73,69 @@ def _shortcut(in_planes: int, planes: int, *, stride: int, option: str) -> nn.Mo
     )
 
 
-class CifarResNet(nn.Module):
+class _ResNet(nn.Module):
+    """A 3x3 convolution of stride 1, stages of ``blocks`` blocks, the mean over the map, one linear layer.
+
+    Takes ``(n, in_channels, h, w)`` of any size from 1x1 on.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], blocks: int, *, num_classes: int, in_channels: int, shortcut: str
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        for number, (before, planes) in enumerate(zip((widths[0], *widths), widths, strict=False), 1):
+            first = CifarBlock(before, planes, stride=1 if number == 1 else 2, shortcut=shortcut)
+            rest = [CifarBlock(planes, planes, stride=1, shortcut=shortcut) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(widths[-1], num_classes)
+        _init_convolutions(self)
+
+
+class CifarResNet(_ResNet):
     """The ResNet for 32x32 images: depth 6n+2, three stages of n blocks with 16, 32 and 64 channels.
 
-    Takes ``(n, in_channels, h, w)`` of any size from 1x1 on. Where the shape changes, ``shortcut`` "B"
-    projects with a 1x1 convolution and "A" subsamples and pads with zero channels, as in the published CIFAR
-    tables. Source: He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2.
+    Where the shape changes, ``shortcut`` "B" projects with a 1x1 convolution and "A" subsamples and pads with zero channels, as
+    in the published CIFAR tables. Source: He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2.
 
     Raises: ValueError if the depth is not 6n+2 or the shortcut neither "A" nor "B".
     """
 
     def __init__(self, depth: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: str = "B") -> None:
-        super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a CIFAR ResNet has 6n+2 layers (8, 14, 20, ...), not {depth}")
         if shortcut not in ("A", "B"):
             raise ValueError(f"shortcut is 'A' or 'B', not {shortcut!r}")
         blocks = (depth - 2) // 6
-        self.depth = depth
-        self.option = shortcut
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks=blocks, stride=1, shortcut=shortcut)
-        self.layer2 = _stage(16, 32, blocks=blocks, stride=2, shortcut=shortcut)
-        self.layer3 = _stage(32, 64, blocks=blocks, stride=2, shortcut=shortcut)
-        self.linear = nn.Linear(64, num_classes)
-        _init_convolutions(self)
+        super().__init__((16, 32, 64), blocks, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+        self.depth, self.option = depth, shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
-        return self.linear(out)
+        out = self.layer3(self.layer2(self.layer1(out)))  # type: ignore[operator]
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-def _stage(in_planes: int, planes: int, *, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
-    first = CifarBlock(in_planes, planes, stride=stride, shortcut=shortcut)
-    rest = [CifarBlock(planes, planes, stride=1, shortcut=shortcut) for _ in range(blocks - 1)]
-    return nn.Sequential(first, *rest)
+class CifarResNet18(_ResNet):
+    """ImageNet's ResNet-18 for small images: four stages of two blocks with 64 to 512 channels, option-B shortcuts.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2016, table 1, as CIFAR tables use it.
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__((64, 128, 256, 512), 2, num_classes=num_classes, in_channels=in_channels, shortcut="B")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))  # type: ignore[operator]
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
 def _init_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def resnet8(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
-    """CIFAR ResNet-8, one block a stage: the image classifier of MLPerf Tiny."""
-    return CifarResNet(8, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
-
-
-def resnet20(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
-    """CIFAR ResNet-20."""
-    return CifarResNet(20, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
-
-
-def resnet32(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
-    """CIFAR ResNet-32."""
-    return CifarResNet(32, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
-
-
-def resnet44(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
-    """CIFAR ResNet-44."""
-    return CifarResNet(44, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
-
-
-def resnet56(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
-    """CIFAR ResNet-56."""
-    return CifarResNet(56, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
-
-
-def resnet110(num_classes: int = 10, in_channels: int = 3, *, shortcut: str = "B") -> CifarResNet:
-    """CIFAR ResNet-110."""
-    return CifarResNet(110, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
-
-
-class CifarResNet18(nn.Module):
-    """ImageNet's ResNet-18 for small images: a 3x3 first convolution of stride 1 and no pooling after it.
-
-    Takes ``(n, in_channels, h, w)`` of any size from 1x1 on.  Four stages of two blocks with 64 to 512 channels, option-B
-    shortcuts. Source: He et al., Deep Residual Learning for Image Recognition, 2016, table 1, as CIFAR tables use it.
-    """
-
-    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _stage(64, 64, blocks=2, stride=1, shortcut="B")
-        self.layer2 = _stage(64, 128, blocks=2, stride=2, shortcut="B")
-        self.layer3 = _stage(128, 256, blocks=2, stride=2, shortcut="B")
-        self.layer4 = _stage(256, 512, blocks=2, stride=2, shortcut="B")
-        self.linear = nn.Linear(512, num_classes)
-        _init_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
-        return self.linear(out)
-
-
-def cifar_resnet18(num_classes: int = 10, in_channels: int = 3) -> CifarResNet18:
-    """ResNet-18 for CIFAR."""
-    return CifarResNet18(num_classes=num_classes, in_channels=in_channels)
 
 
 # ---------------------------------------------------------------- CIFAR VGG
@@ -217,24 +176,17 @@ class CifarVgg(nn.Module):
         return self.classifier(self.pool(self.features(x)).flatten(1))
 
 
-def vgg16_bn(num_classes: int = 10, in_channels: int = 3, *, image_size: int = 32) -> CifarVgg:
-    """CIFAR VGG-16 with BatchNorm."""
-    return CifarVgg(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-
-
 # ---------------------------------------------------------------- networks by name
 
 Factory = Callable[..., nn.Module]
 
+DEPTHS = (8, 20, 32, 44, 56, 110)
 CIFAR_MODELS: dict[str, Factory] = {
-    **{build.__name__: build for build in (resnet8, resnet20, resnet32, resnet44, resnet56, resnet110)},
-    **{
-        f"{build.__name__}a": partial(build, shortcut="A")
-        for build in (resnet8, resnet20, resnet32, resnet44, resnet56, resnet110)
-    },
-    "cifar_resnet18": cifar_resnet18,
-    "vgg16_bn": vgg16_bn,
-    "cifar_vgg16_bn": vgg16_bn,
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS},  # 8: the image classifier of MLPerf Tiny
+    **{f"resnet{depth}a": partial(CifarResNet, depth, shortcut="A") for depth in DEPTHS},
+    "cifar_resnet18": CifarResNet18,
+    "vgg16_bn": CifarVgg,
+    "cifar_vgg16_bn": CifarVgg,
 }
 
 
