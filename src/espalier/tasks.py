@@ -33,6 +33,11 @@ class Metric:
         if not self.name.isidentifier() or self.name == "loss":
             raise ValueError(f"Metric({self.name!r}): a name is one word of letters, digits and _, and not 'loss'")
 
+    @property
+    def words(self) -> str:
+        """``mean iou``."""
+        return self.name.replace("_", " ")
+
     def said(self, value: float) -> str:
         """``mean_iou 71.20 %``."""
         return f"{self.name} {value:.4g}" if not self.unit else f"{self.name} {value:.2f} {self.unit}"
@@ -226,10 +231,15 @@ class Classification(Task):
         return None if self.multi_label else (main_logits(output).detach().argmax(1) == targets).sum()
 
     def meter(self) -> Meter:
-        return AveragePrecision() if self.multi_label else Accuracy()
+        return AveragePrecision() if self.multi_label else Mean(_right)
 
     def smoothed(self, share: float) -> Classification:
         return replace(self, label_smoothing=share)
+
+
+def _right(output: Any, targets: Tensor) -> Tensor:
+    """100 where the largest logit is that of the class, else 0; whole numbers, so sums do not depend on the batch size."""
+    return 100 * (main_logits(output).float().argmax(1) == targets)
 
 
 def main_logits(output: Any, *, classes: int | None = None) -> Tensor:
@@ -261,21 +271,23 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-class Accuracy(Summed):
-    """Top-1 in percent.  Right answers are counted as whole numbers, so it does not depend on the batch size."""
+class Mean(Summed):
+    """Mean over images of what ``each`` says of a batch, ``(n,)``."""
 
-    kept = ("correct", "images")
+    kept = ("total", "images")
 
-    def __init__(self) -> None:
-        self.correct: Tensor | int = 0
+    def __init__(self, each: Callable[[Any, Any], Tensor]) -> None:
+        self.each = each
+        self.total: Tensor | float = 0.0
         self.images = 0
 
-    def update(self, output: Any, targets: Tensor, /) -> None:
-        self.correct = self.correct + (main_logits(output).float().argmax(1) == targets).sum()
-        self.images += len(targets)
+    def update(self, output: Any, targets: Any, /) -> None:
+        found = self.each(output, targets)
+        self.total = self.total + found.double().sum()
+        self.images += len(found)
 
     def compute(self) -> float:
-        return 100.0 * int(self.correct) / self.images
+        return float(self.total) / self.images
 
 
 class AveragePrecision(Summed):
@@ -414,7 +426,11 @@ class Regression(Task):
         return F.mse_loss(_main_map(output).float(), _main_map(teacher).float())
 
     def meter(self) -> Meter:
-        return Mean(lambda found, targets: (found - _as_map(targets, found, self.name)).abs().flatten(1).mean(1))
+        return Mean(self._error)
+
+    def _error(self, output: Any, targets: Tensor) -> Tensor:
+        found = _main_map(output).float()
+        return (found - _as_map(targets, found, self.name)).abs().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -439,7 +455,8 @@ class SuperResolution(Task):
     def meter(self) -> Meter:
         return Mean(self._psnr)
 
-    def _psnr(self, found: Tensor, targets: Tensor) -> Tensor:
+    def _psnr(self, output: Any, targets: Tensor) -> Tensor:
+        found = _main_map(output).float()
         error = (found - _as_map(targets, found, self.name)).square().flatten(1).mean(1) / self.peak**2
         return -10.0 * error.clamp_min(1e-10).log10()
 
@@ -452,25 +469,6 @@ def _as_map(targets: Tensor, found: Tensor, name: str) -> Tensor:
             "one shape"
         )
     return targets.float()
-
-
-class Mean(Summed):
-    """Mean over images of what ``each`` says of a batch, ``(n,)``."""
-
-    kept = ("total", "images")
-
-    def __init__(self, each: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.each = each
-        self.total: Tensor | float = 0.0
-        self.images = 0
-
-    def update(self, output: Any, targets: Tensor, /) -> None:
-        found = self.each(_main_map(output).float(), targets)
-        self.total = self.total + found.double().sum()
-        self.images += len(found)
-
-    def compute(self) -> float:
-        return float(self.total) / self.images
 
 
 # -- detection
@@ -522,23 +520,9 @@ class Detection(Task):
         return self.loss(output, targets) * images if self.by_loss else None
 
     def meter(self) -> Meter:
-        return _MeanLoss(self) if self.by_loss else _MeanAveragePrecision()
-
-
-class _MeanLoss(Summed):
-    kept = ("total", "images")
-
-    def __init__(self, task: Detection) -> None:
-        self.task = task
-        self.total: Tensor | float = 0.0
-        self.images = 0
-
-    def update(self, output: Any, targets: Any, /) -> None:
-        self.total = self.total + self.task.loss(output, targets).double() * len(targets)
-        self.images += len(targets)
-
-    def compute(self) -> float:
-        return float(self.total) / self.images
+        if not self.by_loss:
+            return _MeanAveragePrecision()
+        return Mean(lambda output, targets: self.loss(output, targets).double().expand(len(targets)))
 
 
 class _MeanAveragePrecision:

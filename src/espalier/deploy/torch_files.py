@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.graph.watch import first_line, tensors_in
-from espalier.run.onnx import check_place, positional, resized
+from espalier.graph.watch import first_line
+from espalier.run.onnx import check_place, difference, positional, resized
 from espalier.run.rundir import write_file
 
 
@@ -52,14 +52,14 @@ def export_torch(model: nn.Module, path: str | os.PathLike[str], example: Any, *
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 content, run = write(private, args)
-                difference = _difference(private, run, args)
+                apart = difference(private, run, [args])
         except Exception as error:  # PyTorch's exporters fail in ways of their own; the next one may not
             problems.append(f"{name}: {first_line(error)}")
             continue
-        if difference <= tolerance:
+        if apart <= tolerance:
             write_file(target, content)
-            return difference
-        problems.append(f"{name}: differs from the network by {difference:.2g}, more than {tolerance:g}")
+            return apart
+        problems.append(f"{name}: differs from the network by {apart:.2g}, more than {tolerance:g}")
     raise ValueError(f"{target}: was not written; {'; '.join(problems)}")
 
 
@@ -100,19 +100,3 @@ _PROGRAMS: tuple[tuple[str, Writer], ...] = (
 )
 _SCRIPTS: tuple[tuple[str, Writer], ...] = (("scripting", _script), ("tracing", _trace))
 _WRITERS = {".pt2": _PROGRAMS, ".pt": _SCRIPTS, ".ts": _SCRIPTS}
-
-
-def _difference(model: nn.Module, run: Callable[..., Any], args: tuple[Tensor, ...]) -> float:
-    random = torch.Generator().manual_seed(0)
-    noise = tuple(torch.randn(a.shape, generator=random).to(a.dtype) if a.is_floating_point() else a for a in args)
-    worst = 0.0
-    for inputs in (args, noise):
-        ours, theirs = list(tensors_in(model(*inputs))), list(tensors_in(run(*inputs)))
-        if [t.shape for t in ours] != [t.shape for t in theirs]:
-            raise ValueError("returns other shapes than the network")
-        for a, b in zip(ours, theirs, strict=True):
-            if a.numel():
-                scale = a.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-                found = float((a.double() - b.double()).abs().max() / scale)
-                worst = found if found != found else max(worst, found)  # NaN is not within any tolerance
-    return worst

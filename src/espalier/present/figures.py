@@ -62,12 +62,7 @@ class Group:
 def unit_of(metric: Metric) -> str:
     """``accuracy, per cent``."""
     unit = {"%": "per cent"}.get(metric.unit, metric.unit)
-    return f"{said(metric)}, {unit}" if unit else said(metric)
-
-
-def said(metric: Metric) -> str:
-    """Its name in words."""
-    return metric.name.replace("_", " ")
+    return f"{metric.words}, {unit}" if unit else metric.words
 
 
 # -- one run
@@ -86,7 +81,7 @@ def figures_of(run: Run) -> list[Figure]:
     by_epoch = bundle(stairs(ranks, epochs), title="Ranks by epoch", y_label="rank")
     of_kernels = bundle(stairs(kernels, epochs), title="Kernel positions by epoch", y_label="positions")
     found = [
-        (said(run.metric).capitalize(), "Training images are augmented, and seen before the step.", score_curves(run)),
+        (run.metric.words.capitalize(), "Training images are augmented, and seen before the step.", score_curves(run)),
         ("The budget closing in", "Cost of the network as it was executed; dashed: the limits.", cost_curves(run)),
         ("Pressure", "What is to go and is still felt, and how hard the method presses.", pressure_curves(run)),
         ("Loss", "Training: what was minimised, distillation and penalty included.", loss_curves(run)),
@@ -110,7 +105,7 @@ def score_curves(run: Run) -> str:
         lines.append(_curve(run, "train_accuracy", "training", 1))
     if (dense := run.dense_score) is not None:
         lines.append(Line("dense", tuple((run.epochs[n]["epoch"], dense) for n in (0, -1)), 5, dashed=True))
-    title = f"{said(run.metric).capitalize()} by epoch"
+    title = f"{run.metric.words.capitalize()} by epoch"
     return line_chart(lines, title=title, x_label="epoch", y_label=unit_of(run.metric))
 
 
@@ -165,7 +160,7 @@ def _share(run: Run, cost: str) -> tuple[Point, ...]:
 def figures_of_all(groups: Sequence[Group], runtime: str | None) -> list[Figure]:
     """The metric against every cost, and curves over one another, means over seeds with the deviation around them."""
     metric = groups[0].first.metric
-    name = said(metric).capitalize()
+    name = metric.words.capitalize()
     hollow, band = "Hollow: dense. Dashed: the frontier.", "Means over seeds; the band is ± their standard deviation."
     found = [(f"{name} against {axis}", hollow, _trade_off(groups, cost, runtime)) for cost, axis in AXES.items()]
     curves: dict[str, tuple[str, Callable[[Run], Sequence[Point]]]] = {
@@ -204,7 +199,7 @@ def _trade_off(groups: Sequence[Group], cost: str, runtime: str | None) -> str:
             Dot("" if n else "dense", 100.0, score, 5, hollow=True) for n, score in enumerate(sorted(known)) if dots
         ]
     x_label = f"{AXES[cost]} left, per cent of the dense network"
-    title, upwards = f"{said(metric).capitalize()} against {AXES[cost]}", metric.higher_is_better
+    title, upwards = f"{metric.words.capitalize()} against {AXES[cost]}", metric.higher_is_better
     return dot_chart(dots, title=title, x_label=x_label, y_label=f"test {unit_of(metric)}", higher_is_better=upwards)
 
 

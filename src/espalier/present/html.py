@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from espalier.costs import LATENCY
-from espalier.present.figures import COST_WORDS, Group, figures_of, figures_of_all, said, time_left
+from espalier.present.figures import COST_WORDS, Group, figures_of, figures_of_all, time_left
 from espalier.present.runs import COSTS, Run, example_of, read_run
 from espalier.run.anatomy import ComparedLayer, timed
 from espalier.run.charts import COLOURS
 from espalier.run.progress import short
-from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, places, proven, slow_sentence
+from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, places, points, proven, scores, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 from espalier.run.timed import time_sentence
 
@@ -113,7 +113,7 @@ def _section(run: Run, name: str, runtime: str | None, timing: bool) -> dict[str
         "origin": _origin(run, runtime),
         "tiles": [] if run.is_dense else _tiles(run, runtime),
         "verdict": _verdict(run),
-        "scores": _scores(run),
+        "scores": [(*row, change.replace("-", "−")) for *row, change in scores(run.metrics, run.config)],
         "costs": _costs(run),
         "layers": _layers(run, runtime, timing),
         "figures": figures_of(run),
@@ -166,10 +166,10 @@ def _reached(run: Run) -> str:
     if score is None:
         return ""
     if before is None:
-        return f", and has a test {said(run.metric)} of {run.told(score)}"
+        return f", and has a test {run.metric.words} of {run.told(score)}"
     verb = "lost" if (before > score) is run.metric.higher_is_better and before != score else "gained"
-    amount = f"{abs(score - before):.{places(run.metric)}f}{run.points}"
-    return f", and {verb} {amount} of {said(run.metric)} ({run.told(score)}, before {run.told(before)})"
+    amount = f"{abs(score - before):.{places(run.metric)}f}{points(run.metric)}"
+    return f", and {verb} {amount} of {run.metric.words} ({run.told(score)}, before {run.told(before)})"
 
 
 def _origin(run: Run, runtime: str | None) -> str:
@@ -193,7 +193,7 @@ def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
     tiles = []
     if run.score is not None:
         tiles.append(
-            (run.told(run.score, error=False), f"test {said(run.metric)}{f', {run.change}' if run.change else ''}")
+            (run.told(run.score, error=False), f"test {run.metric.words}{f', {run.change}' if run.change else ''}")
         )
     shares = [(c, run.metrics["fraction"][c], " are left") for c in ("macs", "params")]
     shares += [
@@ -226,21 +226,6 @@ def _verdict(run: Run) -> str:
         "" if run.is_dense else proven(metrics),
     ]
     return " ".join(filter(None, parts))
-
-
-def _scores(run: Run) -> list[tuple[str, str, str, str]]:
-    """Label, dense, small, change; of what the networks are judged by."""
-    dense, small, metric = run.metrics["dense"], run.metrics["small"], run.metric
-    if run.score is None:
-        return []
-    label = f"test {said(metric)}{', ' if metric.unit else ''}{metric.unit}"
-    label += "" if metric.higher_is_better else " (less is better)"
-    rows = [(label, metric.name, places(metric), run.change), ("test loss", "loss", 4, "")]
-    return [
-        (text, UNTRAINED if run.dense_score is None else f"{dense[key]:.{digits}f}", f"{small[key]:.{digits}f}", change)
-        for text, key, digits, change in rows
-        if small.get(key) is not None and dense.get(key) is not None
-    ]
 
 
 def _costs(run: Run) -> list[tuple[Any, ...]]:
@@ -341,7 +326,7 @@ def _comparison(groups: Sequence[Group], runtime: str | None) -> dict[str, Any]:
     text = f"{sum(len(group.runs) for group in groups)} runs in {len(groups)} settings of "
     text += f"{listed(list(dict.fromkeys(group.first.title for group in groups)))}."
     if best is not None:
-        text += f" Best of the compressed: {best.name}, with a test {said(metric)} of {best.told(lambda r: r.score)}"
+        text += f" Best of the compressed: {best.name}, with a test {metric.words} of {best.told(lambda r: r.score)}"
         text += f" at {percent(best.first.metrics['fraction']['macs'])} of the MACs."
     unit = f", {metric.unit}" if metric.unit else ""
     head = f"setting|network|method|dense{unit}|small{unit}|MACs left|parameters left|ms|speed-up|epochs|seed"
@@ -351,7 +336,7 @@ def _comparison(groups: Sequence[Group], runtime: str | None) -> dict[str, Any]:
         "rows": rows,
         "figures": figures_of_all(groups, runtime),
         "runtime": RUNTIMES.get(runtime or "", runtime),
-        "metric": said(metric),
+        "metric": metric.words,
         "better": "more" if metric.higher_is_better else "less",
     }
 

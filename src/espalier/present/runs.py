@@ -18,7 +18,7 @@ from espalier.present.jobs import open_network
 from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
 from espalier.run.measure import size_on_disk
 from espalier.run.models import load_weights, runs_code
-from espalier.run.report import COUNTED, dense_score, metric_of, places
+from espalier.run.report import COUNTED, changed, dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_sealed, unfinished
 from espalier.tasks import Metric
 
@@ -104,16 +104,9 @@ class Run:
         return f"{score:.{digits}f}{'' if around is None else f' ± {around:.{digits}f}'}{unit}"
 
     @property
-    def points(self) -> str:
-        """What differences of scores are counted in."""
-        return " points" if self.metric.unit == "%" else self.metric.unit and f" {self.metric.unit}"
-
-    @property
     def change(self) -> str:
         """``−0.56 points``, from the dense network's; empty where that is not known."""
-        if self.score is None or self.dense_score is None:
-            return ""
-        return f"{self.score - self.dense_score:+.{places(self.metric)}f}{self.points}".replace("-", "−")
+        return changed(self.metrics, self.config).replace("-", "−")
 
     def times(self, runtime: str) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         """Batch -> timing of the dense and of the small network in ``runtime``."""

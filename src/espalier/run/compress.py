@@ -420,30 +420,6 @@ class _Job:
         small = _in_modes_of(self.model, self.small.to(self.home))
         proof = once(lambda: self._proof(small)) if verify else None
         time_of = once(lambda: time_kept(self.model, small, self.example, self.budget, above=self.step_above))
-        if self.folder is not None:
-            write_results(
-                self.folder,
-                Outcome(
-                    dense_model=self.model,
-                    small_model=small,
-                    example=self.example,
-                    dense=self.dense,
-                    small=found,
-                    counted=self.counted,
-                    time=time_of,
-                    limits=self.limits,
-                    dense_result=self.dense_result,
-                    small_result=small_result,
-                    history=self.history,
-                    cut_seconds=self.cut_seconds,
-                    skipped=self.skipped,
-                    proof=proof,
-                    config=self.config,
-                    metric=self.task.metric,
-                    preprocessing=None if self.source is None else getattr(self.source, "preprocessing", None),
-                    test_images=self.test_images,
-                ),
-            )
         result = Result(
             model=small,
             dense=self.dense,
@@ -462,6 +438,20 @@ class _Job:
             proof=proof,
             time=time_of,
         )
+        if self.folder is not None:
+            outcome = Outcome(
+                result=result,
+                dense_model=self.model,
+                example=self.example,
+                dense_result=self.dense_result,
+                small_result=small_result,
+                cut_seconds=self.cut_seconds,
+                skipped=self.skipped,
+                config=self.config,
+                preprocessing=None if self.source is None else getattr(self.source, "preprocessing", None),
+                test_images=self.test_images,
+            )
+            write_results(self.folder, outcome)
         self._require(result)
         return result
 

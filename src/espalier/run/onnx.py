@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -255,26 +255,36 @@ def resized(args: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
 
 def _difference(model: nn.Module, content: bytes, args: tuple[Tensor, ...], free: tuple[str, ...]) -> float:
     session = onnx_session(content)
+    given = []
+    for batch, grown in ((1, False), (3, True)) if "batch" in free else ((None, False), (None, True)):
+        inputs = args if batch is None else resized(args, batch)
+        given.append(_larger(inputs, free) if grown else inputs)
+    return difference(model, lambda *x: [torch.from_numpy(o) for o in session.run(None, feeds(session, x))], given)
+
+
+def difference(model: nn.Module, other: Callable[..., Any], given: Iterable[tuple[Tensor, ...]]) -> float:
+    """Largest difference of ``other`` from ``model`` on ``given`` and on random inputs of the same shapes.
+
+    Of every output relative to its largest value over all inputs, because those of zeros alone may be rounding and nothing
+    else.  Raises: ValueError for outputs of other shapes.
+    """
     random = torch.Generator().manual_seed(0)
     errors: dict[int, float] = {}  # by output
     scales: dict[int, float] = {}
-    for batch, grown in ((1, False), (3, True)) if "batch" in free else ((None, False), (None, True)):
-        given = args if batch is None else resized(args, batch)
-        if grown:
-            given = _larger(given, free)
-        noise = tuple(torch.randn(a.shape, generator=random).to(a.dtype) if a.is_floating_point() else a for a in given)
-        for inputs in (given, noise):
+    for example in given:
+        noise = tuple(
+            torch.randn(a.shape, generator=random).to(a.dtype) if a.is_floating_point() else a for a in example
+        )
+        for inputs in (example, noise):
             with torch.no_grad():
-                ours = list(tensors_in(model(*inputs)))
-            theirs = [torch.from_numpy(o) for o in session.run(None, feeds(session, inputs))]
+                ours, theirs = (list(tensors_in(run(*inputs))) for run in (model, other))
             if [t.shape for t in ours] != [t.shape for t in theirs]:
-                raise ValueError("ONNX Runtime returns other shapes than PyTorch")
+                raise ValueError("returns other shapes than PyTorch")
             for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
                 error, scale = _compared(a.double(), b.double())
                 before = errors.get(number, 0.0)
                 errors[number] = before if math.isnan(before) else error if math.isnan(error) else max(before, error)
                 scales[number] = max(scales.get(number, 0.0), scale)
-    # Relative to the largest output of all inputs: those of zeros alone may be rounding and nothing else.
     tiny = torch.finfo(torch.float64).tiny
     found = [0.0, *(error / max(scales[number], tiny) for number, error in errors.items())]
     return next((f for f in found if math.isnan(f)), max(found))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,16 +14,17 @@ from espalier.costs import LATENCY, Cost
 from espalier.costs import METRICS as COSTS
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
-from espalier.run.loop import History
 from espalier.run.measure import LANES, Timing, latency, ms_said, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
 from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, metadata_of, write_file, write_sealed
-from espalier.run.timed import TimeKept, time_sentence
+from espalier.run.timed import time_sentence
 from espalier.surgery import save
-from espalier.surgery.verify import Proof
 from espalier.tasks import Classification, Metric
 from espalier.timing.on_device import processor
+
+if TYPE_CHECKING:
+    from espalier.run.compress import Result
 
 BATCH_SIZES = (1, 64)
 COUNTED = ("macs", "params")
@@ -33,26 +34,18 @@ COUNTED_NOTE = f"{COUNTED_WORDS}: what zeros in dense layers would save if a run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has come to, for the report."""
+    """What the files of a run say beside its result."""
 
+    result: Result
     dense_model: nn.Module
-    small_model: nn.Module
     example: Any
-    dense: Cost
-    small: Cost
-    counted: Cost | None  # what the limits are about, where that is not what is executed
-    limits: Mapping[str, float]
     dense_result: Mapping[str, float]  # accuracy and loss; empty without data
     small_result: Mapping[str, float]
-    history: History
     cut_seconds: float  # in the method before and after training
     skipped: Mapping[str, str]  # layers that the method left as they are, and why
-    proof: Proof | None  # of the small model; None if nobody asked
     config: Mapping[str, Any]
-    time: TimeKept | None = None  # what came of a budget of time
-    metric: Metric = field(default_factory=lambda: Classification().metric)
-    preprocessing: Preprocessing | None = None  # from a picture to an input, where the data says it
-    test_images: int = 0
+    preprocessing: Preprocessing | None  # from a picture to an input, where the data says it
+    test_images: int
 
 
 def write_results(folder: Path, outcome: Outcome) -> None:
@@ -61,7 +54,7 @@ def write_results(folder: Path, outcome: Outcome) -> None:
     What cannot be measured or exported here - an extra that is not installed, an operation without a
     translation - is said in the metrics and the summary; the run is not lost for it.
     """
-    save(outcome.small_model, folder / MODEL)
+    save(outcome.result.model, folder / MODEL)
     if outcome.preprocessing is not None:
         write_file(folder / PREPROCESSING, outcome.preprocessing.to_json().encode())
     metrics = measured(folder, outcome)
@@ -71,10 +64,10 @@ def write_results(folder: Path, outcome: Outcome) -> None:
 
 def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
     """The content of ``metrics.json``; writes ``model.onnx`` on the way."""
-    notes: dict[str, str] = {}
+    result, notes = outcome.result, dict[str, str]()
     difference = None
     try:
-        difference = export_onnx(outcome.small_model, folder / ONNX, outcome.example, metadata=metadata_of(folder))
+        difference = export_onnx(result.model, folder / ONNX, outcome.example, metadata=metadata_of(folder))
     except ValueError as error:
         notes["model.onnx"] = str(error)
     timings: list[Timing] = []
@@ -85,28 +78,28 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
             notes[f"latency, {backend}"] = first_line(error)
     layers: list[dict[str, Any]] = []
     try:
-        layers = [asdict(layer) for layer in layers_of(outcome.dense_model, outcome.small_model, outcome.example)]
+        layers = [asdict(layer) for layer in layers_of(outcome.dense_model, result.model, outcome.example)]
     except (ValueError, RuntimeError) as error:
         notes["layers"] = first_line(error)
     dense_bytes, small_bytes = size_on_disk(outcome.dense_model), (folder / MODEL).stat().st_size
     return {
-        "dense": {**outcome.dense_result, **outcome.dense.counts, "bytes": dense_bytes},
-        "small": {**outcome.small_result, **outcome.small.counts, "bytes": small_bytes},
-        "metric": asdict(outcome.metric),
-        "fraction": {**outcome.small.fraction_of(outcome.dense), "bytes": small_bytes / dense_bytes},
-        "limits": dict(outcome.limits),
+        "dense": {**outcome.dense_result, **result.dense.counts, "bytes": dense_bytes},
+        "small": {**outcome.small_result, **result.cost.counts, "bytes": small_bytes},
+        "metric": asdict(result.judged_by or Classification().metric),
+        "fraction": {**result.cost.fraction_of(result.dense), "bytes": small_bytes / dense_bytes},
+        "limits": dict(result.limits),
         "example_batch": _batch(outcome.example),
-        "counted": None if outcome.counted is None else _counted(outcome.counted, outcome.dense),
+        "counted": None if result.counted is None else _counted(result.counted, result.dense),
         "latency": [asdict(timing) for timing in timings],
-        "time": None if outcome.time is None else asdict(outcome.time),
+        "time": None if result.time is None else asdict(result.time),
         "layers": layers,  # so that a report needs no network
         "onnx_difference": difference,
         "skipped": dict(outcome.skipped),
-        "proof": None if outcome.proof is None else {"passed": outcome.proof.passed, **asdict(outcome.proof)},
+        "proof": None if result.proof is None else {"passed": result.proof.passed, **asdict(result.proof)},
         "notes": notes,
-        "slow_widths": slow_widths(outcome.small_model),
-        "epochs": len(outcome.history.epochs),
-        "seconds": outcome.history.seconds,
+        "slow_widths": slow_widths(result.model),
+        "epochs": len(result.history.epochs),
+        "seconds": result.history.seconds,
         "cut_seconds": outcome.cut_seconds,
         "seed": outcome.config["recipe"].get("seed"),
         "test_images": outcome.test_images,
@@ -138,7 +131,7 @@ def _timings(outcome: Outcome, backend: str) -> list[Timing]:
     tensors = example if isinstance(example, (tuple, list)) else (example,)
     if not all(isinstance(t, Tensor) for t in tensors):
         raise ValueError("models with nested inputs are not timed")
-    models = {"dense": outcome.dense_model, "small": outcome.small_model}
+    models = {"dense": outcome.dense_model, "small": outcome.result.model}
     return latency(models, tuple(t.detach().cpu() for t in tensors), backend=backend, batch_sizes=BATCH_SIZES)
 
 
@@ -163,7 +156,7 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     title = " on ".join(origin) or "A network"
     lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics, config), ""]
     lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
-    lines += _judged(metrics, config)
+    lines += [f"| {' | '.join(row)} |" for row in scores(metrics, config)]
     counted = metrics["counted"] or {}
     limits = {name: f" (limit {limit:,})" for name, limit in metrics["limits"].items()}
     for name, label in _LABELS.items():
@@ -187,23 +180,32 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _judged(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """The rows of what the networks are judged by."""
-    dense, small = metrics["dense"], metrics["small"]
-    metric = metric_of(metrics)
-    if metric.name not in small:
+def scores(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Label, dense, small and change of what the networks are judged by, and of the loss; empty where nothing was tested."""
+    dense, small, metric = metrics["dense"], metrics["small"], metric_of(metrics)
+    if small.get(metric.name) is None:
         return []
-    trained = config.get("start", {}).get("trained")
-    sign = "points" if metric.unit == "%" else metric.unit
-    change = f"{small[metric.name] - dense[metric.name]:+.{places(metric)}f} {sign}".rstrip() if trained else ""
-    label = f"test {metric.name.replace('_', ' ')}{', ' if metric.unit else ''}{metric.unit}"
+    before = dense_score(metrics, config)
+    label = f"test {metric.words}{', ' if metric.unit else ''}{metric.unit}"
     label += "" if metric.higher_is_better else " (less is better)"
-    rows = [(label, metric.name, places(metric), change), ("test loss", "loss", 4, "")]
+    rows = [(label, metric.name, places(metric), changed(metrics, config)), ("test loss", "loss", 4, "")]
     return [
-        f"| {said} | {f'{dense[key]:.{places}f}' if trained else UNTRAINED} | {small[key]:.{places}f} | {changed} |"
-        for said, key, places, changed in rows
-        if key in small
+        (text, UNTRAINED if before is None else f"{dense[key]:.{digits}f}", f"{small[key]:.{digits}f}", change)
+        for text, key, digits, change in rows
+        if small.get(key) is not None and dense.get(key) is not None
     ]
+
+
+def changed(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """``-0.56 points``, from the dense network's; empty where that is not known."""
+    metric, before = metric_of(metrics), dense_score(metrics, config)
+    score = metrics["small"].get(metric.name)
+    return "" if None in (score, before) else f"{score - before:+.{places(metric)}f}{points(metric)}"
+
+
+def points(metric: Metric) -> str:
+    """What differences of scores are counted in."""
+    return " points" if metric.unit == "%" else metric.unit and f" {metric.unit}"
 
 
 def places(metric: Metric) -> int:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from espalier.methods.base import Method, Run, attach
+from espalier.methods.base import Method, attach
 from espalier.optional import import_transformers
-from espalier.plan import Budget, Plan
-from espalier.trainers.attached import add_penalty, holds_all, restore_optimizer, saved_run, set_rate
+from espalier.plan import Budget
+from espalier.trainers.attached import Attached
 
 TrainerCallback: Any = import_transformers().TrainerCallback
 
 
-class Compression(TrainerCallback):  # type: ignore[misc]
+class Compression(Attached, TrainerCallback):  # type: ignore[misc]
     """Train the model of a ``transformers.Trainer`` down to ``budget`` by ``method``, in place; nothing else changes.
 
     ``example`` is an input as ``es.trace`` takes it, for models of transformers a dictionary: ``{"pixel_values": ...}``.  Give
@@ -35,17 +35,7 @@ class Compression(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, budget: Budget | None, method: Method, *, example: Any) -> None:
-        self.budget, self.method, self.example = budget, method, example
-        self.run: Run | None = None
-        self.small: nn.Module | None = None
-        self._saved: dict[str, Any] | None = None
-        self._peaks: list[float] = []
-
-    @property
-    def plan(self) -> Plan:
-        """What stays of the dense network so far."""
-        assert self.run is not None, "training has not begun"
-        return self.run.plan
+        super().__init__(budget, method, example)
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
@@ -66,29 +56,21 @@ class Compression(TrainerCallback):  # type: ignore[misc]
             raise ValueError(
                 "Compression: to go on, say the checkpoint in TrainingArguments(resume_from_checkpoint=...) too"
             )
-        optimizer = _inner(optimizer)
-        holds_all(self.run, optimizer, "let the Trainer make it, after the callback has been given to it")
-        if self._saved is not None:
-            restore_optimizer(self.run, optimizer, self._saved)
-        self._peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self.begin(_inner(optimizer), "let the Trainer make it, after the callback has been given to it")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-        assert self.run is not None
-        set_rate(self.run, _inner(optimizer), self._peaks, state.global_step / state.max_steps)
-        add_penalty(self.run)
+        self.before_step(_inner(optimizer), state.global_step / state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-        assert self.run is not None
-        self.run.step(progress=min(state.global_step / state.max_steps, 1.0), optimizer=_inner(optimizer))
+        self.after_step(_inner(optimizer), state.global_step / state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
         if self.run is not None and self.small is None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(saved_run(self.run, _inner(optimizer)), folder / FILE)
+            torch.save(self.state(_inner(optimizer)), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.run is not None
-        self.small = self.run.finish()
+        self.small = self.running.finish()
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

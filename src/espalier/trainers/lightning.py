@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from espalier.methods.base import Method, Run, attach
+from espalier.methods.base import Method, attach
 from espalier.optional import import_lightning
-from espalier.plan import Budget, Plan
-from espalier.trainers.attached import add_penalty, holds_all, restore_optimizer, saved_run, set_rate
+from espalier.plan import Budget
+from espalier.trainers.attached import Attached
 
 _lightning: Any = import_lightning()
 Callback: Any = _lightning.Callback
 DDPStrategy: Any = _lightning.strategies.DDPStrategy
 
 
-class Compression(Callback):  # type: ignore[misc]
+class Compression(Attached, Callback):  # type: ignore[misc]
     """Train the network in a LightningModule down to ``budget`` by ``method``; nothing in the module changes.
 
     ``network`` names the attribute of the module that holds the network, ``"model"`` for ``self.model``; the empty name is the
@@ -40,20 +40,10 @@ class Compression(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, budget: Budget | None, method: Method, *, network: str = "model", example: Any = None) -> None:
-        super().__init__()
-        self.budget, self.method, self.network, self.example = budget, method, network, example
-        self.run: Run | None = None
-        self.small: nn.Module | None = None
-        self._saved: dict[str, Any] | None = None
+        super().__init__(budget, method, example)
+        self.network = network
         self._hook: RemovableHandle | None = None
         self._stepped = 0
-        self._peaks: list[float] = []
-
-    @property
-    def plan(self) -> Plan:
-        """What stays of the dense network so far."""
-        assert self.run is not None, "training has not begun"
-        return self.run.plan
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit" or self.run is not None:
@@ -96,39 +86,31 @@ class Compression(Callback):  # type: ignore[misc]
             raise ValueError(
                 f"Compression: works with one optimiser; configure_optimizers returned {len(trainer.optimizers)}"
             )
-        assert self.run is not None and self._hook is not None
+        assert self._hook is not None
         self._hook.remove()
-        optimizer = trainer.optimizers[0]
-        holds_all(self.run, optimizer, "make it in configure_optimizers, of self.parameters(), not before")
-        if self._saved is not None:
-            restore_optimizer(self.run, optimizer, self._saved)
-        self._peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self.begin(trainer.optimizers[0], "make it in configure_optimizers, of self.parameters(), not before")
         self._stepped = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        assert self.run is not None
-        set_rate(self.run, optimizer, self._peaks, trainer.global_step / trainer.estimated_stepping_batches)
-        add_penalty(self.run)
+        self.before_step(optimizer, trainer.global_step / trainer.estimated_stepping_batches)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._stepped or self.run is None:
             return  # gradients were only accumulated
         self._stepped = trainer.global_step
-        progress = min(trainer.global_step / trainer.estimated_stepping_batches, 1.0)
-        removed = self.run.step(progress=progress, optimizer=trainer.optimizers[0])
+        progress = trainer.global_step / trainer.estimated_stepping_batches
+        removed = self.after_step(trainer.optimizers[0], progress)
         if removed is not None and isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy.model = trainer.lightning_module  # DDP is made anew, around the parameters of now
             trainer.strategy.configure_ddp()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        assert self.run is not None
-        self.small = self.run.finish()
+        self.small = self.running.finish()
         self._put(pl_module, self.small)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.run is not None and self.small is None:
-            optimizer = trainer.optimizers[0] if trainer.optimizers else None
-            checkpoint[KEY] = saved_run(self.run, optimizer)
+            checkpoint[KEY] = self.state(trainer.optimizers[0] if trainer.optimizers else None)
 
     # -- inside
 
