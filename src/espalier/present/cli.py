@@ -183,10 +183,7 @@ def inspect(
     settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Show what can be removed from a network, what every layer costs, and what is frozen and why."""
-    wanted: Config = {
-        "model": given(name=model),
-        "data": {**given(name=data, dir=data_dir), **settings["data"]},
-    }
+    wanted: Config = {"model": given(name=model), "data": {**given(name=data, dir=data_dir), **settings["data"]}}
     if data is not None:
         source = make_data(wanted, device="cpu")
         inputs: tuple[torch.Tensor, ...] = (source.example(),)
@@ -351,9 +348,7 @@ def report(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder that receives the run.")] = Path("runs/demo"),
-) -> None:
+def demo(out: Annotated[Path, typer.Option("--out", help="Folder that receives the run.")] = Path("runs/demo")) -> None:
     """Train a ResNet-20 on real handwritten digits; compress it to half of its time on this machine."""
     with stopped("nothing is lost: start the demo again"):
         run_demo(out)

@@ -28,15 +28,7 @@ from espalier.run.models import build_model, own_made, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config
 from espalier.settings import settings_of
-from espalier.tasks import (
-    Classification,
-    Detection,
-    Regression,
-    Segmentation,
-    SuperResolution,
-    Task,
-    example_of,
-)
+from espalier.tasks import Classification, Detection, Regression, Segmentation, SuperResolution, Task, example_of
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (TCP, DPRP, TTLC, MGP, Joint, Magnitude, SVDOneShot)

@@ -23,13 +23,7 @@ def run_demo(out: Path) -> None:
     """Train dense into ``out/dense``, compress with TCP into ``out``, report; older runs there are set aside."""
     network, data = {"name": "resnet20"}, {"name": "digits"}
     _say("1. Train a dense ResNet-20 on scikit-learn's 1797 real handwritten digits.\n")
-    dense: Config = {
-        "model": network,
-        "data": data,
-        "budget": {},
-        "method": {"name": "none"},
-        "recipe": DENSE,
-    }
+    dense: Config = {"model": network, "data": data, "budget": {}, "method": {"name": "none"}, "recipe": DENSE}
     run_job(dense, out=out / "dense", force=True)
     _say("\n2. Measure its layers in ONNX Runtime here; train it on and compress it meanwhile, to half of its time.\n")
     small: Config = {

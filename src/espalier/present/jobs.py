@@ -35,15 +35,7 @@ from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
 from espalier.run.models import load_weights
 from espalier.run.processes import held, join
 from espalier.run.recipe import Recipe
-from espalier.run.rundir import (
-    CHECKPOINT,
-    LOG,
-    MODEL,
-    begin_folder,
-    check_folder,
-    unfinished,
-    write_log,
-)
+from espalier.run.rundir import CHECKPOINT, LOG, MODEL, begin_folder, check_folder, unfinished, write_log
 from espalier.run.suspect import suspicion
 from espalier.solver import BudgetError
 from espalier.surgery import load, save

@@ -233,8 +233,7 @@ Input = Annotated[list[str] | None, _plain("Shape of an input, batch first; repe
 AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
 RunOrFile = Annotated[Path, typer.Argument(help="A run folder, or a file of weights.", metavar="PATH")]
 To = Annotated[
-    Path | None,
-    _plain("Where the file goes; its ending says what: .onnx, .pt2 or .pt; default: ONNX, beside.", "FILE"),
+    Path | None, _plain("Where the file goes; its ending says what: .onnx, .pt2 or .pt; default: ONNX, beside.", "FILE")
 ]
 InputNames = Annotated[
     list[str] | None, _plain("Name of an input in the ONNX file; repeat in order.", "NAME", "--input-name")

@@ -43,11 +43,7 @@ class RunProgress:
 
     def on_epoch(self, history: History) -> None:
         """Move the bar and print the epoch's line."""
-        self.console.print(
-            next_line(history, epochs=self.epochs, metric=self.metric),
-            markup=False,
-            soft_wrap=True,
-        )
+        self.console.print(next_line(history, epochs=self.epochs, metric=self.metric), markup=False, soft_wrap=True)
         self.bar.update(self.task, completed=len(history.epochs))
 
     def on_dense(self, found: Mapping[str, float], teaches: bool) -> None:

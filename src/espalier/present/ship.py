@@ -56,12 +56,7 @@ def load_run(folder: str | os.PathLike[str], *, trust: bool = False) -> nn.Modul
 
 
 def exported(
-    path: Path,
-    config: Config,
-    target: Path,
-    inputs: tuple[torch.Tensor, ...],
-    *,
-    form: Mapping[str, Any],
+    path: Path, config: Config, target: Path, inputs: tuple[torch.Tensor, ...], *, form: Mapping[str, Any]
 ) -> str:
     """Write the network in ``path`` to ``target``; what its ending says, and how far it is from PyTorch, in a sentence."""
     network = open_network(path, config)

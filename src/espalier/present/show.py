@@ -29,10 +29,7 @@ def rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -
     for place, name in enumerate(head):
         number = name.startswith(">")
         table.add_column(
-            name.removeprefix(">"),
-            justify="right" if number else "left",
-            no_wrap=number or place == 0,
-            overflow="fold",
+            name.removeprefix(">"), justify="right" if number else "left", no_wrap=number or place == 0, overflow="fold"
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))

@@ -357,11 +357,7 @@ class _Job:
             "recipe": self.recipe.to_config() if self.source is not None else {},
             **({} if self.task == Classification() else {"task": {**self.task.to_dict(), **more.get("task", {})}}),
             "start": {"trained": self.trained, "weights": fingerprint(self.model)},
-            "versions": {
-                "espalier": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
+            "versions": {"espalier": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         }
         if earlier is not None:
             _check_same(earlier, self.config)

@@ -46,17 +46,12 @@ class Images(Settings):
 
     image_size: Annotated[
         int | None,
-        described(
-            "Side of the square inputs; default: that of the files if all are alike, else 224",
-            ge=1,
-            le=10_000,
-        ),
+        described("Side of the square inputs; default: that of the files if all are alike, else 224", ge=1, le=10_000),
     ] = None
     resize: Annotated[
         int | None,
         described(
-            "Shorter side before the central cut; default 8/7 of the input, or none where files have its size",
-            ge=1,
+            "Shorter side before the central cut; default 8/7 of the input, or none where files have its size", ge=1
         ),
     ] = None
     augment: Annotated[

@@ -67,10 +67,7 @@ def _shortcut(in_planes: int, planes: int, *, stride: int, option: str) -> nn.Mo
     if option == "A":
         before = (planes - in_planes) // 2
         return ChannelPad(before, planes - in_planes - before, stride=stride)
-    return nn.Sequential(
-        nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(planes),
-    )
+    return nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes))
 
 
 class _ResNet(nn.Module):

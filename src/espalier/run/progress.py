@@ -51,10 +51,7 @@ def _said(value: float, metric: Metric) -> str:
 def epoch_line(epoch: Epoch, *, epochs: int, seconds_left: float, metric: Metric) -> str:
     """Loss, metric, and - while a method is at work - cost, strength and remaining mass."""
     width = len(str(epochs))
-    parts = [
-        f"epoch {epoch.epoch:>{width}}/{epochs}",
-        f"loss {epoch.loss:.3f}",
-    ]
+    parts = [f"epoch {epoch.epoch:>{width}}/{epochs}", f"loss {epoch.loss:.3f}"]
     if epoch.train_accuracy is not None:
         parts.append(f"train {epoch.train_accuracy:.1f}%")
     if epoch.accuracy is not None:

@@ -274,9 +274,6 @@ def _latency_table(timings: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["| latency | dense, ms | small, ms | speed-up |", "|---|---:|---:|---:|"]
     for first, second in zip(timings[::2], timings[1::2], strict=True):
-        place, times = (
-            f"{first['backend']}, batch {first['batch']}",
-            (first["milliseconds"], second["milliseconds"]),
-        )
+        place, times = f"{first['backend']}, batch {first['batch']}", (first["milliseconds"], second["milliseconds"])
         lines.append(f"| {place} | {ms_said(times[0])} | {ms_said(times[1])} | {second['speedup']:.2f}x |")
     return [*lines, "", "One thread of this machine's processor, the fastest of several interleaved runs.", ""]

@@ -40,13 +40,7 @@ from espalier.methods.search import JOURNAL
 from espalier.seals import SEAL, opened_json, sealed_json
 from espalier.surgery.files import write_beside
 
-CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = (
-    "config.toml",
-    "checkpoint.pt",
-    "log.csv",
-    "metrics.json",
-    "summary.md",
-)
+CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = ("config.toml", "checkpoint.pt", "log.csv", "metrics.json", "summary.md")
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
 GRAPH = "graph.json"
 WIDTHS, REPORT, PREPROCESSING = "widths.csv", "report.html", "preprocessing.json"
