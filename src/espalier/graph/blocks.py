@@ -9,7 +9,7 @@ extent that everything inside is multiplied by, so costs, solver and plan treat 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -332,8 +332,3 @@ def _without(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
     finally:
         for old, new in reversed(swapped):
             put_in_place(model, new, old)
-
-
-def block_units(graph: Graph) -> Mapping[str, Block]:
-    """Group name -> block."""
-    return {b.group: b for b in graph.blocks}

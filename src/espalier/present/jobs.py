@@ -83,14 +83,15 @@ def run_job(
         config = once(lambda: with_profile(asked, network, example, out=out, resume=resume))
         budget = make_budget(config, method)
     title = f"{config['model']['name']} on {config['data']['name']}"
-    with RunProgress(stdout, epochs=recipe.epochs, title=title, metric=task.metric) as progress:
-        on_epoch = progress.on_epoch if beat is None else with_beat(progress.on_epoch, beat)
+    with RunProgress(stdout, epochs=recipe.epochs, title=title, metric=task.metric, beat=beat) as progress:
         if method is None:
             with held(out):
                 settled = config
                 if once(lambda: check_folder(out, resume=resume, force=force)) is None:
                     once(lambda: begin_dense(out, settled, recipe))
-                train_only(network, data, recipe, task, out=out, log=log, on_epoch=on_epoch, on_step=progress.on_step)
+                train_only(
+                    network, data, recipe, task, out=out, log=log, on_epoch=progress.on_epoch, on_step=progress.on_step
+                )
         else:
             options = multiples(config)
             for multiple in options:
@@ -109,7 +110,7 @@ def run_job(
                         dense_result=known,
                         config={n: config[n] for n in ("model", "data", "task") if config.get(n)},
                         task=task,
-                        on_epoch=on_epoch,
+                        on_epoch=progress.on_epoch,
                         on_step=progress.on_step,
                         on_dense=progress.on_dense,
                     )
@@ -180,16 +181,6 @@ def train_only(
         on_step=on_step,
     )
     once(lambda: save(network, out / MODEL))
-
-
-def with_beat(on_epoch: OnEpoch, beat: Callable[[], None]) -> OnEpoch:
-    """``on_epoch``, and ``beat`` before it."""
-
-    def both(history: History) -> None:
-        beat()
-        on_epoch(history)
-
-    return both
 
 
 def open_network(path: Path, config: Config) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -14,10 +14,12 @@ from espalier.tasks import Metric
 
 
 class RunProgress:
-    """A context whose ``on_epoch`` and ``on_step`` go to ``compress`` or ``train``."""
+    """A context whose ``on_epoch`` and ``on_step`` go to ``compress`` or ``train``; ``beat`` is called after every epoch."""
 
-    def __init__(self, console: Console, *, epochs: int, title: str, metric: Metric) -> None:
-        self.console, self.metric = console, metric
+    def __init__(
+        self, console: Console, *, epochs: int, title: str, metric: Metric, beat: Callable[[], None] | None
+    ) -> None:
+        self.console, self.metric, self.beat = console, metric, beat
         self.epochs = epochs
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -43,6 +45,8 @@ class RunProgress:
 
     def on_epoch(self, history: History) -> None:
         """Move the bar and print the epoch's line."""
+        if self.beat is not None:
+            self.beat()
         self.console.print(next_line(history, epochs=self.epochs, metric=self.metric), markup=False, soft_wrap=True)
         self.bar.update(self.task, completed=len(history.epochs))
 

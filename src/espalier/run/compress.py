@@ -646,6 +646,8 @@ def _said(config: Mapping[str, Any], table: str) -> dict[str, Any]:
     said = _plain(config.get(table, {}))
     if table == "recipe":
         return {**ADDED, **said}
+    if table == "method":
+        return {Method.formerly.get(name, name): value for name, value in said.items()}
     if table == "data" and "name" in said:
         return {"holdout": 0, **said, "name": str(said["name"]).partition(":")[0]}  # imagefolder:PATH
     return said
