@@ -19,7 +19,6 @@ from espalier.seals import DAMAGED, SEAL, seal
 from espalier.surgery.files import rebuild, structure, untouched_on_error, write_beside
 
 FORMAT = "espalier-checkpoint/2"
-EARLIER = "espalier-checkpoint/1"  # without a checksum
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -50,11 +49,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: there is no checkpoint") from error
     except Exception as error:  # a damaged file makes the reader stumble anywhere
         raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from error
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, EARLIER):
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of a training run (its format is not {FORMAT})")
     written = content.pop(SEAL, None)
     with damage_said(path):
-        if (written is not None or content["format"] == FORMAT) and written != seal(content):
+        if written != seal(content):
             raise ValueError(f"{path}: {DAMAGED}")
     return content
 

@@ -580,7 +580,6 @@ class _Loop:
         ours = {**self.recipe.to_dict(), **self.setting}
         # Older checkpoints said nothing of the data, or of fields that there were not.
         theirs = {**self.data_setting, **ADDED, **content["recipe"], **content["setting"]}
-        theirs["process"] = RENAMED.get(theirs["process"], theirs["process"])
         for name in {**ours, **theirs}:
             if name not in WHERE and ours.get(name) != theirs.get(name):
                 raise ValueError(
@@ -609,10 +608,6 @@ class _Loop:
             if self.kept_checkpoint != len(self.history.epochs) or self.done != steps:
                 raise ValueError(f"{self.path}: damaged, it says step {self.done} where its epochs have {steps}")
             restore_random_state(content["random"], self.device)
-
-
-# What runs were called in older checkpoints.
-RENAMED = {"Tailoring": "TCPRun", "Falling": "DPRPRun", "Granular": "MGPRun", "TensorCompression": "TTLCRun"}
 
 
 class _Losses:
