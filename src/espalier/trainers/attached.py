@@ -34,7 +34,7 @@ class Attached:
         self.budget, self.method, self.example = budget, method, example
         self.run: Run | None = None
         self.small: nn.Module | None = None
-        self._saved: dict[str, Any] | None = None  # what ``state`` gave, where a checkpoint is taken up
+        self._saved: dict[str, Any] | None = None  # what ``saved`` gave, where a checkpoint is taken up
         self._peaks: list[float] = []
 
     @property
@@ -69,7 +69,7 @@ class Attached:
     def after_step(self, optimizer: torch.optim.Optimizer, progress: float) -> Removed | None:
         return self.running.step(progress=min(progress, 1.0), optimizer=optimizer)
 
-    def state(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    def saved(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Plain values: the state of the run, for ``es.attach(..., state=)``, and the optimiser's by name."""
         own = {} if optimizer is None else optimizer_state(self.running.model, optimizer)
         return {"run": self.running.state_dict(), "optimizer": own}

@@ -67,7 +67,7 @@ class Compression(Attached, TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
         if self.run is not None and self.small is None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(self.state(_inner(optimizer)), folder / FILE)
+            torch.save(self.saved(_inner(optimizer)), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.small = self.running.finish()

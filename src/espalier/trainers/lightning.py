@@ -110,7 +110,7 @@ class Compression(Attached, Callback):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.run is not None and self.small is None:
-            checkpoint[KEY] = self.state(trainer.optimizers[0] if trainer.optimizers else None)
+            checkpoint[KEY] = self.saved(trainer.optimizers[0] if trainer.optimizers else None)
 
     # -- inside
 
