@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import RIGID, Pick, Recipe, random_network
 from proving import random_importance, randomise
 
-from espalier.costs import METRICS, Cost, cost
+from espalier.costs import COUNTS, Cost, cost
 from espalier.graph import Graph, trace
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
@@ -30,7 +30,7 @@ class Case:
         dense, least = cost(graph), smallest(graph, importance, self.multiple_of)
         limits = {
             metric: max(getattr(least, metric) + fraction * (getattr(dense, metric) - getattr(least, metric)), 1.5)
-            for metric, fraction in zip(METRICS, self.fractions, strict=True)
+            for metric, fraction in zip(COUNTS, self.fractions, strict=True)
             if fraction is not None
         }
         return Budget(**limits, multiple_of=self.multiple_of)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from networks import StandardisedConv2d, random_network
 from torch import nn
 
-from espalier.costs import METRICS, CostModel, cost
+from espalier.costs import COUNTS, CostModel, cost
 from espalier.graph import Graph, trace
 from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
@@ -240,7 +240,7 @@ def test_an_unreachable_budget_states_the_smallest_reachable(graph: Graph) -> No
 
 
 @pytest.mark.parametrize("value", [0, -1, -0.5, float("nan"), float("inf"), True, "half"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", COUNTS)
 def test_budgets_that_make_no_sense_are_refused(metric: str, value: object) -> None:
     with pytest.raises(ValueError, match=metric):
         Budget(**{metric: value})  # type: ignore[arg-type]

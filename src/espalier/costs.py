@@ -16,7 +16,7 @@ import numpy as np
 from espalier.graph import Graph, Term
 from espalier.plan import Plan
 
-METRICS = ("macs", "params", "activation_memory")
+COUNTS = ("macs", "params", "activation_memory")
 LATENCY = "latency"
 
 FACTORS = 4  # a term is a product of at most so many extents
@@ -36,11 +36,11 @@ class Cost:
     @property
     def counts(self) -> dict[str, int]:
         """What is counted, by name: everything but time."""
-        return {m: getattr(self, m) for m in METRICS}
+        return {m: getattr(self, m) for m in COUNTS}
 
     def fraction_of(self, dense: Cost) -> dict[str, float]:
         """This cost as fractions of ``dense``."""
-        return {m: getattr(self, m) / max(getattr(dense, m), 1) for m in METRICS}
+        return {m: getattr(self, m) / max(getattr(dense, m), 1) for m in COUNTS}
 
 
 def cost(graph: Graph, plan: Plan | None = None) -> Cost:
@@ -200,7 +200,7 @@ class CostModel:
         table, extents = self._times[number]
         return table.at([length[e] + more.get(e, 0.0) for e in extents])
 
-    def at(self, keep: np.ndarray, *, metrics: Collection[str] = METRICS) -> CostState:
+    def at(self, keep: np.ndarray, *, metrics: Collection[str] = COUNTS) -> CostState:
         """A state that can be moved unit by unit, cheaply, and knows ``metrics``."""
         return CostState(self, keep, metrics)
 
@@ -215,7 +215,7 @@ def _gate_of(name: str, gates: Mapping[str, int]) -> int:
 class CostState:
     """Costs at one ``keep``, updated as units come and go; every step costs only the terms it touches."""
 
-    def __init__(self, model: CostModel, keep: np.ndarray, metrics: Collection[str] = METRICS) -> None:
+    def __init__(self, model: CostModel, keep: np.ndarray, metrics: Collection[str] = COUNTS) -> None:
         self._model = model
         self.keep = keep.astype(np.int64).copy()
         self._missing = int((model.graph.sizes - self.keep).sum())  # units that are gone

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from espalier.costs import LATENCY, METRICS, Cost, CostModel, CostState
+from espalier.costs import COUNTS, LATENCY, Cost, CostModel, CostState
 from espalier.graph import Frozen, Graph, Group
 from espalier.graph.graph import CHANNELS
 from espalier.graph.reasons import OUTPUT, Reason
@@ -231,7 +231,7 @@ def _remove(
     per_cost: bool,
     timed: Sequence[np.ndarray | None],
 ) -> None:
-    violated = {m for m in (*METRICS, LATENCY) if m in limits and state.value(m) > limits[m]}
+    violated = {m for m in (*COUNTS, LATENCY) if m in limits and state.value(m) > limits[m]}
     weights: dict[str, float] = {}
 
     def saved(group: int, units: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from espalier.carving import Kept, make_plain
 from espalier.copies import check_free, check_sound, named_tensors, unwrapped
-from espalier.costs import LATENCY, METRICS, Cost, CostModel
+from espalier.costs import COUNTS, LATENCY, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, files, hold, trace
 from espalier.methods.agreement import check_run, check_same, once, share, take_from_first
@@ -566,7 +566,7 @@ def attach(
         rebuild(model, state["model"]["structure"])
         model.load_state_dict(state["model"]["weights"])
         # fractions were of the network that the run began with, not of what is left of it by now
-        limits: dict[str, Any] = {m: n for m, n in state["limits"].items() if m in METRICS}  # times are the profile's
+        limits: dict[str, Any] = {m: n for m, n in state["limits"].items() if m in COUNTS}  # times are the profile's
         absolute = replace(wanted, **limits)
         run = (
             method.start(model, example, absolute, batches=given) if method.trains else AtOnce(model, example, absolute)

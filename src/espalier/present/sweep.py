@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from espalier.costs import METRICS as COSTS
+from espalier.costs import COUNTS
 from espalier.plan import amount_of, milliseconds_of
 from espalier.present.config import (
     SECTIONS,
@@ -62,7 +62,7 @@ def judged_by(points: Sequence[Point]) -> Metric:
 def columns(metric: Metric) -> tuple[str, ...]:
     """Of the table: costs and time as shares of the dense network."""
     scores = (metric.name, f"dense {metric.name}")
-    return ("method", "budget", "seed", "state", *scores, *COSTS, "time", "backend", "seconds", "error")
+    return ("method", "budget", "seed", "state", *scores, *COUNTS, "time", "backend", "seconds", "error")
 
 
 def points_of(
@@ -194,7 +194,7 @@ def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     return {
         metric.name: metrics["small"].get(metric.name),
         f"dense {metric.name}": dense_score(metrics, config),  # none where the run began untrained
-        **{name: metrics["fraction"][name] for name in COSTS},
+        **{name: metrics["fraction"][name] for name in COUNTS},
         "time": kept["small"] / kept["dense"] if kept else 1 / timings[-1]["speedup"] if timings else None,
         "backend": kept["setting"]["runtime"] if kept else timings[-1]["backend"] if timings else None,
         "seconds": metrics["seconds"],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from espalier import __version__
 from espalier.copies import check_sound, copy_model, unwrapped
-from espalier.costs import METRICS, Cost, cost
+from espalier.costs import COUNTS, Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.agreement import check_run, once, share, take_from_first
 from espalier.methods.base import Method, Run, budget_for, need_method
@@ -465,7 +465,7 @@ class _Job:
     def _require(self, result: Result) -> None:
         """Raises: ProofError unless every limit and the proof hold."""
         meant = result.counted or result.cost  # what the budget is about
-        over = [m for m, limit in self.limits.items() if m in METRICS and getattr(meant, m) > limit]  # time is measured
+        over = [m for m, limit in self.limits.items() if m in COUNTS and getattr(meant, m) > limit]  # time is measured
         failed = [f"{m}={getattr(meant, m):,}, above the budget of {self.limits[m]:,}" for m in over]
         failed += [f"{c.name}: {c.detail}" for c in result.proof.checks if not c.passed] if result.proof else []
         if failed:

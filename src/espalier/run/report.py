@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from espalier.costs import LATENCY, Cost
-from espalier.costs import METRICS as COSTS
+from espalier.costs import COUNTS, LATENCY, Cost
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
 from espalier.run.measure import LANES, Timing, latency, ms_said, size_on_disk, slow_widths
@@ -214,7 +213,7 @@ def places(metric: Metric) -> int:
 
 
 _LABELS = {
-    **dict(zip(COSTS, ("MACs", "parameters", "peak activation memory, bytes"), strict=True)),
+    **dict(zip(COUNTS, ("MACs", "parameters", "peak activation memory, bytes"), strict=True)),
     "bytes": "bytes on disk",
 }
 
