@@ -6,7 +6,7 @@
 Every network is as its package defines it, untrained, on a small input.  Half of the MACs at random scores (half of what can
 go, where less than that can), and ``es.verify`` with all its obligations.  ``--steps`` takes that many steps of every
 method instead, in train mode, on the mean square of the outputs; "held" is a budget kept and a network that still runs.
-One process a network; what is in the results already is not run again.  None of these packages is a dependency of Espalier:
+One process a package; what is in the results already is not run again.  None of these packages is a dependency of Espalier:
 a row whose package is not installed is left as it is.
 """
 
@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from benchmarks.common import ROOT, environment, first_line, read_results, round
 from espalier.costs import CostModel
 
 NAME = "architectures"
-LIMIT = 420  # seconds for one network in one process
+LIMIT = 900  # seconds for one network
 NEARLY_HALF, NOTHING_GOES = 0.45, 0.99
 
 Built = tuple[nn.Module, Any]
@@ -232,7 +234,7 @@ def cut(name: str) -> dict[str, Any]:
     model, x = NETWORKS[name]()
     model.eval()
     begun = time.process_time()
-    graph = es.trace(model, x)
+    graph = es.trace(model, x, time_limit=LIMIT)
     found: dict[str, Any] = {
         "params": sum(p.numel() for p in model.parameters()),
         "trace_s": time.process_time() - begun,
@@ -244,7 +246,10 @@ def cut(name: str) -> dict[str, Any]:
     smallest = costs.cost(np.ones_like(graph.sizes)).macs / dense
     found |= {"macs": dense, "smallest": smallest}
     if smallest > NOTHING_GOES:
-        return found | {"proven": False, "why": "stays whole"}
+        kept = Counter[str]()
+        for frozen in graph.frozen:
+            kept[f"{frozen.reason.text} ({frozen.reason.line})"] += frozen.count
+        return found | {"proven": False, "why": f"stays whole: {kept.most_common(1)[0][0]}"}
     budget = es.Budget(macs=0.5 if smallest < NEARLY_HALF else (1 + smallest) / 2)
     begun = time.process_time()
     plan = es.solve(graph, scores, budget)
@@ -306,43 +311,46 @@ def run_on(model: nn.Module, x: Any) -> Any:
     return model(*x) if isinstance(x, (tuple, list)) else model(x)
 
 
-def child(name: str, method: str, count: int) -> None:
+def child(jobs: Sequence[str], count: int) -> None:
+    """Print a line for every network or, after a bar, its method."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     importlib.import_module(
         "espalier.optional"
     ).import_torchvision()  # as a CPU build of torch needs it; the others import it too
-    try:
-        found = steps(name, method, count) if method else cut(name)
-    except ModuleNotFoundError as error:
-        found = {"missing": str(error)}
-    except Exception as error:  # whatever happens belongs into the table
-        found = {"proven": False, "held": False, "error": f"{type(error).__name__}: {first_line(error)}"}
-    print("\n" + json.dumps(rounded(found, 4)), flush=True)
+    signal.signal(signal.SIGALRM, _too_long)
+    for job in jobs:
+        name, _, method = job.partition("|")
+        begun = time.perf_counter()
+        signal.alarm(LIMIT)
+        try:
+            found = steps(name, method, count) if method else cut(name)
+        except ModuleNotFoundError as error:
+            found = {"missing": str(error)}
+        except Exception as error:  # whatever happens belongs into the table
+            found = {"proven": False, "held": False, "error": f"{type(error).__name__}: {first_line(error)}"}
+        signal.alarm(0)
+        found["seconds"] = time.perf_counter() - begun
+        print("\n" + json.dumps({"job": job, **rounded(found, 4)}), flush=True)
 
 
-def in_a_process(name: str, method: str = "", count: int = 0) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.architectures",
-        name,
-        "--child",
-        "--method",
-        method,
-        "--steps",
-        str(count),
-    ]
-    begun = time.perf_counter()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=ROOT)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        found = (
-            json.loads(lines[-1]) if lines else {"proven": False, "held": False, "error": done.stderr.strip()[-200:]}
-        )
-    except subprocess.TimeoutExpired:
-        found = {"proven": False, "held": False, "error": f"not done after {LIMIT} s"}
-    return found | {"seconds": round(time.perf_counter() - begun, 1)}
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"not done after {LIMIT} s")
+
+
+def in_a_process(jobs: list[str], count: int) -> Iterator[dict[str, Any]]:
+    """What became of all jobs of one package, which takes long to import; after a crash the rest in another process."""
+    while jobs:
+        command = [sys.executable, "-m", "benchmarks.architectures", *jobs, "--child", "--steps", str(count)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as running:
+            for line in running.stdout or ():
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    jobs.remove(found["job"])
+                    yield found
+        if jobs:
+            error = f"its process ended with {running.returncode}"
+            yield {"job": jobs.pop(0), "proven": False, "held": False, "error": error}
 
 
 # ---------------------------------------------------------------- all of them
@@ -354,24 +362,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="of every method, instead of the cut")
     parser.add_argument("--again", action="store_true", help="those in the results, too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--method", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
-        child(options.networks[0], options.method, options.steps)
+        child(options.networks, options.steps)
         return
+    rows = (read_results(NAME) or {"rows": {}})["rows"]
+    packages: dict[str, list[str]] = {}
     for name in options.networks:
-        for method in METHODS if options.steps else [""]:
-            kept = read_results(NAME) or {"rows": {}}
-            row = kept["rows"].get(name, {})
-            key = method or "cut"
-            if key in row and not options.again:
-                continue
-            found = in_a_process(name, method, options.steps)
-            print(name, key, found, flush=True)
+        for method in METHODS if options.steps else ("",):
+            if options.again or (method or "cut") not in rows.get(name, {}):
+                packages.setdefault(name.partition(":")[0], []).append(f"{name}|{method}" if method else name)
+    for jobs in packages.values():
+        for found in in_a_process(jobs, options.steps):
+            print(found, flush=True)
             if "missing" in found:
                 break
+            name, _, method = found.pop("job").partition("|")
             kept = read_results(NAME) or {"rows": {}}
-            kept["rows"].setdefault(name, {})[key] = found
+            kept["rows"].setdefault(name, {})[method or "cut"] = found
             kept["environment"] = environment()
             kept["rows"] = {n: kept["rows"][n] for n in NETWORKS if n in kept["rows"]}
             write_results(NAME, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +17,11 @@ _libraries: list[torch.library.Library] = []
 def torchvision() -> ModuleType:
     """torchvision; detectors run, slowly where the operators are ours."""
     found = import_torchvision()
-    extension = __import__("importlib").import_module("torchvision.extension")
+    extension = importlib.import_module("torchvision.extension")
     if not extension._has_ops():
         _declare()
-        extension._has_ops = lambda: True
+        for module in (extension, importlib.import_module("torchvision.ops.roi_align")):
+            module._has_ops = lambda: True  # type: ignore[attr-defined]
     return found
 
 
@@ -32,6 +34,7 @@ def _declare() -> None:
     library.impl("nms", nms, "CPU")
     library.impl("roi_align", roi_align, "CPU")
     library.impl("roi_align", lambda x, rois, _, h, w, *rest: x.new_empty(len(rois), x.shape[1], h, w), "Meta")
+    torch.library.register_autograd("torchvision::roi_align", _backward, setup_context=_keep, lib=library)
     _libraries.append(library)
 
 
@@ -49,7 +52,36 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
 
 def roi_align(x: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool) -> Tensor:
-    from torchvision.ops.roi_align import _roi_align
+    """``ratio`` x ``ratio`` bilinear samples a bin, averaged, (rois, channels, height, width): a product along either side."""
+    assert ratio > 0, "torchvision's detectors give the number of samples"
+    begin, end = (rois[:, 1:] * scale - 0.5 * aligned).reshape(-1, 2, 2).unbind(1)  # (rois, xy)
+    size = end - begin if aligned else (end - begin).clamp(min=1)
+    across = _weights(begin[:, 0], size[:, 0], width, ratio, x.shape[3])
+    down = _weights(begin[:, 1], size[:, 1], height, ratio, x.shape[2])
+    made = x.new_empty(len(rois), x.shape[1], height, width)
+    for image in range(len(x)):
+        for some in (rois[:, 0] == image).nonzero().flatten().split(64):
+            rows = torch.einsum("kph,chw->kcpw", down[some], x[image])
+            made[some] = torch.einsum("kcpw,kqw->kcpq", rows, across[some])
+    return made
 
-    made: Any = _roi_align.__wrapped__ if hasattr(_roi_align, "__wrapped__") else _roi_align
-    return made(x, rois, scale, height, width, ratio, aligned)
+
+def _weights(begin: Tensor, size: Tensor, bins: int, ratio: int, side: int) -> Tensor:
+    """How much every position along a side has in every bin, (rois, bins, side)."""
+    samples = (torch.arange(bins * ratio, dtype=begin.dtype, device=begin.device) + 0.5) / (bins * ratio)
+    at = begin[:, None] + samples * size[:, None]
+    inside = (at >= -1) & (at <= side)
+    near = 1 - (at.clamp(0, side - 1)[..., None] - torch.arange(side, device=begin.device)).abs()
+    return (near.clamp(min=0) * inside[..., None]).unflatten(1, (bins, ratio)).mean(2)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, rois = ctx.saved_tensors
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return (*torch.autograd.grad(roi_align(x, rois, *ctx.options), x, gradient), *[None] * 6)

@@ -1,10 +1,12 @@
 """Surgery: the input is left alone, optimiser state and tied weights are carried along, files are whole or absent."""
 
 import copy
+import itertools
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -391,6 +393,37 @@ def test_a_changed_weight_is_found() -> None:
     with torch.no_grad():
         small.layer2[0].conv1.weight[0] += 0.5
     assert failing(small, model, graph, plan, budget) == {"small equals masked"}
+
+
+class Detects(nn.Module):
+    """Gives only what is above a threshold that nothing passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.head(self.body(x).relu())
+        return found[found > 1e6]
+
+
+def test_what_a_detector_computes_is_compared_where_it_finds_nothing() -> None:
+    model, x = Detects().eval(), torch.randn(1, 3, 8, 8)
+    graph = trace(model, x)
+    plan = Plan({graph.groups[0].name: np.arange(0, 8, 2)})
+    small = shrink(model, graph, plan)
+    assert verify(model, graph, plan, x, small=small).passed and small(x).numel() == 0
+    with torch.no_grad():
+        small.head.bias[1] += 0.01
+    failed = [c.name for c in verify(model, graph, plan, x, small=small).checks if not c.passed]
+    assert failed == ["small equals masked"]
+
+
+def test_a_slow_machine_refutes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    graph, plan, budget = planned(model)
+    monkeypatch.setattr(time, "monotonic", itertools.count(step=100).__next__)  # seconds from one operation to the next
+    assert verify(model, graph, plan, EXAMPLE, budget=budget).require()
 
 
 def test_a_network_that_was_trained_since_is_proven_with_its_own_weights() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 import traceback
@@ -84,8 +85,11 @@ def check_example(example: Any) -> None:
         raise ValueError(f"an example is an input, ({shape}) is its shape: give torch.zeros({shape})")
 
 
-def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, time_limit: float = 60.0) -> Tracing:
-    """Watch ``model`` in eval and in train mode without rehearsing, by what the rehearsals of ``taught_by`` have taught."""
+def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, training: bool = True) -> Tracing:
+    """Watch ``model`` in eval and in train mode without rehearsing, by what the rehearsals of ``taught_by`` have taught.
+
+    It takes as long as it takes: what is proven was traced before, within a limit.
+    """
     lessons = Lessons()
     lessons.plain = {n: None for n, m in named_modules(model).items() if computes_weight(m)}  # as it is planned
     if taught_by is not None:
@@ -96,9 +100,8 @@ def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, t
         lessons.modules = dict.fromkeys(taught_by.fixed_modules, reason)
         lessons.plain = dict.fromkeys(n.rpartition(".")[0] for n in taught_by.baked_new)
         lessons.positions = {n for n, _ in model.named_modules()} - taught_by.group_width.keys()
-    deadline = time.monotonic() + time_limit
-    with watchdog(deadline), torch.inference_mode(False):
-        return _watched(model, example, lessons, deadline, "meta", {})
+    with torch.inference_mode(False):
+        return _watched(model, example, lessons, math.inf, "meta", {}, training=training)
 
 
 def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool) -> Tracing:
@@ -136,15 +139,22 @@ def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
 
 
 def _watched(
-    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, Reason]
+    model: nn.Module,
+    example: Any,
+    lessons: Lessons,
+    deadline: float,
+    device: str,
+    notes: dict[Any, Reason],
+    *,
+    training: bool = True,
 ) -> Tracing:
     """On ``device``, or on the CPU where the forward cannot run there, or there by the values that the example has."""
     try:
-        return _watch(model, example, lessons, deadline, device, notes)
+        return _watch(model, example, lessons, deadline, device, notes, training=training)
     except _Failed as failed:
         if device != "cpu" or lessons.every_value_passes:
             lessons.every_value_passes = device != "cpu"
-            return _watched(model, example, lessons, deadline, "cpu", notes)
+            return _watched(model, example, lessons, deadline, "cpu", notes, training=training)
         error = failed.error
         text = f"trace: the forward failed on the example input: {first_line(error)}: {failed.place}"
         raise TraceError(text) from error
@@ -419,9 +429,16 @@ def _blame(error: BaseException, model: nn.Module) -> CallPlace:
 
 
 def _watch(
-    model: nn.Module, example: Any, lessons: Lessons, deadline: float, device: str, notes: dict[Any, Reason]
+    model: nn.Module,
+    example: Any,
+    lessons: Lessons,
+    deadline: float,
+    device: str,
+    notes: dict[Any, Reason],
+    *,
+    training: bool = True,
 ) -> Tracing:
-    """An eval-mode and a train-mode forward on the same labels; costs are those of the first."""
+    """An eval-mode and, with ``training``, a train-mode forward on the same labels; costs are those of the first."""
     private, trained = (_plain_copy(model, device, lessons) for _ in range(2))  # a forward may leave caches in its copy
     watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
     try:
@@ -434,9 +451,20 @@ def _watch(
     left = _left(private, trained)
     for tensor in _read_again(private, left, example, device):
         watch.freeze(state(tensor).layers, "is computed once and kept by a module, which is not cut")
-    sites, memory, spans, known = watch.sites, watch.memory, watch.spans, watch.known
-    reads = watch.reads
-    unused = [n for n in watch.parameters if n not in reads]
+    if training:
+        seen = watch.sites, watch.memory, watch.spans, watch.reads
+        forwards += _watch_training(watch, trained, example, device, forwards[0], notes)
+        watch.sites, watch.memory, watch.spans, watch.reads = *seen[:3], seen[3] | watch.reads
+    component = components(watch)
+    graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
+    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards), left)
+
+
+def _watch_training(
+    watch: Watch, trained: nn.Module, example: Any, device: str, evaluated: Forward, notes: dict[Any, Reason]
+) -> list[Forward]:
+    """The train-mode forward of ``trained``, another copy; none if it fails."""
+    known, unused = watch.known, [n for n in watch.parameters if n not in watch.reads]
     watch.sites, watch.memory, watch.spans, watch.records = [], Memory(), [], []
     watch.reads = Counter()
     watch.look_at(trained)
@@ -455,16 +483,11 @@ def _watch(
             )
         text = f"the train-mode forward failed on the example input, {unseen}: {first_line(error)}"
         notes["training"] = Reason(text, place)
-    else:
-        same = _alike(forwards[0].records, watch.records)
-        if same:
-            watch.known = known
-        shapes_ = [tuple(t.shape) for t in tensors_in(output)]
-        forwards.append(Forward(True, watch.records, shapes_, alike=same))
-    watch.sites, watch.memory, watch.spans, watch.reads = sites, memory, spans, reads | watch.reads
-    component = components(watch)
-    graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
-    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards), left)
+        return []
+    alike = _alike(evaluated.records, watch.records)
+    if alike:
+        watch.known = known
+    return [Forward(True, watch.records, [tuple(t.shape) for t in tensors_in(output)], alike=alike)]
 
 
 Left = dict[tuple[str, str], dict[str, Any]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,33 +120,40 @@ def verify(
     built = shrink(model, graph, plan) if small is None else small
     planned = cost(graph, plan)
 
-    retraced = functools.cache(lambda: observe(built, example))
+    is_cut = not turned and not graph.absent(plan.keep) and _is_cut(model, built)
+    delivered = functools.cache(
+        lambda: watched.delivered(graph, {n: np.asarray(u) for n, u in plan.keep.items()}, built)
+    )
+    # of a detector that finds nothing the outputs are equal whatever it computes
+    selects = any(record.by_values for run in watched.forwards for record in run.records)
+
+    def same_bits(one: nn.Module, other: nn.Module, text: str) -> tuple[bool, str]:
+        given = forward(copy_model(one, {}), example, inside=selects)
+        return _compare_bits(given, forward(other, example, inside=selects), text)
 
     def identity() -> tuple[bool, str]:
-        same = shrink(model, graph, Plan.dense(graph))
-        return _compare_bits(
-            forward(copy_model(model, {}), example),
-            forward(same, example),
-            "a plan that keeps everything changes no bit",
-        )
+        dense = shrink(model, graph, Plan.dense(graph))
+        return same_bits(model, dense, "a plan that keeps everything changes no bit")
 
     itself = turned or (trained and small is not None)
 
     def equal(training: bool) -> tuple[bool, str]:
         whole = _whole(model, graph, plan, built, own.baked) if itself else mask(model, graph, plan)
-        error, scale = difference(whole, built, example, training=training)
-        return error <= tolerance * max(scale, 1e-30), f"largest difference {error:.2e} of {scale:.2e} in float64"
+        error, scale = difference(whole, built, example, training=training, inside=selects)
+        text = f"largest difference {error:.2e} of {scale:.2e} in float64"
+        text += ", also of what modules give, since values decide what comes out" if selects else ""
+        return error <= tolerance * max(scale, 1e-30), text
 
     def equal_in_training() -> tuple[bool, str]:
-        if watched.trains_alike and retraced().trains_alike:
+        predicted = is_cut and not selects and delivered() is None  # then it does in either mode what the model does
+        if watched.trains_alike and (predicted or observe(built, example).trains_alike):
             return True, "training runs what evaluation runs"
         if len(watched.forwards) < 2:
             return True, "not compared: the train-mode forward of the model fails on the example input"
         return equal(training=True)
 
     def operations() -> tuple[bool, str]:
-        mismatch = watched.delivered(graph, {n: np.asarray(u) for n, u in plan.keep.items()}, built)
-        if mismatch is not None:
+        if (mismatch := delivered()) is not None:
             return False, f"{mismatch.text}: {mismatch.place}"
         count = sum(len(f.records) for f in watched.forwards)
         return True, f"{count:,} operations in {len(watched.forwards)} modes are those that were predicted"
@@ -155,7 +163,7 @@ def verify(
         return not dead, f"only dead units were kept in {dead[:3]}" if dead else "no group keeps only dead units"
 
     def costs() -> tuple[bool, str]:
-        counts = CostModel(again := retraced().graph).cost(again.sizes)
+        counts = CostModel(again := observe(built, example, training=False).graph).cost(again.sizes)
         parameters = sum(p.numel() for p in built.parameters())
         counted = count_macs(built, example)
         # memory may be less than planned: a shuffle of one channel per group is a view, of several a copy
@@ -182,24 +190,28 @@ def verify(
             save(built, path)
             base = fresh() if fresh is not None else copy_model(model, {})
             loaded = _laid_out_as(load(path, base=base).to(_device(built)), built)
-            return _compare_bits(
-                forward(copy_model(built, {}), example), forward(loaded, example), "saved, loaded, same bits"
-            )
+            return same_bits(built, loaded, "saved, loaded, same bits")
 
     def backward() -> tuple[bool, str]:
+        reached, failed = set[str](), None
         try:
-            expected = gradients(model, example)
+            reached = gradients(built, example)
+        except Exception as error:
+            failed = error
+        left = {n for n, _ in built.named_parameters()} - reached
+        try:
+            lost = sorted(left & gradients(model, example)) if left else []
         except Exception as error:
             return True, f"not compared: backward fails in the model itself, {first_line(error)}"
-        reached = gradients(built, example)
-        lost = sorted((expected - reached) & {n for n, _ in built.named_parameters()})
+        if failed is not None:
+            raise failed
         return not lost, f"gradients reach {len(reached)} parameters" + (f", but not {lost[:3]}" if lost else "")
 
     name = "small equals composed" if turned else "small equals masked"
     claim("identity", identity)
     claim(name, lambda: equal(training=False))
     claim(f"{name} in training", equal_in_training)
-    if not turned and not graph.absent(plan.keep) and _is_cut(model, built):
+    if is_cut:
         claim("operations as predicted", operations)
     claim("kept units are alive", alive)
     claim("planned cost equals built cost", costs)
@@ -291,14 +303,41 @@ def _is_cut(model: nn.Module, small: nn.Module) -> bool:
     return [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in small.named_modules()]
 
 
-def forward(model: nn.Module, example: Any, *, training: bool = False) -> list[Tensor]:
-    """All output tensors of a forward without gradients; the model's mode is restored.
+class Seen(NamedTuple):
+    """What a forward gave: its output tensors, and of modules inside some values of what they gave, by name, call and shape."""
+
+    outputs: list[Tensor]
+    inside: dict[tuple[str, int, torch.Size], Tensor]
+
+    def pairs(self, other: Seen) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values of modules that gave the same shape in both: what is cut differs in its shape."""
+        return ((tensor, other.inside[key]) for key, tensor in self.inside.items() if key in other.inside)
+
+
+SOME = 2**14  # values of a tensor inside that are kept
+
+
+def forward(model: nn.Module, example: Any, *, training: bool = False, inside: bool = False) -> Seen:
+    """A forward without gradients of ``model``, a private copy; its mode is restored.
 
     In ``training`` batch normalisation takes its statistics as in evaluation, and random numbers are all the same.
     """
     args, kwargs = call_arguments(example, _device(model))
-    with torch.no_grad(), mode(model, training=training), _NothingRandom() if training else nullcontext():
-        return list(tensors_in(model(*args, **kwargs)))
+    seen: dict[tuple[str, int, torch.Size], Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def note(name: str, module: nn.Module, given: Any, output: Any) -> None:
+        for tensor in tensors_in(output):
+            seen[name, calls[name], tensor.shape] = tensor.reshape(-1)[:: 1 + tensor.numel() // SOME].clone()
+            calls[name] += 1
+
+    hooks = [m.register_forward_hook(functools.partial(note, n)) for n, m in model.named_modules() if inside and n]
+    try:
+        with torch.no_grad(), mode(model, training=training), _NothingRandom() if training else nullcontext():
+            return Seen(list(tensors_in(model(*args, **kwargs))), seen)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _NothingRandom(TorchDispatchMode):
@@ -313,50 +352,62 @@ class _NothingRandom(TorchDispatchMode):
         return tree_map_only(Tensor, lambda t: t.fill_(0.75 if t.is_floating_point() else 0), made)
 
 
-def difference(one: nn.Module, other: nn.Module, example: Any, *, training: bool = False) -> tuple[float, float]:
+def difference(
+    one: nn.Module, other: nn.Module, example: Any, *, training: bool = False, inside: bool = False
+) -> tuple[float, float]:
     """Largest absolute difference of the outputs in float64, and the largest output, on random inputs like ``example``.
 
-    What is not finite has to be so in both; ``ValueError`` if nothing is finite.
+    ``inside`` also of every module by itself: those numbers are given that differ most for their size.  What is not finite has
+    to be so in both; ``ValueError`` if nothing is finite, or if there is nothing.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = tree_map_only(Tensor, lambda t: _noise(t, generator), example)
-    error, scale = _apart(*(_in_double(m, inputs, training) for m in (one, other)))
+    error, scale = _apart(*(_in_double(m, inputs, training, inside) for m in (one, other)))
     if error > ROUNDING[0] * scale and error < ROUNDING[1] * scale:  # rounded otherwise, or another network?
-        return _apart(*(_all_in_double(m, inputs, training) for m in (one, other)))
+        return _apart(*(_all_in_double(m, inputs, training, inside) for m in (one, other)))
     return error, scale
 
 
 ROUNDING = 1e-12, 1e-4  # relative: more than float64 makes of a sum, less than float32 makes of a network
 
 
-def _apart(a: list[Tensor], b: list[Tensor]) -> tuple[float, float]:
-    """Largest difference of two lists of outputs, and the largest of the first."""
-    if [t.shape for t in a] != [t.shape for t in b]:
-        raise ValueError(f"outputs have shapes {[tuple(t.shape) for t in b]} instead of {[tuple(t.shape) for t in a]}")
-    error = scale = 0.0
-    anything = False
-    for x, y in zip(a, b, strict=True):
+def _apart(a: Seen, b: Seen) -> tuple[float, float]:
+    """Largest difference of what two forwards gave, and the largest value of the first."""
+    if [t.shape for t in a.outputs] != [t.shape for t in b.outputs]:
+        shapes = [[tuple(t.shape) for t in seen.outputs] for seen in (b, a)]
+        raise ValueError(f"outputs have shapes {shapes[0]} instead of {shapes[1]}")
+    found = [_farthest([pair]) for pair in a.pairs(b)]
+    found.append(_farthest(zip(a.outputs, b.outputs, strict=True)))
+    compared = [numbers for numbers in found if numbers is not None]
+    if not compared:
+        raise ValueError("outputs are empty or not finite, so nothing can be compared")
+    floor = 1e-6 * max(scale for _, scale in compared)  # what is less is rounding of what cancels
+    return max(((error, max(scale, floor)) for error, scale in compared), key=lambda n: n[0] / max(n[1], 1e-30))
+
+
+def _farthest(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float] | None:
+    """Largest difference and largest value of pairs of tensors; ``None`` where nothing is finite."""
+    error, scale = [], []
+    for x, y in pairs:
         finite = x.isfinite()
         if not torch.equal(finite, y.isfinite()):
             raise ValueError("one output is finite where the other is not")
-        x, y = x[finite], y[finite]
-        anything = anything or bool(x.numel())
-        error = max(error, float((x - y).abs().max())) if x.numel() else error
-        scale = max(scale, float(x.abs().max())) if x.numel() else scale
-    if not anything and any(t.numel() for t in a):
-        raise ValueError("outputs are not finite, so nothing can be compared")
-    return error, scale
+        if finite.any():
+            x, y = (t[finite] if t.is_complex() else t[finite].double() for t in (x, y))
+            error.append(float((x - y).abs().max()))
+            scale.append(float(x.abs().max()))
+    return (max(error), max(scale)) if error else None
 
 
-def _in_double(model: nn.Module, example: Any, training: bool) -> list[Tensor]:
-    """The outputs in float64, also where the model's own code asks for single precision (a grid of coordinates, say)."""
+def _in_double(model: nn.Module, example: Any, training: bool, inside: bool) -> Seen:
+    """A forward in float64, also where the model's own code asks for single precision (a grid of coordinates, say)."""
     try:
-        return forward(copy_model(model, {}).double(), example, training=training)
+        return forward(copy_model(model, {}).double(), example, training=training, inside=inside)
     except RuntimeError:
-        return _all_in_double(model, example, training)
+        return _all_in_double(model, example, training, inside)
 
 
-def _all_in_double(model: nn.Module, example: Any, training: bool) -> list[Tensor]:
+def _all_in_double(model: nn.Module, example: Any, training: bool, inside: bool) -> Seen:
     """The same where modules have kept what a forward computes once, and nothing is made shorter on the way."""
     private = copy_model(model, {})
     own = next((p.dtype for p in private.parameters() if p.is_floating_point()), torch.float32)
@@ -364,7 +415,7 @@ def _all_in_double(model: nn.Module, example: Any, training: bool) -> list[Tenso
         private, tree_map_only(Tensor, lambda t: t.to(own) if t.is_floating_point() else t, example), training=training
     )
     with _DoubleForSingle():
-        return forward(private.double(), example, training=training)
+        return forward(private.double(), example, training=training, inside=inside)
 
 
 class _DoubleForSingle(TorchDispatchMode):
@@ -410,16 +461,19 @@ def count_macs(model: nn.Module, example: Any) -> int:
 
 
 def gradients(model: nn.Module, example: Any) -> set[str]:
-    """Names of parameters that a gradient of the sum of all outputs reaches, in eval mode; on meta tensors where it can."""
+    """Names of parameters that a gradient of the sum of all outputs reaches, in eval mode; on meta tensors where it can,
+    where every value passes (``graph.standins``)."""
     for device in ("meta", _device(model)):
         private = private_copy(model, device).eval()
         for parameter in private.parameters():
             parameter.requires_grad_(True)
         args, kwargs = call_arguments(example, device)
         try:
-            outputs = [t for t in tensors_in(private(*args, **kwargs)) if t.is_floating_point() and t.requires_grad]
-            if outputs:
-                torch.stack([t.float().sum() for t in outputs]).sum().backward()
+            with StandIns() if device == "meta" else nullcontext():
+                given = tensors_in(private(*args, **kwargs))
+                outputs = [t for t in given if t.is_floating_point() and t.requires_grad]
+                if outputs:
+                    torch.stack([t.float().sum() for t in outputs]).sum().backward()
         except Exception:
             if device != "meta":
                 raise
@@ -428,15 +482,16 @@ def gradients(model: nn.Module, example: Any) -> set[str]:
     raise AssertionError("unreachable")
 
 
-def _compare_bits(a: list[Tensor], b: list[Tensor], text: str) -> tuple[bool, str]:
+def _compare_bits(a: Seen, b: Seen, text: str) -> tuple[bool, str]:
     """Are they the same?  ``text`` says so; not a number is the same as not a number."""
-    if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]:
-        return False, f"outputs have shapes {[tuple(t.shape) for t in b]} instead of {[tuple(t.shape) for t in a]}"
-    different = [(x, y) for x, y in zip(a, b, strict=True) if not torch.equal(_without_nan(x), _without_nan(y))]
-    if different:
-        one, other = (t.double() for t in different[0])
-        return False, f"outputs on the example differ by up to {float((one - other).abs().nan_to_num().max()):.2e}"
-    if any(not bool(t.isfinite().all()) for t in a):
+    shapes = [[(tuple(t.shape), t.dtype) for t in seen.outputs] for seen in (b, a)]
+    if shapes[0] != shapes[1]:
+        return False, f"outputs have shapes {[s for s, _ in shapes[0]]} instead of {[s for s, _ in shapes[1]]}"
+    for x, y in (*zip(a.outputs, b.outputs, strict=True), *a.pairs(b)):
+        if not torch.equal(_without_nan(x), _without_nan(y)):
+            error = float((x.double() - y.double()).abs().nan_to_num().max())
+            return False, f"outputs on the example differ by up to {error:.2e}"
+    if any(not bool(t.isfinite().all()) for t in a.outputs):
         return True, f"{text}, though outputs on the example are not finite"
     return True, text
 
