@@ -13,10 +13,10 @@ demo: $(VENV)/.base
 	$(BIN)/espalier demo --out runs/demo
 
 test: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-zoo: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m zoo
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[onnx]'
 	@touch $@
 
-# What development needs on top: every extra.
-$(VENV)/.dev: $(VENV)/.base
+# What development needs: every extra, in one go.
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[models,data,onnx,detection,dev,bench]'
-	@touch $@
+	@touch $(VENV)/.base $@

@@ -5,10 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.steps import measure_nothing
 from tests.waits import copied  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,9 +48,4 @@ def weights_dir() -> Path:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without their slow last part, export and timing: what is tested comes before."""
-
-    def not_here(*arguments: Any, **options: Any) -> Any:
-        raise ValueError("not in this test")
-
-    monkeypatch.setattr("espalier.run.report.latency", not_here)
-    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
+    measure_nothing(monkeypatch)

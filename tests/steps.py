@@ -6,11 +6,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.methods.base import Run
+from espalier.run.checkpoint import named_tensors
+from espalier.run.loop import History
 from espalier.run.models import build_model
 from espalier.run.replay import Computed
 
@@ -53,6 +56,38 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     for module, flag in flags:
         module.training = flag
     return found
+
+
+def measure_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Runs end without export and timing, which take seconds; ``unmeasured`` is the fixture of it."""
+
+    def not_here(*arguments: Any, **options: Any) -> Any:
+        raise ValueError("not in this test")
+
+    for slow in ("latency", "export_onnx"):
+        patch.setattr(f"espalier.run.report.{slow}", not_here)
+
+
+class Killed(Exception):
+    """What ``killed_after`` raises."""
+
+
+def killed_after(epoch: int) -> Callable[[History], None]:
+    """For ``on_epoch``: the run ends there, after its checkpoint is written."""
+
+    def on_epoch(history: History) -> None:
+        if len(history.epochs) == epoch:
+            raise Killed
+
+    return on_epoch
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    """To the bit, buffers included."""
+    ours, theirs = named_tensors(one), named_tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 class Again:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +17,17 @@ from torch import Tensor, nn
 
 import espalier as es
 from espalier.methods.search import minimise
+from espalier.present.cli import app
+from espalier.present.progress import RunProgress
 from espalier.run.checkpoint import ENTRIES, read_checkpoint, write_checkpoint
 from espalier.run.lock import LOCK, owned
 from espalier.run.loop import Step
+from tests.forked import forked
 
 METHODS = [es.TCP(), es.MGP(), es.DPRP(), es.TTLC(search=0), es.Magnitude()]
 
 
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_here(*arguments: Any, **options: Any) -> Any:
-        raise ValueError("not in this test")
-
-    monkeypatch.setattr("espalier.run.report.latency", not_here)
-    monkeypatch.setattr("espalier.run.report.export_onnx", not_here)
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 def net() -> nn.Sequential:
@@ -107,15 +102,21 @@ def test_a_handler_of_ones_own_is_left_in_place(tmp_path: Path) -> None:
 
 def test_the_command_says_how_to_go_on_and_ends_as_if_terminated(tmp_path: Path) -> None:
     """A process of its own, which a batch system ends in an epoch that would take for ever."""
-    script = (
-        "import os, signal, sys\nfrom espalier.present import progress\nfrom espalier.present.cli import app\n"
-        "old = progress.RunProgress.on_step\n"
-        "def told(self, step):\n    old(self, step)\n    step.step == 3 and os.kill(os.getpid(), signal.SIGTERM)\n"
-        "progress.RunProgress.on_step = told\n"
-        "app(['compress', '--model', 'resnet20', '--data', 'digits', '--method', 'none', '--epochs', '500', '--out', 'run',"
-        " '--device', 'cpu', '--threads', '1', '--batch-size', '8'])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    old = RunProgress.on_step
+
+    def told(self: RunProgress, step: Step) -> None:
+        old(self, step)
+        if step.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def command() -> None:
+        RunProgress.on_step = told  # of this process alone
+        app([
+            "compress", "--model", "resnet8", "--data", "digits", "--method", "none", "--epochs", "500", "--out", "run",
+            "--device", "cpu", "--threads", "1", "--batch-size", "8",
+        ])  # fmt: skip
+
+    done = forked(command, folder=tmp_path)
     assert done.returncode == 143, done.stderr
     said = done.stderr.splitlines()[-1]
     assert said == "stopped by SIGTERM in epoch 1 after step 3 of 179; go on with: espalier compress --out run --resume"

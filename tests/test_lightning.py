@@ -1,16 +1,18 @@
 """Compression as a callback of Lightning: nothing in the module changes, checkpoints go on exactly."""
 
+from functools import cache
+from importlib.util import find_spec
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import espalier as es
-from espalier.optional import MissingPackage, import_lightning
+from espalier.optional import import_lightning
 
-try:
-    L = import_lightning()
-except MissingPackage:
+if not any(find_spec(name) for name in ("lightning", "pytorch_lightning")):
     pytest.skip("without lightning", allow_module_level=True)
 
 torch.manual_seed(0)
@@ -27,33 +29,39 @@ def net() -> nn.Module:
     )  # fmt: skip
 
 
-class Module(L.LightningModule):
-    def __init__(self, early: bool = False) -> None:
-        super().__init__()
-        self.net = net()
-        self.early = torch.optim.SGD(self.net.parameters(), lr=0.05) if early else None
+@cache
+def lightning():
+    """Its classes and ours on them; every worker collects this file, and the import takes seconds."""
+    L = import_lightning()
 
-    def training_step(self, batch, index):
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
+    class Module(L.LightningModule):
+        def __init__(self, early: bool = False) -> None:
+            super().__init__()
+            self.net = net()
+            self.early = torch.optim.SGD(self.net.parameters(), lr=0.05) if early else None
 
-    def configure_optimizers(self):
-        return self.early or torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        def training_step(self, batch, index):
+            x, y = batch
+            return F.cross_entropy(self.net(x), y)
 
+        def configure_optimizers(self):
+            return self.early or torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
-class Stop(L.Callback):
-    """A kill after so many epochs, when the checkpoint is written."""
+    class Stop(L.Callback):
+        """A kill after so many epochs, when the checkpoint is written."""
 
-    def __init__(self, epochs, path):
-        self.epochs, self.path = epochs, path
+        def __init__(self, epochs, path):
+            self.epochs, self.path = epochs, path
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch + 1 == self.epochs:
-            trainer.save_checkpoint(self.path)
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch + 1 == self.epochs:
+                trainer.save_checkpoint(self.path)
+
+    return SimpleNamespace(Module=Module, Stop=Stop, Trainer=L.Trainer)
 
 
 def trained(module, compression, *extra, epochs=6, path=None, **options):
-    trainer = L.Trainer(
+    trainer = lightning().Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, callbacks=[compression, *extra], **options,
     )  # fmt: skip
@@ -66,7 +74,7 @@ METHODS = [es.TCP(), es.DPRP(), es.MGP()]
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_the_budget_is_met_and_the_plan_gives_the_same_network(method):
-    module = Module()
+    module = lightning().Module()
     found = trained(module, es.lightning.Compression(es.Budget(macs=0.5), method, network="net", example=EXAMPLE))
     dense = es.cost(es.trace(net(), EXAMPLE))
     small = es.cost(es.trace(found.small, EXAMPLE))
@@ -81,8 +89,8 @@ def test_a_checkpoint_goes_on_exactly(method, tmp_path):
         return es.lightning.Compression(es.Budget(macs=0.5), method, network="net", example=EXAMPLE)
 
     file = tmp_path / "half.ckpt"
-    whole = trained(Module(), compression(), Stop(4, file))
-    again = trained(Module(), compression(), path=file)
+    whole = trained(lightning().Module(), compression(), lightning().Stop(4, file))
+    again = trained(lightning().Module(), compression(), path=file)
     assert es.cost(es.trace(again.small, EXAMPLE)) == es.cost(es.trace(whole.small, EXAMPLE))
     ours, theirs = whole.small.state_dict(), again.small.state_dict()
     assert ours.keys() == theirs.keys()
@@ -91,7 +99,7 @@ def test_a_checkpoint_goes_on_exactly(method, tmp_path):
 
 
 def test_accumulated_gradients_count_as_one_step():
-    module = Module()
+    module = lightning().Module()
     found = trained(
         module,
         es.lightning.Compression(es.Budget(macs=0.5), es.TCP(), network="net", example=EXAMPLE),
@@ -137,15 +145,15 @@ def test_what_does_not_fit_is_said_before_training(options, early, words):
     settings = {"method": es.TCP(), "example": EXAMPLE, **options}
     method = settings.pop("method")
     with pytest.raises(ValueError, match=words):
-        trained(Module(early), es.lightning.Compression(es.Budget(macs=0.5), method, **settings))
+        trained(lightning().Module(early), es.lightning.Compression(es.Budget(macs=0.5), method, **settings))
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     file = tmp_path / "plain.ckpt"
-    trained(Module(), Stop(1, file), epochs=1)
+    trained(lightning().Module(), lightning().Stop(1, file), epochs=1)
     with pytest.raises(ValueError, match="not written with the callback Compression"):
         trained(
-            Module(),
+            lightning().Module(),
             es.lightning.Compression(es.Budget(macs=0.5), es.TCP(), network="net", example=EXAMPLE),
             path=file,
         )

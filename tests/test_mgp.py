@@ -31,7 +31,7 @@ from tests import steps
 from tests.proving import randomise
 from tests.steps import EXAMPLE, batch, logits, train_step, train_through
 
-STEPS = 120
+STEPS = 60
 
 
 def network(name: str = "resnet8") -> nn.Module:
@@ -394,21 +394,6 @@ def test_layers_that_cannot_take_part_are_listed_and_survive() -> None:
     assert found.macs == run.cost.macs <= run.limits["macs"]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"filters": False, "inputs": False, "shapes": False},
-        {"fade": 0.0},
-        {"stagger": -0.1},
-        {"end_at": 1.0},
-        {"filters": False, "streams": True},
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="MGP"):
-        MGP(**settings)  # type: ignore[arg-type]
-
-
 def test_a_protected_layer_keeps_its_inputs_and_its_kernel() -> None:
     run = MGP().start(network("resnet20"), EXAMPLE, Budget(macs=0.5, protect=["layer1.1.*"]))
     protected = run.budget.protected(run.graph)
@@ -474,16 +459,15 @@ def test_stripes_are_counted_exactly_whatever_the_filters_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "budget"),
+    ("kind", "method", "budget"),
     [
-        (MGP(stripes=True), Budget(macs=0.3)),
-        (MGP(stripes=True, inputs=False), Budget(macs=0.3, params=0.3)),
-        (MGP(stripes=True, filters=False, inputs=False), Budget(macs=0.25)),
-        (MGP(stripes=True, streams=True), Budget(macs=0.1)),
+        ("adamw", MGP(stripes=True), Budget(macs=0.3)),
+        ("sgd", MGP(stripes=True, inputs=False), Budget(macs=0.3, params=0.3)),
+        ("adamw", MGP(stripes=True, filters=False, inputs=False), Budget(macs=0.25)),
+        ("sgd", MGP(stripes=True, streams=True), Budget(macs=0.1)),
     ],
     ids=["all", "filters", "stripes", "streams"],
 )
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_free_stripes_arrive_at_the_counted_budget_and_stay_zero(kind: str, method: MGP, budget: Budget) -> None:
     model = network()
     run = method.start(model, EXAMPLE, budget)
@@ -577,7 +561,7 @@ def test_the_kernels_of_the_keep_set_are_recorded_over_time() -> None:
         assert points[-1][1] == pytest.approx(float(alive), abs=1e-3)
 
 
-IN_CI = ("cifar:resnet20a", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x1_0", "timm:res2net50_26w_4s")
+IN_CI = ("cifar:resnet20a", "mobilenet_v3_small", "shufflenet_v2_x1_0")
 NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in ZOO]
 
 

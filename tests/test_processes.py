@@ -30,6 +30,7 @@ from espalier.optional import import_lightning
 from espalier.present.cli import app
 from espalier.present.edge import stdout
 from espalier.run.data import load_data
+from tests.steps import measure_nothing
 
 RECIPE = es.Recipe(epochs=2, batch_size=16, lr=0.05, device="cpu", sync_batchnorm=True)
 METHODS = {
@@ -228,13 +229,8 @@ def alone(tmp_path_factory):
     """What one process finds; it has imported then what the two will need."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     import_lightning()
-
-    def not_here(*arguments, **options):
-        raise ValueError("not in these tests")
-
     with pytest.MonkeyPatch.context() as patch:  # nothing is timed or exported
-        patch.setattr("espalier.run.report.latency", not_here)
-        patch.setattr("espalier.run.report.export_onnx", not_here)
+        measure_nothing(patch)
         yield {**{name: by_name(name) for name in METHODS}, "uneven": compressed(es.TCP(), loaders(), out=folder)}
 
 

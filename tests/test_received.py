@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import espalier as es
 from espalier.present.cli import app
 from espalier.run.rundir import to_toml
+from tests.steps import measure_nothing
 
 SPY = """from pathlib import Path
 
@@ -53,8 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a network of one's own."""
     folder = tmp_path_factory.mktemp("received")
     with pytest.MonkeyPatch.context() as patch:
-        for slow in ("latency", "export_onnx"):
-            patch.setattr(f"espalier.run.report.{slow}", _not_here)
+        measure_nothing(patch)
         scope: dict[str, Any] = {"__file__": str(folder / "spy")}
         exec(SPY, scope)
         data = es.load_data("digits")
@@ -63,10 +63,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config={"model": _section("spy_in_a_run:net"), "data": {"name": "digits"}},
         )  # fmt: skip
     return folder / "run"
-
-
-def _not_here(*arguments: Any, **options: Any) -> Any:
-    raise ValueError("not in this test")
 
 
 def _section(name: str, **sizes: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ name = "tensorly-tucker"
 
 
 @pytest.fixture
-def bench(tmp_path, monkeypatch):
+def bench(tmp_path, monkeypatch, unmeasured):
     """One tiny recipe, and folders of its own for results; returns them and how to call the program."""
     (tmp_path / "tiny.toml").write_text(TINY)
     monkeypatch.setattr(running, "RUNS", tmp_path / "runs")
@@ -58,7 +58,6 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "read_recipes", lambda: read_recipes(tmp_path))
     monkeypatch.setattr(running, "missing", lambda recipes: missing(recipes, tmp_path / "runs"))
     monkeypatch.setattr(running, "latency", lambda *a, **k: [])
-    monkeypatch.setattr("espalier.run.report.latency", lambda *a, **k: [])
     return tmp_path
 
 

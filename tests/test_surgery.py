@@ -4,7 +4,7 @@ import copy
 import itertools
 import os
 import re
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +24,7 @@ from espalier.run.models import build_model
 from espalier.solver import solve
 from espalier.surgery import load, mask, save, shrink, shrink_, verify
 from espalier.surgery.files import ATTRIBUTES
+from tests.forked import forked
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
@@ -363,15 +364,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_disk_that_is_really_full_is_said_in_one_line(tmp_path: Path) -> None:
     """In a process of its own: no file of it may become larger than a few blocks."""
-    script = (
-        "import resource, signal, torch; from espalier.surgery import save\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\n"
-        "try:\n    save(torch.nn.Linear(64, 64), 'small.safetensors')\n"
-        "except OSError as error:\n    print(error)\n"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
+    import resource
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        try:
+            save(nn.Linear(64, 64), "small.safetensors")
+        except OSError as error:
+            sys.stdout.write(f"{error}\n")
+
+    said = forked(act, folder=tmp_path).stdout
     assert said.startswith("small.safetensors: cannot be written (") and said.count("\n") == 1
     assert os.listdir(tmp_path) == []
 

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -172,17 +170,23 @@ def test_two_workers_never_get_the_same_point(storage):
 
 
 def test_what_a_killed_worker_held_is_taken_over_once(storage):
-    code = (
-        "import sys, time; from espalier.run.ledger import Ledger\n"
-        "ledger = Ledger(sys.argv[1], 's'); ledger.add(['a']); assert ledger.take(['a'])\n"
-        "print('taken', flush=True); time.sleep(60)"
-    )
-    worker = subprocess.Popen([sys.executable, "-c", code, storage], stdout=subprocess.PIPE, text=True)
-    assert worker.stdout is not None and worker.stdout.readline() == "taken\n"
+    processes = multiprocessing.get_context("fork")
+    at_work = processes.Event()
+
+    def work():
+        ledger = Ledger(storage, "s")
+        ledger.add(["a"])
+        assert ledger.take(["a"])
+        at_work.set()
+        signal.pause()
+
+    worker = processes.Process(target=work)
+    worker.start()
+    assert at_work.wait(60)
     one, two = Ledger(storage, "s"), Ledger(storage, "s")
     assert one.take(["a"]) is None  # it is at work
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait()
+    worker.kill()
+    worker.join()
     taken = [one.take(["a"]), two.take(["a"])]
     assert taken[0] is not None and taken[1] is None
     one.complete(taken[0], 1.0)

@@ -64,7 +64,7 @@ def maps():
     return es.Loaders(batches * 3, batches[:1])
 
 
-def test_a_segmenter_is_halved_and_judged_by_its_mean_iou(maps, tmp_path):
+def test_a_segmenter_is_halved_and_judged_by_its_mean_iou(maps, tmp_path, unmeasured):
     torch.manual_seed(0)
     result = es.compress(
         UNet(), maps, budget=HALF, task=es.Segmentation(classes=3), recipe=RECIPE, out=tmp_path / "run"
@@ -286,7 +286,7 @@ def make_task():
 """
 
 
-def test_a_task_on_the_command_line_is_trained_judged_and_remembered(tmp_path, monkeypatch):
+def test_a_task_on_the_command_line_is_trained_judged_and_remembered(tmp_path, monkeypatch, unmeasured):
     from typer.testing import CliRunner
 
     from espalier.present.cli import app

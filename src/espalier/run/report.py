@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from espalier.costs import COUNTS, LATENCY, Cost
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
-from espalier.run.measure import LANES, Timing, latency, ms_said, size_on_disk, slow_widths
+from espalier.run.measure import LANES, Model, Timing, latency, ms_said, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
 from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, metadata_of, write_file, write_sealed
@@ -72,7 +72,7 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
     timings: list[Timing] = []
     for backend in ("torch", "onnxruntime"):
         try:
-            timings += _timings(outcome, backend)
+            timings += _timings(outcome, backend, folder / ONNX if difference is not None else None)
         except (ValueError, RuntimeError) as error:
             notes[f"latency, {backend}"] = first_line(error)
     layers: list[dict[str, Any]] = []
@@ -123,14 +123,16 @@ def _counted(counted: Cost, dense: Cost) -> dict[str, Any]:
     return {**amounts, "fraction": {n: counted.fraction_of(dense)[n] for n in amounts}, "note": COUNTED_NOTE}
 
 
-def _timings(outcome: Outcome, backend: str) -> list[Timing]:
+def _timings(outcome: Outcome, backend: str, exported: Path | None) -> list[Timing]:
+    """``exported``: the small network as ONNX, which need not be exported again."""
     example = outcome.example
     if isinstance(example, dict):
         raise ValueError("models with keyword inputs are not timed")
     tensors = example if isinstance(example, (tuple, list)) else (example,)
     if not all(isinstance(t, Tensor) for t in tensors):
         raise ValueError("models with nested inputs are not timed")
-    models = {"dense": outcome.dense_model, "small": outcome.result.model}
+    small: Model = exported if backend == "onnxruntime" and exported is not None else outcome.result.model
+    models: dict[str, Model] = {"dense": outcome.dense_model, "small": small}
     return latency(models, tuple(t.detach().cpu() for t in tensors), backend=backend, batch_sizes=BATCH_SIZES)
 
 
