@@ -203,7 +203,6 @@ def test_a_dense_network_is_trained_once_for_all_budgets(bench):
     assert running.dense_twin(job) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("label", ["dense", "tcp"])
 def test_a_stopped_run_goes_on_and_ends_the_same(bench, monkeypatch, label):
     job = Job("tiny", label, 0, read_recipe(bench / "tiny.toml"))
