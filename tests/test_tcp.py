@@ -16,7 +16,7 @@ from espalier.methods.units import Units
 from espalier.plan import Budget
 from tests.steps import EXAMPLE, batch, network, train_step, train_through
 
-STEPS = 60
+STEPS = 120
 
 
 def test_a_score_of_the_weights_arrives_at_the_budget_in_multiples() -> None:
