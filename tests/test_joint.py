@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import espalier as es
+from espalier.forms import Rectangle
+from espalier.graph.alternatives import alternatives_name
 from espalier.layers import FactorisedConv
+from espalier.methods.kernels import Forms
 from tests.test_contract import batch, optimizer_of
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -75,6 +79,15 @@ def test_layers_end_in_the_forms_that_were_planned_and_all_is_proven(method, bud
     if budget.params == 0.6:
         assert isinstance(small.wide, FactorisedConv), "its rank is low: two layers keep nearly all of it"
         assert small.stem.out_channels < 16 or small.block.conv1.out_channels < 16 or small.wide[1].out_channels < 48
+
+
+def test_a_rank_gives_up_less_than_the_sum_of_its_triplets_beside_kernel_positions():
+    kernel = Rectangle(0, 2, 0, 2)
+    forms = Forms({"layer": [[], [kernel]]}, ranks={"layer": [4, 0]})
+    triplets = np.array([8.0, 4, 2, 1, 5])  # a quarter of which is behind rank 4
+    [kept, given_up] = forms.worth({"layer": np.ones(9)}, {"layer": triplets})[alternatives_name("layer")]
+    assert kept + given_up == pytest.approx(9.0), "the layer is worth what its positions are"
+    assert given_up == pytest.approx(9.0 * 0.125)
 
 
 def test_a_pace_that_leaves_ranks_no_time_is_refused():

@@ -82,6 +82,9 @@ class Kernels:
         self.chosen = {n: r for n, r in self.chosen.items() if n not in layers}
 
 
+LOST = 1.5
+
+
 @dataclass
 class Forms(Kernels):
     """The forms that layers may take: ``options`` has the places of a rectangle, none where the option is a rank."""
@@ -107,18 +110,23 @@ class Forms(Kernels):
         return found
 
     def _held(self, layer: str, taps: np.ndarray | None, triplets: np.ndarray | None) -> list[float]:
-        """Share of the layer that each option holds times what the layer is worth: the more of its two views."""
-        views = [float(v.sum()) for v in (taps, triplets) if v is not None]
-        whole = max(views, default=0.0)
+        """What each option holds of what the layer is worth, as its kernel positions have it; of a layer of one, its triplets.
+
+        What truncation loses grows faster than the sum over the triplets that go: measured on trained layers of ResNet-20
+        beside the channels of the same layers, with the power ``LOST``.
+        """
+        views = [v for v in (taps, triplets) if v is not None]
+        whole = float(views[0].sum()) if views else 0.0
         rectangles = [h for h, _ in self._best(layer, taps)] if taps is not None else None
         held = []
         for number, rank in enumerate(self.ranks[layer][:-1]):
             if rank:
                 assert triplets is not None
-                held.append(whole * float(triplets[:rank].sum()) / max(float(triplets.sum()), 1e-30))
+                lost = 1.0 - float(triplets[:rank].sum()) / max(float(triplets.sum()), 1e-30)
+                held.append(whole * (1.0 - max(lost, 0.0) ** LOST))
             else:
-                assert rectangles is not None and taps is not None
-                held.append(whole * rectangles[number] / max(float(taps.sum()), 1e-30))
+                assert rectangles is not None
+                held.append(rectangles[number])
         return [*held, whole]
 
     def _best(self, layer: str, worth: np.ndarray) -> list[tuple[float, Rectangle]]:
