@@ -29,7 +29,7 @@ class Case:
     def budget(self, graph: Graph, importance: dict[str, np.ndarray]) -> Budget:
         dense, least = cost(graph), smallest(graph, importance, self.multiple_of)
         limits = {
-            metric: max(getattr(least, metric) + fraction * (getattr(dense, metric) - getattr(least, metric)), 1.5)
+            metric: max(int(getattr(least, metric) + fraction * (getattr(dense, metric) - getattr(least, metric))), 2)
             for metric, fraction in zip(COUNTS, self.fractions, strict=True)
             if fraction is not None
         }

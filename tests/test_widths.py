@@ -144,6 +144,15 @@ def test_two_tensors_of_which_one_says_how_wide_the_other_is_are_cut_alike() -> 
     assert sizes(graph) == {"a": 16} and {s.tensor for s in graph.groups[0].producers} >= {"a.weight", "b.weight"}
 
 
+def test_two_tensors_that_a_branch_wants_equally_wide_are_cut_alike() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        z = m.b(y)
+        return m.c(z * 2 if z.shape[1] == y.shape[1] else z)
+
+    assert sizes(prove_every_width(Net(run, a=conv(3, 12), b=conv(12, 12), c=conv(12, 5)), IMAGE)) == {"a": 12}
+
+
 def test_a_squeeze_keeps_two_channels_because_it_would_take_one_away() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         return m.c(m.b(m.a(x).relu()).relu().mean((2, 3), keepdim=True).squeeze())

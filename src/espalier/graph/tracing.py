@@ -30,7 +30,6 @@ from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
-    HARD_CODED,
     Lessons,
     Memory,
     Mismatch,
@@ -385,7 +384,7 @@ def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positio
     """
     groups, mismatch = stage.graph.groups, found.mismatch
     sizes = [g.size for g in groups if not number_named(g.slices[0].tensor)]
-    if found.rehearsed.single or mismatch.reason != HARD_CODED or len(set(sizes)) == len(sizes):
+    if found.rehearsed.single or mismatch.reason == NUMBER or len(set(sizes)) == len(sizes):
         return []
     forward = next(f for f in stage.forwards if f.training == found.training)
     number = {size: i for i, size in enumerate(dict.fromkeys(sizes))}
