@@ -383,7 +383,8 @@ def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positio
     So it is where a size comes from another tensor of the same width: ``y.view(b, c, h, w)`` with the ``c`` of ``x``.
     """
     groups, mismatch = stage.graph.groups, found.mismatch
-    sizes = [g.size for g in groups if not number_named(g.slices[0].tensor)]
+    movable = [g for g in groups if g.slices[0].tensor in stage.watch.parameters]
+    sizes = [g.size for g in movable]
     if found.rehearsed.single or mismatch.reason == NUMBER or len(set(sizes)) == len(sizes):
         return []
     forward = next(f for f in stage.forwards if f.training == found.training)
@@ -396,7 +397,6 @@ def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positio
         left = stage.rehearse(Rehearsed(units), forward)
         return left is None or (left.key, left.place) != (mismatch.key, mismatch.place)
 
-    movable = [g for g in groups if g.size in number]
     if not gone(movable):
         return []
     for group in _fewest(movable, lambda some: not gone(some)):
