@@ -189,7 +189,9 @@ def find_grain(family: Family, graph: Graph, setting: Setting) -> int:
     Of those that are within ``LEVEL`` of the best, the smallest: it leaves more to choose from.
     """
     model = CostModel(graph)
-    grains = INT8_GRAINS if setting.precision == "int8" else GRAINS
+    sizes = sorted(g.size for g in graph.groups) or [0]
+    wide = sizes[len(sizes) // 2] >= 2 * INT8_GRAINS[-1]  # others could hardly be cut in steps of so many
+    grains = INT8_GRAINS if setting.precision == "int8" and wide else GRAINS
     ratios: dict[int, list[float]] = {grain: [] for grain in grains}
     for share in (0.4, 0.6):
         random = np.random.default_rng(0)
