@@ -27,7 +27,7 @@ RUNS: dict[str, tuple[Method, list[str]]] = {
     "mgp": (es.MGP(), [SOLVE, SENSITIVITY, PROX]),
     "dprp": (
         es.DPRP(once=True),
-        [f"espalier.methods.dprp.{name}" for name in ("solve", "change_bases", "cut_ranks", "_OffIdentity.forward")],
+        [SOLVE, *(f"espalier.methods.dprp.{name}" for name in ("change_bases", "cut_ranks", "_OffIdentity.forward"))],
     ),
     "tt-lc": (
         es.TTLC(search=0, iterations=3),

@@ -209,6 +209,8 @@ class DPRPRun(Closing):
         else:
             self._next = progress + self.method.every
             self.settled = self._next >= self.method.end_at
+            if self.method.once:
+                self._find_final()
             self._aim(self._next)
             renewed = self.split(self._falling, optimizer=optimizer)
         check_run(self)
@@ -268,7 +270,6 @@ class DPRPRun(Closing):
     def _aim(self, arrival: float) -> None:
         """Set the ranks to arrive at when ``arrival`` of the run is done; for good, once settled."""
         if self.method.once:
-            self._find_final()
             left = 0.0 if self.settled else self.left_at(arrival)
             options = self.alternatives.on_the_way(self.final, left, self.limits, self.dense)
             for name, rank in self.ranks.items():
@@ -342,6 +343,8 @@ class DPRPRun(Closing):
             self._drop(None)
             self._turn(None)
             self.settled = True
+            if self.method.once:
+                self._find_final()
             self._aim(1.0)
             self.split(self._falling, optimizer=None)
             self._drop(None)

@@ -22,6 +22,7 @@ That all of it, blocks and kernel shapes too, is spent from one exact budget ins
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -47,6 +48,7 @@ from espalier.methods.stripes import StripeMasks
 from espalier.methods.units import Gate, Units
 from espalier.plan import Budget, Plan
 from espalier.settings import OneOf, Share, described
+from espalier.solver import BudgetError
 from espalier.surgery import replace as put_layer
 
 
@@ -204,7 +206,13 @@ class JointRun(MGPRun):
         taps = {n: values[rows] for n, rows in units.taps.items()}
         triplets = {n: values[rows] for n, rows in units.triplets.items()}
         scores = {**units.split(values), **self.kernels.worth(taps, triplets)}
-        plan = self._without_dear_ranks(self.coarse_to_fine(scores, limits, progress, self.graph))
+        for some in self.coarse_to_fine(scores, progress, self.graph):
+            with suppress(BudgetError):
+                plan = self.decide(some, limits)
+                break
+        else:
+            plan = self.decide(scores, limits, measured=bool(scores))
+        plan = self._without_dear_ranks(plan)
         self.kernels.take(taps, plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
         self.record("rank aimed at", {n: float(r) for n, r in self.kernels.aims.items()}, progress=progress)

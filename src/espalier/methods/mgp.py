@@ -23,7 +23,7 @@ that adapts to the structure of the moment.  What follows is our reading, in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -117,7 +117,12 @@ class MGPRun(PositionFading):
         stripes = {n: values[rows].reshape(self.stripes.gone[n].shape) for n, rows in self.units.stripes.items()}
         scores = {**self.units.split(values), **self.kernels.scores(taps), **self.stripes.scores(stripes)}
         graph = self.stripes.graph(self.graph)
-        plan = self.coarse_to_fine(scores, limits, progress, graph, measured=not self.stripes.layers)
+        for some in self.coarse_to_fine(scores, progress, graph):
+            with suppress(BudgetError):
+                plan = self.decide(some, limits, graph=graph, measured=not self.stripes.layers)
+                break
+        else:
+            plan = self.decide(scores, limits, graph=graph, measured=bool(scores) and not self.stripes.layers)
         self.kernels.choose(taps, plan.keep)
         plan = Plan({n: u for n, u in plan.keep.items() if graph.group(n).kind != STRIPES}, plan.sizes)
         if self.stripes.layers:  # so far averaged over the filters that go
@@ -126,22 +131,13 @@ class MGPRun(PositionFading):
         return plan
 
     def coarse_to_fine(
-        self,
-        scores: Mapping[str, np.ndarray],
-        limits: Mapping[str, float],
-        progress: float,
-        graph: Graph,
-        *,
-        measured: bool = True,
-    ) -> Plan:
-        """The plan by the granularities that take part by now; finer ones come early where the budget needs them."""
+        self, scores: Mapping[str, np.ndarray], progress: float, graph: Graph
+    ) -> Iterator[Mapping[str, np.ndarray]]:
+        """Scores of the granularities that take part by now, then of finer ones too, for budgets that need them; never all."""
         of = {n: granularity(graph.group(n)) for n in scores}
         kinds = [k for k in GRANULARITIES if k in of.values()]
         for number in range(self._open(len(kinds), progress), len(kinds)):
-            some = {n: s for n, s in scores.items() if of[n] in kinds[:number]}
-            with suppress(BudgetError):
-                return self.decide(some, limits, graph=graph, measured=measured)
-        return self.decide(scores, limits, graph=graph, measured=measured and bool(scores))
+            yield {n: s for n, s in scores.items() if of[n] in kinds[:number]}
 
     def _open(self, kinds: int, progress: float) -> int:
         """How many of ``kinds`` granularities take part at ``progress``; one at least."""

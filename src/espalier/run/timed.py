@@ -57,7 +57,8 @@ def time_sentence(kept: Mapping[str, Any]) -> str:
     verdict = f"{over:.1%} above the budget" if over > 0 else f"{-over:.1%} below the budget"
     if over < -STAIR and kept.get("above"):
         verdict += f", the next step of the staircase takes {kept['above']:.3g} ms"
-    bits = "" if setting["precision"] == "f32" else f", {setting['precision']}"
+    precision = setting.get("precision", "f32")  # files from before there was another have none
+    bits = "" if precision == "f32" else f", {precision}"
     threads = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
     return (
         f"Time: asked {wanted}, measured {share:.1%} ({kept['small']:.3g} of {kept['dense']:.3g} ms, "
