@@ -749,7 +749,7 @@ def first_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else next(iter(output.values() if isinstance(output, dict) else output))
 
 
-IN_CI = ("cifar:resnet20", "mobilenet_v3_small", "shufflenet_v2_x1_0", "timm:test_vit")
+IN_CI = ("cifar:resnet20", "timm:test_vit")
 NETWORKS = [pytest.param(n, marks=() if n in IN_CI else (pytest.mark.zoo,)) for n in (*ZOO, "timm:test_vit")]
 
 

@@ -88,7 +88,7 @@ def cases(draw):
     return random_case(lambda options: draw(st.sampled_from(options)))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(networks(), cases())
 def test_random_networks_fulfil_every_obligation(recipe, case):
     prove_case(recipe, case)

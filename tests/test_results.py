@@ -386,8 +386,7 @@ def test_ratios_of_time_are_shown_only_where_there_was_a_core_for_everything():
     assert "1.75x" in tables.recipe_table(recipe, [rows[0], {**rows[1], "timed": calm}])
 
 
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize(("name", "multiple"), [(n, 4) for n in PEERS] + [("torch-pruning", 1), ("tensorly-tucker", 1)])
 def test_a_peer_reaches_the_target(name, multiple):
     if package := lacking(name):
         pytest.skip(f"without {package}")
@@ -421,8 +420,9 @@ def test_throughput_of_a_gpu_is_not_measured_without_one():
 
 
 def test_the_step_that_is_timed_trains():
-    step = gpu_throughput.eager_step("resnet20", 32, device="cpu")
-    losses = [float(step()) for _ in range(60)]
+    """In bfloat16, which many processors only emulate, ten times slower: few images."""
+    step = gpu_throughput.eager_step("resnet8", 4, device="cpu")
+    losses = [float(step()) for _ in range(20)]
     assert losses[-1] < losses[0]
 
 
@@ -433,6 +433,6 @@ def test_steps_of_a_method_are_timed_with_and_without_graphs(name, graphs, monke
     monkeypatch.setattr(gpu_throughput, "recorder_for", lambda device, wanted: recorder if wanted else None)
     monkeypatch.setattr(gpu_throughput, "WARM_UP", 4)
     method = gpu_throughput.METHODS[name]
-    found = gpu_throughput.method_steps("resnet20", method, batch=8, device="cpu", graphs=graphs, steps=2)
+    found = gpu_throughput.method_steps("resnet8", method, batch=2, device="cpu", graphs=graphs, steps=2)
     assert len(found) == len(gpu_throughput.PLACES) and min(found) > 0
     assert (recorder.recorded > 1) == graphs  # anew when layers are split or cut

@@ -21,11 +21,9 @@ IN_CI = (
     "cifar:vgg16_bn",
     "resnext50_32x4d",
     "mobilenet_v3_small",
-    "densenet121",
     "shufflenet_v2_x1_0",
     "squeezenet1_1",
     "googlenet",
-    "timm:res2net50_26w_4s",
     "timm:resnest14d",
     "timm:test_nfnet",
     "timm:vit_tiny_patch16_224",
@@ -77,7 +75,7 @@ def test_fvcore_counts_what_was_planned(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", some("cifar:resnet20a", "mobilenet_v3_small"))
+@pytest.mark.parametrize("name", some("cifar:resnet20a"))
 def test_a_pruned_network_computes_the_same_in_onnx_runtime(name: str, tmp_path) -> None:
     pytest.importorskip("onnxruntime")
     from espalier.run.onnx import export_onnx
