@@ -285,6 +285,18 @@ def demo() -> str:
     return f"The demo took {content['seconds']:.0f} s; the goal is {content['limit']} s. {_by('demo', content)}"
 
 
+def processes() -> str:
+    """What a second process gains: ``benchmarks.processes``."""
+    content = read_results("processes")
+    found = content["summary"]
+    return (
+        f"Two processes train a {content['network']} at batches of {content['batch']} in all, two cores, one thread each, "
+        f"{found['speed-up']:.2f} times as fast as one does (one process with two threads: {found['speed-up of two threads']:.2f}); the goal "
+        f"is 1.7. Of a step {found['agreement']:.1%} goes into agreement, waiting for the slower one included; the goal is 5 %. "
+        f"{_by('processes', content)}"
+    )
+
+
 def block_importance() -> str:
     """What residual blocks are worth beside channels, and cuts by both: ``benchmarks.block_importance``."""
     content = read_results("block_importance")
@@ -326,6 +338,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "budgets": budgets,
     "decompositions": decompositions,
     "demo": demo,
+    "processes": processes,
     "dprp-overhead": dprp_overhead,
     "fading-overhead": fading_overhead,
     "families": families,
