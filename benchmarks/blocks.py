@@ -291,9 +291,10 @@ def processes() -> str:
     found, network, batch = content["summary"], content["network"], content["batch"]
     threads, agreement = found["speed-up of two threads"], found["agreement"]
     return (
-        f"Two processes train a {network} at batches of {batch} in all, two cores, one thread each, {found['speed-up']:.2f} times "
-        f"as fast as one does (one process with two threads: {threads:.2f}); the goal is 1.7. Of a step {agreement:.1%} goes into "
-        f"agreement, waiting for the slower one included; the goal is 5 %. {_by('processes', content)}"
+        f"Two processes train a {network} at batches of {batch} in all, two cores, one thread each, "
+        f"{found['speed-up']:.2f} times as fast as one does (one process with two threads: {threads:.2f}); the goal is 1.7. "
+        f"Of a step {agreement:.1%} goes into agreement, waiting for the slower one included; the goal is 5 %. "
+        f"{_by('processes', content)}"
     )
 
 
