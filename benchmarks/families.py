@@ -129,10 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for name in chosen.networks:
         rows.append(row_of(name))
-        print(
-            {k: rows[-1].get(k) for k in ("network", "proven", "asked", "error", "why", "seconds")},
-            flush=True,
-        )
+        print({k: rows[-1].get(k) for k in ("network", "proven", "asked", "error", "why", "seconds")}, flush=True)
     content = {"environment": environment(), "summary": summarise(rows), "rows": rows}
     print(content["summary"])
     print(f"written to {write_results(chosen.name, rounded(content)).name}")

@@ -67,14 +67,7 @@ def main() -> None:
 
 
 def cut(
-    model: nn.Module,
-    batches: list[Batch],
-    score: str,
-    *,
-    macs: float,
-    per_cost: bool,
-    returns: float,
-    steps: int,
+    model: nn.Module, batches: list[Batch], score: str, *, macs: float, per_cost: bool, returns: float, steps: int
 ) -> nn.Module:
     """A copy of ``model`` cut to ``macs`` in equal ratios, its BatchNorm statistics estimated anew after every step."""
     small = copy.deepcopy(model)

@@ -347,12 +347,7 @@ def starting_network(job: Job, data: Data, options: argparse.Namespace) -> nn.Mo
         if finished.exists():
             return load(finished, base=network)
         values = {k: v for k, v in job.content["start"].items() if k != "for"}
-        common = {
-            "seed": job.seed,
-            "threads": options.threads,
-            "device": options.device,
-            "graphs": options.graphs,
-        }
+        common = {"seed": job.seed, "threads": options.threads, "device": options.device, "graphs": options.graphs}
         _train(network, data, Recipe.from_dict({**values, **common}), folder=finished.parent, label="start")
         save(network.cpu(), finished)
     return network.cpu()

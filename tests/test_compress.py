@@ -102,9 +102,7 @@ def test_training_meets_the_budget_and_learns(digits, trained, method):
 
 
 @pytest.mark.parametrize(
-    "method",
-    [Magnitude(), SVDOneShot(), TCP(), MGP(), DPRP(), TTLC(search=0, iterations=3)],
-    ids=lambda m: m.name,
+    "method", [Magnitude(), SVDOneShot(), TCP(), MGP(), DPRP(), TTLC(search=0, iterations=3)], ids=lambda m: m.name
 )
 def test_what_is_delivered_is_proven(digits, tmp_path, unmeasured, method):
     result = compress(net(), digits, budget=Budget(macs=0.6), method=method, recipe=recipe(), out=tmp_path)

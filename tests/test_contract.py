@@ -76,11 +76,7 @@ ROWS = {
         ),
     ),
     "mgp-stripes": Row(es.MGP(stripes=True)),
-    "joint": Row(
-        es.Joint(blocks=False),
-        removal="_cut",
-        bad=({"form": "round"}, {"fade": 0.3}, {"stagger": -1.0}),
-    ),
+    "joint": Row(es.Joint(blocks=False), removal="_cut", bad=({"form": "round"}, {"fade": 0.3}, {"stagger": -1.0})),
     "dprp": Row(
         es.DPRP(orthogonality=0.1),
         removal="_drop",

@@ -277,11 +277,7 @@ def write_cifar100(folder, monkeypatch, *, content=None):
     (folder / "cifar-100-python").mkdir()
     for name, n in {"train": 6, "test": 2}.items():
         images = np.arange(n * 3072, dtype=np.uint32).astype(np.uint8).reshape(n, 3072)
-        batch = content or {
-            "data": images,
-            "fine_labels": [i * 7 for i in range(n)],
-            "filenames": ["x.png"] * n,
-        }
+        batch = content or {"data": images, "fine_labels": [i * 7 for i in range(n)], "filenames": ["x.png"] * n}
         written = pickle.dumps(batch, protocol=4)
         (folder / "cifar-100-python" / name).write_bytes(written)
         files[name] = hashlib.md5(written).hexdigest()

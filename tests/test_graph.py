@@ -159,10 +159,7 @@ def shared() -> nn.Module:
 
 def functional() -> nn.Module:
     layers = {"kernel": parameter(16, 3, 3, 3), "hidden": parameter(12, 16), "out": parameter(5, 12)}
-    return Net(
-        lambda m, x: F.linear(F.linear(F.conv2d(x, m.kernel).mean((2, 3)), m.hidden).relu(), m.out),
-        **layers,
-    )
+    return Net(lambda m, x: F.linear(F.linear(F.conv2d(x, m.kernel).mean((2, 3)), m.hidden).relu(), m.out), **layers)
 
 
 def tied() -> nn.Module:
@@ -258,11 +255,7 @@ PRUNABLE: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, int]]] = {
     "two groups": (lambda: around(conv(16, 16, groups=2)), IMAGE, {"first": 8, "middle": 8}),
     "eight groups": (lambda: around(conv(16, 16, groups=8)), IMAGE, {"first": 8}),
     "transposed": (lambda: around(nn.ConvTranspose2d(16, 12, 2, 2), 12), IMAGE, {"first": 16, "middle": 12}),
-    "grouped transposed": (
-        lambda: around(nn.ConvTranspose2d(16, 16, 2, 2, groups=8)),
-        IMAGE,
-        {"first": 8},
-    ),
+    "grouped transposed": (lambda: around(nn.ConvTranspose2d(16, 16, 2, 2, groups=8)), IMAGE, {"first": 8}),
     "1-d": (line, torch.zeros(1, 2, 12), {"0": 16}),
     "3-d": (volume, torch.zeros(1, 2, 5, 5, 5), {"0": 16}),
     "squeeze-excite, linear": (lambda: around(Gate(16, 6, True)), IMAGE, {"first": 16, "middle.down": 6}),

@@ -17,11 +17,7 @@ import espalier as es
 from espalier.carving import carve
 from espalier.graph import trace
 from espalier.plan import Budget
-from espalier.run.checkpoint import (
-    read_checkpoint,
-    rebuild_from_checkpoint,
-    write_checkpoint,
-)
+from espalier.run.checkpoint import read_checkpoint, rebuild_from_checkpoint, write_checkpoint
 from espalier.run.data import Data, Loaders, load_data
 from espalier.run.ema import AveragedWeights
 from espalier.run.evaluate import evaluate, recalibrate_batchnorm
@@ -281,12 +277,7 @@ def test_a_module_of_averages_follows_removals_in_a_loop_of_ones_own():
 SETTINGS = {
     "sgd": {},
     "adamw, average, clipping": {"optimizer": "adamw", "lr": 0.01, "ema": 0.9, "clip_norm": 1.0},
-    "bf16, channels last": {
-        "precision": "bf16",
-        "channels_last": True,
-        "label_smoothing": 0.1,
-        "clip_norm": 1.0,
-    },
+    "bf16, channels last": {"precision": "bf16", "channels_last": True, "label_smoothing": 0.1, "clip_norm": 1.0},
     "fp16": {"precision": "fp16", "warmup_epochs": 1.5},
 }
 
@@ -308,15 +299,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(digits, tmp_path,
     first = net()
     run = Halving(at=0.4).start(first, example, BUDGET)
     with pytest.raises(Killed):
-        train(
-            first,
-            digits,
-            plan,
-            run=run,
-            teacher=teacher,
-            checkpoint=path,
-            on_epoch=killed_after(killed),
-        )
+        train(first, digits, plan, run=run, teacher=teacher, checkpoint=path, on_epoch=killed_after(killed))
     second = rebuild_from_checkpoint(net(), path)
     run = Halving(at=0.4).start(second, example, BUDGET)
     torch.manual_seed(99)

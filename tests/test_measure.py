@@ -59,8 +59,7 @@ def test_timing_changes_neither_the_models_nor_the_threads():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"backend": "abacus"}, {"repeats": 0}, {"threads": 0}, {"batch_sizes": ()}, {"batch_sizes": (0,)}],
+    "wrong", [{"backend": "abacus"}, {"repeats": 0}, {"threads": 0}, {"batch_sizes": ()}, {"batch_sizes": (0,)}]
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -50,10 +50,7 @@ IN_PYTHON = {
     "half": (lambda: es.Budget(macs="half"), r"Budget\(macs='half'\): give a fraction \(0\.4 or 40%\) or a count"),
     "a class for a method": (lambda: one_shot(method=es.DPRP), r"method=DPRP: .* es\.DPRP\(\)"),
     "a name for a method": (lambda: one_shot(method="magnitude"), r"method='magnitude': .* es\.Magnitude\(\)"),
-    "a folder": (
-        lambda: es.compress(net(), "pictures", budget=HALF),
-        r"give load_data\('imagefolder:pictures'\)",
-    ),
+    "a folder": (lambda: es.compress(net(), "pictures", budget=HALF), r"give load_data\('imagefolder:pictures'\)"),
     "a path": (lambda: es.compress(net(), Path("pictures"), budget=HALF), r"load_data\('imagefolder:pictures'\)"),
     "a folder by name": (lambda: es.load_data("pictures"), r"is a folder: give imagefolder:pictures"),
     "cost of a model": (lambda: es.cost(net(), X), r"es\.cost\(es\.trace\(model, x\)\)"),

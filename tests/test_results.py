@@ -234,11 +234,7 @@ def test_next_runs_only_what_fits(bench, capsys, monkeypatch):
 def test_minutes_are_those_of_runs_alone_with_such_batches_or_probed(bench, monkeypatch):
     content = read_recipe(bench / "tiny.toml")
     job = Job("tiny", "dense", 0, content)
-    row = {
-        "setting": job.setting,
-        "epoch_seconds": [60.0],
-        "hardware": dict.fromkeys(("cpu", "gpu"), "this"),
-    }
+    row = {"setting": job.setting, "epoch_seconds": [60.0], "hardware": dict.fromkeys(("cpu", "gpu"), "this")}
     others = [
         {**row, "epoch_seconds": [6000.0], "hardware": {**row["hardware"], "gpu_shared": True}},
         {**row, "epoch_seconds": [3.0], "setting": {**row["setting"], "recipe": {**job.recipe, "batch_size": 7}}},

@@ -102,7 +102,5 @@ def test_closed_forms_of_resampling_agree_with_the_kernels(shape):
 def test_a_batch_norm_of_another_width_is_refused():
     with pytest.raises(RuntimeError, match="batch norm of 3 channels has 4 parameters"):
         shapes.output(
-            aten.native_batch_norm.default,
-            (meta(1, 3, 2, 2), meta(4), meta(4), meta(4), meta(4), False, 0.1, 1e-5),
-            {},
+            aten.native_batch_norm.default, (meta(1, 3, 2, 2), meta(4), meta(4), meta(4), meta(4), False, 0.1, 1e-5), {}
         )

@@ -13,14 +13,7 @@ from torch import nn
 
 from espalier.forms import cost_of, find_places, sequence, sequential
 from espalier.forms.candidates import compose, factorise
-from espalier.forms.tensors import (
-    input_unfolding,
-    output_unfolding,
-    spectrum,
-    split_core,
-    tt_svd,
-    tucker2,
-)
+from espalier.forms.tensors import input_unfolding, output_unfolding, spectrum, split_core, tt_svd, tucker2
 
 
 @pytest.fixture(autouse=True)

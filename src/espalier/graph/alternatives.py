@@ -73,13 +73,7 @@ class _Build:
             self._form(layer, site, group, kind, form, [c if h else None for c, h in zip(sequences, here, strict=True)])
 
     def _form(
-        self,
-        layer: str,
-        site: Site,
-        group: int,
-        kind: ConvSequence,
-        form: str,
-        options: list[ConvSequence | None],
+        self, layer: str, site: Site, group: int, kind: ConvSequence, form: str, options: list[ConvSequence | None]
     ) -> None:
         """Terms of all options of one kind: the same stages, with widths that differ."""
         macs = kind.macs

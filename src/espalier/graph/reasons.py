@@ -61,11 +61,7 @@ FIXED = Reason("is fixed")
 def shorten_path(line: str) -> str:
     """``file:line`` from the installed package on, or from the current folder on, or the last two parts."""
     path = line.replace("\\", "/")
-    for marker in (
-        "/site-packages/",
-        "/dist-packages/",
-        f"/python{sys.version_info[0]}.{sys.version_info[1]}/",
-    ):
+    for marker in ("/site-packages/", "/dist-packages/", f"/python{sys.version_info[0]}.{sys.version_info[1]}/"):
         if marker in path:
             return path.rpartition(marker)[2]
     here = f"{Path.cwd().as_posix().rstrip('/')}/"

@@ -137,11 +137,7 @@ def tables(summary: Summary) -> list[Table]:
     frozen = [(r.reason, f"{r.channels:,}", r.line, _few(r.layers)) for r in summary.frozen]
     made: list[Table] = [
         ("Groups", ("group", ">units", ">channels", ">of MACs", "made by", "used by"), groups),
-        (
-            "Layers",
-            ("layer", "kind", ">MACs", ">share", ">parameters", ">in/group", ">out", ">removable"),
-            layers,
-        ),
+        ("Layers", ("layer", "kind", ">MACs", ">share", ">parameters", ">in/group", ">out", ">removable"), layers),
         ("Frozen", ("why", ">channels", "where", "layers"), frozen),
         ("Operations without a rule", ("operation",), [(text,) for text in summary.unknown]),
         ("Notes", ("note",), [(text,) for text in summary.notes]),
@@ -179,11 +175,7 @@ def _group_rows(graph: Graph, macs: Sequence[int]) -> tuple[GroupRow, ...]:
             touched[number] += amount
     return tuple(
         GroupRow(
-            group.name,
-            group.size,
-            group.width,
-            *_makers_and_users(group, multiply),
-            macs_share=touched[number] / total,
+            group.name, group.size, group.width, *_makers_and_users(group, multiply), macs_share=touched[number] / total
         )
         for number, group in enumerate(graph.groups)
     )

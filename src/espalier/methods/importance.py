@@ -358,10 +358,7 @@ def _all_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def measure(
-    model: nn.Module,
-    graph: Graph,
-    kind: str,
-    batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+    model: nn.Module, graph: Graph, kind: str, batches: Iterable[tuple[Tensor, Tensor]] | None = None
 ) -> dict[str, np.ndarray]:
     """Score every unit of ``graph`` once; ``kind`` is a name in ``SCORES``.
 

@@ -48,10 +48,7 @@ class Ledger:
                 Path(storage).parent.mkdir(parents=True, exist_ok=True)
                 backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
             self.study = optuna.create_study(
-                study_name=name,
-                storage=backend,
-                direction="maximize" if maximize else "minimize",
-                load_if_exists=True,
+                study_name=name, storage=backend, direction="maximize" if maximize else "minimize", load_if_exists=True
             )
         except Exception as error:  # every database has errors of its own
             raise ValueError(f"storage {storage}: cannot be opened ({str(error).strip().splitlines()[0]})") from error

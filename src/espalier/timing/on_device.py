@@ -239,10 +239,7 @@ def _input(shape: list[Any], kind: Any, batch: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(size).astype(kind)
 
 
-RUNTIMES: dict[str, Callable[[bytes, int, int, str], Opened]] = {
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-}
+RUNTIMES: dict[str, Callable[[bytes, int, int, str], Opened]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 def main(folder: Path) -> None:

@@ -11,16 +11,7 @@ from espalier.carving import number_name
 from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
 from espalier.graph.rules.table import RULES, align, aten, derived_from, pending_of, rule, settle
-from espalier.graph.watch import (
-    COMPUTED,
-    PLAIN,
-    Layer,
-    RawSite,
-    Watch,
-    compact,
-    state,
-    varying,
-)
+from espalier.graph.watch import COMPUTED, PLAIN, Layer, RawSite, Watch, compact, state, varying
 
 # -- element-wise ------------------------------------------------------------------------------------------------------
 

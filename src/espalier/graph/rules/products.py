@@ -12,15 +12,7 @@ from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
 from espalier.graph.rules.elementwise import combine
 from espalier.graph.rules.table import align, derived_from, pending_of, rule, settle
-from espalier.graph.watch import (
-    COMPUTED,
-    Layer,
-    RawSite,
-    State,
-    Watch,
-    state,
-    varying,
-)
+from espalier.graph.watch import COMPUTED, Layer, RawSite, State, Watch, state, varying
 
 # -- convolutions and matrix products ----------------------------------------------------------------------------------
 

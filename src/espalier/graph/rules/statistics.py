@@ -10,13 +10,7 @@ from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
 from espalier.graph.rules.elementwise import combine, pointwise
 from espalier.graph.rules.table import aten, derived_from, dims_of, rule, settle
-from espalier.graph.watch import (
-    COMPUTED,
-    Watch,
-    narrowed,
-    state,
-    varying,
-)
+from espalier.graph.watch import COMPUTED, Watch, narrowed, state, varying
 
 # -- statistics over dimensions ----------------------------------------------------------------------------------------
 

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
-from espalier.graph.watch import (
-    Layer,
-    Watch,
-    state,
-)
+from espalier.graph.watch import Layer, Watch, state
 
 aten = torch.ops.aten
 Rule = Callable[[Watch, Call], None]

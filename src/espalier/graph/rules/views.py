@@ -14,15 +14,7 @@ from espalier.carving import number_name
 from espalier.graph.call import Call
 from espalier.graph.rules.elementwise import combine, new_widths
 from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
-from espalier.graph.watch import (
-    Layer,
-    State,
-    Watch,
-    compact,
-    narrowed,
-    state,
-    varying,
-)
+from espalier.graph.watch import Layer, State, Watch, compact, narrowed, state, varying
 from espalier.layers import ChannelPad
 
 # -- views: executed on the labels -------------------------------------------------------------------------------------
