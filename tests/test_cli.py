@@ -472,7 +472,7 @@ def test_a_setting_that_is_none_is_refused(tiny, tmp_path, text):
 
 @pytest.mark.parametrize(("text", "value"), [("False", False), ("TRUE", True), ("true", True), ("falsey", "falsey")])
 def test_true_and_false_are_switches_however_they_are_written(text, value):
-    assert hyper_parameters([f"stripes={text}"]) == {"stripes": value}
+    assert hyper_parameters([f"streams={text}"]) == {"streams": value}
 
 
 def test_a_setting_cannot_choose_another_method(tiny, tmp_path):

@@ -251,39 +251,6 @@ def test_what_cannot_be_exported_is_said_and_the_run_is_kept(tmp_path, monkeypat
     assert "no translation for this operation" in (tmp_path / "summary.md").read_text()
 
 
-def test_counted_stripes_are_told_apart_from_what_is_executed(digits, trained, tmp_path, unmeasured):
-    budget = Budget(macs=0.4, params=0.5)
-    job = {"method": MGP(stripes=True), "recipe": recipe(epochs=8, ema=0.9)}  # averaged weights hold exact zeros too
-    result = compress(trained, digits, budget=budget, **job, out=tmp_path)
-    living = {n: int((p != 0).any(1).sum()) for n, p in result.model.named_parameters() if p.ndim == 4}
-    width = result.model.conv2.in_channels
-    assert result.model.conv1.weight.shape[0] == width
-    plain = sum(p.numel() for p in result.model.parameters() if p.ndim < 4)
-    macs = 64 * living["conv1.weight"] + 16 * width * living["conv2.weight"] + result.model.head.weight.numel()
-    params = living["conv1.weight"] + width * living["conv2.weight"] + plain
-    assert (result.counted.macs, result.counted.params) == (macs, params)
-    assert result.cost == cost(trace(result.model, EXAMPLE))
-    assert result.counted.macs <= result.limits["macs"] and result.counted.params <= result.limits["params"]
-    assert result.cost.macs > result.counted.macs and result.cost.params > result.counted.params
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["small"]["macs"], metrics["small"]["params"]) == (result.cost.macs, result.cost.params)
-    assert (metrics["counted"]["macs"], metrics["counted"]["params"]) == (macs, params)
-    assert metrics["counted"]["note"].startswith("counted, not executed")
-    lines = (tmp_path / "summary.md").read_text().splitlines()
-    row = next(line for line in lines if line.startswith("| MACs, counted, not executed |"))
-    assert f"{macs:,} (limit {result.limits['macs']:,})" in row
-    executed = next(line for line in lines if line.startswith("| MACs |"))
-    assert f"{result.cost.macs:,}" in executed and "limit" not in executed
-    assert "counted, not executed" in next(line for line in lines if line.startswith("Budget:"))
-
-
-def test_a_run_without_counted_stripes_says_nothing_of_them(tmp_path, unmeasured):
-    result = compress(net(), EXAMPLE, budget=BUDGET, method=Magnitude(), out=tmp_path)
-    assert result.counted is None
-    assert json.loads((tmp_path / "metrics.json").read_text())["counted"] is None
-    assert "counted" not in (tmp_path / "summary.md").read_text()
-
-
 def test_an_older_run_is_refused_and_with_force_moved_aside(tmp_path, unmeasured):
     (tmp_path / "notes.txt").write_text("mine")
     one_shot = {"budget": BUDGET, "method": Magnitude()}
@@ -318,7 +285,7 @@ SEARCHING = TTLC(search=2, iterations=7, share=0.6, arrive=2, held_out=20)
         (DPRP(), 1, {"optimizer": "adamw", "lr": 0.002}),
         (Halving(0.4), 1, {}),
         (Magnitude(), 3, {}),
-        (MGP(stripes=True), 2, {}),
+        (MGP(), 2, {}),
         (SEARCHING, 1, {}),  # inside an L step before the search
         (SEARCHING, 2, {}),  # after it
         (SEARCHING, 3, {}),  # and after the replacement
@@ -334,9 +301,7 @@ def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, unmeasured, 
     torch.manual_seed(1234)
     result = compress(trained, digits, **job, out=tmp_path / "part", resume=True)
     assert_same(whole.model, result.model)
-    assert (result.cost, result.counted, result.dense, result.limits) == (
-        whole.cost, whole.counted, whole.dense, whole.limits,
-    )  # fmt: skip
+    assert (result.cost, result.dense, result.limits) == (whole.cost, whole.dense, whole.limits)
     same = [dataclasses.replace(e, seconds=0.0) for e in result.history.epochs]
     assert same == [dataclasses.replace(e, seconds=0.0) for e in whole.history.epochs]
     assert len((tmp_path / "part" / "log.csv").read_text().splitlines()) == 5

@@ -19,12 +19,11 @@ from espalier.graph.graph import FORM, INPUTS
 from espalier.graph.inputs import inputs_name
 from espalier.layers import PartConv2d
 from espalier.methods.mgp import FILTERS, MGP, SHAPES, MGPRun, granularities, granularity
-from espalier.methods.stripes import StripeMasks, living
 from espalier.methods.units import Units
 from espalier.plan import Budget, Plan
 from espalier.run.models import build_model
 from espalier.run.onnx import export_onnx, exported
-from espalier.solver import BudgetError, solve, unused_blocks
+from espalier.solver import solve, unused_blocks
 from espalier.surgery import load, mask, rebuild, save, shrink, structure, verify
 from tests import steps
 from tests.proving import randomise
@@ -401,154 +400,6 @@ def test_a_protected_layer_keeps_its_inputs_and_its_kernel() -> None:
     assert "layer1.2.conv1:form" not in names
 
 
-# -- free stripes, counted and not executed ----------------------------------------------------------------------------
-
-
-def counted_by_hand(model: nn.Module) -> tuple[int, int]:
-    """MACs and parameters of stripes that are not zero, from nothing but the weights and a forward."""
-    pixels: dict[nn.Module, int] = {}
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [
-        m.register_forward_hook(lambda m, _, out: pixels.update({m: out.shape[2:].numel() if out.ndim == 4 else 1}))
-        for m in layers
-    ]
-    logits(model, EXAMPLE)
-    for hook in hooks:
-        hook.remove()
-    macs = params = 0
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            weights = parameter.numel()
-            if parameter.ndim == 4:
-                weights = int((parameter != 0).any(1).sum()) * parameter.shape[1]
-            params += weights
-            macs += weights * pixels[module] if name == "weight" and module in pixels else 0
-    return macs, params
-
-
-def test_stripes_are_counted_exactly_whatever_the_filters_do() -> None:
-    model = network()
-    base, _ = joint(model, EXAMPLE, MGP(stripes=True))
-    masks = StripeMasks(
-        model, [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
-    )
-    assert cost(masks.graph(base)) == masks.count(base) == cost(trace(model, EXAMPLE))
-    draw = np.random.default_rng(0)
-    for share in (0.3, 0.5, 0.8):
-        worth = {n: draw.random(tuple(gone.shape)) for n, gone in masks.gone.items()}
-        keep = {g.name: np.sort(draw.permutation(g.size)[: max(1, int(share * g.size))]) for g in base.groups}
-        executed = cost(base, Plan(keep))
-        limits = {"macs": executed.macs // 2, "params": 2 * executed.params // 3}
-        stay = masks.choose(base, worth, keep, limits, Budget(macs=0.5))
-        small = copy.deepcopy(model)
-        with torch.no_grad():
-            for layer, mask in stay.items():
-                assert mask.any(1).all()
-                weight = small.get_submodule(layer).weight
-                weight.mul_(torch.from_numpy(mask).view(len(mask), 1, *weight.shape[2:]))
-        small = shrink(small, base, Plan(keep))
-        own = StripeMasks(small, masks.layers)
-        own.read()
-        macs, params = counted_by_hand(small)
-        found = own.count(base.after(keep))
-        assert (found.macs, found.params) == (macs, params)
-        assert macs <= limits["macs"] and params <= limits["params"]
-        dearest = max(m.in_channels for m in small.modules() if isinstance(m, nn.Conv2d)) * 64
-        assert macs > limits["macs"] - dearest or params > limits["params"] - 64
-
-
-@pytest.mark.parametrize(
-    ("kind", "method", "budget", "steps"),
-    [
-        ("adamw", MGP(stripes=True), Budget(macs=0.3), STEPS),
-        ("sgd", MGP(stripes=True, inputs=False), Budget(macs=0.3, params=0.3), STEPS),
-        ("adamw", MGP(stripes=True, filters=False, inputs=False), Budget(macs=0.25), STEPS),
-        ("sgd", MGP(stripes=True, streams=True), Budget(macs=0.1), 2 * STEPS),
-    ],
-    ids=["all", "filters", "stripes", "streams"],
-)
-def test_free_stripes_arrive_at_the_counted_budget_and_stay_zero(
-    kind: str, method: MGP, budget: Budget, steps: int
-) -> None:
-    model = network()
-    run = method.start(model, EXAMPLE, budget)
-    if kind == "sgd":
-        settings = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), **settings)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.002, weight_decay=0.1)
-    moments = "momentum_buffer" if kind == "sgd" else "exp_avg"
-    held = 0
-    for step in range(steps):
-        train_step(run, optimizer, step)
-        run.step(progress=(step + 1) / steps, optimizer=optimizer)
-        for layer, gone in run.stripes.gone.items():
-            weight = model.get_submodule(layer).weight
-            assert not (living(weight) & gone).any()
-            assert not (living(optimizer.state[weight][moments]) & gone).any()
-            held += int(run.done and bool(gone.any()))
-    assert held > 0
-    promised = run.counted
-    run.finish()
-    assert run.done and not run.forced
-    assert promised == run.counted
-    macs, params = counted_by_hand(model)
-    assert (run.counted.macs, run.counted.params) == (macs, params)
-    amounts = {"macs": macs, "params": params}
-    assert all(amounts[m] <= limit for m, limit in run.limits.items())
-    assert any(amounts[m] >= 0.995 * limit for m, limit in run.limits.items())
-    found = cost(trace(model, EXAMPLE))
-    assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
-    assert found.macs > macs and found.params > params
-    for layer in run.stripes.layers:
-        module = model.get_submodule(layer)
-        assert module.kernel_size == (3, 3)
-        assert living(module.weight).any(1).all()
-    if not method.filters:
-        assert found.macs == run.dense.macs
-
-
-def test_masking_the_last_stripes_changes_no_logit() -> None:
-    model = network()
-    run = MGP(stripes=True).start(model, EXAMPLE, Budget(macs=0.3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    masked = run._masked
-    differences = []
-
-    def watched():
-        removed = masked()
-        before = logits(model, x)
-        run._hold(optimizer)
-        differences.append(float((before - logits(model, x)).abs().max()))
-        assert removed.renewed == {f"{n}.weight" for n in run.stripes.layers}
-        return removed
-
-    run._masked = watched  # type: ignore[method-assign]
-    train_through(run, optimizer, steps=STEPS)
-    assert differences == [0.0]
-
-
-@pytest.mark.parametrize("stop", [5, 27])
-def test_free_stripes_are_cut_where_training_stops_early(stop: int) -> None:
-    model = network()
-    run = MGP(stripes=True).start(model, EXAMPLE, Budget(macs=0.3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for step in range(stop):
-        train_step(run, optimizer, step)
-        run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
-    run.finish()
-    assert run.forced
-    macs, params = counted_by_hand(model)
-    assert (run.counted.macs, run.counted.params) == (macs, params)
-    assert macs <= run.limits["macs"]
-
-
-def test_a_budget_that_not_even_one_stripe_per_filter_meets_is_refused_at_once() -> None:
-    with pytest.raises(BudgetError, match="smallest reachable"):
-        MGP(stripes=True, filters=False, inputs=False).start(network(), EXAMPLE, Budget(macs=0.1))
-
-
 def test_the_kernels_of_the_keep_set_are_recorded_over_time() -> None:
     run = whole_run(network(), MGP(filters=False, inputs=False), Budget(macs=0.5))
     kernels = run.history["kernel"]
@@ -556,10 +407,6 @@ def test_the_kernels_of_the_keep_set_are_recorded_over_time() -> None:
     assert all(points[0][1] <= 9 and points[0][0] < 0.1 for points in kernels.values())
     for layer, points in kernels.items():
         assert points[-1][1] == run.model.get_submodule(layer).weight.shape[2:].numel()
-    free = whole_run(network(), MGP(filters=False, inputs=False, stripes=True), Budget(macs=0.5))
-    for layer, points in free.history["kernel"].items():
-        alive = living(free.model.get_submodule(layer).weight).sum(1).double().mean()
-        assert points[-1][1] == pytest.approx(float(alive), abs=1e-3)
 
 
 IN_CI = ("cifar:resnet20a", "shufflenet_v2_x1_0")
@@ -577,23 +424,6 @@ def test_zoo_half_the_macs_over_all_granularities(name: str) -> None:
     found = cost(trace(small, example))
     assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
     assert found.macs <= run.limits["macs"]
-    save_and_load(small, name)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NETWORKS)
-def test_zoo_half_the_macs_by_counting_free_stripes(name: str) -> None:
-    model, example = build(name), zoo_example(name)
-    run = MGP(stripes=True).start(model, example, Budget(macs=0.5))
-    whole = run.counted
-    plain = cost(trace(model, example))  # computed weights are plain ones by now
-    assert (whole.macs, whole.params) == (plain.macs, plain.params)
-    run.score.value = torch.rand(run.units.count, generator=torch.Generator().manual_seed(0))
-    small = run.finish()
-    assert run.stripes.layers
-    assert 0.999 * run.limits["macs"] <= run.counted.macs <= run.limits["macs"]
-    found = cost(trace(small, example))
-    assert (found.macs, found.params) == (run.cost.macs, run.cost.params)
     save_and_load(small, name)
 
 

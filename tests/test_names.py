@@ -34,6 +34,14 @@ def test_former_names_of_settings_work_in_configurations_and_say_the_new_one_in_
     assert getattr(make_method({"method": {"name": method.name, old: 0.4}}), new) == 0.4
 
 
+def test_a_setting_that_was_dropped_is_refused_where_it_did_something():
+    with pytest.raises(ValueError, match=r"MGP\(stripes=True\): is no setting any more; leave it out"):
+        es.MGP(stripes=True)
+    with pytest.raises(ValueError, match="there is no 'stripes'"):
+        make_method({"method": {"name": "mgp", "stripes": True}})
+    assert make_method({"method": {"name": "mgp", "stripes": False}}) == es.MGP()
+
+
 def test_names_of_modules_carry_no_meaning():
     """``#`` marked the numbers that modules hold, and ``:`` the kind of a group."""
     torch.manual_seed(0)

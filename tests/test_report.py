@@ -23,7 +23,7 @@ from espalier.present.html import as_csv, page, sentence
 from espalier.present.runs import read_run
 from espalier.run.anatomy import layers_of, timed
 from espalier.run.charts import Dot, Line, dot_chart, frontier, line_chart, rank_bars
-from espalier.run.report import COUNTED_NOTE, summary
+from espalier.run.report import summary
 from espalier.run.rundir import add_widths
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -96,29 +96,6 @@ def test_a_limit_that_is_exceeded_is_not_called_kept(folder, no_figures):
     run = read_run(folder)
     tight = {**run.metrics, "limits": {"macs": run.metrics["small"]["macs"] - 1}}
     assert "A LIMIT IS EXCEEDED." in page([replace(run, metrics=tight)], timing=False)
-
-
-def test_what_is_counted_and_not_executed_is_called_that_and_carries_the_limit(folder):
-    run = read_run(folder)
-    dense, small = run.metrics["dense"], run.metrics["small"]
-    counted = {
-        "macs": small["macs"] // 2, "params": small["params"] // 2,
-        "fraction": {n: small[n] // 2 / dense[n] for n in ("macs", "params")}, "note": COUNTED_NOTE,
-    }  # fmt: skip
-    limits = {"macs": small["macs"] // 2 + 1, "params": small["params"] // 2}
-    html = page([replace(run, metrics={**run.metrics, "counted": counted, "limits": limits})], timing=False)
-    assert "Every limit is kept. Limits are met as counted, not executed" in html
-    row = re.search(r"<tr><td>multiply-adds \(MACs\), counted, not executed</td>.*?</tr>", html)[0]
-    assert f"<td>{counted['macs']:,}</td>" in row and f"<td>{limits['macs']:,}</td>" in row
-    executed = re.search(r"<tr><td>multiply-adds \(MACs\)</td>.*?</tr>", html)[0]
-    assert f"<td>{small['macs']:,}</td>" in executed and f"{limits['macs']:,}" not in executed
-    assert "of the MACs: counted, not executed" in html
-    assert "limit of the count" in html
-    above = {**counted, "macs": limits["macs"] + 1}
-    assert "A LIMIT IS EXCEEDED." in page(
-        [replace(run, metrics={**run.metrics, "counted": above, "limits": limits})], timing=False
-    )
-    assert "counted, not executed" not in page([run], timing=False)
 
 
 @pytest.mark.parametrize(

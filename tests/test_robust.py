@@ -186,7 +186,7 @@ def test_frozen_weights_are_measured_and_nothing_is_left_behind() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: es.MGP(stripes="False"), r"MGP\(stripes='False'\): must be true or false"),
+        (lambda: es.MGP(shapes="False"), r"MGP\(shapes='False'\): must be true or false"),
         (lambda: es.TCP(per_cost="no"), r"TCP\(per_cost='no'\): must be true or false"),
         (lambda: es.Magnitude(per_cost=1), r"Magnitude\(per_cost=1\): must be true or false"),
         (lambda: es.TCP(every="abc"), r"TCP\(every='abc'\): must be a number"),

@@ -40,14 +40,18 @@ class Settings:
     An annotation is a plain type, a ``Literal`` of words, or either with pydantic's ``Field(ge=..., gt=..., le=..., lt=...,
     description=...)`` in ``Annotated``.  Numbers of numpy become plain ones; nothing else is converted.
 
-    ``formerly`` holds what fields were called before (old name -> name now), so that an old script is told what to write.
+    ``formerly`` holds what fields were called before (old name -> name now), so that an old script is told what to write, and
+    ``dropped`` those that there are no longer, with what they usually were.
 
     Raises: ValueError in one line, ``Class(field=value): must be ...``.
     """
 
     formerly: ClassVar[Mapping[str, str]] = {}
+    dropped: ClassVar[Mapping[str, Any]] = {}
 
     def __new__(cls, *_: Any, **values: Any) -> Self:
+        for name in values.keys() & cls.dropped.keys():
+            raise ValueError(f"{cls.__name__}({name}={values[name]!r}): is no setting any more; leave it out")
         for name in values.keys() & cls.formerly.keys():
             raise ValueError(f"{cls.__name__}({name}={values[name]!r}): is called {cls.formerly[name]} now")
         return super().__new__(cls)

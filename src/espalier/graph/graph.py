@@ -27,7 +27,7 @@ class Slice:
     consumed: bool
 
 
-CHANNELS, FORM, INPUTS, STRIPES, BLOCK = "channels", "form", "inputs", "stripes", "block"
+CHANNELS, FORM, INPUTS, BLOCK = "channels", "form", "inputs", "block"
 """What the units of a group are."""
 
 
@@ -48,7 +48,7 @@ class Group:
     size: int
     slices: tuple[Slice, ...]
     options: tuple[str, ...] = ()  # what each option is called, for people
-    kind: str = CHANNELS  # or FORM, INPUTS, STRIPES, BLOCK
+    kind: str = CHANNELS  # or FORM, INPUTS, BLOCK
     layer: str = ""  # the one layer, or block, that a group of these kinds belongs to
 
     @property

@@ -74,6 +74,15 @@ class Method(Settings, ABC):
         "rise": "finetune_warmup",
         "beyond": "noise_weight",
     }
+    dropped: ClassVar[Mapping[str, Any]] = {"stripes": False}
+
+    @classmethod
+    def as_of_now(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings as an older version wrote them down, by their present names; without dropped ones that did nothing."""
+        there = {
+            name: value for name, value in settings.items() if name not in cls.dropped or value != cls.dropped[name]
+        }
+        return {cls.formerly.get(name, name): value for name, value in there.items()}
 
     @property
     def needs_budget(self) -> bool:
@@ -164,11 +173,6 @@ class Run(ABC):
         """Of the network as it is executed now."""
         keep = [self.taken.get(g.name, g.size) for g in self.graph.groups]
         return CostModel(self.graph).cost(np.array(keep, dtype=np.int64))
-
-    @property
-    def counted(self) -> Cost | None:
-        """What a method that meets its budget by *counting* zeros counts now, beside ``cost``, which is what is executed."""
-        return None
 
     def bake(self) -> None:
         """Make convolutions with computed weights plain: such a weight can neither fade nor be factorised."""
@@ -446,7 +450,8 @@ class Run(ABC):
         self.taken, self.skipped = dict(state["taken"]), dict(state["skipped"])
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.history = restored(state["history"], device)
-        own = {n: restored(saved, device) for n, saved in state["own"].items()}
+        names = (*self._declared("remembers"), *self._declared("per_unit"))  # an older version knew others
+        own = {n: restored(state["own"][n], device) for n in names if n in state["own"]}
         stateful = {n for n in own if hasattr(getattr(self, n), "load_state_dict")}
         for n in own.keys() - stateful:
             setattr(self, n, own[n])

@@ -22,7 +22,6 @@ That all of it, blocks and kernel shapes too, is spent from one exact budget ins
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -39,16 +38,14 @@ from espalier.forms.trial import refused
 from espalier.graph import ConvSequence, Graph, with_alternatives
 from espalier.graph.alternatives import alternatives_name
 from espalier.methods.base import Batches, Removed
-from espalier.methods.kernels import Forms
+from espalier.methods.kernels import Kernels
 from espalier.methods.mgp import MGP, MGPRun, granularities
 from espalier.methods.pressure import MOMENTA, PRESSES, FadingMethod
 from espalier.methods.ranks import LAYOUTS, layout, rank_options
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
-from espalier.methods.stripes import StripeMasks
 from espalier.methods.units import Gate, Units
 from espalier.plan import Budget, Plan
 from espalier.settings import OneOf, Share, described
-from espalier.solver import BudgetError
 from espalier.surgery import replace as put_layer
 
 
@@ -58,7 +55,6 @@ class Joint(FadingMethod):
 
     name: ClassVar[str] = "joint"
     trains: ClassVar[bool] = True
-    stripes: ClassVar[bool] = False
     blocks: Annotated[bool, described("let residual blocks go as a whole")] = True
     inputs: Annotated[bool, described("let convolutions select among inputs that cannot go")] = True
     shapes: Annotated[bool, described("let kernels become smaller")] = True
@@ -127,12 +123,10 @@ class JointRun(MGPRun):
     """One run: ``step`` is that of ``Fading``, and then ranks sink."""
 
     method: Joint  # type: ignore[assignment]
-    kernels: Forms
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: Joint) -> None:
         super(MGPRun, self).__init__(model, example, budget, method)
         self.graph, self.kernels, self.skipped = offered(model, self.graph, example, method, budget)
-        self.stripes = StripeMasks(model, ())
         if method.blocks:
             self.offer_blocks()
         self.subspaces: dict[str, Tensor] = {}  # of the layers whose ranks sink: the leading left singular vectors
@@ -174,8 +168,8 @@ class JointRun(MGPRun):
     # -- 2. importance -------------------------------------------------------------------------------------------------
 
     def _units(self) -> Units:
-        kernels = self.kernels.spatial
-        return WithTriplets(self.model, self.graph, taps=kernels, bases=self.bases, layouts=self.kernels.layouts)
+        taps, layouts = self.kernels.spatial, self.kernels.layouts
+        return WithTriplets(self.model, self.graph, taps=taps, bases=self.bases, layouts=layouts)
 
     def _decomposed(self) -> Bases:
         found = {}
@@ -205,15 +199,9 @@ class JointRun(MGPRun):
         assert isinstance(units, WithTriplets)
         taps = {n: values[rows] for n, rows in units.taps.items()}
         triplets = {n: values[rows] for n, rows in units.triplets.items()}
-        scores = {**units.split(values), **self.kernels.worth(taps, triplets)}
-        for some in self.coarse_to_fine(scores, progress, self.graph):
-            with suppress(BudgetError):
-                plan = self.decide(some, limits)
-                break
-        else:
-            plan = self.decide(scores, limits, measured=bool(scores))
-        plan = self._without_dear_ranks(plan)
-        self.kernels.take(taps, plan.keep)
+        scores = {**units.split(values), **self.kernels.scores(taps, triplets)}
+        plan = self._without_dear_ranks(self.coarse_to_fine(scores, limits, progress))
+        self.kernels.choose(taps, plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
         self.record("rank aimed at", {n: float(r) for n, r in self.kernels.aims.items()}, progress=progress)
         if progress < self.method.closed_at:
@@ -341,7 +329,7 @@ REFRESH = 4  # decisions for which the bases of triplets stand
 
 def offered(
     model: nn.Module, graph: Graph, example: Any, method: Joint, budget: Budget
-) -> tuple[Graph, Forms, dict[str, str]]:
+) -> tuple[Graph, Kernels, dict[str, str]]:
     """The graph with everything that may go, the forms of every layer, and layer -> why it stays as it is."""
     coarse = MGP(inputs=method.inputs, shapes=False, streams=True)
     graph, _, left = granularities(model, graph, example, coarse)
@@ -350,7 +338,7 @@ def offered(
     multiple_of = budget.multiple_of if budget.latency is None else int(np.lcm(budget.multiple_of, graph.grain))
     layouts = {n: layout(p, method.form) for n, p in places.items() if method.ranks and n not in graph.selects}
     unfit = refused(model, example, places, layouts) if layouts else {}
-    forms = Forms({})
+    forms = Kernels({})
     for name, place in places.items():
         rows: list[tuple[ConvSequence, list[Rectangle], int]] = []
         if name in layouts and name not in unfit:

@@ -1,4 +1,4 @@
-"""Kernel positions of whole layers as units: pushed towards one rectangle per layer, which runs as a smaller convolution."""
+"""The forms of whole layers that compete for a budget: rectangles of a kernel, which run as smaller convolutions, and ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,31 @@ from espalier.carving import Kept
 from espalier.forms import Rectangle, cut_kernel
 from espalier.graph.alternatives import alternatives_name
 
+LOST = 1.5
+
 
 @dataclass
 class Kernels:
-    """What the kernels of some convolutions may become, and what the keep-set of now leaves of them."""
+    """What the kernels of some layers may become, and what the keep-set of now leaves of them.
 
-    options: dict[str, list[list[Rectangle]]]  # layer -> from the smallest area to the whole kernel, the places of each
+    Kernel positions are units, pushed towards one rectangle per layer.
+    """
+
+    options: dict[
+        str, list[list[Rectangle]]
+    ]  # layer -> by cost, whole last, the places of each; none where it is a rank
     chosen: dict[str, Rectangle] = field(default_factory=dict)  # where it is not all
+    ranks: dict[str, list[int]] = field(default_factory=dict)  # layer -> rank of every option; 0: a rectangle, or dense
+    layouts: dict[str, str] = field(default_factory=dict)  # layer -> form of its factors
+    aims: dict[str, int] = field(default_factory=dict)  # layer -> rank that the keep-set of now gives it
+
+    def __post_init__(self) -> None:
+        self.ranks = self.ranks or {n: [0] * len(options) for n, options in self.options.items()}
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Those that are not cut yet."""
-        return tuple(self.options)
+    def spatial(self) -> tuple[str, ...]:
+        """Layers with a kernel that may be cut."""
+        return tuple(n for n, options in self.options.items() if any(options[:-1]))
 
     @property
     def stays(self) -> dict[str, np.ndarray]:
@@ -34,80 +47,15 @@ class Kernels:
     @property
     def areas(self) -> dict[str, float]:
         """Layer -> how many positions stay."""
-        return {n: float(self.chosen.get(n, self._whole(n)).area) for n in self.options}
+        return {n: float(self.chosen.get(n, self._whole(n)).area) for n in self.spatial}
 
     def _whole(self, layer: str) -> Rectangle:
         return self.options[layer][-1][0]
 
-    def scores(self, worth: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What each option adds, as ``solve`` takes it, from what positions are worth; shape ``(kh * kw,)`` per layer."""
-        best = {n: self._best(n, worth[n]) for n in self.options}
-        return {
-            alternatives_name(n): np.diff(np.maximum.accumulate([0.0, *(held for held, _ in options)]))
-            for n, options in best.items()
-        }
-
-    def choose(self, worth: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]) -> None:
-        """Of every layer the best rectangle of the option that ``keep`` takes."""
-        taken = {n: len(keep[alternatives_name(n)]) for n in self.options}
-        self.chosen = {n: self._best(n, worth[n])[t - 1][1] for n, t in taken.items() if t < len(self.options[n])}
-
-    def _best(self, layer: str, worth: np.ndarray) -> list[tuple[float, Rectangle]]:
-        """By option what its best rectangle holds, and this."""
-        taps = worth.reshape(self._whole(layer).size)
-        found = []
-        for places in self.options[layer]:
-            held = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in places]
-            found.append((max(held), places[int(np.argmax(held))]))
-        return found
-
-    def going(self, ready: Collection[str]) -> dict[str, np.ndarray]:
-        """Options that the layers ``ready`` are cut to, by group."""
-        found = {}
-        for layer in (n for n in self.chosen if n in ready):
-            areas = [places[0].area for places in self.options[layer]]
-            found[alternatives_name(layer)] = np.arange(areas.index(self.chosen[layer].area) + 1)
-        return found
-
-    def cut(self, model: nn.Module, layers: Collection[str], *, optimizer: torch.optim.Optimizer | None) -> Kept:
-        """Leave of the kernels of ``layers`` what was chosen, for good."""
-        kept: Kept = {}
-        for layer in layers:
-            kept.update(cut_kernel(model, layer, self.chosen[layer], optimizer=optimizer))
-        return kept
-
-    def forget(self, layers: Collection[str]) -> None:
-        """There is nothing to decide about ``layers`` any more."""
-        self.options = {n: o for n, o in self.options.items() if n not in layers}
-        self.chosen = {n: r for n, r in self.chosen.items() if n not in layers}
-
-
-LOST = 1.5
-
-
-@dataclass
-class Forms(Kernels):
-    """The forms that layers may take: ``options`` has the places of a rectangle, none where the option is a rank."""
-
-    ranks: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # layer -> rank of every option; 0: a kernel shape, or dense
-    layouts: dict[str, str] = field(default_factory=dict)  # layer -> form of its factors
-    aims: dict[str, int] = field(default_factory=dict)  # layer -> rank that the keep-set of now gives it
-
-    @property
-    def spatial(self) -> tuple[str, ...]:
-        """Layers with a kernel that may be cut."""
-        return tuple(n for n, options in self.options.items() if any(options[:-1]))
-
-    def worth(self, taps: Mapping[str, np.ndarray], triplets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What each option adds, as ``solve`` takes it."""
-        found = {}
-        for layer, ranks in self.ranks.items():
-            held = self._held(layer, taps.get(layer), triplets.get(layer))
-            found[alternatives_name(layer)] = np.diff(np.maximum.accumulate([0.0, *held]))
-            assert len(held) == len(ranks)
-        return found
+    def scores(self, taps: Mapping[str, np.ndarray], triplets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What each option adds, as ``solve`` takes it, from what kernel positions, ``(kh * kw,)``, and triplets are worth."""
+        held = {n: self._held(n, taps.get(n), triplets.get(n)) for n in self.ranks}
+        return {alternatives_name(n): np.diff(np.maximum.accumulate([0.0, *some])) for n, some in held.items()}
 
     def _held(self, layer: str, taps: np.ndarray | None, triplets: np.ndarray | None) -> list[float]:
         """What each option holds of what the layer is worth, as its kernel positions have it; of a layer of one, its triplets.
@@ -129,8 +77,16 @@ class Forms(Kernels):
                 held.append(rectangles[number])
         return [*held, whole]
 
+    def choose(self, taps: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]) -> None:
+        """Of every layer the rank, or the best rectangle, of the option that ``keep`` takes."""
+        taken = {n: len(keep[alternatives_name(n)]) - 1 for n in self.ranks}
+        self.aims = {n: self.ranks[n][t] for n, t in taken.items() if self.ranks[n][t]}
+        cut = {n: t for n, t in taken.items() if t < len(self.ranks[n]) - 1 and n not in self.aims}
+        self.chosen = {n: self._best(n, taps[n])[t][1] for n, t in cut.items()}
+
     def _best(self, layer: str, worth: np.ndarray) -> list[tuple[float, Rectangle]]:
-        whole = self.options[layer][-1][0]
+        """By option what its best rectangle holds, and this."""
+        whole = self._whole(layer)
         taps = worth.reshape(whole.size)
         found = []
         for places in self.options[layer]:
@@ -138,28 +94,22 @@ class Forms(Kernels):
             found.append((max(held), places[int(np.argmax(held))]) if places else (0.0, whole))
         return found
 
-    def take(self, taps: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]) -> None:
-        """Of every layer the rectangle or the rank of the option that ``keep`` takes."""
-        taken = {n: len(keep[alternatives_name(n)]) - 1 for n in self.ranks}
-        self.aims = {n: self.ranks[n][t] for n, t in taken.items() if self.ranks[n][t]}
-        self.chosen = {
-            n: self._best(n, taps[n])[t][1]
-            for n, t in taken.items()
-            if t < len(self.ranks[n]) - 1 and not self.ranks[n][t]
-        }
-
-    @property
-    def areas(self) -> dict[str, float]:
-        return {n: float(self.chosen.get(n, self._whole(n)).area) for n in self.spatial}
-
     def going(self, ready: Collection[str]) -> dict[str, np.ndarray]:
+        """Options that the layers ``ready`` are cut to, by group."""
         found = {}
         for layer in (n for n in self.chosen if n in ready):
             areas = [places[0].area if places else 0 for places in self.options[layer]]
             found[alternatives_name(layer)] = np.arange(areas.index(self.chosen[layer].area) + 1)
         return found
 
+    def cut(self, model: nn.Module, layers: Collection[str], *, optimizer: torch.optim.Optimizer | None) -> Kept:
+        """Leave of the kernels of ``layers`` what was chosen, for good."""
+        kept: Kept = {}
+        for layer in layers:
+            kept.update(cut_kernel(model, layer, self.chosen[layer], optimizer=optimizer))
+        return kept
+
     def forget(self, layers: Collection[str]) -> None:
-        super().forget(layers)
-        for table in ("ranks", "layouts", "aims"):
+        """There is nothing to decide about ``layers`` any more."""
+        for table in ("options", "chosen", "ranks", "layouts", "aims"):
             setattr(self, table, {n: v for n, v in getattr(self, table).items() if n not in layers})

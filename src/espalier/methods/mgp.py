@@ -17,8 +17,6 @@ that adapts to the structure of the moment.  What follows is our reading, in the
 4. adaptive L1: only what is outside the keep-set is pressed (``methods.pressure``), every group at its own pace
    ``l_g ~ sqrt(share of the cost that goes with g) * (1 + share of what is left of g that has to go)``;
 5. removal, in the middle of training, of what has reached exactly zero; kernels are cut once the keep-set is final.
-
-``stripes=True`` leaves stripes free, as papers count them, instead of looking for rectangles (``methods.stripes``).
 """
 
 from __future__ import annotations
@@ -30,20 +28,19 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from espalier.costs import CostModel
-from espalier.forms import Place, Rectangle, find_places, shape_sequence, shapes
+from espalier.forms import Place, Rectangle, cut_kernel, find_places, shape_sequence, shapes
 from espalier.graph import Graph, hold, selectable, with_alternatives, with_inputs
-from espalier.graph.graph import FORM, INPUTS, STRIPES, Group
-from espalier.methods.base import Batches
+from espalier.graph.alternatives import alternatives_name
+from espalier.graph.graph import FORM, INPUTS, Group
+from espalier.methods.base import Batches, Removed
 from espalier.methods.blocks import WholeBlocks, takes_blocks
 from espalier.methods.kernels import Kernels
-from espalier.methods.positions import PositionFading
-from espalier.methods.pressure import TINY, FadingMethod
+from espalier.methods.pressure import Fading, FadingMethod
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
-from espalier.methods.stripes import StripeMasks, stripable
-from espalier.methods.units import upload
+from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
 from espalier.settings import Share, described
 from espalier.solver import BudgetError
@@ -51,13 +48,7 @@ from espalier.solver import BudgetError
 
 @dataclass(frozen=True)
 class MGP(FadingMethod):
-    """Hyper-parameters of multi-granularity pruning; the pace is that of ``FadingMethod``.
-
-    ``stripes``: instead of kernel shapes, free masks of stripes, one kernel position of one filter at a time.  The budget is
-    then met as the paper counts it, by MACs and parameters of kept stripes: *counted, not executed*.  The convolutions that
-    are delivered are as dense as before, masked stripes are zeros in them: ``Run.cost`` is what they cost,
-    ``Run.counted`` what is counted.
-    """
+    """Hyper-parameters of multi-granularity pruning; the pace is that of ``FadingMethod``."""
 
     name: ClassVar[str] = "mgp"
     trains: ClassVar[bool] = True
@@ -72,41 +63,47 @@ class MGP(FadingMethod):
     ] = False
     blocks: WholeBlocks = None
     stagger: Annotated[Share, described("how much later than the coarser one each finer granularity begins")] = 0.03
-    stripes: Annotated[bool, described("free masks of stripes instead of kernel shapes: counted, not executed")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_pace()
-        if not (self.filters or self.inputs or self.shapes or self.stripes):
-            raise ValueError("MGP(): all granularities are off; switch on filters, inputs, shapes or stripes")
+        if not (self.filters or self.inputs or self.shapes):
+            raise ValueError("MGP(): all granularities are off; switch on filters, inputs or shapes")
         if self.streams and not self.filters:
             raise ValueError("MGP(streams=True, filters=False): streams go as filters do; switch filters on")
-        if self.stripes and self.blocks:
-            raise ValueError("MGP(stripes=True, blocks=True): stripes are counted, blocks are not executed; choose one")
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> MGPRun:
         return MGPRun(model, example, budget, self)
 
 
-class MGPRun(PositionFading):
-    """One run of MGP: ``step`` is that of ``Fading``; removal is in ``methods.positions``."""
+class MGPRun(Fading):
+    """One run of MGP: ``step``, pressure and strength are those of ``Fading``."""
 
     method: MGP
+    remembers: ClassVar[tuple[str, ...]] = ("kernels",)
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
         super().__init__(model, example, budget, method)
         self.graph, options, self.skipped = granularities(model, self.graph, example, method)
         self.kernels = Kernels(options)
-        if takes_blocks(method.blocks, budget) and not method.stripes:
+        if takes_blocks(method.blocks, budget):
             self.offer_blocks()
-        free, tied = stripable(model, self.graph, example) if method.stripes else ([], {})
-        self.skipped.update(tied)
-        self.stripes = StripeMasks(model, free)
         self.know_forms()
-        counted = self.stripes.graph(self.graph)
-        even = {g.name: np.ones(g.size) for g in counted.groups}
-        self.decide(even, graph=counted, measured=not free)  # unreachable budgets fail now
+        self.decide({g.name: np.ones(g.size) for g in self.graph.groups})  # unreachable budgets fail now
         self._begin()
+
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        for layer, places in self.kernels.options.items():
+            taken = places[options.get(alternatives_name(layer), len(places)) - 1]
+            if taken is not places[-1]:
+                chosen = self.kernels.chosen.get(layer)
+                cut_kernel(model, layer, chosen if chosen in taken else taken[len(taken) // 2])
+
+    def _units(self) -> Units:
+        return Units(self.model, self.graph, taps=self.kernels.spatial)
+
+    def _outside_of(self, plan: Plan) -> np.ndarray:
+        return self.units.outside(plan.keep, self.kernels.stays)
 
     # -- 2. importance, and 3. coarse to fine --------------------------------------------------------------------------
 
@@ -114,27 +111,20 @@ class MGPRun(PositionFading):
         """What stays inside ``limits`` of the granularities that take part by now; finer ones come early if it needs them."""
         values = self.score.value.double().cpu().numpy()
         taps = {n: values[rows] for n, rows in self.units.taps.items()}
-        stripes = {n: values[rows].reshape(self.stripes.gone[n].shape) for n, rows in self.units.stripes.items()}
-        scores = {**self.units.split(values), **self.kernels.scores(taps), **self.stripes.scores(stripes)}
-        graph = self.stripes.graph(self.graph)
-        for some in self.coarse_to_fine(scores, progress, graph):
-            with suppress(BudgetError):
-                plan = self.decide(some, limits, graph=graph, measured=not self.stripes.layers)
-                break
-        else:
-            plan = self.decide(scores, limits, graph=graph, measured=bool(scores) and not self.stripes.layers)
+        plan = self.coarse_to_fine({**self.units.split(values), **self.kernels.scores(taps, {})}, limits, progress)
         self.kernels.choose(taps, plan.keep)
-        plan = Plan({n: u for n, u in plan.keep.items() if graph.group(n).kind != STRIPES}, plan.sizes)
-        if self.stripes.layers:  # so far averaged over the filters that go
-            self.stripes.choose(self.graph, stripes, plan.keep, limits, self.budget)
-        self.record("kernel", {**self.kernels.areas, **self.stripes.areas}, progress=progress)
+        self.record("kernel", self.kernels.areas, progress=progress)
         return plan
 
-    def coarse_to_fine(
-        self, scores: Mapping[str, np.ndarray], progress: float, graph: Graph
-    ) -> Iterator[Mapping[str, np.ndarray]]:
-        """Scores of the granularities that take part by now, then of finer ones too, for budgets that need them; never all."""
-        of = {n: granularity(graph.group(n)) for n in scores}
+    def coarse_to_fine(self, scores: Mapping[str, np.ndarray], limits: Mapping[str, float], progress: float) -> Plan:
+        """Inside ``limits``, by the ``scores`` of the granularities that take part by now; of finer ones if it takes them."""
+        for some in self._taking_part(scores, progress):
+            with suppress(BudgetError):
+                return self.decide(some, limits)
+        return self.decide(scores, limits, measured=bool(scores))
+
+    def _taking_part(self, scores: Mapping[str, np.ndarray], progress: float) -> Iterator[Mapping[str, np.ndarray]]:
+        of = {n: granularity(self.graph.group(n)) for n in scores}
         kinds = [k for k in GRANULARITIES if k in of.values()]
         for number in range(self._open(len(kinds), progress), len(kinds)):
             yield {n: s for n, s in scores.items() if of[n] in kinds[:number]}
@@ -150,14 +140,14 @@ class MGPRun(PositionFading):
 
     def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
         """How fast each group fades: by the cost that goes with it and by how much of what is left has to go."""
-        graph = self.stripes.graph(self.graph)
+        graph = self.graph
         state = CostModel(graph).at(graph.sizes)
         group = self.units.group_of()
         left = self.units.sizes.clip(min=1)
         going = np.bincount(group[outside], minlength=self.units.groups)
         share = np.zeros(self.units.groups)
-        place = {name: len(self.graph.groups) + i for i, name in enumerate(self.units.taps)}
-        for number, g in enumerate(graph.groups):  # behind those of the network the stripes, as in ``units``
+        place = {name: len(graph.groups) + i for i, name in enumerate(self.units.taps)}
+        for number, g in enumerate(graph.groups):
             less = len(plan.keep[g.name]) - g.size if g.name in plan.keep else -int(going[number])
             if less:
                 saved = sum(-state.change(m, number, less) / max(getattr(self.dense, m), 1) for m in ("macs", "params"))
@@ -167,33 +157,52 @@ class MGPRun(PositionFading):
         mean = pace[busy].mean() if busy.any() else 1.0
         pace = np.where(busy, pace / mean, 1.0).clip(SLOWEST, FASTEST)
         self.pull = upload(pace[group].astype(np.float32), self.units.device)
-        if self.units.stripes:
-            self.least = self._least(outside)
 
-    def _least(self, outside: np.ndarray) -> Tensor:
-        """Press a stripe as if it were no smaller than a part of those that stay.
+    # -- 5. removal ----------------------------------------------------------------------------------------------------
 
-        One that left when it was next to nothing would be pressed by next to nothing, and the optimiser kept it alive.
-        """
-        norm, least = self._norm().cpu(), torch.full((self.units.count,), TINY)
-        for rows in self.units.stripes.values():
-            stays = norm[rows][torch.from_numpy(~outside[rows])]
-            least[rows] = SMALLEST * float(stays.mean()) if len(stays) else TINY
-        return least.to(self.units.device)
+    def _ready(self) -> tuple[np.ndarray, bool]:
+        ready = self._faded()
+        for rows in self.units.taps.values() if not self.settled else ():
+            ready[rows] = False
+        return ready, bool((ready == self._outside).all())
+
+    def _stay(self, ready: np.ndarray) -> dict[str, np.ndarray]:
+        cut = [n for n, rows in self.units.taps.items() if ready[rows].any()]
+        return {**super()._stay(ready), **self.kernels.going(cut)}
+
+    def _survivors(self, stay: Mapping[str, np.ndarray]) -> np.ndarray:
+        gone = {n for some in self._kernels(stay) for n in some}
+        taps = [np.arange(rows.start, rows.stop) for n, rows in self.units.taps.items() if n not in gone]
+        return np.concatenate([super()._survivors(stay), *taps])
+
+    def _kernels(self, stay: Mapping[str, np.ndarray]) -> tuple[list[str], list[str]]:
+        """Layers whose kernels are cut, and those that are gone with their block."""
+        absent = self.graph.absent(stay)
+        gone = [n for n in self.kernels.options if any(b.holds(n) for b in absent)]
+        less = [n for n, all_ in self.kernels.options.items() if len(stay[alternatives_name(n)]) < len(all_)]
+        return [n for n in less if n not in gone], gone
+
+    def _cut(self, stay: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
+        cut, gone = self._kernels(stay)
+        trimmed = self.kernels.cut(self.model, cut, optimizer=optimizer)
+        removed = super()._cut(stay, optimizer)
+        for tensor, by_dim in trimmed.items():
+            removed.kept.setdefault(tensor, {}).update(by_dim)
+        self.kernels.forget([*cut, *gone])
+        return removed
 
 
 # -- 1. granularities --------------------------------------------------------------------------------------------------
 
 FILTERS, SHAPES = "filters", "shapes"
-GRANULARITIES = (FILTERS, INPUTS, SHAPES, STRIPES)
+GRANULARITIES = (FILTERS, INPUTS, SHAPES)
 SLOWEST, FASTEST = 0.5, 2.0  # pace of a group, relative to the mean
-SMALLEST = 0.1  # reference of a stripe, relative to the mean of those that stay
 FEWEST_INPUTS = 8  # an image has too few channels to select among
 
 
 def granularity(group: Group) -> str:
     """Residual blocks take part from the beginning, as filters do."""
-    return {INPUTS: INPUTS, FORM: SHAPES, STRIPES: STRIPES}.get(group.kind, FILTERS)
+    return {INPUTS: INPUTS, FORM: SHAPES}.get(group.kind, FILTERS)
 
 
 def granularities(
@@ -212,7 +221,7 @@ def granularities(
         wide = [n for n, p in convolutions.items() if p.in_channels >= FEWEST_INPUTS]
         graph = with_inputs(graph, {n: _bytes(places[n]) for n in selectable(graph, wide)})
     options: dict[str, list[list[Rectangle]]] = {}
-    for name, place in convolutions.items() if method.shapes and not method.stripes else ():
+    for name, place in convolutions.items() if method.shapes else ():
         if place.kernel == (1, 1):
             continue
         found = shapes(place)

@@ -90,7 +90,6 @@ class Fading(Closing):
         self.reference = torch.ones(count, device=self.units.device)  # norm of what owns a unit when pressing began
         self.since = torch.zeros(count, device=self.units.device)  # progress then
         self.pull = torch.ones(count, device=self.units.device)  # how fast a unit fades, relative to the others
-        self.least = torch.full((count,), TINY, device=self.units.device)  # what a reference is at least
         self._find_busy(np.zeros(count, dtype=bool))
 
     # -- what a method adds --------------------------------------------------------------------------------------------
@@ -115,18 +114,13 @@ class Fading(Closing):
         return False
 
     def _adapt_to(self, plan: Plan, outside: np.ndarray) -> None:
-        """Adapt ``pull`` and ``least`` to a new keep-set."""
-        return
-
-    def _hold(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put back to zero what stays zero without being removed; most methods have nothing of the kind."""
+        """Adapt ``pull`` to a new keep-set."""
         return
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
         self.check_step(progress, optimizer)
-        self._hold(optimizer)
         if self.done:
             return None
         self._steps += 1
@@ -161,7 +155,7 @@ class Fading(Closing):
         check_same("the keep-set", outside.tobytes())
         self._adapt_to(plan, outside)
         fresh = upload(outside & ~self._outside, self.units.device)
-        self.reference = torch.where(fresh, torch.maximum(self._norm(), self.least), self.reference)
+        self.reference = torch.where(fresh, self._norm().clamp_min(TINY), self.reference)
         self.since = self.since.masked_fill(fresh, progress)
         self.pressed = upload(outside, self.units.device)
         self._find_busy(outside)
@@ -267,7 +261,6 @@ class Fading(Closing):
         self._bind()
         self.score.follow(heard, survivors)
         self.follow(survivors)
-        self.least = self.least[upload(survivors, self.units.device)]
         self._find_busy(self._outside[survivors])
         if self.settled and not self._outside.any():
             self._finished()
@@ -300,7 +293,6 @@ class Fading(Closing):
         return Status(self.cost, self.strength, self._mass)
 
     def restored(self) -> None:
-        self.least = torch.full_like(self.reference, TINY)
         self._find_busy(self.pressed.cpu().numpy())
         if self.done:
             self._silence()

@@ -16,7 +16,7 @@ from espalier.forms.candidates import Factors
 from espalier.forms.lowrank import BasisChange
 from espalier.forms.shapes import Rectangle
 from espalier.graph import ConvSequence
-from espalier.methods.kernels import Forms, Kernels
+from espalier.methods.kernels import Kernels
 
 WEIGHT_FROZEN = "its weight is frozen"  # why a layer is left as it is
 
@@ -38,7 +38,6 @@ CODECS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, An
     np.ndarray: (lambda a: {"values": torch.from_numpy(a.copy())}, lambda s: s["values"].cpu().numpy()),
     Rectangle: (vars, lambda s: Rectangle(**s)),
     Kernels: (vars, lambda s: Kernels(**s)),
-    Forms: (vars, lambda s: Forms(**s)),
     ConvSequence: (vars, lambda s: ConvSequence(**s)),
     BasisChange: (lambda t: {"factors": (t.u, t.s, t.v)}, lambda s: BasisChange.alone(*_cpu(s["factors"]))),
     Factors: (
@@ -48,7 +47,9 @@ CODECS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, An
 }
 """Type -> to a dictionary of plain values, and back."""
 
-_BY_NAME = {kind.__name__: back for kind, (_, back) in CODECS.items()}
+_BY_NAME = {kind.__name__: back for kind, (_, back) in CODECS.items()} | {
+    "Forms": CODECS[Kernels][1]
+}  # its name before
 
 
 def plain(value: Any, name: str) -> Any:

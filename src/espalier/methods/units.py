@@ -27,8 +27,8 @@ class Positions:
     """Some dimensions of one parameter and the unit that owns each position; ``owner`` is ``Units.count`` where none does.
 
     Of a weight ``(out, in, kh, kw)``, ``dims`` are ``(1,)`` for the columns that read channels, ``(0,)`` for the rows that make
-    them, ``(2, 3)`` for the kernel positions of a layer, ``(0, 2, 3)`` for those of every filter, its stripes, ``()`` for what
-    a unit owns as a whole, as what silences a residual block.
+    them, ``(2, 3)`` for the kernel positions of a layer, ``()`` for what a unit owns as a whole, as what silences a residual
+    block.
     """
 
     tensor: str
@@ -63,33 +63,22 @@ Gate = Callable[[Tensor, Tensor], list[tuple[Any, Tensor]]]
 class Units:
     """All units of a graph in one row, group after group, tied to the parameters of one model.
 
-    Behind them come the kernel positions of the convolutions named in ``taps``, layer after layer, row by row, and behind
-    those the stripes of the convolutions named in ``stripes``, filter by filter.  Of a block that may be left out
-    (``graph.blocks``) the second unit owns what silences it, and the first one nothing.
+    Behind them come the kernel positions of the convolutions named in ``taps``, layer after layer, row by row.  Of a block that
+    may be left out (``graph.blocks``) the second unit owns what silences it, and the first one nothing.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        *,
-        taps: Sequence[str] = (),
-        stripes: Sequence[str] = (),
-        more: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, *, taps: Sequence[str] = (), more: Sequence[int] = ()) -> None:
         """``more``: sizes of rows of units behind all others, which no position owns."""
         self.graph = graph
         parameters, _ = named_tensors(model)
-        weights = [parameters[f"{name}.weight"] for name in (*taps, *stripes)]
-        owned = [w.shape[2:].numel() * (w.shape[0] if i >= len(taps) else 1) for i, w in enumerate(weights)]
+        weights = [parameters[f"{name}.weight"] for name in taps]
+        owned = [w.shape[2:].numel() for w in weights]
         self.groups = len(graph.groups) + len(owned) + len(more)
         self.sizes = np.concatenate([graph.sizes, np.array([*owned, *more], dtype=np.int64)])
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.count = int(self.offsets[-1])
         rows = [slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i in range(len(owned))]
-        self.taps = dict(zip(taps, rows[: len(taps)], strict=True))
-        self.stripes = dict(zip(stripes, rows[len(taps) :], strict=True))
-        self.positions = {**self.taps, **self.stripes}
+        self.taps = dict(zip(taps, rows, strict=True))
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
         reads = self._owners(lambda s: s.consumed)
@@ -101,9 +90,8 @@ class Units:
         row = upload(np.concatenate(every) if every else np.zeros(0, dtype=np.int64), self.device)
         owners = iter(row.split([len(o) for o in every]))
         self.consumers = [Positions(t, (d,), parameters[t], next(owners)) for t, d in reads]
-        for name, weight in zip((*taps, *stripes), weights, strict=True):
-            dims = (2, 3) if name in self.taps else (0, 2, 3)
-            self.consumers.append(Positions(f"{name}.weight", dims, weight, next(owners)))
+        for name, weight in zip(taps, weights, strict=True):
+            self.consumers.append(Positions(f"{name}.weight", (2, 3), weight, next(owners)))
         self.consumers += [Positions(name, (), parameters[name], next(owners)) for name, _ in silencers]
         self.producers = [Positions(t, (d,), parameters[t], next(owners)) for t, d in makes]
         self._read = row[: sum(map(len, self.read))]
@@ -193,7 +181,7 @@ class Units:
         return {g.name: array[self.offsets[i] : self.offsets[i + 1]] for i, g in enumerate(self.graph.groups)}
 
     def group_of(self) -> np.ndarray:
-        """Number of the group, or of the layer of a kernel position or stripe, of every unit; shape ``(count,)``."""
+        """Number of the group, or of the layer of a kernel position, of every unit; shape ``(count,)``."""
         return np.repeat(np.arange(self.groups), self.sizes)
 
     def outside(self, keep: Mapping[str, np.ndarray], stays: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
@@ -207,7 +195,7 @@ class Units:
                 out[self.offsets[i] : self.offsets[i + 1]] = True
                 out[self.offsets[i] + np.asarray(keep[group.name])] = False
         for layer, mask in (stays or {}).items():
-            out[self.positions[layer]] = ~mask.reshape(-1)
+            out[self.taps[layer]] = ~mask.reshape(-1)
         return out
 
 

@@ -258,7 +258,7 @@ def make_budget(config: Config, method: Method) -> Budget | None:
 
 def make_method(config: Config) -> Method | None:
     """The method of that name with the hyper-parameters beside it, by their present or former names; ``None`` for "none"."""
-    options = {Method.formerly.get(n, n): v for n, v in config["method"].items() if n != "name"}
+    options = Method.as_of_now({n: v for n, v in config["method"].items() if n != "name"})
     name = config["method"].get("name", TCP.name)
     if name == "none":
         return None

@@ -67,10 +67,7 @@ def unit_of(metric: Metric) -> str:
 
 # -- one run
 
-_KERNELS = (
-    "Positions that the keep-set leaves of a kernel, of free stripes the mean over filters; the kernel is cut, or the stripes "
-    "stay zero, once it is final. Layers that keep all are not drawn."
-)
+_KERNELS = "Positions that the keep-set leaves of a kernel, cut once it is final. Layers that keep all are not drawn."
 
 
 def figures_of(run: Run) -> list[Figure]:
@@ -121,10 +118,9 @@ def cost_curves(run: Run) -> str:
         points = _share(run, cost) if cost in run.metrics["limits"] else ()
         if points:
             limit = 100 * run.metrics["limits"][cost] / run.metrics["dense"][cost]
-            kind = "limit of the count" if cost in (run.metrics["counted"] or {}) else "limit"
             lines.append(Line(name, points, tone))
             ends = tuple((epoch, limit) for epoch, _ in (points[0], points[-1]))
-            lines.append(Line(f"{kind} {limit:.3g}", ends, tone, dashed=True))
+            lines.append(Line(f"limit {limit:.3g}", ends, tone, dashed=True))
     title = "Cost by epoch"
     return line_chart(lines, title=title, x_label="epoch", y_label="per cent of the dense network", low=0, high=100)
 

@@ -21,7 +21,7 @@ from espalier.present.runs import COSTS, Run, example_of, read_run
 from espalier.run.anatomy import ComparedLayer, timed
 from espalier.run.charts import COLOURS
 from espalier.run.progress import short
-from espalier.run.report import COUNTED_WORDS, UNTRAINED, basis, places, points, proven, scores, slow_sentence
+from espalier.run.report import UNTRAINED, basis, places, points, proven, scores, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 from espalier.run.timed import time_sentence
 
@@ -156,8 +156,7 @@ def _meant(run: Run, cost: str) -> float:
     """The share that a limit is about."""
     if cost == LATENCY:
         return float(run.metrics["time"]["small"] / run.metrics["time"]["dense"])
-    counted = (run.metrics["counted"] or {}).get("fraction", {})
-    return float(counted.get(cost, run.metrics["fraction"][cost]))
+    return float(run.metrics["fraction"][cost])
 
 
 def _reached(run: Run) -> str:
@@ -195,11 +194,8 @@ def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
         tiles.append(
             (run.told(run.score, error=False), f"test {run.metric.words}{f', {run.change}' if run.change else ''}")
         )
-    shares = [(c, run.metrics["fraction"][c], " are left") for c in ("macs", "params")]
-    shares += [
-        (c, share, f": {COUNTED_WORDS}") for c, share in (run.metrics["counted"] or {}).get("fraction", {}).items()
-    ]
-    tiles += [(percent(share), f"of the {COST_WORDS[cost]}{how}") for cost, share, how in shares]
+    fraction = run.metrics["fraction"]
+    tiles += [(percent(fraction[cost]), f"of the {COST_WORDS[cost]} are left") for cost in ("macs", "params")]
     for batch, (dense, small) in run.times(runtime or "").items():
         spread = max(dense.get("spread", 1.0), small.get("spread", 1.0))
         text = f"{f'a batch of {batch}' if batch > 1 else 'one image'}, {small['speedup']:.2f}× as fast "
@@ -212,15 +208,11 @@ def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
 
 def _verdict(run: Run) -> str:
     metrics, limits = run.metrics, run.metrics["limits"]
-    small = {**metrics["small"], **(metrics["counted"] or {})}
-    over = any(small[cost] > limit for cost, limit in limits.items() if cost in COST_NAMES)
+    over = any(metrics["small"][cost] > limit for cost, limit in limits.items() if cost in COST_NAMES)
     multiple = run.config["budget"].get("multiple_of", 1)
     parts = [
         ("A LIMIT IS EXCEEDED." if over else "Every limit is kept.") if set(limits) - {LATENCY} else "",
         time_sentence(metrics["time"]) if metrics.get("time") else "",
-        f"Limits are met as {metrics['counted']['note']}; the other rows are what is executed."
-        if metrics["counted"]
-        else "",
         f"Widths and ranks are multiples of {multiple} or whole." if multiple != 1 else "",
         basis(metrics),
         "" if run.is_dense else proven(metrics),
@@ -229,23 +221,11 @@ def _verdict(run: Run) -> str:
 
 
 def _costs(run: Run) -> list[tuple[Any, ...]]:
-    """Label, dense, small, share, limit, limit as a share; the limit stands beside what was counted where that differs."""
-    metrics, limits = run.metrics, run.metrics["limits"]
-    counted = metrics["counted"] or {"fraction": {}}
-    rows = [
-        (label, c, metrics["small"][c], metrics["fraction"][c], c not in counted) for c, label in COST_NAMES.items()
-    ]
-    rows += [(f"{COST_NAMES[c]}, {COUNTED_WORDS}", c, counted[c], s, True) for c, s in counted["fraction"].items()]
+    """Label, dense, small, share, limit, limit as a share."""
+    dense, small, fraction, limits = (run.metrics[table] for table in ("dense", "small", "fraction", "limits"))
     return [
-        (
-            label,
-            whole := metrics["dense"][c],
-            amount,
-            share,
-            limits.get(c) if meant else None,
-            limits.get(c, whole) / whole,
-        )
-        for label, c, amount, share, meant in rows
+        (label, dense[c], small[c], fraction[c], limits.get(c), limits.get(c, dense[c]) / dense[c])
+        for c, label in COST_NAMES.items()
     ]
 
 

@@ -18,7 +18,7 @@ from espalier.present.jobs import open_network
 from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
 from espalier.run.measure import size_on_disk
 from espalier.run.models import load_weights, runs_code
-from espalier.run.report import COUNTED, changed, dense_score, metric_of, places
+from espalier.run.report import changed, dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_sealed, unfinished
 from espalier.tasks import Metric
 
@@ -160,12 +160,6 @@ def _metrics(path: Path) -> dict[str, Any]:
             for key in ("name", "backend", "batch", "milliseconds", "speedup"):
                 timing[key]
         metric_of(found)
-        if found.setdefault("counted", None) is not None:  # runs from before it existed have none
-            for cost in COUNTED:
-                if not all(
-                    isinstance(n, (int, float)) for n in (found["counted"][cost], found["counted"]["fraction"][cost])
-                ):
-                    raise TypeError(f"counted.{cost} is not a number")
         for key in ("limits", "notes", "versions"):
             if not isinstance(found[key], dict):
                 raise TypeError(f"{key} is not a table")
@@ -191,7 +185,7 @@ def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note
     used = {**cost(trace(network, example_of(config))).counts, "bytes": size_on_disk(network)}
     return {
         "dense": {**scores, **used}, "small": {**scores, **used}, "fraction": dict.fromkeys(used, 1.0), "limits": {},
-        "counted": None, "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),
+        "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),
         "example_batch": 1, "epochs": len(log), "seconds": sum(e["seconds"] for e in log), "seed": config["recipe"].get("seed"),
     }  # fmt: skip
 

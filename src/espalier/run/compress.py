@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from espalier import __version__
 from espalier.copies import check_sound, copy_model, unwrapped
-from espalier.costs import COUNTS, Cost, cost
+from espalier.costs import Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.agreement import check_run, once, share, take_from_first
 from espalier.methods.base import Method, Run, budget_for, need_method
@@ -68,9 +68,8 @@ class Result:
 
     ``metric`` and ``dense_metric`` are what the task is judged by, which ``judged_by`` names; for classifiers the accuracies.
 
-    ``cost`` is what ``model`` executes.  ``counted`` is ``None``, unless the method met ``limits`` by counting zeros as nothing
-    (``MGP(stripes=True)``): then it is that count, which is not executed.  ``plan`` says which units of ``graph``, that of the
-    dense network, stayed; ``proof`` is what ``verify`` found of ``model``, ``None`` if it was not asked.
+    ``cost`` is what ``model`` executes.  ``plan`` says which units of ``graph``, that of the dense network, stayed; ``proof``
+    is what ``verify`` found of ``model``, ``None`` if it was not asked.
     """
 
     model: nn.Module
@@ -81,7 +80,6 @@ class Result:
     dense_accuracy: float | None = None
     accuracy: float | None = None
     folder: Path | None = None
-    counted: Cost | None = None
     plan: Plan | None = None
     graph: Graph | None = None
     proof: Proof | None = None
@@ -270,7 +268,6 @@ class _Job:
         self.test_images = 0
         self.course: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
-        self.counted: Cost | None = None
         self.predicted: float | None = None  # milliseconds
         self.step_above: float | None = None
         self.dense_result: dict[str, float] = {}
@@ -398,7 +395,7 @@ class _Job:
     def _take_from(self, run: Run) -> None:
         self.plan, self.graph = run.plan, run.dense_graph
         self.course, self.skipped = run.history, run.skipped
-        self.counted, self.predicted, self.step_above = run.counted, run.cost.latency, run.step_above
+        self.predicted, self.step_above = run.cost.latency, run.step_above
 
     def _write_plan(self) -> None:
         if self.folder is not None and self.plan is not None:
@@ -428,7 +425,6 @@ class _Job:
             dense_metric=self.dense_result.get(self.task.metric.name),
             judged_by=self.task.metric,
             folder=self.folder,
-            counted=self.counted,
             plan=self.plan,
             graph=self.graph,
             proof=proof,
@@ -455,8 +451,8 @@ class _Job:
         """``None`` where the plan is not known, of a one-shot run that an older version began."""
         if self.plan is None or self.graph is None:
             return None
-        # what only counts is checked by itself, and what was trained, or measured on data, has weights of its own
-        budget = self._absolute_budget().counted if self.limited and self.counted is None else None
+        budget = self._absolute_budget().counted if self.limited else None
+        # what was trained, or measured on data, has weights of its own
         own = self.source is not None or self.calibration is not None or self.method.trains
         return proof_of(
             self.model, self.graph, self.plan, self.example, small=small, trained=own, budget=budget, fills=False
@@ -464,9 +460,9 @@ class _Job:
 
     def _require(self, result: Result) -> None:
         """Raises: ProofError unless every limit and the proof hold."""
-        meant = result.counted or result.cost  # what the budget is about
-        over = [m for m, limit in self.limits.items() if m in COUNTS and getattr(meant, m) > limit]  # time is measured
-        failed = [f"{m}={getattr(meant, m):,}, above the budget of {self.limits[m]:,}" for m in over]
+        found = result.cost.counts  # time is measured
+        over = {m: found[m] for m, limit in self.limits.items() if m in found and found[m] > limit}
+        failed = [f"{m}={amount:,}, above the budget of {self.limits[m]:,}" for m, amount in over.items()]
         failed += [f"{c.name}: {c.detail}" for c in result.proof.checks if not c.passed] if result.proof else []
         if failed:
             where = "its result" if result.folder is None else str(result.folder)
@@ -647,7 +643,7 @@ def _said(config: Mapping[str, Any], table: str) -> dict[str, Any]:
     if table == "recipe":
         return {**ADDED, **said}
     if table == "method":
-        return {Method.formerly.get(name, name): value for name, value in said.items()}
+        return Method.as_of_now(said)
     if table == "data" and "name" in said:
         return {"holdout": 0, **said, "name": str(said["name"]).partition(":")[0]}  # imagefolder:PATH
     return said

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from espalier.costs import COUNTS, LATENCY, Cost
+from espalier.costs import COUNTS, LATENCY
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
 from espalier.run.measure import LANES, Model, Timing, latency, ms_said, size_on_disk, slow_widths
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from espalier.run.compress import Result
 
 BATCH_SIZES = (1, 64)
-COUNTED = ("macs", "params")
-COUNTED_WORDS = "counted, not executed"
-COUNTED_NOTE = f"{COUNTED_WORDS}: what zeros in dense layers would save if a runtime left them out"
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,6 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "fraction": {**result.cost.fraction_of(result.dense), "bytes": small_bytes / dense_bytes},
         "limits": dict(result.limits),
         "example_batch": _batch(outcome.example),
-        "counted": None if result.counted is None else _counted(result.counted, result.dense),
         "latency": [asdict(timing) for timing in timings],
         "time": None if result.time is None else asdict(result.time),
         "layers": layers,  # so that a report needs no network
@@ -115,12 +111,6 @@ def _batch(example: Any) -> int | None:
     )
     sizes = {len(i) if isinstance(i, Tensor) and i.dim() > 1 else None for i in inputs}
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def _counted(counted: Cost, dense: Cost) -> dict[str, Any]:
-    """MACs and parameters without zeros; what is alive at the peak is executed either way."""
-    amounts = {name: getattr(counted, name) for name in COUNTED}
-    return {**amounts, "fraction": {n: counted.fraction_of(dense)[n] for n in amounts}, "note": COUNTED_NOTE}
 
 
 def _timings(outcome: Outcome, backend: str, exported: Path | None) -> list[Timing]:
@@ -158,14 +148,9 @@ def summary(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lines = [f"# {title}, compressed by {config['method']['name']}", "", _sentence(metrics, config), ""]
     lines += ["| | dense | small | small / dense |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in scores(metrics, config)]
-    counted = metrics["counted"] or {}
     limits = {name: f" (limit {limit:,})" for name, limit in metrics["limits"].items()}
     for name, label in _LABELS.items():
-        limit = "" if name in counted else limits.get(name, "")
-        lines.append(f"| {label} | {dense[name]:,} | {small[name]:,}{limit} | {fraction[name]:.1%} |")
-    for name in COUNTED if counted else ():
-        share, limit = counted["fraction"][name], limits.get(name, "")
-        lines.append(f"| {_LABELS[name]}, {COUNTED_WORDS} | {dense[name]:,} | {counted[name]:,}{limit} | {share:.1%} |")
+        lines.append(f"| {label} | {dense[name]:,} | {small[name]:,}{limits.get(name, '')} | {fraction[name]:.1%} |")
     lines += ["", proven(metrics), "", *_latency_table(metrics["latency"])]
     lines += [f"{time_sentence(metrics['time'])}\n"] if metrics.get("time") else []
     if metrics["epochs"]:
@@ -245,10 +230,9 @@ def _sentence(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"{name} up to {value:.3g} ms" if name == LATENCY else f"{name} up to {value:,}"
         for name, value in metrics["limits"].items()
     )
-    how = f", {metrics['counted']['note']}" if metrics["counted"] else ""
     multiple = config["budget"].get("multiple_of", 1)
     widths = f"; widths and ranks in multiples of {multiple}, or whole" if multiple > 1 else ""
-    return f"Budget: {limits}{how}{widths}. {basis(metrics)}"
+    return f"Budget: {limits}{widths}. {basis(metrics)}"
 
 
 def proven(metrics: Mapping[str, Any]) -> str:
