@@ -18,7 +18,7 @@ from torch import nn
 
 import espalier as es
 from benchmarks import common
-from espalier.run.measure import depthwise, latency, slow_widths
+from espalier.run.latency import depthwise, latency, slow_widths
 from espalier.solver import solve
 from espalier.surgery import shrink
 

@@ -28,7 +28,7 @@ from torch import nn
 from benchmarks.common import environment, read_results, rounded, table, write_results
 from espalier.costs import cost
 from espalier.graph import Graph, find_blocks, trace, with_blocks
-from espalier.methods.importance import measure
+from espalier.methods.importance import score_units
 from espalier.plan import Plan
 from espalier.run.batches import Batch
 from espalier.run.data import Data, load_data
@@ -80,7 +80,7 @@ class Bench:
         self.settling, rest = rest[:SETTLING], rest[SETTLING:]
         self.judging, self.training = rest[:JUDGING], rest[JUDGING:]
         self.dense = evaluate(model, self.judging)
-        self.worth = measure(model, graph, "taylor", self.scoring)
+        self.worth = score_units(model, graph, "taylor", self.scoring)
 
     def blocks(self) -> list[dict[str, Any]]:
         rows = []

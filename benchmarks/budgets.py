@@ -26,7 +26,7 @@ import espalier as es
 from benchmarks import common
 from benchmarks.structure import macs as counted_macs
 from espalier.graph import Graph
-from espalier.methods.importance import measure
+from espalier.methods.importance import score_units
 from espalier.solver import unused_blocks
 
 NETWORKS = (
@@ -61,7 +61,7 @@ def one_network(name: str, *, targets: int, seed: int = 0) -> list[dict[str, Any
     model, x = common.build(name), common.example(name)
     graph = es.trace(model, x)
     dense = es.cost(graph)
-    importance = measure(model, graph, es.Magnitude().score)
+    importance = score_units(model, graph, es.Magnitude().score)
     chance = random.Random(f"{name} {seed}")
     rows: list[dict[str, Any]] = []
     refused = 0

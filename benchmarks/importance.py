@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.common import environment, read_results, rounded, table, write_results
 from espalier.costs import cost
 from espalier.graph import trace
-from espalier.methods.importance import SCORES, diminishing, measure
+from espalier.methods.importance import SCORES, diminishing, score_units
 from espalier.plan import Budget
 from espalier.run.batches import Batch
 from espalier.run.data import Data, load_data
@@ -75,7 +75,7 @@ def cut(
     dense = cost(trace(model, example)).macs
     for number in range(1, steps + 1):
         graph = trace(small, example)
-        worth = measure(small, graph, score, batches[:SCORING])
+        worth = score_units(small, graph, score, batches[:SCORING])
         worth = {n: diminishing(w, returns) for n, w in worth.items()}
         budget = Budget(macs=max(round(dense * macs ** (number / steps)), 2))
         shrink_(small, graph, solve(graph, worth, budget, per_cost=per_cost))

@@ -44,8 +44,8 @@ from espalier.run.checkpoint import seeded
 from espalier.run.compress import compress
 from espalier.run.data import Data, load_data
 from espalier.run.evaluate import evaluate, pick_device
+from espalier.run.latency import latency
 from espalier.run.loop import Epoch, History, train
-from espalier.run.measure import latency
 from espalier.run.models import build_model, load_weights
 from espalier.run.recipe import WHERE, Recipe
 from espalier.run.rundir import HISTORY, LOG, METRICS

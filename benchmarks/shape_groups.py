@@ -27,7 +27,7 @@ from espalier.forms.shapes import Rectangle, rectangles
 from espalier.run.batches import Batch
 from espalier.run.data import Data, load_data
 from espalier.run.evaluate import evaluate, recalibrate_batchnorm
-from espalier.run.measure import latency
+from espalier.run.latency import latency
 from espalier.run.models import build_model, load_weights
 
 NAME = "shape_groups"

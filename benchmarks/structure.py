@@ -38,7 +38,7 @@ from torch import nn
 
 import espalier as es
 from benchmarks import common
-from espalier.methods.importance import measure
+from espalier.methods.importance import score_units
 from espalier.surgery.verify import count_macs
 
 SHARE = 0.5  # of the MACs
@@ -54,7 +54,7 @@ def espalier_job(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, dict[str
     clock = [time.perf_counter()]
     graph = es.trace(model, x)
     clock.append(time.perf_counter())
-    importance = measure(model, graph, es.Magnitude().score)
+    importance = score_units(model, graph, es.Magnitude().score)
     clock.append(time.perf_counter())
     plan = es.solve(graph, importance, es.Budget(macs=SHARE))
     clock.append(time.perf_counter())

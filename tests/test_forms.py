@@ -20,7 +20,7 @@ from espalier.graph import trace, with_alternatives
 from espalier.layers import FactorisedConv, FactorisedLinear
 from espalier.plan import Plan
 from espalier.solver import BudgetError
-from espalier.surgery import replace
+from espalier.surgery import put_layer
 
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -63,7 +63,7 @@ def check(form: str, axes: int) -> None:
     from espalier.forms import dense_sequence
 
     joint = with_alternatives(trace(model, example), {"0": [option, dense_sequence(place)]})
-    replace(model, "0", row)
+    put_layer(model, "0", row)
     assert cost(joint, Plan({"0:form": torch.arange(1).numpy()})) == cost(trace(model, example))
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import espalier
-from espalier.run import measure
+from espalier.run import latency as measuring
 from espalier.run import onnx as onnx_room
-from espalier.run.measure import latency, size_on_disk
+from espalier.run.latency import latency, size_on_disk
 from espalier.run.onnx import export_onnx, onnx_session
 
 
@@ -37,7 +37,7 @@ def test_every_model_is_timed_at_every_batch_size_against_the_first():
 def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
     clock, log = [0.0], []
     duration = {"a": [0.5, 0.5, 0.5, 1.0, 3.0, 2.0], "b": [9.0, 4.0, 4.0, 4.0]}
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
 
     def caller(name):
         def call():
@@ -46,7 +46,7 @@ def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
 
         return call
 
-    found = measure._race({"a": caller("a"), "b": caller("b")}, repeats=3, seconds=100)
+    found = measuring._race({"a": caller("a"), "b": caller("b")}, repeats=3, seconds=100)
     assert found == {"a": [1.0, 3.0, 2.0], "b": [4.0, 4.0, 4.0]}
     assert log[-6:] == ["a", "b"] * 3
 

@@ -342,7 +342,7 @@ def test_onnx_gives_the_same_numbers(tmp_path) -> None:
     draw = np.random.default_rng(0)
     stay = {g.name: np.sort(draw.permutation(g.size)[: max(1, g.size // 2)]) for g in run.graph.groups}
     run.kernels.chosen = {n: r[1][0] for n, r in run.kernels.options.items()}
-    run.realise({**stay, **run.kernels.going(run.kernels.layers)}, None)
+    run.realise({**stay, **run.kernels.going(run.kernels.options)}, None)
     assert any(isinstance(m, PartConv2d) and m.index is not None and any(m.shift) for m in model.modules())
     export_onnx(model.eval(), tmp_path / "small.onnx", example=torch.randn(2, 1, 8, 8))  # raises where they differ
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import espalier as es
-from espalier.methods.importance import Moments, Sensitivity, measure
+from espalier.methods.importance import Moments, Sensitivity, score_units
 from espalier.methods.units import Positions, Units
 from espalier.surgery.files import rebuild, structure
 
@@ -170,11 +170,11 @@ def test_frozen_weights_are_measured_and_nothing_is_left_behind() -> None:
     other[3].weight.requires_grad_(False)
     batches = [(X[:32], Y[:32])]
     graph = es.trace(model, X[:1])
-    found = [measure(m, graph, "taylor", batches) for m in (model, other)]
+    found = [score_units(m, graph, "taylor", batches) for m in (model, other)]
     for group in graph.groups:
         np.testing.assert_allclose(found[1][group.name], found[0][group.name])
     with pytest.raises(IndexError):
-        measure(other, graph, "taylor", [(X[:8], Y[:8] + 100)])
+        score_units(other, graph, "taylor", [(X[:8], Y[:8] + 100)])
     assert [n for n, p in other.named_parameters() if not p.requires_grad] == ["3.weight"]
     assert not any(p._post_accumulate_grad_hooks for p in other.parameters())
     assert all(p.grad is None for p in other.parameters())

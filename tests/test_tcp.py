@@ -10,7 +10,7 @@ from torch import nn
 import espalier as es
 from espalier.costs import CostModel
 from espalier.graph import trace
-from espalier.methods.importance import SCORES, Sensitivity, diminishing, measure
+from espalier.methods.importance import SCORES, Sensitivity, diminishing, score_units
 from espalier.methods.tcp import TCP
 from espalier.methods.units import Units
 from espalier.plan import Budget
@@ -138,7 +138,7 @@ def test_every_score_gives_one_finite_value_per_unit_and_leaves_the_model_alone(
                 module.weight.uniform_(0.5, 1.5)
     before = copy.deepcopy(model.state_dict())
     graph = trace(model, EXAMPLE)
-    values = measure(model, graph, score, [batch(0), batch(1)])
+    values = score_units(model, graph, score, [batch(0), batch(1)])
     assert {n: len(v) for n, v in values.items()} == {g.name: g.size for g in graph.groups}
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in values.values())
     assert any(v.std() > 0 for v in values.values())

@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.run.data import Loaders as Loaders
     from espalier.run.data import load_data as load_data
     from espalier.run.ema import follow as follow
+    from espalier.run.latency import latency as latency
     from espalier.run.loop import TrainingDiverged as TrainingDiverged
-    from espalier.run.measure import latency as latency
     from espalier.run.models import build_model as build_model
     from espalier.run.models import load_weights as load_weights
     from espalier.run.onnx import export_onnx as export_onnx
@@ -105,7 +105,7 @@ _HOME = {
     "export_int8": "espalier.deploy.int8",
     "export_onnx": "espalier.run.onnx",
     "export_torch": "espalier.deploy.torch_files",
-    "latency": "espalier.run.measure",
+    "latency": "espalier.run.latency",
     "find_blocks": "espalier.graph",
     "follow": "espalier.run.ema",
     "load": "espalier.surgery",

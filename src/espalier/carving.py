@@ -306,10 +306,10 @@ def whole_numbers(module: nn.Module) -> dict[str, Any]:
 
     Not what its forward writes: that counts calls or remembers them.
     """
-    return {k: v for k, v in settings_of(module) if _is_whole(v)} if is_own(type(module)) else {}
+    return {k: v for k, v in plain_settings(module) if _is_whole(v)} if is_own(type(module)) else {}
 
 
-def settings_of(module: nn.Module) -> list[tuple[str, Any]]:
+def plain_settings(module: nn.Module) -> list[tuple[str, Any]]:
     """What stands on the module itself and is a setting of it: not what its forward writes.
 
     What begins with "drop" is for training alone.

@@ -20,9 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 import annotated_types
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-__all__ = ["Fraction", "OneOf", "Positive", "Setting", "Settings", "Share", "described", "settings_of"]
+__all__ = ["Fraction", "OneOf", "Portion", "Positive", "Setting", "Settings", "described", "settings_of"]
 
-Share = Annotated[float, Field(ge=0, lt=1)]  # from 0 to below 1
+Portion = Annotated[float, Field(ge=0, lt=1)]  # from 0 to below 1
 Fraction = Annotated[float, Field(gt=0, le=1)]  # above 0 and up to 1
 Positive = Annotated[float, Field(gt=0)]
 
@@ -131,7 +131,7 @@ def _read(owner: Any) -> Iterator[Setting]:
 
 
 def _inner_notes(kind: Any) -> list[Any]:
-    """Ranges of a part of a union: ``Share | None``."""
+    """Ranges of a part of a union: ``Portion | None``."""
     return [n for part in get_args(kind) for n in getattr(part, "__metadata__", ()) if hasattr(n, "metadata")]
 
 

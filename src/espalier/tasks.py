@@ -58,7 +58,7 @@ class Summed:
     kept: ClassVar[tuple[str, ...]]
 
     def sums(self) -> dict[str, Any]:
-        return {name: moved(getattr(self, name), "cpu") for name in self.kept}
+        return {name: to_device(getattr(self, name), "cpu") for name in self.kept}
 
     def put_together(self, all_sums: Sequence[dict[str, Any]]) -> None:
         """Hold what all of ``all_sums`` hold."""
@@ -144,7 +144,7 @@ def called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def moved(value: Any, device: str | torch.device) -> Any:
+def to_device(value: Any, device: str | torch.device) -> Any:
     """Every tensor in tuples, lists and dictionaries on ``device``."""
     return _mapped(value, lambda t: t.to(device, non_blocking=True))
 
@@ -541,7 +541,7 @@ class _MeanAveragePrecision:
         self.metric = MeanAveragePrecision(box_format="xyxy", sync_on_compute=False)
 
     def update(self, output: Any, targets: Any, /) -> None:
-        self.metric.update(moved(output, "cpu"), moved(targets, "cpu"))
+        self.metric.update(to_device(output, "cpu"), to_device(targets, "cpu"))
 
     def compute(self) -> float:
         return 100.0 * max(float(self.metric.compute()["map"]), 0.0)  # -1 where there is nothing to find

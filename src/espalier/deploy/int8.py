@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.run.measure import Timing, latency
+from espalier.run.latency import Timing, latency
 from espalier.run.onnx import check_place, onnx_session, to_onnx_bytes
 from espalier.run.rundir import write_file
 from espalier.timing.bits import quantised

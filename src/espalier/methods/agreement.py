@@ -62,13 +62,13 @@ class Share:
         return (rows.stop - rows.start) * self.world / count
 
 
-WHOLE = Share()  # of one process alone
+ALONE = Share()  # of one process alone
 
 
 def share() -> Share:
     """Which of how many processes this one is."""
     together = dist.is_available() and dist.is_initialized() and not _alone.get()
-    return Share(dist.get_rank(), dist.get_world_size()) if together else WHOLE
+    return Share(dist.get_rank(), dist.get_world_size()) if together else ALONE
 
 
 # -- decisions

@@ -493,17 +493,17 @@ class AtOnce(Run):
         return Status(self.cost, 0.0, 0.0)
 
 
-WHOLE = Budget(macs=1.0, params=1.0)
+NO_BUDGET = Budget(macs=1.0, params=1.0)
 """No budget: the network may cost what the dense one costs."""
 
 
 def budget_for(method: Method, budget: Budget | None) -> Budget:
-    """``budget``, or ``WHOLE`` for a method that can do without one.  Raises: ValueError for the others, and for no method."""
+    """``budget``, or ``NO_BUDGET`` for a method that needs none.  Raises: ValueError for the others, and for no method."""
     need_method(method)
     if budget is None and method.needs_budget:
         raise ValueError(f"{method.name} needs a budget: give Budget(macs=0.5), for example")
     if budget is None:
-        return WHOLE
+        return NO_BUDGET
     need_budget(budget)
     return budget
 

@@ -45,10 +45,10 @@ from espalier.methods.importance import TAYLOR, Sensitivity
 from espalier.methods.pace import Closing, ClosingMethod
 from espalier.methods.ranks import LAYOUTS, Triplets, dense_twin, energy, rank_alternatives, tails
 from espalier.plan import Budget, Plan
-from espalier.settings import Fraction, OneOf, Share, described
-from espalier.surgery import change_bases, cut_ranks, decompositions, replace, split_layers
+from espalier.settings import Fraction, OneOf, Portion, described
+from espalier.surgery import change_bases, cut_ranks, decompositions, put_layer, split_layers
 
-SCORES = ("energy", TAYLOR, "whole")
+TRIPLET_SCORES = ("energy", TAYLOR, "whole")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DPRP(ClosingMethod):
     form: Annotated[str, OneOf(LAYOUTS), described("of the factors; auto is the faster one of every layer")] = "auto"
     importance: Annotated[
         str,
-        OneOf(SCORES),
+        OneOf(TRIPLET_SCORES),
         described(
             "of a triplet: its share of the layer's energy; whole, the same while the layer was whole, whatever it has lost "
             "since; or taylor, the squared first-order change of the loss"
@@ -82,12 +82,12 @@ class DPRP(ClosingMethod):
         float,
         described("with once: no rank falls below that share of what equal fractions in all layers leave", ge=0, le=1),
     ] = 0.5
-    start_at: Annotated[Share, described("when ranks begin to fall")] = 0.1
-    end_at: Annotated[Share, described("when ranks have fallen")] = 0.6
+    start_at: Annotated[Portion, described("when ranks begin to fall")] = 0.1
+    end_at: Annotated[Portion, described("when ranks have fallen")] = 0.6
     every: Annotated[float, described("time between two rank events", gt=0, lt=1)] = 0.02
     orthogonality: Annotated[float, described("weight of the pull to orthonormal factors", ge=0)] = 1.0
     sparsity: Annotated[float, described("weight of the penalty on singular values", ge=0)] = 1e-4
-    smoothing: Annotated[Share, described("of the importance, over batches")] = 0.97
+    smoothing: Annotated[Portion, described("of the importance, over batches")] = 0.97
     power: Annotated[float, described("how fast the cost falls at first; 1 is a straight line", ge=0)] = 2.0
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ class DPRPRun(Closing):
     def _factorise(self) -> None:
         for name, place in self.alternatives.places.items():
             layer: Any = self.model.get_submodule(name)
-            replace(self.model, name, LowRank.of(layer, place, form=self.alternatives.forms[name], whole=True))
+            put_layer(self.model, name, LowRank.of(layer, place, form=self.alternatives.forms[name], whole=True))
 
     # -- 2. penalty ----------------------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class DPRPRun(Closing):
             else:
                 with torch.no_grad():
                     plain = self.alternatives.plain(name, (layer.u, layer.s, layer.v), bias=layer.bias)
-            replace(self.model, name, plain)
+            put_layer(self.model, name, plain)
         self.layers = {}
         built = cost(trace(self.model, self.example))
         assert (built.macs, built.params) == (self.cost.macs, self.cost.params), "planned cost is not the built one"

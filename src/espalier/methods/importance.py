@@ -357,7 +357,7 @@ def _all_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(trained).grad = gradient
 
 
-def measure(
+def score_units(
     model: nn.Module, graph: Graph, kind: str, batches: Iterable[tuple[Tensor, Tensor]] | None = None
 ) -> dict[str, np.ndarray]:
     """Score every unit of ``graph`` once; ``kind`` is a name in ``SCORES``.

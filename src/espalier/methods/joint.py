@@ -8,7 +8,7 @@ Here every layer may end in the form that serves the budget best, and one solver
    cannot go; and the forms of a layer, in one group of alternatives: kernel rectangles, ranks, or dense;
 2. importance, the same measure for every kind: the squared first-order change of the loss when a gate closes, on a channel, an
    input, a kernel position, or a singular triplet (``s u^T dL/dW v``), normalised together (``methods.importance``).  The bases
-   of the triplets are those of the weights at the last decisions (``REFRESH``); blocks are calibrated (``methods.blocks``);
+   of the triplets are those of the weights a few decisions ago (``REBASE_EVERY``); blocks are calibrated (``methods.blocks``);
 3. coarse to fine: at first only blocks and channels may go, then inputs, then forms; a decision may be taken back until it is
    carried out.  The last one, at ``end_at - 2 fade``, is final and spends the whole budget;
 4. pressure and removal of blocks, channels, inputs and kernels while the network trains, as in MGP;
@@ -45,8 +45,8 @@ from espalier.methods.ranks import LAYOUTS, layout, rank_options
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Gate, Units
 from espalier.plan import Budget, Plan
-from espalier.settings import OneOf, Share, described
-from espalier.surgery import replace as put_layer
+from espalier.settings import OneOf, Portion, described
+from espalier.surgery import put_layer
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Joint(FadingMethod):
     shapes: Annotated[bool, described("let kernels become smaller")] = True
     ranks: Annotated[bool, described("let layers be factorised")] = True
     form: Annotated[str, OneOf(LAYOUTS), described("of the factors; auto is the faster one of every layer")] = "auto"
-    stagger: Annotated[Share, described("how much later than the coarser one each finer granularity begins")] = 0.03
+    stagger: Annotated[Portion, described("how much later than the coarser one each finer granularity begins")] = 0.03
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +78,7 @@ class Joint(FadingMethod):
         return JointRun(model, example, budget, self)
 
 
-Bases = dict[str, tuple[Tensor, Tensor, Tensor]]
+TripletBases = dict[str, tuple[Tensor, Tensor, Tensor]]
 """Layer -> ``u``, ``s``, ``v`` of the matrix that its weight is."""
 
 
@@ -86,7 +86,7 @@ class WithTriplets(Units):
     """``Units``, and behind them the singular triplets of layers that may be factorised, the largest value first."""
 
     def __init__(
-        self, model: nn.Module, graph: Graph, *, taps: tuple[str, ...], bases: Bases, layouts: Mapping[str, str]
+        self, model: nn.Module, graph: Graph, *, taps: tuple[str, ...], bases: TripletBases, layouts: Mapping[str, str]
     ) -> None:
         super().__init__(model, graph, taps=taps, more=[len(s) for _, s, _ in bases.values()])
         begins = self.offsets[len(self.offsets) - 1 - len(bases) :]
@@ -171,7 +171,7 @@ class JointRun(MGPRun):
         taps, layouts = self.kernels.spatial, self.kernels.layouts
         return WithTriplets(self.model, self.graph, taps=taps, bases=self.bases, layouts=layouts)
 
-    def _decomposed(self) -> Bases:
+    def _decomposed(self) -> TripletBases:
         found = {}
         for layer, form in self.kernels.layouts.items():
             if any(self.kernels.ranks[layer]):
@@ -182,7 +182,7 @@ class JointRun(MGPRun):
 
     def _refresh(self, progress: float) -> None:
         """The bases of the weights as they are now; what was heard stays with the number of the triplet."""
-        if self._refreshed >= 0 and progress - self._refreshed < REFRESH * self.method.every:
+        if self._refreshed >= 0 and progress - self._refreshed < REBASE_EVERY * self.method.every:
             return
         self._refreshed, heard = progress, self.score
         self._silence()
@@ -324,7 +324,7 @@ class JointRun(MGPRun):
             self._silence()
 
 
-REFRESH = 4  # decisions for which the bases of triplets stand
+REBASE_EVERY = 4  # decisions for which the bases of triplets stand
 
 
 def offered(

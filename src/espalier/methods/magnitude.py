@@ -13,7 +13,7 @@ from torch import nn
 
 from espalier.methods.base import AtOnce, Batches, Method
 from espalier.methods.blocks import WholeBlocks, need_comparable, takes_blocks
-from espalier.methods.importance import ScoreName, ShareExponent, diminishing, measure
+from espalier.methods.importance import ScoreName, ShareExponent, diminishing, score_units
 from espalier.methods.scoring import batchnorm_settled
 from espalier.plan import Budget
 from espalier.settings import described
@@ -55,7 +55,7 @@ class OneShot(AtOnce):
         super().__init__(model, example, budget)
         if takes_blocks(method.blocks, budget, score=method.score):
             self.offer_blocks()
-        importance = measure(model, self.graph, method.score, batches)
+        importance = score_units(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.share_exponent) for n, w in importance.items()}
         keep = self.decide(importance, per_cost=method.per_cost).keep
         with batchnorm_settled(model, batches):

@@ -42,7 +42,7 @@ from espalier.methods.pressure import Fading, FadingMethod
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
-from espalier.settings import Share, described
+from espalier.settings import Portion, described
 from espalier.solver import BudgetError
 
 
@@ -62,7 +62,7 @@ class MGP(FadingMethod):
         ),
     ] = False
     blocks: WholeBlocks = None
-    stagger: Annotated[Share, described("how much later than the coarser one each finer granularity begins")] = 0.03
+    stagger: Annotated[Portion, described("how much later than the coarser one each finer granularity begins")] = 0.03
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,24 +28,24 @@ from espalier.methods.importance import LISTEN_EVERY, TAYLOR, listener
 from espalier.methods.pace import Closing, ClosingMethod
 from espalier.methods.units import Positions, Units, upload
 from espalier.plan import Budget, Plan
-from espalier.settings import Positive, Share, described
+from espalier.settings import Portion, Positive, described
 
 
 @dataclass(frozen=True, kw_only=True)
 class FadingMethod(ClosingMethod):
     """The hyper-parameters that fading methods share; every duration is a fraction of the whole run."""
 
-    start_at: Annotated[Share, described("when the budget leaves the full cost")] = 0.02
-    end_at: Annotated[Share, described("when, about, everything outside is gone")] = 0.5
+    start_at: Annotated[Portion, described("when the budget leaves the full cost")] = 0.02
+    end_at: Annotated[Portion, described("when, about, everything outside is gone")] = 0.5
     fade: Annotated[float, described("how long a unit takes from leaving the keep-set to zero", gt=0, lt=1)] = 0.06
     every: Annotated[float, described("time between two decisions about the keep-set", gt=0, lt=1)] = 0.01
     chunk: Annotated[
-        Share,
+        Portion,
         described(
             "remove as soon as that share of the current MACs (or parameters) has faded; small values remove often"
         ),
     ] = 0.05
-    smoothing: Annotated[Share, described("of the importance, over batches")] = 0.97
+    smoothing: Annotated[Portion, described("of the importance, over batches")] = 0.97
     power: Annotated[Positive, described("how fast the budget falls at first; 1 is a straight line")] = 3.0
 
     @property

@@ -29,7 +29,7 @@ from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Gate
 from espalier.plan import Budget
 from espalier.solver import BudgetError, solve
-from espalier.surgery import replace as put_layer
+from espalier.surgery import put_layer
 from espalier.timing.forms import measured
 from espalier.timing.profile import Profile
 

@@ -26,7 +26,7 @@ from espalier.methods.scoring import batchnorm_settled
 from espalier.methods.whitening import input_moments, whitened_svd
 from espalier.plan import Budget
 from espalier.settings import OneOf, described
-from espalier.surgery import replace
+from espalier.surgery import put_layer
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Truncated(AtOnce):
                     if whitened:  # both sides share a square root of the values, and train alike
                         turn = orthonormalise(*kept, name=name)
                         kept = turn.u, turn.s, turn.v
-                    replace(model, name, alternatives.plain(name, kept, bias=layers[name].bias))
+                    put_layer(model, name, alternatives.plain(name, kept, bias=layers[name].bias))
         self.record("rank", ranks, progress=0.0)
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:

@@ -41,7 +41,7 @@ from espalier.methods.importance import ScoreName, ShareExponent, diminishing
 from espalier.methods.pressure import Fading, FadingMethod
 from espalier.methods.units import upload
 from espalier.plan import Budget, Plan
-from espalier.settings import Share, described
+from espalier.settings import Portion, described
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TCP(FadingMethod):
             "decide for the final budget from the start; all fade until end_at, and the keep-set is frozen once it stays"
         ),
     ] = False
-    floor: Annotated[Share, described("of its units that every group keeps at least")] = 0.0
+    floor: Annotated[Portion, described("of its units that every group keeps at least")] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,9 +48,9 @@ from espalier.methods.lc import LearningCompression
 from espalier.methods.scoring import loss_with
 from espalier.methods.search import JOURNAL, Point, Trials, curves, minimise, name_of
 from espalier.plan import Budget
-from espalier.settings import Fraction, OneOf, Positive, Share, described
+from espalier.settings import Fraction, OneOf, Portion, Positive, described
 from espalier.solver import solve
-from espalier.surgery import replace
+from espalier.surgery import put_layer
 
 RANKS = ("evbmf", "energy", "equal")
 
@@ -90,7 +90,7 @@ class TTLC(Method):
         Fraction,
         described("peak of the rate after the last C step, relative to where the next L step would have started"),
     ] = 0.5
-    finetune_warmup: Annotated[Share, described("share of what is left in which the rate rises to that")] = 0.15
+    finetune_warmup: Annotated[Portion, described("share of what is left in which the rate rises to that")] = 0.15
     frobenius: Annotated[bool, described("after the cut the product of a layer's factors decays, not each of them")] = (
         False
     )
@@ -413,7 +413,7 @@ class TTLCRun(Run):
             row = sequential(self.places[name], layer.form, weights, old.bias)  # type: ignore[arg-type]
             if _is_channels_last(old.weight):  # type: ignore[arg-type]
                 row.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            replace(self.model, name, row, optimizer=optimizer)
+            put_layer(self.model, name, row, optimizer=optimizer)
         self.lc.release()
         self.replaced, self._at = True, progress
         self.factors = {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from espalier.methods.base import WHOLE, Method
+from espalier.methods.base import NO_BUDGET, Method
 from espalier.methods.dprp import DPRP
 from espalier.methods.joint import Joint
 from espalier.methods.magnitude import Magnitude
@@ -249,7 +249,7 @@ def make_budget(config: Config, method: Method) -> Budget | None:
     _check_names("budget", config["budget"], [f.name for f in fields(Budget)])
     if not {"macs", "params", "activation_memory", "latency"} & config["budget"].keys():
         if not method.needs_budget:
-            return replace(WHOLE, **config["budget"]) if config["budget"] else None
+            return replace(NO_BUDGET, **config["budget"]) if config["budget"] else None
         raise ValueError(
             "there is no budget: give --macs, --params, --activation-memory or --latency, for example --macs 0.5"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from espalier.graph.alternatives import alternatives_name
-from espalier.present.runs import Run
+from espalier.present.runs import FinishedRun
 from espalier.run.charts import (
     Dot,
     Line,
@@ -30,26 +30,26 @@ Figure = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Group:
+class Seeds:
     """Runs of one setting, which differ in their seeds."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
 
     @property
-    def first(self) -> Run:
+    def first(self) -> FinishedRun:
         return self.runs[0]
 
-    def values(self, of: Callable[[Run], float | None]) -> list[float]:
+    def values(self, of: Callable[[FinishedRun], float | None]) -> list[float]:
         """Of all runs; empty where one has none."""
         found = [of(run) for run in self.runs]
         return [] if None in found else [value for value in found if value is not None]
 
-    def mean(self, of: Callable[[Run], float | None]) -> float | None:
+    def mean(self, of: Callable[[FinishedRun], float | None]) -> float | None:
         values = self.values(of)
         return mean(values) if values else None
 
-    def told(self, of: Callable[[Run], float | None]) -> str:
+    def told(self, of: Callable[[FinishedRun], float | None]) -> str:
         """A score: mean ± standard deviation over seeds; of one run ± its binomial error, where it has one."""
         values = self.values(of)
         if not values:
@@ -70,7 +70,7 @@ def unit_of(metric: Metric) -> str:
 _KERNELS = "Positions that the keep-set leaves of a kernel, cut once it is final. Layers that keep all are not drawn."
 
 
-def figures_of(run: Run) -> list[Figure]:
+def figures_of(run: FinishedRun) -> list[Figure]:
     """Those for which there is something to draw."""
     history, epochs = run.history, max(run.metrics["epochs"], 1)
     ranks, full, gap, search = (history.get(kind, {}) for kind in ("rank", "full rank", "gap", "search"))
@@ -96,7 +96,7 @@ def figures_of(run: Run) -> list[Figure]:
     return [figure for figure in found if figure[2]]
 
 
-def score_curves(run: Run) -> str:
+def score_curves(run: FinishedRun) -> str:
     lines = [_curve(run, run.metric.name, "test", 0)]
     if run.metric.name == "accuracy":
         lines.append(_curve(run, "train_accuracy", "training", 1))
@@ -106,12 +106,12 @@ def score_curves(run: Run) -> str:
     return line_chart(lines, title=title, x_label="epoch", y_label=unit_of(run.metric))
 
 
-def loss_curves(run: Run) -> str:
+def loss_curves(run: FinishedRun) -> str:
     lines = [_curve(run, "test_loss", "test", 0), _curve(run, "loss", "training", 1)]
     return line_chart(lines, title="Loss by epoch", x_label="epoch", y_label="loss", low=0)
 
 
-def cost_curves(run: Run) -> str:
+def cost_curves(run: FinishedRun) -> str:
     """Every cost that has a limit, as a share of the dense network, from the dense network on."""
     lines = []
     for tone, (cost, name) in enumerate(COST_WORDS.items()):  # time is measured at the end
@@ -125,12 +125,12 @@ def cost_curves(run: Run) -> str:
     return line_chart(lines, title=title, x_label="epoch", y_label="per cent of the dense network", low=0, high=100)
 
 
-def pressure_curves(run: Run) -> str:
+def pressure_curves(run: FinishedRun) -> str:
     lines = [_curve(run, "remaining", "remaining", 3), _curve(run, "strength", "strength", 4)]
     return line_chart(lines, title="Remaining mass and strength by epoch", x_label="epoch", y_label="share", low=0)
 
 
-def width_history(run: Run) -> str:
+def width_history(run: FinishedRun) -> str:
     """The groups that changed, as shares of their widest."""
     changed = {g: points for g, points in run.widths.items() if len({n for _, n in points}) > 1}
     shares = {
@@ -140,11 +140,11 @@ def width_history(run: Run) -> str:
     return bundle(shares, title="Kept units by epoch", y_label="per cent of the group", high=100)
 
 
-def _curve(run: Run, column: str, name: str, tone: int) -> Line:
+def _curve(run: FinishedRun, column: str, name: str, tone: int) -> Line:
     return Line(name, tuple((e["epoch"], e[column]) for e in run.epochs if column in e), tone)
 
 
-def _share(run: Run, cost: str) -> tuple[Point, ...]:
+def _share(run: FinishedRun, cost: str) -> tuple[Point, ...]:
     whole = run.metrics["dense"][cost]
     points = [(e["epoch"], 100 * e[cost] / whole) for e in run.epochs if cost in e]
     return ((0.0, 100.0), *points) if points else ()
@@ -153,13 +153,13 @@ def _share(run: Run, cost: str) -> tuple[Point, ...]:
 # -- several runs
 
 
-def figures_of_all(groups: Sequence[Group], runtime: str | None) -> list[Figure]:
+def figures_of_all(groups: Sequence[Seeds], runtime: str | None) -> list[Figure]:
     """The metric against every cost, and curves over one another, means over seeds with the deviation around them."""
     metric = groups[0].first.metric
     name = metric.words.capitalize()
     hollow, band = "Hollow: dense. Dashed: the frontier.", "Means over seeds; the band is ± their standard deviation."
     found = [(f"{name} against {axis}", hollow, _trade_off(groups, cost, runtime)) for cost, axis in AXES.items()]
-    curves: dict[str, tuple[str, Callable[[Run], Sequence[Point]]]] = {
+    curves: dict[str, tuple[str, Callable[[FinishedRun], Sequence[Point]]]] = {
         name: (unit_of(metric), lambda run: _curve(run, metric.name, "", 0).points),
         "Multiply-adds": ("per cent of the dense network", lambda run: _share(run, "macs")),
         "Test loss": ("loss", lambda run: _curve(run, "test_loss", "", 0).points),
@@ -179,7 +179,7 @@ def _mean_line(name: str, curves: Sequence[Sequence[Point]], tone: int) -> Line:
     return Line(name, tuple((x, mean(v)) for x, v in values.items()), tone, around=around)
 
 
-def _trade_off(groups: Sequence[Group], cost: str, runtime: str | None) -> str:
+def _trade_off(groups: Sequence[Seeds], cost: str, runtime: str | None) -> str:
     """The metric against what is left of ``cost``, or of the "time" in ``runtime`` at batch 1; ± over seeds."""
     metric = groups[0].first.metric
     dots = []
@@ -199,7 +199,7 @@ def _trade_off(groups: Sequence[Group], cost: str, runtime: str | None) -> str:
     return dot_chart(dots, title=title, x_label=x_label, y_label=f"test {unit_of(metric)}", higher_is_better=upwards)
 
 
-def time_left(run: Run, runtime: str | None) -> float | None:
+def time_left(run: FinishedRun, runtime: str | None) -> float | None:
     """Of the dense network's, at batch 1; a network that nothing was removed from takes all of it."""
     times = run.times(runtime or "")
     return 1.0 if run.is_dense else 1 / times[1][1]["speedup"] if 1 in times else None

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from espalier.costs import LATENCY
-from espalier.present.figures import COST_WORDS, Group, figures_of, figures_of_all, time_left
-from espalier.present.runs import COSTS, Run, example_of, read_run
+from espalier.present.figures import COST_WORDS, Seeds, figures_of, figures_of_all, time_left
+from espalier.present.runs import COSTS, FinishedRun, blank_input, read_run
 from espalier.run.anatomy import ComparedLayer, timed
 from espalier.run.charts import COLOURS
 from espalier.run.progress import short
@@ -31,7 +31,7 @@ COST_NAMES = {
     "activation_memory": "peak activations, bytes",
     "bytes": "size on disk, bytes",
 }
-RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+RUNTIME_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 TONES = ("the layer as it was, or with fewer channels", "factorised into several layers", "another kernel")
 BUSY = 0.1  # two measurements further apart are not to be relied on
 BUSY_ROUNDS = 1.5  # nor are times whose median round took longer than the fastest by this factor
@@ -63,7 +63,7 @@ def write_report(
     return target
 
 
-def page(runs: Sequence[Run], *, timing: bool = True, runtime: str | None = None) -> str:
+def page(runs: Sequence[FinishedRun], *, timing: bool = True, runtime: str | None = None) -> str:
     """The whole report; with ``timing`` layers are timed now, on this machine.  All times are those in ``runtime``."""
     from jinja2 import Environment, FunctionLoader
     from markupsafe import Markup
@@ -90,7 +90,7 @@ def themed(svg: str) -> str:
     return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)
 
 
-def _runtime(runs: Sequence[Run], wanted: str | None) -> str | None:
+def _runtime(runs: Sequence[FinishedRun], wanted: str | None) -> str | None:
     """What the times of the page are of: what was asked for, else the last that every run was timed in."""
     measured = [[t["backend"] for t in run.metrics["latency"]] for run in runs if not run.is_dense]
     common = [b for b in dict.fromkeys(chain(*measured)) if all(b in own for own in measured)]
@@ -102,7 +102,7 @@ def _runtime(runs: Sequence[Run], wanted: str | None) -> str | None:
 # -- one run
 
 
-def _section(run: Run, name: str, runtime: str | None, timing: bool) -> dict[str, Any]:
+def _section(run: FinishedRun, name: str, runtime: str | None, timing: bool) -> dict[str, Any]:
     config = {section: dict(values) for section, values in run.config.items() if values}
     if "weights" in config.get("model", {}):  # a page that is sent around names no folders
         config["model"]["weights"] = Path(str(config["model"]["weights"])).name
@@ -122,7 +122,7 @@ def _section(run: Run, name: str, runtime: str | None, timing: bool) -> dict[str
     }
 
 
-def sentence(run: Run, runtime: str | None = None) -> str:
+def sentence(run: FinishedRun, runtime: str | None = None) -> str:
     """What was asked for, what was met, and what was lost, with an error where the test images give one."""
     if run.is_dense:
         return f"{run.title} was trained as it is{_reached(run)}."
@@ -142,7 +142,7 @@ def sentence(run: Run, runtime: str | None = None) -> str:
     return f"{text}{_reached(run)}."
 
 
-def _asked(run: Run) -> str:
+def _asked(run: FinishedRun) -> str:
     """``40 % of the MACs and 50 % of the time``."""
     dense, limits = run.metrics["dense"], run.metrics["limits"]
     parts = [f"{100 * limits[c] / dense[c]:.4g} % of the {COST_WORDS[c]}" for c in limits if c in COST_WORDS]
@@ -152,14 +152,14 @@ def _asked(run: Run) -> str:
     return listed(parts)
 
 
-def _meant(run: Run, cost: str) -> float:
+def _meant(run: FinishedRun, cost: str) -> float:
     """The share that a limit is about."""
     if cost == LATENCY:
         return float(run.metrics["time"]["small"] / run.metrics["time"]["dense"])
     return float(run.metrics["fraction"][cost])
 
 
-def _reached(run: Run) -> str:
+def _reached(run: FinishedRun) -> str:
     """``, and lost 0.56 points of accuracy (98.61 ± 0.63 %, before 99.17 ± 0.50 %)``."""
     score, before = run.score, run.dense_score
     if score is None:
@@ -171,7 +171,7 @@ def _reached(run: Run) -> str:
     return f", and {verb} {amount} of {run.metric.words} ({run.told(score)}, before {run.told(before)})"
 
 
-def _origin(run: Run, runtime: str | None) -> str:
+def _origin(run: FinishedRun, runtime: str | None) -> str:
     """How long, of which images, when, where, in what."""
     metrics, epochs = run.metrics, run.metrics["epochs"]
     day, images, seed = (metrics.get(key) for key in ("date", "test_images", "seed"))
@@ -182,12 +182,12 @@ def _origin(run: Run, runtime: str | None) -> str:
         "± is one binomial standard error" if run.score is not None and run.error(run.score) is not None else "",
         f"{date.fromisoformat(day[:10]):%d %B %Y}".lstrip("0") if day else "",
         metrics.get("processor", ""),
-        f"times in {RUNTIMES.get(runtime, runtime)}, one thread" if runtime and not run.is_dense else "",
+        f"times in {RUNTIME_NAMES.get(runtime, runtime)}, one thread" if runtime and not run.is_dense else "",
     ]
     return " · ".join(filter(None, facts))
 
 
-def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
+def _tiles(run: FinishedRun, runtime: str | None) -> list[tuple[str, str]]:
     """Big, and small below it."""
     tiles = []
     if run.score is not None:
@@ -206,7 +206,7 @@ def _tiles(run: Run, runtime: str | None) -> list[tuple[str, str]]:
     return tiles
 
 
-def _verdict(run: Run) -> str:
+def _verdict(run: FinishedRun) -> str:
     metrics, limits = run.metrics, run.metrics["limits"]
     over = any(metrics["small"][cost] > limit for cost, limit in limits.items() if cost in COST_NAMES)
     multiple = run.config["budget"].get("multiple_of", 1)
@@ -220,7 +220,7 @@ def _verdict(run: Run) -> str:
     return " ".join(filter(None, parts))
 
 
-def _costs(run: Run) -> list[tuple[Any, ...]]:
+def _costs(run: FinishedRun) -> list[tuple[Any, ...]]:
     """Label, dense, small, share, limit, limit as a share."""
     dense, small, fraction, limits = (run.metrics[table] for table in ("dense", "small", "fraction", "limits"))
     return [
@@ -229,12 +229,12 @@ def _costs(run: Run) -> list[tuple[Any, ...]]:
     ]
 
 
-def _layers(run: Run, runtime: str | None, timing: bool) -> dict[str, Any]:
+def _layers(run: FinishedRun, runtime: str | None, timing: bool) -> dict[str, Any]:
     """Every layer before and after, timed if they can be; and the largest of everything, which bars are shares of."""
     layers, note, batch, apart = run.layers, run.note, 0, 0.0
     if timing and layers and run.dense is not None and run.small is not None:
         batch = 64 if run.config["model"]["image_size"] <= 64 else 8
-        example = example_of(run.config).expand(batch, -1, -1, -1).contiguous()
+        example = blank_input(run.config).expand(batch, -1, -1, -1).contiguous()
         try:
             layers, apart = timed(layers, run.dense, run.small, example=example, runtime=runtime or "torch")
         except (ValueError, RuntimeError, KeyError) as error:
@@ -247,7 +247,8 @@ def _layers(run: Run, runtime: str | None, timing: bool) -> dict[str, Any]:
         "most": {k: max((max(getattr(lr, f"dense_{k}"), getattr(lr, f"small_{k}")) for lr in layers), default=0) or 1
                  for k in ("macs", "ms")},
         "total": short(sum(lr.dense_macs for lr in layers)),
-        "note": note, "batch": batch, "runtime": RUNTIMES.get(runtime or "torch"), "apart": apart, "unreliable": apart > BUSY,
+        "note": note, "batch": batch,
+        "runtime": RUNTIME_NAMES.get(runtime or "torch"), "apart": apart, "unreliable": apart > BUSY,
     }  # fmt: skip
 
 
@@ -267,24 +268,24 @@ def what_stands_there(layer: ComparedLayer) -> str:
 # -- several runs
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[FinishedRun]) -> list[Seeds]:
     """Runs that differ in their seed alone, together.  Raises: ValueError for runs that are judged by different metrics."""
     if len(metrics := dict.fromkeys(run.metric.name for run in runs)) > 1:
         raise ValueError(f"report: these runs are judged by {listed(list(metrics))}; make a page for each")
-    settings: dict[str, list[tuple[Run, str]]] = {}
+    settings: dict[str, list[tuple[FinishedRun, str]]] = {}
     for run, name in zip(runs, _names(runs), strict=True):
         settings.setdefault(run.setting, []).append((run, name))
-    groups: list[Group] = []
+    groups: list[Seeds] = []
     for members in settings.values():
         first, name = members[0]
         if len(members) > 1:
             name = ", ".join(filter(None, [first.method, _asked(first)]))
             name += f" ({len(groups) + 1})" if name in [group.name for group in groups] else ""
-        groups.append(Group(name, tuple(run for run, _ in members)))
+        groups.append(Seeds(name, tuple(run for run, _ in members)))
     return groups
 
 
-def _comparison(groups: Sequence[Group], runtime: str | None) -> dict[str, Any]:
+def _comparison(groups: Sequence[Seeds], runtime: str | None) -> dict[str, Any]:
     metric, rows = groups[0].first.metric, []
     for group in groups:
         run = group.first
@@ -315,13 +316,13 @@ def _comparison(groups: Sequence[Group], runtime: str | None) -> dict[str, Any]:
         "head": head.split("|"),
         "rows": rows,
         "figures": figures_of_all(groups, runtime),
-        "runtime": RUNTIMES.get(runtime or "", runtime),
+        "runtime": RUNTIME_NAMES.get(runtime or "", runtime),
         "metric": metric.words,
         "better": "more" if metric.higher_is_better else "less",
     }
 
 
-def as_csv(runs: Sequence[Run]) -> str:
+def as_csv(runs: Sequence[FinishedRun]) -> str:
     """A row per run: what it was, its scores, costs of both networks, every measured time."""
     rows = []
     for name, run in [(group.name, run) for group in grouped(runs) for run in group.runs]:
@@ -342,7 +343,7 @@ def as_csv(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[FinishedRun]) -> list[str]:
     """Folder names; with the folder above where two are the same."""
     names = [run.name for run in runs]
     parts = [run.folder.resolve().parts[-2:] for run in runs]

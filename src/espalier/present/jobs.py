@@ -39,7 +39,7 @@ from espalier.run.rundir import CHECKPOINT, LOG, MODEL, begin_folder, check_fold
 from espalier.run.suspect import suspicion
 from espalier.solver import BudgetError
 from espalier.surgery import load, save
-from espalier.tasks import Classification, Task, moved
+from espalier.tasks import Classification, Task, to_device
 
 
 def run_job(
@@ -79,7 +79,7 @@ def run_job(
         recipe = replace(recipe, distill=0.0) if learns else recipe
     network.cpu()
     if method is not None and timed:
-        asked, example = config, moved(job_example(data, task), "cpu")
+        asked, example = config, to_device(job_example(data, task), "cpu")
         config = once(lambda: with_profile(asked, network, example, out=out, resume=resume))
         budget = make_budget(config, method)
     title = f"{config['model']['name']} on {config['data']['name']}"

@@ -16,7 +16,7 @@ from espalier.graph import trace
 from espalier.present.config import Config, make_model, read_sections
 from espalier.present.jobs import open_network
 from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
-from espalier.run.measure import size_on_disk
+from espalier.run.latency import size_on_disk
 from espalier.run.models import load_weights, runs_code
 from espalier.run.report import changed, dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_sealed, unfinished
@@ -26,7 +26,7 @@ COSTS = ("macs", "params", "activation_memory", "bytes")
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class FinishedRun:
     """What a finished run left."""
 
     folder: Path
@@ -115,7 +115,7 @@ class Run:
         return {batch: (by_name["dense", batch], small) for (n, batch), small in by_name.items() if n == "small"}
 
 
-def read_run(folder: Path, *, trust: bool = False) -> Run:
+def read_run(folder: Path, *, trust: bool = False) -> FinishedRun:
     """What the folder says; without ``trust`` nothing is imported and run that its files name.
 
     Raises: ValueError for a folder without a run, a run that has not finished, and files that are damaged."""
@@ -134,8 +134,8 @@ def read_run(folder: Path, *, trust: bool = False) -> Run:
     if (
         not layers and not only_trained and dense is not None and small is not None
     ):  # runs from before they were written down
-        layers = layers_of(dense, small, example_of(config))
-    return Run(
+        layers = layers_of(dense, small, blank_input(config))
+    return FinishedRun(
         folder=folder,
         config=config,
         metrics=metrics,
@@ -182,7 +182,7 @@ def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note
     log = _log(folder / LOG)
     judged = {"accuracy": "accuracy", "loss": "test_loss"}
     scores = {name: log[-1][column] for name, column in judged.items() if log and column in log[-1]}
-    used = {**cost(trace(network, example_of(config))).counts, "bytes": size_on_disk(network)}
+    used = {**cost(trace(network, blank_input(config))).counts, "bytes": size_on_disk(network)}
     return {
         "dense": {**scores, **used}, "small": {**scores, **used}, "fraction": dict.fromkeys(used, 1.0), "limits": {},
         "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),
@@ -190,7 +190,7 @@ def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note
     }  # fmt: skip
 
 
-def example_of(config: Config) -> torch.Tensor:
+def blank_input(config: Config) -> torch.Tensor:
     model = config["model"]
     return torch.zeros(1, model["in_channels"], model["image_size"], model["image_size"])
 

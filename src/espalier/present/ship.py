@@ -24,7 +24,7 @@ from espalier.present.config import (
 )
 from espalier.present.jobs import open_network
 from espalier.run.evaluate import pick_device
-from espalier.run.measure import Timing, latency, ms_said
+from espalier.run.latency import Timing, latency, ms_said
 from espalier.run.models import model_names
 from espalier.run.onnx import export_onnx
 from espalier.run.rundir import CONFIG, ONNX, metadata_of

@@ -35,16 +35,16 @@ from espalier.present.edge import stderr, stdout
 from espalier.present.jobs import run_job, starting_network
 from espalier.present.profiling import measured_profile
 from espalier.run.charts import Dot, dot_chart
-from espalier.run.ledger import JOURNAL, Entry, Ledger
+from espalier.run.ledger import SWEEP_JOURNAL, Entry, Ledger
 from espalier.run.report import dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, METRICS, PROFILE, read_config, read_sealed, to_toml, write_file
-from espalier.tasks import Metric, moved
+from espalier.tasks import Metric, to_device
 
 AXES = {"time": "measured time", "macs": "MACs", "params": "parameters"}
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One run of a sweep; its name is that of its folder."""
 
     name: str
@@ -54,7 +54,7 @@ class Point:
     config: Config
 
 
-def judged_by(points: Sequence[Point]) -> Metric:
+def judged_by(points: Sequence[SweepPoint]) -> Metric:
     """What all points are judged by."""
     return make_task(points[0].config).metric
 
@@ -67,7 +67,7 @@ def columns(metric: Metric) -> tuple[str, ...]:
 
 def points_of(
     config: Config, *, methods: Sequence[str], budgets: Mapping[str, Sequence[float | str]], seeds: int
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Every method at every budget, ``seeds`` times.
 
     A method is ``NAME`` or ``NAME:KEY=VALUE:KEY=VALUE``.  Several limits are paired, one value with all.  A time is a fraction
@@ -103,7 +103,7 @@ def points_of(
         slug = "-".join(
             [_slug(text), *[f"{n.replace('_', '-')}{_amount(v)}" for n, v in row.items()], f"seed{first + number}"]
         )
-        found.append(Point(slug, text, budget, first + number, own))
+        found.append(SweepPoint(slug, text, budget, first + number, own))
     if len({p.name for p in found}) < len(found):
         raise ValueError("sweep: two points are the same; list every method and every budget once")
     return found
@@ -117,7 +117,9 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".=_" else "-" for c in text)
 
 
-def sweep(points: Sequence[Point], *, out: Path, storage: str | None, download: bool = False) -> list[dict[str, Any]]:
+def sweep(
+    points: Sequence[SweepPoint], *, out: Path, storage: str | None, download: bool = False
+) -> list[dict[str, Any]]:
     """Work on ``points`` until none is left for us, then write table and pictures; returns the rows of the table.
 
     Raises: ValueError if ``out`` holds a sweep whose points were other ones.
@@ -130,7 +132,7 @@ def sweep(points: Sequence[Point], *, out: Path, storage: str | None, download: 
     for point in points:
         _same_as_before(out / point.name, point)
     metric = judged_by(points)
-    ledger = Ledger(storage or str(out / JOURNAL), "espalier sweep", maximize=metric.higher_is_better)
+    ledger = Ledger(storage or str(out / SWEEP_JOURNAL), "espalier sweep", maximize=metric.higher_is_better)
     ledger.add(p.name for p in points)
     by_name = {p.name: p for p in points}
     known: dict[str, float] | None = None
@@ -142,7 +144,7 @@ def sweep(points: Sequence[Point], *, out: Path, storage: str | None, download: 
     return rows
 
 
-def _same_as_before(folder: Path, point: Point) -> None:
+def _same_as_before(folder: Path, point: SweepPoint) -> None:
     """Write down what the point is, or see that it is what it was: a sweep that goes on must not mix two recipes."""
     file = folder.with_name(f"{folder.name}.toml")
     text = to_toml({n: t for n, t in point.config.items() if t})
@@ -154,7 +156,7 @@ def _same_as_before(folder: Path, point: Point) -> None:
 
 
 def _work(
-    ledger: Ledger, entry: Entry, point: Point, *, out: Path, known: dict[str, float] | None, download: bool
+    ledger: Ledger, entry: Entry, point: SweepPoint, *, out: Path, known: dict[str, float] | None, download: bool
 ) -> dict[str, float] | None:
     """One point, from where it was stopped; what fails is recorded.  Returns the dense network's results, if all share them."""
     folder = out / point.name
@@ -201,7 +203,7 @@ def facts_of(metrics: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     }
 
 
-def rows_of(ledger: Ledger, points: Sequence[Point]) -> list[dict[str, Any]]:
+def rows_of(ledger: Ledger, points: Sequence[SweepPoint]) -> list[dict[str, Any]]:
     """The table, one row a point, in the order of ``points``."""
     entries = {e.point: e for e in ledger.entries()}
     found = []
@@ -293,6 +295,6 @@ def with_shared_profile(config: Config, *, out: Path, download: bool) -> Config:
     budget = dict(config["budget"])
     runtime, file = budget.pop("runtime", "onnxruntime"), (out / PROFILE).resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    found = measured_profile(network, moved(job_example(data, make_task(config)), "cpu"), to=file, runtime=runtime)
+    found = measured_profile(network, to_device(job_example(data, make_task(config)), "cpu"), to=file, runtime=runtime)
     stdout.print(f"profile: {found.describe()}", markup=False, soft_wrap=True)
     return {**config, "budget": {**budget, "profile": str(file)}}

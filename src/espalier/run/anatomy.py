@@ -14,7 +14,7 @@ from espalier.graph import trace
 from espalier.graph.summary import overview
 from espalier.layers import PartConv2d
 from espalier.plan import Plan
-from espalier.run.measure import layer_latency
+from espalier.run.latency import layer_latency
 from espalier.timing import on_device
 from espalier.timing.family import Family
 from espalier.timing.making import attributed, batched

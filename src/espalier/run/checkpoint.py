@@ -104,7 +104,7 @@ def take_over(model: nn.Module, content: dict[str, Any], *, where: str) -> nn.Mo
     with damage_said(where), untouched_on_error(model):
         if not same_structure(model, content):
             rebuild(model, content["structure"])
-        load_weights(model, content["weights"], where=where)
+        put_weights(model, content["weights"], where=where)
     return model
 
 
@@ -119,27 +119,27 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, shared ones once."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors.update(model.named_buffers())
     return tensors
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
+def put_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Put ``weights`` in, strides included: a copy into another memory format would round differently
     later.
 
     Raises: ValueError if they are those of another model, before any is changed.
     """
     check_weights(model, weights, where=where)
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in all_tensors(model).items():
         tensor.data = weights[name].to(tensor.device)
 
 
 def check_weights(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Raises: ValueError if ``weights`` are not those of such a model."""
-    own = named_tensors(model)
+    own = all_tensors(model)
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise ValueError(f"{where}: its weights are those of another model; they differ in {', '.join(odd[:5])}")
@@ -178,7 +178,7 @@ def fingerprint(model: nn.Module | None) -> str | None:
     if model is None:
         return None
     digest = hashlib.sha256()
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in all_tensors(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

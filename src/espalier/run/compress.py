@@ -55,7 +55,7 @@ from espalier.run.rundir import (
 from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof
 from espalier.surgery.verify import verify as proof_of
-from espalier.tasks import Classification, Metric, Task, example_of, moved
+from espalier.tasks import Classification, Metric, Task, example_of, to_device
 from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -597,7 +597,7 @@ def _training_loss(model: nn.Module, batches: list[Any], task: Task) -> float:
     device = next(model.parameters()).device
     with modes_kept(model), buffers_kept(model), torch.no_grad():
         model.train()
-        pairs = [moved(task.split(batch), device) for batch in batches]
+        pairs = [to_device(task.split(batch), device) for batch in batches]
         return sum(float(task.loss(task.forward(model, x, y), y)) for x, y in pairs) / len(pairs)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espalier.methods.agreement import WHOLE, Share
+from espalier.methods.agreement import ALONE, Share
 from espalier.run.batches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -29,7 +29,7 @@ from espalier.run.batches import (
 from espalier.run.cifar import LAYOUTS, read_cifar
 from espalier.run.folder import FolderData, Images, read_folder
 from espalier.run.preprocessing import Preprocessing
-from espalier.tasks import moved
+from espalier.tasks import to_device
 
 __all__ = ["Data", "FolderData", "Loaders", "Source", "Split", "identity", "load_data", "set_aside"]
 
@@ -82,7 +82,7 @@ class Data:
     levels: int = 255
     pad: int = 0
     flip: bool = False
-    share: Share = WHOLE  # of every training batch
+    share: Share = ALONE  # of every training batch
 
     def __post_init__(self) -> None:
         for name, split in {"train": self.train, "test": self.test, "holdout": self.holdout}.items():
@@ -285,7 +285,7 @@ class Loaders:
 
     def _checked(self, item: Any, name: str, channels_last: bool) -> Any:
         if self.num_classes is None:
-            return moved(item, self.device)
+            return to_device(item, self.device)
         if not (isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(t, Tensor) for t in item)):
             raise ValueError(
                 f"the {name} loader yields a {type(item).__name__}, not a pair (images, labels) of tensors"

@@ -11,7 +11,7 @@ from torch import nn
 
 from espalier.methods.agreement import gathered, total
 from espalier.methods.scoring import modes_kept, recalibrate_batchnorm
-from espalier.tasks import Classification, Summed, Task, image_count, main_logits, moved
+from espalier.tasks import Classification, Summed, Task, image_count, main_logits, to_device
 
 __all__ = [
     "AUTOCAST",
@@ -99,7 +99,7 @@ def judged(
     with modes_kept(model), torch.no_grad(), autocast(place, precision):
         model.eval()
         for batch in batches:
-            x, y = moved(task.split(batch), place)
+            x, y = to_device(task.split(batch), place)
             count = image_count(x)
             output = task.predict(model, x, y)
             meter.update(output, y)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from espalier.methods.agreement import WHOLE, Share
+from espalier.methods.agreement import ALONE, Share
 from espalier.optional import import_optional, import_torchvision
 from espalier.run.batches import (
     IMAGENET_MEAN,
@@ -121,7 +121,7 @@ class FolderData:
     augment: str = "crop"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    share: Share = WHOLE  # of every training batch
+    share: Share = ALONE  # of every training batch
     told: str = ""  # what was found in the files, in a sentence
 
     @property

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SILENT = 3600.0  # seconds without an epoch after which a point on another machine is given to somebody else
-JOURNAL = "sweep.journal"
+SWEEP_JOURNAL = "sweep.journal"
 
 
 @dataclass(frozen=True)

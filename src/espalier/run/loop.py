@@ -25,11 +25,11 @@ from espalier.methods.scoring import buffers_kept
 from espalier.run.batches import Source
 from espalier.run.batchnorm import synchronised
 from espalier.run.checkpoint import (
+    all_tensors,
     check_entries,
     damage_said,
     fingerprint,
     load_optimizer_state,
-    named_tensors,
     optimizer_state,
     random_state,
     read_checkpoint,
@@ -47,7 +47,7 @@ from espalier.run.recipe import ADDED, WHERE, Recipe
 from espalier.run.replay import Replay, recorder_for, running
 from espalier.run.stopping import TrainingStopped, sigterm_noticed
 from espalier.surgery.files import structure, untouched_on_error
-from espalier.tasks import Classification, Task, image_count, main_logits, moved
+from espalier.tasks import Classification, Task, image_count, main_logits, to_device
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
 
@@ -207,7 +207,7 @@ def check_fit(
         batch = next(iter(data.calibration_batches(batch_size=recipe.batch_size, batches=1, seed=recipe.seed)))
         for network in (model, teacher):
             if network is not None:
-                _check_task(network, task, *moved(task.split(batch), device))
+                _check_task(network, task, *to_device(task.split(batch), device))
         return
     x = data.example(1).to(device)
     for network in (model, teacher):
@@ -353,7 +353,7 @@ class _Loop:
             if self.now.losses.seen == self.steps:
                 raise ValueError(f"the data promised {self.steps} batches in an epoch and gives more")
             self.weight = weight
-            yield moved((x, y), self.device)
+            yield to_device((x, y), self.device)
 
     def learn(self, x: Any, y: Any) -> None:
         """Forward, backward, and a step of the optimiser."""
@@ -542,7 +542,7 @@ class _Loop:
             "step": self.done,
             "begun": begun,
             "structure": structure(self.model),
-            "weights": {name: tensor.detach() for name, tensor in named_tensors(self.model).items()},
+            "weights": {name: tensor.detach() for name, tensor in all_tensors(self.model).items()},
             "optimizer": optimizer_state(self.model, self.optimizer),
             "process": None if self.run is None else self.run.state_dict(model=False),
             "average": None if self.average is None else self.average.state_dict(),

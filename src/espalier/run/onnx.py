@@ -33,7 +33,7 @@ FREE = ("batch", "height", "width")
 
 
 @dataclass(frozen=True)
-class Form:
+class OnnxForm:
     """How a network is written as ONNX; the defaults leave the batch size open and name a single input ``input``."""
 
     input_names: Sequence[str] | None = None
@@ -78,7 +78,7 @@ def export_onnx(
             "second: export_onnx(model, 'model.onnx', example)"
         )
     check_place(Path(path))
-    form = Form(input_names, output_names, opset, tuple(dynamic), dict(metadata or {}))
+    form = OnnxForm(input_names, output_names, opset, tuple(dynamic), dict(metadata or {}))
     content, difference = exported(model, example, form)
     if not difference <= tolerance:  # NaN is not within it either
         raise ValueError(
@@ -121,12 +121,12 @@ def to_onnx_bytes(model: nn.Module, example: Any) -> bytes:
     return exported(model, example)[0]
 
 
-def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[bytes, float]:
+def exported(model: nn.Module, example: Any, form: OnnxForm | None = None) -> tuple[bytes, float]:
     """The ONNX file and its largest difference from PyTorch, from the first exporter whose file runs."""
     import_optional("onnx", extra="onnx")
     import_optional("onnxruntime", extra="onnx")
     private = copy_model(unwrapped(model, who="export_onnx"), {}).cpu().eval()
-    args, form = positional(example), form or Form()
+    args, form = positional(example), form or OnnxForm()
     private = _flat(private, example)
     if form.input_names is None:
         form = replace(form, input_names=names_of(example))
@@ -146,7 +146,7 @@ def exported(model: nn.Module, example: Any, form: Form | None = None) -> tuple[
     raise ValueError(f"the model cannot be exported to ONNX; {'; '.join(problems)}")
 
 
-def _described(content: bytes, form: Form) -> bytes:
+def _described(content: bytes, form: OnnxForm) -> bytes:
     """The file with its metadata, and without weights so small that processors take many times as long for them."""
     onnx = import_optional("onnx", extra="onnx")
     model = onnx.load_model_from_string(content)
@@ -313,7 +313,7 @@ def _compared(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 # -- exporters
 
 
-def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: Form) -> bytes:
+def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: OnnxForm) -> bytes:
     import_optional("onnxscript", extra="onnx")
     open_sizes = {name: torch.export.Dim(name) for name in free}
     shapes: Any = tuple({d: open_sizes[n] for d, n in _open(a, free).items()} for a in args) if free else None
@@ -334,7 +334,7 @@ def _by_export(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...]
     return program.model_proto.SerializeToString()
 
 
-def _by_tracing(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: Form) -> bytes:
+def _by_tracing(model: nn.Module, args: tuple[Tensor, ...], free: tuple[str, ...], form: OnnxForm) -> bytes:
     file = io.BytesIO()
     assert form.input_names is not None
     axes = {name: _open(a, free) for name, a in zip(form.input_names, args, strict=True)} if free else None
@@ -357,14 +357,14 @@ def _open(tensor: Tensor, free: tuple[str, ...]) -> dict[int, str]:
     return {places[name]: name for name in free if name == "batch" or tensor.dim() >= 4}
 
 
-_Export = Callable[[nn.Module, tuple[Tensor, ...], tuple[str, ...], Form], bytes]
+_Export = Callable[[nn.Module, tuple[Tensor, ...], tuple[str, ...], OnnxForm], bytes]
 
 
 # The older exporter translates some networks that the newer does not; PyTorch will drop it.
 _EXPORTERS: tuple[tuple[str, _Export], ...] = (("torch.export", _by_export), ("tracing", _by_tracing))
 
 
-def _attempts(form: Form) -> Iterator[tuple[str, _Export, tuple[str, ...]]]:
+def _attempts(form: OnnxForm) -> Iterator[tuple[str, _Export, tuple[str, ...]]]:
     """Exporters in turn, with the sizes that each leaves open."""
     yield from ((name, export, tuple(form.dynamic)) for name, export in _EXPORTERS)
     if tuple(form.dynamic) == ("batch",):  # only what nobody asked for is given up

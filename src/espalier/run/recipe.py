@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from espalier.settings import Positive, Settings, Share, described, settings_of
+from espalier.settings import Portion, Positive, Settings, described, settings_of
 
 PROCESSES = ("devices", "nodes", "strategy")
 WHERE = ("device", "threads", "graphs", *PROCESSES)
@@ -33,7 +33,7 @@ class Recipe(Settings):
     batch_size: Annotated[int, described("Images per step", ge=1)] = 128
     optimizer: Annotated[Literal["sgd", "adamw"], described("sgd or adamw")] = "sgd"
     lr: Annotated[Positive, described("Learning rate at its peak")] = 0.05
-    momentum: Annotated[Share, described("Momentum of SGD")] = 0.9
+    momentum: Annotated[Portion, described("Momentum of SGD")] = 0.9
     nesterov: Annotated[bool, described("Nesterov's form of SGD's momentum")] = True
     weight_decay: Annotated[float, described("Except on biases and normalisation layers", ge=0)] = 5e-4
     warmup_epochs: Annotated[float, described("Epochs of linear warm-up", ge=0)] = 0.0
@@ -41,7 +41,7 @@ class Recipe(Settings):
         Literal["cosine", "constant", "wsd"],
         described("Learning rate: cosine, constant, or wsd (constant for half of the run, then cosine)"),
     ] = "cosine"
-    label_smoothing: Annotated[Share, described("Share of the label that goes to the other classes")] = 0.0
+    label_smoothing: Annotated[Portion, described("Share of the label that goes to the other classes")] = 0.0
     ema: Annotated[
         float | None, described("Decay of averaged weights, which are then evaluated and kept: 0.999", gt=0, lt=1)
     ] = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from espalier.costs import COUNTS, LATENCY
 from espalier.graph.watch import first_line
 from espalier.run.anatomy import layers_of
-from espalier.run.measure import LANES, Model, Timing, latency, ms_said, size_on_disk, slow_widths
+from espalier.run.latency import LANES, Model, Timing, latency, ms_said, size_on_disk, slow_widths
 from espalier.run.onnx import export_onnx
 from espalier.run.preprocessing import Preprocessing
 from espalier.run.rundir import METRICS, MODEL, ONNX, PREPROCESSING, SUMMARY, metadata_of, write_file, write_sealed

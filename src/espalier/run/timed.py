@@ -13,7 +13,7 @@ from espalier.run.onnx import positional, to_onnx_bytes
 from espalier.timing import on_device
 from espalier.timing.bits import in_precision
 from espalier.timing.making import asked
-from espalier.timing.profile import Profile, Setting
+from espalier.timing.profile import Profile, ProfileSetting
 
 SECONDS = 2.0  # of measuring
 STAIR = 0.08  # below the budget by more: there is no network in between
@@ -27,7 +27,7 @@ class TimeKept:
     limit: float  # milliseconds
     dense: float
     small: float
-    setting: Setting
+    setting: ProfileSetting
     above: float | None = None  # milliseconds of the next larger network that was measured while planning
 
     @property

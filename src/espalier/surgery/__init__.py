@@ -2,7 +2,7 @@
 
 from espalier.surgery.files import load, rebuild, save, structure, write_beside
 from espalier.surgery.ranks import change_bases, cut_ranks, decompositions, split_layers
-from espalier.surgery.shrink import mask, replace, shrink, shrink_
+from espalier.surgery.shrink import mask, put_layer, shrink, shrink_
 from espalier.surgery.verify import Check, Proof, verify
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "decompositions",
     "load",
     "mask",
+    "put_layer",
     "rebuild",
-    "replace",
     "save",
     "shrink",
     "shrink_",

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from espalier.carving import computes_weight, is_own, put_in_place, refresh, settings_of, whole_numbers
+from espalier.carving import computes_weight, is_own, plain_settings, put_in_place, refresh, whole_numbers
 from espalier.copies import check_names, unwrapped
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
@@ -129,7 +129,7 @@ def _compared(module: nn.Module) -> dict[str, Any]:
     """What decides on outputs and never follows the widths: numbers, words and functions that a module keeps."""
     unseen = next((names for kind, names in _TRAINING_ONLY.items() if isinstance(module, kind)), ())
     own = whole_numbers(module)
-    found = {k: _said(v) for k, v in settings_of(module) if k not in unseen and k not in own}
+    found = {k: _said(v) for k, v in plain_settings(module) if k not in unseen and k not in own}
     return {k: v for k, v in found.items() if v is not _NOTHING}
 
 

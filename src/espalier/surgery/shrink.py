@@ -59,7 +59,7 @@ def shrink_(model: nn.Module, graph: Graph, plan: Plan, *, optimizer: torch.opti
     _check_same(model, graph)
     absent = graph.absent(plan.keep)
     for block in absent:
-        replace(model, block.module, LEFT[block.left](), optimizer=optimizer)
+        put_layer(model, block.module, LEFT[block.left](), optimizer=optimizer)
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     if absent:
         graph = graph.after({b.group: np.arange(1) for b in absent})
@@ -155,7 +155,7 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
     """
     module = model.get_submodule(name)
     if computes_weight(module):
-        replace(model, name, plain_layer(module), optimizer=optimizer)
+        put_layer(model, name, plain_layer(module), optimizer=optimizer)
         return
     if type(module) in (nn.Conv1d, nn.Conv3d, nn.Linear):  # plain already
         return
@@ -176,10 +176,10 @@ def bake(model: nn.Module, name: str, *, optimizer: torch.optim.Optimizer | None
         plain.weight.copy_(weight)
         if bias is not None and plain.bias is not None:
             plain.bias.copy_(bias)
-    replace(model, name, plain, optimizer=optimizer)
+    put_layer(model, name, plain, optimizer=optimizer)
 
 
-def replace(model: nn.Module, name: str, new: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> None:
+def put_layer(model: nn.Module, name: str, new: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Let ``new`` take the place of module ``name``, in the same mode, and let ``optimizer`` train it from now on.
 
     A parameter of ``new`` joins the group of the one of the same name that it replaces (the bias of a row that of the old

@@ -22,7 +22,7 @@ from espalier.solver import timed_counts
 from espalier.timing import on_device
 from espalier.timing.bits import check_precision
 from espalier.timing.family import Family, layer_of
-from espalier.timing.profile import NOISY, Measured, Profile, ProfiledLayer, Setting, load_profile, save_profile
+from espalier.timing.profile import NOISY, Measured, Profile, ProfiledLayer, ProfileSetting, load_profile, save_profile
 
 NETWORKS = 24  # measured for a profile
 GRAINS = (4, 8, 16)  # multiples of channels that a runtime may like; at others, ONNX Runtime falls back to slower code
@@ -59,7 +59,7 @@ def profile(
     version = on_device.version(need_runtime(runtime))
     check_precision(runtime, precision)
     graph, family = _family(model, example, batch, precision)
-    setting = Setting(runtime, version, on_device.processor(), threads, batch, precision)
+    setting = ProfileSetting(runtime, version, on_device.processor(), threads, batch, precision)
     found = _begun(to, setting, family, graph)
     if not found.grain:
         found = replace(found, grain=find_grain(family, graph, setting))
@@ -139,7 +139,7 @@ def collect(model: nn.Module, example: Any, folder: str | Path) -> Profile:
         if len(where) > 1:
             raise ValueError(f"{place}: measured on several machines or versions: {sorted(where)}")
         own = {key: settings[key] for key in ("runtime", "threads", "batch", "precision")}
-        setting = Setting(version=times[0]["version"], processor=times[0]["processor"], **own)
+        setting = ProfileSetting(version=times[0]["version"], processor=times[0]["processor"], **own)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{place}: not a folder of exported and measured networks ({error})") from error
     graph, family = _family(model, example, setting.batch, setting.precision)
@@ -183,7 +183,7 @@ def _nearest(counts: np.ndarray, wanted: float) -> int:
     return int(counts[np.abs(counts - wanted).argmin()])
 
 
-def find_grain(family: Family, graph: Graph, setting: Setting) -> int:
+def find_grain(family: Family, graph: Graph, setting: ProfileSetting) -> int:
     """The multiple of channels that this runtime computes fastest here: least time per multiply-accumulate of whole networks.
 
     Of those that are within ``LEVEL`` of the best, the smallest: it leaves more to choose from.
@@ -241,7 +241,7 @@ def _family(model: nn.Module, example: Any, batch: int, precision: str) -> tuple
     return graph, Family(model, graph, batched(example, batch), precision=precision)
 
 
-def asked(setting: Setting) -> dict[str, Any]:
+def asked(setting: ProfileSetting) -> dict[str, Any]:
     """What ``on_device.measure`` and ``race`` take."""
     return {key: value for key, value in asdict(setting).items() if key not in ("version", "processor")}
 
@@ -258,7 +258,7 @@ def profiled_layers(family: Family, graph: Graph) -> tuple[ProfiledLayer, ...]:
     )
 
 
-def is_here(setting: Setting) -> bool:
+def is_here(setting: ProfileSetting) -> bool:
     """Is this the machine that a profile was made on, and the runtime installed, so that networks can be measured?"""
     there = importlib.util.find_spec(setting.runtime) is not None
     return there and on_device.processor() == setting.processor
@@ -270,7 +270,7 @@ def need_here(profile: Profile) -> None:
     profile.need({"processor": on_device.processor(), "version": on_device.version(profile.setting.runtime)})
 
 
-def _begun(to: str | Path | None, setting: Setting, family: Family, graph: Graph) -> Profile:
+def _begun(to: str | Path | None, setting: ProfileSetting, family: Family, graph: Graph) -> Profile:
     """What an interrupted profile has stored, if it is one of the same; else none of it."""
     layers = profiled_layers(family, graph)
     fresh = Profile(setting, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), 0, layers, ())

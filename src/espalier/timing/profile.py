@@ -25,7 +25,7 @@ NOISY = 0.05  # spread above which a profile says that the machine was busy
 
 
 @dataclass(frozen=True)
-class Setting:
+class ProfileSetting:
     """Where and how times were taken: profiles of other settings say nothing about this one."""
 
     runtime: str
@@ -70,7 +70,7 @@ class Formed:
 class Profile:
     """Times of the layers of one network at every width: ``profile.on(graph)`` lets a budget of latency be planned."""
 
-    setting: Setting
+    setting: ProfileSetting
     date: str
     grain: int  # widths were measured at multiples of this, at a half and a quarter of it, and whole
     layers: tuple[ProfiledLayer, ...]
@@ -289,7 +289,7 @@ def from_json(text: str, *, name: str = "profile", anyway: bool = False) -> Prof
     given = content.pop("sum", None)
     try:
         profile = Profile(
-            setting=Setting(**content.pop("setting")),
+            setting=ProfileSetting(**content.pop("setting")),
             forms=tuple(Formed(**_part(x)) for x in content.pop("forms")),
             **_part(content),
             **content,
