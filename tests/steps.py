@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.methods.base import Run
-from espalier.run.checkpoint import named_tensors
+from espalier.run.checkpoint import all_tensors
 from espalier.run.loop import History
 from espalier.run.models import build_model
 from espalier.run.replay import Computed
@@ -84,7 +84,7 @@ def killed_after(epoch: int) -> Callable[[History], None]:
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     """To the bit, buffers included."""
-    ours, theirs = named_tensors(one), named_tensors(other)
+    ours, theirs = all_tensors(one), all_tensors(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name

@@ -14,7 +14,7 @@ import espalier as es
 from espalier.forms import Rectangle
 from espalier.graph.alternatives import alternatives_name
 from espalier.layers import FactorisedConv
-from espalier.methods.kernels import Forms
+from espalier.methods.kernels import Kernels
 from tests.test_contract import batch, optimizer_of
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -83,9 +83,9 @@ def test_layers_end_in_the_forms_that_were_planned_and_all_is_proven(method, bud
 
 def test_a_rank_gives_up_less_than_the_sum_of_its_triplets_beside_kernel_positions():
     kernel = Rectangle(0, 2, 0, 2)
-    forms = Forms({"layer": [[], [kernel]]}, ranks={"layer": [4, 0]})
+    forms = Kernels({"layer": [[], [kernel]]}, ranks={"layer": [4, 0]})
     triplets = np.array([8.0, 4, 2, 1, 5])  # a quarter of which is behind rank 4
-    [kept, given_up] = forms.worth({"layer": np.ones(9)}, {"layer": triplets})[alternatives_name("layer")]
+    [kept, given_up] = forms.scores({"layer": np.ones(9)}, {"layer": triplets})[alternatives_name("layer")]
     assert kept + given_up == pytest.approx(9.0), "the layer is worth what its positions are"
     assert given_up == pytest.approx(9.0 * 0.125)
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from espalier.present.cli import app
 from espalier.run.recipe import Recipe
-from espalier.settings import OneOf, Settings, Share, described, settings_of
+from espalier.settings import OneOf, Portion, Settings, described, settings_of
 
 TABLE = {"red": 1, "blue": 2}
 
@@ -17,7 +17,7 @@ TABLE = {"red": 1, "blue": 2}
 @dataclass(frozen=True)
 class Some(Settings):
     count: Annotated[int, described("how many", ge=1)] = 3
-    part: Share | None = 0.5
+    part: Portion | None = 0.5
     word: Literal["x", "y"] = "x"
     color: Annotated[str, OneOf(TABLE)] = "red"
     flag: bool = True

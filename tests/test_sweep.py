@@ -14,7 +14,7 @@ import espalier as es
 from espalier.present import sweep as room
 from espalier.present.cli import app
 from espalier.present.sweep import as_markdown, numbers, points_of, rows_of, sweep
-from espalier.run.ledger import JOURNAL, Ledger
+from espalier.run.ledger import SWEEP_JOURNAL, Ledger
 from espalier.run.loop import TrainingDiverged
 from espalier.run.rundir import write_sealed
 
@@ -154,7 +154,7 @@ def test_an_interrupted_point_is_free_again_and_goes_on(tmp_path, monkeypatch, j
 
 @pytest.fixture(params=["journal", "sqlite"])
 def storage(request, tmp_path):
-    return str(tmp_path / JOURNAL) if request.param == "journal" else f"sqlite:///{tmp_path / 'sweep.db'}"
+    return str(tmp_path / SWEEP_JOURNAL) if request.param == "journal" else f"sqlite:///{tmp_path / 'sweep.db'}"
 
 
 def test_two_workers_never_get_the_same_point(storage):
@@ -194,7 +194,7 @@ def test_what_a_killed_worker_held_is_taken_over_once(storage):
 
 
 def test_a_worker_on_another_machine_is_given_time(tmp_path, monkeypatch):
-    ledger = Ledger(str(tmp_path / JOURNAL), "s")
+    ledger = Ledger(str(tmp_path / SWEEP_JOURNAL), "s")
     ledger.add(["a"])
     entry = ledger.take(["a"])
     ledger.note(entry, worker={"host": "elsewhere", "process": 1, "heard": time.time()})
@@ -220,5 +220,5 @@ def test_the_command_sweeps_and_goes_on(tmp_path, unmeasured):
     )  # untrained: no measure
     assert "cannot be met" in rows[1]["error"] and (tmp_path / "magnitude-macs0.5-seed0" / "model.safetensors").exists()
     assert json.loads((tmp_path / "magnitude-macs0.5-seed0" / "metrics.json").read_text())
-    ledger = Ledger(str(Path(tmp_path) / JOURNAL), "espalier sweep")
+    ledger = Ledger(str(Path(tmp_path) / SWEEP_JOURNAL), "espalier sweep")
     assert as_markdown(rows_of(ledger, []), es.Metric("error")).startswith("| method | budget | error |")

@@ -44,7 +44,9 @@ class Cost:
 
 
 def cost(graph: Graph, plan: Plan | None = None) -> Cost:
-    """Exact cost of the network that surgery would make of ``plan``; of the traced network without one.
+    """Exact cost of the network that surgery would make of ``plan``; of the traced network, whose ``graph`` it is, without one.
+
+    Raises: ValueError for a plan of another graph.
 
     >>> import torch
     >>> from espalier import cost, trace

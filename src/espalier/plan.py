@@ -52,6 +52,7 @@ class Plan:
         )
 
     def to_json(self) -> str:
+        """As text with a checksum, for ``from_json``."""
         groups = {n: {"of": int(self.sizes.get(n, 0)), "keep": np.asarray(u).tolist()} for n, u in self.keep.items()}
         return sealed_json({"format": "espalier-plan/2", "groups": groups})
 

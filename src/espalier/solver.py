@@ -36,23 +36,23 @@ def solve(
     floor: Mapping[str, int] | None = None,
     block_share: float = 1.0,
 ) -> Plan:
-    """Maximise kept importance subject to every limit of ``budget``; at least one unit per group stays.
+    """Maximise kept importance subject to every limit of ``budget``; at least one unit per group of ``graph`` stays.
 
-    ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is
-    kept whole.  Of ``graph.alternatives`` it is what each option adds to the one below; options go from the top, and
-    several at once where that gives up less per MAC saved than one by one (from dense to well below break-even rank).
-    Of a block (``graph.blocks``) it is what the block is worth beyond its inner groups, whose units count only while it stays:
-    leaving it out gives up ``block_share`` of all of them that are left, and saves what they cost by then.
-    ``ceiling`` bounds the count of groups from above: what went in earlier decisions does not come back.  ``floor`` bounds it
-    from below, inside of a block as long as the block stays.
-    ``budget`` may also be absolute limits per metric.  With ``per_cost=False`` the least important unit goes first,
-    whatever it saves.  Time comes in steps: with a limit on latency a group gives up as many units at once as it takes to save
-    some, and gets back what a step holds for nothing.
+    ``importance[group]`` has shape ``(units,)``, larger is more important, zero or more; a group without an entry is kept
+    whole.  Of ``graph.alternatives`` it is what each option adds to the one below; options go from the top, and several at
+    once where that gives up less per MAC saved than one by one (from dense to well below break-even rank). Of a block
+    (``graph.blocks``) it is what the block is worth beyond its inner groups, whose units count only while it stays: leaving
+    it out gives up ``block_share`` of all of them that are left, and saves what they cost by then. ``ceiling`` bounds the
+    count of groups from above: what went in earlier decisions does not come back.  ``floor`` bounds it from below, inside of
+    a block as long as the block stays. ``budget`` may also be absolute limits per metric.  ``multiple_of`` and ``protect``,
+    boolean per group, are its own by default.  With ``per_cost=False`` the least important unit goes first, whatever it
+    saves.  Time comes in steps: with a limit on latency a group gives up as many units at once as it takes to save some, and
+    gets back what a step holds for nothing.
 
     Greedy on importance per exact marginal cost with lazy updates (removing units only makes other units cheaper to keep,
     so an old key is a lower bound), then a fill pass that gives back, best first, every block that still fits.
 
-    Raises ``BudgetError`` (a ``ValueError``) with the smallest reachable cost if the budget cannot be met.
+    Raises: BudgetError (a ValueError) with the smallest reachable cost if the budget cannot be met.
     """
     model = CostModel(graph)
     sizes = graph.sizes

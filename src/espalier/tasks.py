@@ -26,8 +26,8 @@ class Metric:
     """What a network is judged by.  ``name`` is the key in ``metrics.json`` and the column in ``log.csv``."""
 
     name: str
-    unit: str = ""
-    higher_is_better: bool = True
+    unit: str = ""  # "%", or empty
+    higher_is_better: bool = True  # False for an error
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name == "loss":
@@ -127,6 +127,7 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
+        """What it is called in messages and configurations."""
         return type(self).__name__
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,7 +190,8 @@ class Classification(Task):
     """One class per image, by cross-entropy, judged by accuracy.  ``multi_label``: any number of classes, targets of 0 and 1
     ``(images, classes)``, by binary cross-entropy, judged by average precision, mean over the classes that occur.
 
-    Of several outputs the first counts, and the others of its shape are auxiliary classifiers.
+    Of several outputs the first counts, and the others of its shape are auxiliary classifiers.  ``label_smoothing`` is the
+    share of a label that goes to the other classes.
     """
 
     multi_label: bool = False
@@ -325,9 +327,9 @@ class Segmentation(Task):
     followed pixel by pixel.
     """
 
-    classes: int
+    classes: int  # channels of the map
     ignore_index: int = 255
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of a label that goes to the other classes
     metric = Metric("mean_iou", "%")
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ def export_int8(
     """Write ``model`` as an ONNX file whose convolutions and matrix products compute in eight bits.
 
     Static quantisation by ONNX Runtime (QDQ; weights per channel and symmetric, activations per tensor by their extremes on
-    ``calibration``, a few batches of images as the network gets them).  ``test`` are batches of images and labels that accuracy
-    is compared on.  Nothing is written if more than ``most_lost`` points are lost.
+    ``calibration``, a few batches of images as the network gets them).  ``test`` are batches of images and labels that
+    accuracy is compared on, and ``batch_sizes`` those at which both files are timed.  Nothing is written if more than
+    ``most_lost`` points are lost.
 
     Raises: ValueError if the accuracy falls by more than ``most_lost``, a batch is missing, or the network cannot be exported;
     MissingPackage without the extra ``onnx``.

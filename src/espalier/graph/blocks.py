@@ -59,6 +59,8 @@ def find_blocks(model: nn.Module, example: Any) -> Blocks:
     outside, and holds no further block.  Proof, on random data and random parameters: with ``Block.silent`` at zero its output
     is its input, or an activation of it, bit for bit; and the network with all blocks silent gives the same bits as the one
     with ``LEFT`` in their place.
+
+    Raises: whatever the forward raises on ``example``.
     """
     private = copy_model(model, {})
     for parameter in private.parameters():
@@ -89,7 +91,8 @@ def find_blocks(model: nn.Module, example: Any) -> Blocks:
 def with_blocks(graph: Graph, blocks: Iterable[Block]) -> Graph:
     """``graph`` in which every one of ``blocks`` may be left out; call it after ``with_alternatives`` and ``with_inputs``.
 
-    ``ValueError`` for a block that the graph does not know as one: not called once in the watched forward, or there already.
+    Raises: ValueError for a block that the graph does not know as one: not called once in the watched forward, or there
+    already.
     """
     groups, extents = list(graph.groups), list(graph.extents)
     activations = list(graph.activations)

@@ -176,26 +176,26 @@ class Frozen:
 class Graph:
     """The channel structure of one model at one input size.  Plain data: holds no tensor of the model."""
 
-    groups: tuple[Group, ...]
-    frozen: tuple[Frozen, ...]
-    extents: tuple[Extent, ...]
-    sites: tuple[Site, ...]
-    parameters: tuple[Term, ...]
+    groups: tuple[Group, ...]  # of channels that live or die together
+    frozen: tuple[Frozen, ...]  # channels that stay, and why
+    extents: tuple[Extent, ...]  # the lengths that costs are made of
+    sites: tuple[Site, ...]  # the layers that multiply, in the order in which they ran
+    parameters: tuple[Term, ...]  # elements of every parameter
     activations: tuple[tuple[tuple[float, int], ...], ...]  # per moment: (bytes per position, extent or -1 for bytes)
-    shapes: dict[str, tuple[int, ...]]
-    group_width: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]  # of every parameter and buffer
+    group_width: dict[str, int]  # grouped layer -> channels of one of its groups
     baked: tuple[str, ...]  # convolutions with computed weights: plain ones take their place when anything is removed
     baked_away: tuple[str, ...]  # parameters that are gone then
     baked_new: tuple[str, ...] = field(default=(), kw_only=True)  # weights that are parameters only then
     unknown: tuple[Reason, ...]  # operations without a rule
-    notes: tuple[Reason, ...] = field(default=())
+    notes: tuple[Reason, ...] = ()  # what else to know
     selects: tuple[str, ...] = ()  # convolutions that may select their inputs (``graph.inputs``)
     inside: tuple[
         str, ...
     ] = ()  # per moment of ``activations``: the module without which it would not be; none further
-    spans: tuple[Span, ...] = ()
+    spans: tuple[Span, ...] = ()  # calls that could be left out, as far as shapes tell
     fixed_lines: tuple[tuple[str, str, int], ...] = ()  # source line, operation, how much of it rehearsals have fixed
-    fixed_modules: tuple[str, ...] = ()
+    fixed_modules: tuple[str, ...] = ()  # whose channels all stay, because a rehearsal refuted them
     reread: tuple[str, ...] = ()  # parameters that one forward reads more than once: their layers take no other form
     blocks: tuple[Block, ...] = ()  # that may be left out (``graph.blocks``)
     overhead: float | None = None  # milliseconds beside those of the sites; ``None`` where nobody has measured
@@ -203,6 +203,7 @@ class Graph:
 
     @cached_property
     def index(self) -> dict[str, int]:
+        """Name of a group -> its number."""
         return {g.name: i for i, g in enumerate(self.groups)}
 
     def group(self, name: str) -> Group:
@@ -213,6 +214,7 @@ class Graph:
 
     @property
     def sizes(self) -> np.ndarray:
+        """Units of every group, ``(groups,)``."""
         return np.array([g.size for g in self.groups], dtype=np.int64)
 
     def absent(self, units: Mapping[str, np.ndarray]) -> tuple[Block, ...]:

@@ -63,11 +63,12 @@ def trace(
     exactly this input, so give a batch of one.  The forward runs on meta copies: no arithmetic, no memory, the model is
     not touched.  If it cannot run there (data-dependent code), a private copy runs on the CPU instead.
 
-    The result is then proven by rehearsals: smaller copies, at several widths (``graph.rehearsal.widths``), are watched in
-    eval and in train mode; every operation must give the shapes, channels and numbers that were predicted.  What does not is
-    frozen and listed: the line of the user's code, else the channels whose width it follows, else the module around.
+    The result is then proven by rehearsals, unless not ``rehearse``: smaller copies, at several widths
+    (``graph.rehearsal.widths``), are watched in eval and in train mode; every operation must give the shapes, channels and
+    numbers that were predicted.  What does not is frozen and listed: the line of the user's code, else the channels whose
+    width it follows, else the module around.
 
-    Raises ``TraceError`` (a ``ValueError``) naming operation, module and source line; ``TraceTimeout`` after
+    Raises: TraceError (a ValueError) naming operation, module and source line; TraceTimeout after
     ``time_limit`` seconds.
     """
     model = unwrapped(model, who="trace")

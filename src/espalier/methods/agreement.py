@@ -174,6 +174,8 @@ def average_gradients(model: nn.Module) -> None:
     """Make every gradient the mean over the processes; between ``backward()`` and the optimiser's step, in every process.
 
     In a loop of one's own it takes the place of DistributedDataParallel: there is no wrapper that a surgery could leave behind.
+
+    Raises: ValueError for a model inside a wrapper that averages by itself.
     """
     check_free(model, who="average_gradients")
     reduce_gradients(model, ())

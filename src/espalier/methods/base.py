@@ -353,7 +353,8 @@ class Run(ABC):
 
     @property
     @abstractmethod
-    def status(self) -> Status: ...
+    def status(self) -> Status:
+        """Where the run stands now."""
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -533,7 +534,7 @@ def attach(
     held_out: Batches | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Compress ``model`` inside your own training loop; it is trained and shrunk in place.
+    """Compress ``model`` by ``method`` inside your own training loop; it is trained and shrunk in place.
 
     Methods that find the size by themselves take no ``budget``.  ``batches`` are a few training batches, inputs and labels, for
     methods that measure something before they begin or search (``Magnitude(score="taylor")``, ``TTLC``); ``held_out`` are

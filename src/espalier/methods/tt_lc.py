@@ -124,6 +124,7 @@ class TTLC(Method):
 
     @property
     def c_steps(self) -> int:
+        """In the whole run."""
         return self.iterations if self.lc else 1
 
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> TTLCRun:

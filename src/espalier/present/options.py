@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
+from espalier.present.config import METHODS, TASKS
 from espalier.settings import Setting, settings_of
 
 SHORTER = {"warmup_epochs": "--warmup", "clip_norm": "--clip"}
@@ -124,8 +125,7 @@ Holdout = Annotated[int | None, _network("Training images set aside to choose by
 Task = Annotated[
     str | None,
     _network(
-        "What the network is for: classification (default), segmentation:classes=21, regression, super-resolution, detection, "
-        "or file.py:make_task.",
+        f"What the network is for: {', '.join(TASKS)}, settings behind it (segmentation:classes=21); or file.py:make_task.",
         "NAME",
     ),
 ]
@@ -171,9 +171,7 @@ Protect = Annotated[
 
 # -- method and training
 
-Method = Annotated[
-    str | None, _training("tcp (default), dprp, tt-lc, mgp, magnitude, svd-oneshot, or none to train only.", "NAME")
-]
+Method = Annotated[str | None, _training(f"{', '.join(METHODS)}, or none to train only; default tcp.", "NAME")]
 Methods = Annotated[
     str | None,
     _training(

@@ -26,10 +26,12 @@ class Source(Protocol):
         """``None`` where batches are what a task takes apart, of which nothing is known here."""
 
     @property
-    def in_channels(self) -> int: ...
+    def in_channels(self) -> int:
+        """Of an image."""
 
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> int:
+        """Side of a square image, in pixels."""
 
     @property
     def has_holdout(self) -> bool:

@@ -64,7 +64,10 @@ OnDense = Callable[[Mapping[str, float], bool], None]
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed network and what became of it.  Accuracies are in percent, ``None`` where there was no data.
+    """A compressed network, the cost that it and the ``dense`` one have, and what became of it on the way (``history``).
+
+    ``limits`` are those of the budget, absolute: MACs, elements, bytes, milliseconds.  ``dense_accuracy`` and ``accuracy`` are
+    in percent, ``None`` where there was no data; ``folder`` is where the run was written to.
 
     ``metric`` and ``dense_metric`` are what the task is judged by, which ``judged_by`` names; for classifiers the accuracies.
 
@@ -138,10 +141,10 @@ def compress(
     Only methods that find the size by themselves go without a ``budget``, for example ``DPRP(energy=0.01)``.
 
     ``data`` is what ``load_data`` returns, or ``Loaders`` around your own; a one-shot method with data is followed by
-    ``recipe.epochs`` of fine-tuning, which may be 0.  For a method that needs no training it may also be calibration batches,
-    a list or ``DataLoader`` of inputs or of pairs (inputs, labels), of which up to 64 are used to choose by and to estimate
-    BatchNorm anew, or a single example input (a tensor, a tuple of arguments, a dictionary of keywords): nothing is trained
-    then.  ``method`` defaults to ``TCP()``.
+    ``recipe.epochs`` of fine-tuning, which may be 0 (``recipe``: how to train, ``Recipe()`` unless given).  For a method that
+    needs no training it may also be calibration batches, a list or ``DataLoader`` of inputs or of pairs (inputs, labels), of
+    which up to 64 are used to choose by and to estimate BatchNorm anew, or a single example input (a tensor, a tuple of
+    arguments, a dictionary of keywords): nothing is trained then.  ``method`` defaults to ``TCP()``.
 
     ``task`` says what the network is for: ``Classification()`` unless given; see ``espalier.tasks``.
 
@@ -160,7 +163,8 @@ def compress(
     ``log``: loggers beside the folder, by name ("tensorboard,wandb,mlflow") or as objects of Lightning Fabric.
 
     The finished network is proven (``espalier.verify``): it computes what the dense architecture computes when what the plan
-    removes reads zero, at the cost that was planned, inside the budget.  ``verify=False`` goes without.  ``dense_result`` are
+    removes reads zero, at the cost that was planned, inside the budget.  ``verify=False`` goes without.  ``on_epoch`` and
+    ``on_step`` are called after every epoch and step, with what happened so far.  ``dense_result`` are
     accuracy and loss of ``model``, where an earlier run has them: it is not evaluated again.
 
     Raises: ValueError if something does not fit together or the budget cannot be met; TrainingDiverged; ProofError if the

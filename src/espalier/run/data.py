@@ -187,7 +187,8 @@ class Loaders:
     """The user's own loaders, which yield (images, labels): DataLoaders, lists of batches, or the like.  Without
     ``num_classes`` they yield what the task takes apart, which is moved to the device and not looked at.
 
-    They can be gone through again and again and know their length. Implements :class:`Source`.
+    ``train``, ``test`` and, to choose by, ``holdout`` can be gone through again and again and know their length; batches go to
+    ``device``. Implements :class:`Source`.
 
     Images are already normalised floats ``(n, c, h, w)``. Batch size, augmentation and what is held out are
     the loaders' affair; ``batch_size`` is not used. Shuffling by torch's global generator is seeded from seed
@@ -396,7 +397,7 @@ def load_data(
     images: Images | None = None,
     device: str | torch.device = "cpu",
 ) -> Data | FolderData:
-    """Load a data set by name onto a device.
+    """Load the data set ``name`` onto ``device``, after fetching it if ``download`` allows that.
 
     ``digits``: scikit-learn's 1797 real 8x8 digits, 1437 to train and 360 to test. ``cifar10``, ``cifar100``:
     from ``data_dir`` (default: the environment's ESPALIER_DATA_DIR, then ``data``), in torchvision's layout.

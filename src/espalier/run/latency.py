@@ -83,12 +83,12 @@ def latency(
 ) -> list[Timing]:
     """Time the forward of all ``models`` in one run, in turns, and compare each with the first.
 
-    In turns, because a machine's speed drifts: every round times every model once, and the fastest rounds are
-    compared.  What else a machine does only adds time, and on a busy one medians mean nothing: for one and the
-    same network, 0.07 and 0.23 ms were seen.  ``backend`` is "torch" (where ``example`` is; eval mode), "onnxruntime" or
-    "openvino" (CPU, float32).  A batch size takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have
-    passed.  ``example`` is a tensor or a tuple of tensors, batch first; it is repeated to the batch sizes, and may be left out
-    where all ``models`` are files.  One model without a name is called "model".
+    In turns, because a machine's speed drifts: every round times every model once, and the fastest rounds are compared.  What
+    else a machine does only adds time, and on a busy one medians mean nothing: for one and the same network, 0.07 and 0.23 ms
+    were seen.  ``backend`` is "torch" (where ``example`` is; eval mode), "onnxruntime" or "openvino" (CPU, float32).  Each of
+    ``batch_sizes`` takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have passed; the runtime has
+    ``threads``.  ``example`` is a tensor or a tuple of tensors, batch first; it is repeated to the batch sizes, and may be
+    left out where all ``models`` are files.  One model without a name is called "model".
 
     Raises: ValueError for an unknown backend, numbers below 1 or a file that is no ONNX; MissingPackage without the backend's
     extra.

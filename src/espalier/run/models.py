@@ -188,7 +188,7 @@ CIFAR_MODELS: dict[str, Factory] = {
 
 
 def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
-    """Build a network by name, untrained, for the classes, channels and size of the data.
+    """Build the network ``name``, untrained, for the classes, channels and size of the data.
 
     The module's docstring lists the names. A factory of the user's own receives those of ``num_classes``,
     ``in_channels`` and ``image_size`` that it takes by name. Nothing is downloaded.

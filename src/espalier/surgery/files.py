@@ -412,6 +412,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str
     """Write weights and structure of ``model`` to one safetensors file, with a checksum.
 
     Written beside and then renamed: a full disk leaves an existing file as it was.  ``extra`` are further metadata strings.
+
+    Raises: ValueError for names that no file can hold; OSError if it cannot be written.
     """
     path, model = Path(path), unwrapped(model, who="save")
     check_names(model, who="save")
@@ -455,7 +457,7 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
 
     Device, dtype and memory format are those of ``base``; one on meta, which has no memory, gets the file's tensors on the CPU.
 
-    ``FileNotFoundError`` if there is none; ``ValueError`` if the file is damaged, was not written by ``save``, or belongs to
+    Raises: FileNotFoundError if there is none; ValueError if the file is damaged, was not written by ``save``, or belongs to
     another architecture or to other settings of it.  ``base`` is as it was then.
     """
     table, tensors = _read(path)

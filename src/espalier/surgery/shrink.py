@@ -21,7 +21,7 @@ from espalier.plan import Plan
 def shrink(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A copy of ``model``, same class, that holds only what ``plan`` keeps.  ``model`` is not touched.
 
-    ``ValueError`` if ``plan`` does not belong to ``graph``, or ``graph`` not to ``model``.
+    Raises: ValueError if ``plan`` does not belong to ``graph``, or ``graph`` not to ``model``.
     """
     model = unwrapped(model, who="shrink")
     plan.check(graph)

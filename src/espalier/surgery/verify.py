@@ -77,7 +77,8 @@ def verify(
     fresh: Callable[[], nn.Module] | None = None,
     tolerance: float = 1e-8,
 ) -> Proof:
-    """Check the obligations on ``model`` and the small network that ``plan`` makes of it (or on ``small``, if given).
+    """Check the obligations on ``model`` and the small network that ``plan``, in units of ``graph``, makes of it (or
+    ``small``).
 
     1. the plan that keeps everything changes no bit; 2. small equals masked, in float64, within ``tolerance`` relative to
     the largest output; where ``small`` has been ``trained`` since, or ``plan`` has layers in other forms (``run.dense_graph``
@@ -92,6 +93,8 @@ def verify(
     modes, gives the shapes, channels and numbers that were predicted of it (of networks that are cut, not factorised); and no
     group keeps only units that nothing reads and lost others that something read.
     A forward that breaks after surgery is reported with the line that broke.
+
+    Raises: ValueError for arguments that do not go together; what fails is in the proof, and ``require()`` raises it.
     """
     model = unwrapped(model, who="verify")
     if budget is not None:

@@ -45,11 +45,12 @@ def profile(
     to: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Measure sub-networks of ``model`` in ``runtime`` and return what its layers take there.
+    """Measure ``networks`` sub-networks of ``model`` in ``runtime``, with ``threads`` and ``batch``; returns what its layers
+    take.
 
     Weights do not matter, structure does: widths of all groups of channels are spread evenly, from few to all.  ``example`` is
     what ``trace`` takes, tensors with the batch first.  With a file ``to``, every network is stored as soon as it is
-    measured, and a profile that was interrupted goes on.
+    measured, and a profile that was interrupted goes on.  ``progress`` is called with networks measured and in all.
 
     ``precision="int8"`` profiles the network as ``export_int8`` writes it, in ONNX Runtime: a budget of half of the time is
     then half of what the dense network takes in eight bits.

@@ -70,10 +70,10 @@ class Formed:
 class Profile:
     """Times of the layers of one network at every width: ``profile.on(graph)`` lets a budget of latency be planned."""
 
-    setting: ProfileSetting
-    date: str
+    setting: ProfileSetting  # runtime, processor, threads, batch, precision
+    date: str  # in UTC
     grain: int  # widths were measured at multiples of this, at a half and a quarter of it, and whole
-    layers: tuple[ProfiledLayer, ...]
+    layers: tuple[ProfiledLayer, ...]  # in the order of the exported file
     networks: tuple[Measured, ...]  # the dense one first
     correction: float = 1.0  # what the prediction is multiplied with, from networks measured against the dense one
     forms: tuple[Formed, ...] = ()  # measured once a method asks for them
@@ -228,7 +228,7 @@ def _kind(layer: ProfiledLayer) -> str:
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Write a profile as JSON."""
+    """Write ``profile`` as JSON.  Raises: OSError if the disk does not take it; what was there before is whole then."""
 
     def write(place: str) -> None:
         Path(place).write_text(to_json(profile), encoding="utf-8")
