@@ -17,8 +17,7 @@ from espalier.methods.blocks import takes_blocks
 from espalier.plan import Budget, Plan
 from espalier.solver import solve
 from espalier.surgery import load, rebuild, save, shrink, shrink_, structure, verify
-from tests.steps import EXAMPLE as STEP_EXAMPLE
-from tests.steps import logits, network, train_step, train_through
+from tests.steps import EXAMPLE as STEP_EXAMPLE, logits, network, train_step, train_through
 
 
 class Residual(nn.Module):

@@ -23,8 +23,7 @@ from espalier.methods.svd_oneshot import SVDOneShot
 from espalier.methods.tcp import TCP
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget, Plan
-from espalier.run import compress as compress_room
-from espalier.run import onnx, report, rundir
+from espalier.run import compress as compress_room, onnx, report, rundir
 from espalier.run.compress import compress
 from espalier.run.data import Data, Loaders, load_data
 from espalier.run.evaluate import evaluate

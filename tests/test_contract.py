@@ -107,7 +107,6 @@ ROWS = {
             {"penalty_exponent": 0.0},
             {"growth": 0.5},
             {"search": -1},
-            {"workers": 0},
             {"lc": 1},
             {"finetune_lr": 0.0},
             {"finetune_warmup": 1.0},

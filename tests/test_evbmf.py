@@ -24,24 +24,12 @@ def singular(matrix: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("noise", [0.1, 0.5])
 def test_planted_ranks_are_found(shape: tuple[int, int], rank: int, noise: float) -> None:
     matrix = planted(*shape, rank, noise)
-    found = evbmf(singular(matrix), shape)
-    assert found.rank == rank
-    assert found.noise == pytest.approx(noise**2, rel=0.25)
-    assert evbmf(singular(matrix), shape, noise=noise**2).rank == rank
+    found, variance = evbmf(singular(matrix), shape)
+    assert found == rank and variance == pytest.approx(noise**2, rel=0.25)
 
 
 def test_pure_noise_has_rank_zero_and_its_variance() -> None:
-    found = evbmf(singular(planted(64, 576, 0, 0.3)), (64, 576))
-    assert found.rank == 0
-    assert found.noise == pytest.approx(0.09, rel=0.05)
-
-
-def test_values_are_shrunk_and_the_less_the_less_noise() -> None:
-    seen = np.array([61.0, 44.0, 33.0])
-    shares = [evbmf(np.concatenate([seen, np.zeros(47)]), (50, 200), noise=n).values / seen for n in (1.0, 0.1, 1e-6)]
-    assert [len(share) for share in shares] == [3, 3, 3]
-    assert (shares[0] < shares[1]).all() and (shares[1] < shares[2]).all() and (shares[2] < 1).all()
-    np.testing.assert_allclose(shares[2], 1, atol=1e-6)
+    assert evbmf(singular(planted(64, 576, 0, 0.3)), (64, 576)) == (0, pytest.approx(0.09, rel=0.05))
 
 
 def test_threshold_is_close_to_the_approximation_of_the_paper() -> None:
@@ -52,17 +40,17 @@ def test_threshold_is_close_to_the_approximation_of_the_paper() -> None:
 
 def test_scale_does_not_change_the_rank() -> None:
     matrix = planted(48, 100, 6, 0.4)
-    assert {evbmf(singular(matrix * s), (48, 100)).rank for s in (1e-8, 1.0, 1e8)} == {6}
+    assert {evbmf(singular(matrix * s), (48, 100))[0] for s in (1e-8, 1.0, 1e8)} == {6}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (4, 4)])
 def test_zero_constant_and_tiny_matrices(shape: tuple[int, int]) -> None:
-    assert evbmf(np.zeros(min(shape)), shape).rank == 0
-    assert evbmf(singular(np.ones(shape)), shape).rank <= 1
+    assert evbmf(np.zeros(min(shape)), shape)[0] == 0
+    assert evbmf(singular(np.ones(shape)), shape)[0] <= 1
 
 
 def test_a_matrix_without_noise_keeps_its_rank() -> None:
-    assert evbmf(singular(planted(40, 90, 5, 0.0)), (40, 90)).rank == 5
+    assert evbmf(singular(planted(40, 90, 5, 0.0)), (40, 90))[0] == 5
 
 
 def test_bad_values_are_named() -> None:
@@ -70,5 +58,3 @@ def test_bad_values_are_named() -> None:
         evbmf(np.ones(2), (3, 5))
     with pytest.raises(ValueError, match="finite"):
         evbmf(np.array([1.0, np.nan]), (2, 2))
-    with pytest.raises(ValueError, match="noise"):
-        evbmf(np.ones(2), (2, 2), noise=-1.0)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from networks import FrozenNorm, FunctionalConv, Gate, LayerScale, Shuffle, StandardisedConv2d
 from proving import prove, random_importance, randomise, reasons, sizes
 from torch import Tensor, nn

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import espalier
-from espalier.run import latency as measuring
-from espalier.run import onnx as onnx_room
+from espalier.run import latency as measuring, onnx as onnx_room
 from espalier.run.latency import latency, size_on_disk
 from espalier.run.onnx import export_onnx, onnx_session
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import ZOO, build
-from benchmarks.common import example as zoo_example
+from benchmarks.common import ZOO, build, example as zoo_example
 from espalier.costs import CostModel, cost
 from espalier.forms import cut_kernel, find_places, rectangles, shape_sequence, shapes
 from espalier.graph import files, hold, selectable, trace, with_inputs

@@ -6,8 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from networks import RIGID, Pick, Recipe, random_network
 from proving import random_importance, randomise
 

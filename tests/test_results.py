@@ -8,8 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from benchmarks import gpu_throughput, tables
-from benchmarks import run as running
+from benchmarks import gpu_throughput, run as running, tables
 from benchmarks.blocks import fill, outside
 from benchmarks.peers import PEERS, lacking
 from benchmarks.recipe import Job, read_recipe, read_recipes

@@ -25,8 +25,7 @@ from espalier.solver import solve
 from espalier.timing import closing, forms, making, on_device
 from espalier.timing.family import Family, layer_of
 from espalier.timing.fitting import staircases
-from espalier.timing.profile import _sum_of as sum_of
-from espalier.timing.profile import from_json, to_json
+from espalier.timing.profile import _sum_of as sum_of, from_json, to_json
 
 
 class Small(nn.Module):

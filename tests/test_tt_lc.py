@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import threading
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -25,13 +24,12 @@ from espalier.forms.candidates import compose, factorise, full_rank, options_at
 from espalier.forms.form import cost_of
 from espalier.forms.spectra import spectra_of
 from espalier.forms.transfer import moved
-from espalier.methods import lc as lc_module
-from espalier.methods import scoring, tt_lc
+from espalier.methods import lc as lc_module, scoring, tt_lc
 from espalier.methods.decay import decay_products
 from espalier.methods.lc import LearningCompression, PenaltyDiverged
 from espalier.methods.scoring import loss_on, recalibrate_batchnorm
 from espalier.methods.search import minimise
-from espalier.run.charts import COLOURS, search_curve
+from espalier.run.charts import COLOURS, gap_curve, rank_bars, search_curve
 from espalier.run.data import load_data, set_aside
 from tests.forked import forked
 from tests.waits import Waits
@@ -480,32 +478,6 @@ def test_a_journal_that_cannot_be_read_is_named(tmp_path) -> None:
         minimise(lambda point: 0.0, RANGES, first=FIRST, count=2, seed=0, trials=[], journal=journal)
 
 
-def test_workers_try_at_the_same_time_and_share_what_they_find(tmp_path) -> None:
-    together = threading.Barrier(2)
-    tried: dict = {}  # thread -> the points that it was given
-
-    def score(point):
-        tried.setdefault(threading.get_ident(), []).append(tuple(point.values()))
-        together.wait(timeout=60)  # breaks, and fails the trial, unless two of them are under way
-        if point["a"] > 1.5:
-            raise RuntimeError("too large")
-        return (point["a"] - 1) ** 2 + (point["b"] - 0.2) ** 2
-
-    trials: list = []
-    journal = tmp_path / "search.journal"
-    options = {"first": FIRST, "seed": 1, "workers": 2, "journal": journal}
-    best = minimise(score, RANGES, count=8, trials=trials, **options)
-    assert len(trials) == 8 and threading.get_ident() not in tried
-    one, two = tried.values()
-    assert all(a != b for a, b in zip(one, two, strict=True))  # what another is trying is spared
-    assert all(t["failed"] == ("RuntimeError: too large" if t["point"]["a"] > 1.5 else "") for t in trials)
-    assert FIRST in [t["point"] for t in trials]
-    assert best == min((t for t in trials if t["score"] is not None), key=lambda t: t["score"])["point"]
-    more: list = []
-    minimise(score, RANGES, count=10, trials=more, **options)
-    assert more[:8] == trials and len(more) == 10
-
-
 # -- the method
 
 
@@ -628,22 +600,6 @@ def test_a_run_killed_within_its_search_ends_where_the_whole_run_ends(few, epoch
     assert_same_run(rest, whole)
 
 
-def test_parallel_trials_do_not_touch_the_model(digits) -> None:
-    data = set_aside(digits, 100)
-    method = es.TTLC(search=4, workers=2, iterations=6, select=1.0)
-    run, _, _ = run_until(data, method, stop_before=True, steps=40)
-    run.trials.clear()
-    before = {n: t.clone() for n, t in run.model.state_dict().items()}
-    wanted = run.lc.wanted()
-    spectra = spectra_of(wanted)
-    run.search(wanted, spectra)
-    assert all(torch.equal(t, before[n]) for n, t in run.model.state_dict().items())
-    assert [t["failed"] for t in run.trials] == [""] * 4
-    for trial in run.trials:  # what a worker finds on its copy is what the model itself gives
-        alone = run._loss_with(run.model, run._fit(wanted, run._choose(spectra, trial["point"]), sweeps=0))
-        assert trial["score"] == pytest.approx(alone, rel=1e-4)
-
-
 def test_the_course_of_the_search_is_recorded() -> None:
     run = es.TTLC().start(net(), X, es.Budget(macs=0.4))
     scores = [0.7, None, 0.9, 0.4]
@@ -660,11 +616,12 @@ def test_the_course_of_the_search_is_recorded() -> None:
     assert marks.count(COLOURS["c5"]) == 3 + 1 and marks.count(COLOURS["c1"]) == 1 + 1  # and one of each in the legend
 
 
-def test_a_run_leaves_its_figures(few, tmp_path) -> None:
+def test_the_course_of_a_run_is_drawn(few, tmp_path) -> None:
     method = es.TTLC(search=2, iterations=5)
     es.compress(net(), few, budget=es.Budget(macs=0.4), method=method, recipe=recipe(epochs=2), out=tmp_path / "run")
     history = json.loads((tmp_path / "run" / "history.json").read_text())
-    found = {n: (tmp_path / "run" / f"{n}.svg").read_text() for n in ("ranks", "gap", "search")}
+    ranks, gap, search = (history[kind] for kind in ("rank", "gap", "search"))
+    found = {"ranks": rank_bars(ranks, history["full rank"]), "gap": gap_curve(gap), "search": search_curve(search)}
     assert all(ET.fromstring(svg).find("{http://www.w3.org/2000/svg}title").text for svg in found.values())
     assert len(history["gap"]["all"]) == 5
     assert any(path.count("L") == 4 for path in re.findall(r'd="M ([^"]+)"', found["gap"]))
@@ -678,8 +635,6 @@ def test_a_run_leaves_its_figures(few, tmp_path) -> None:
     assert drawn == pytest.approx(shares, abs=0.01)
     for name in found:  # programs other than browsers know no variables of a style sheet
         assert "var(" not in found[name]
-    es.compress(net(), X, budget=es.Budget(macs=0.4), method=es.Magnitude(), out=tmp_path / "run", force=True)
-    assert not list((tmp_path / "run").glob("*.svg")) and len(list((tmp_path / "run" / "old-1").glob("*.svg"))) == 3
 
 
 # -- the ablation: ranks otherwise, and without learning-compression

@@ -13,7 +13,7 @@ from torch import nn
 
 from espalier.forms import cost_of, find_places, sequence, sequential
 from espalier.forms.candidates import compose, factorise
-from espalier.forms.tensors import input_unfolding, output_unfolding, spectrum, split_core, tt_svd, tucker2
+from espalier.forms.tensors import input_unfolding, output_unfolding, spectrum, split_core, tucker2
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +42,6 @@ def test_tucker_is_as_close_as_tensorly(shape: tuple[int, ...], ranks: tuple[int
     ours = error(w, "tucker", list(ranks), sweeps=100)
     reference = float((w - theirs).square().sum())
     assert ours == pytest.approx(reference, rel=1e-3)
-
-
-def test_tensor_train_is_that_of_tensorly() -> None:
-    w = weight(4, 5, 6, 3)
-    ranks = [3, 4, 2]
-    theirs = tensor_train(w, rank=[1, *ranks, 1])
-    ours = tt_svd(w, ranks)
-    assert [c.shape for c in ours] == [c.shape for c in theirs.factors]
-    whole = tensorly.tt_to_tensor(ours)
-    torch.testing.assert_close(whole, theirs.to_tensor())
-    full = tt_svd(w, [4, 18, 3])
-    torch.testing.assert_close(tensorly.tt_to_tensor(full), w)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
@@ -197,7 +185,5 @@ def test_all_stages_have_the_same_norm() -> None:
 def test_wrong_forms_and_ranks_are_named() -> None:
     with pytest.raises(ValueError, match="form 'cp' does not exist; choose one of channel"):
         factorise(weight(4, 4, 3, 3), "cp", [2])
-    with pytest.raises(ValueError, match="takes 2 ranks"):
-        tt_svd(weight(3, 4, 5), [2])
     with pytest.raises(ValueError, match="ranks 1 to 6, not 7"):
         factorise(weight(4, 4, 3, 3), "tt", [2, 7, 2])

@@ -6,9 +6,8 @@ empirical variational Bayes solution keeps exactly the singular values ``g`` abo
 
     sqrt(M s2 (1 + tau)(1 + alpha / tau)),    alpha = L / M,
 
-where ``tau``, about ``2.5129 sqrt(alpha)``, is the zero of ``Phi(tau) + Phi(tau / alpha)``, ``Phi(z) = log(1 + z) / z - 1/2``,
-and shrinks them to ``g/2 (x + sqrt(x^2 - 4 L M s2^2 / g^4))`` with ``x = 1 - (L + M) s2 / g^2``.  A variance that is not given
-minimises the free energy, which depends on it alone.
+where ``tau``, about ``2.5129 sqrt(alpha)``, is the zero of ``Phi(tau) + Phi(tau / alpha)``, ``Phi(z) = log(1 + z) / z - 1/2``.
+The variance minimises the free energy, which depends on it alone.
 
 Only the singular values are needed, so that the cost is that of a few thousand logarithms.
 """
@@ -16,7 +15,6 @@ Only the singular values are needed, so that the cost is that of a few thousand 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,24 +23,15 @@ _GRID = 200  # variances looked at between the bounds before the best is refined
 _REFINE = 3
 
 
-@dataclass(frozen=True)
-class Evbmf:
-    """What EVBMF makes of a matrix: ``rank`` singular values stay, shrunk to ``values``; the rest is noise."""
+def evbmf(singular: np.ndarray, shape: tuple[int, int]) -> tuple[int, float]:
+    """Rank and noise variance of a matrix, tall or wide, from all its ``min(shape)`` singular values.
 
-    rank: int
-    values: np.ndarray  # (rank,)
-    noise: float  # variance of one element
-
-
-def evbmf(singular: np.ndarray, shape: tuple[int, int], *, noise: float | None = None) -> Evbmf:
-    """EVBMF from all ``min(shape)`` singular values of a matrix, tall or wide.
-
-    ``ValueError`` if they are not finite, negative, or not as many as the shape says.
+    Raises: ValueError if they are not finite, negative, or not as many as the shape says.
 
     >>> import numpy as np
     >>> draw = np.random.default_rng(0)
     >>> matrix = draw.normal(size=(40, 5)) @ draw.normal(size=(5, 90)) + 0.5 * draw.normal(size=(40, 90))
-    >>> evbmf(np.linalg.svd(matrix, compute_uv=False), matrix.shape).rank
+    >>> evbmf(np.linalg.svd(matrix, compute_uv=False), matrix.shape)[0]
     5
     """
     short, long = sorted(shape)
@@ -51,23 +40,15 @@ def evbmf(singular: np.ndarray, shape: tuple[int, int], *, noise: float | None =
         raise ValueError(f"evbmf: a matrix {shape} has {short} singular values, got shape {values.shape}")
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("evbmf: singular values must be finite and not negative")
-    if noise is not None and not (math.isfinite(noise) and noise >= 0):
-        raise ValueError(f"evbmf(noise={noise!r}): must be a finite variance, 0 or more")
     if short == 0 or values[0] == 0:
-        return Evbmf(0, np.zeros(0), 0.0 if noise is None else noise)
+        return 0, 0.0
     alpha = short / long
     tau = threshold_ratio(alpha)
     edge = (1 + tau) * (1 + alpha / tau)
     # In units of the largest singular value; what the arithmetic cannot tell from zero is zero.
     energy = np.maximum((values / values[0]) ** 2, 1e-14)
-    if noise is None:
-        variance = _variance(energy, short, long, edge)
-    else:
-        variance = max(noise / values[0] ** 2, 1e-14 / long)
-    rank = int((energy > long * variance * edge).sum())
-    part = 1 - (short + long) * variance / energy[:rank]
-    root = np.sqrt(np.maximum(part**2 - 4 * short * long * (variance / energy[:rank]) ** 2, 0))
-    return Evbmf(rank, values[:rank] / 2 * (part + root), variance * float(values[0]) ** 2 if noise is None else noise)
+    variance = _variance(energy, short, long, edge)
+    return int((energy > long * variance * edge).sum()), variance * float(values[0]) ** 2
 
 
 @lru_cache(maxsize=256)

@@ -46,11 +46,6 @@ class Rectangle:
         return f"{self.size[0]}x{self.size[1]}"
 
 
-def whole(kernel: tuple[int, int]) -> Rectangle:
-    """All of a kernel."""
-    return Rectangle(0, kernel[0] - 1, 0, kernel[1] - 1)
-
-
 def rectangles(kernel: tuple[int, int]) -> list[Rectangle]:
     """Every rectangle in a kernel."""
     spans = [[(a, b) for a in range(n) for b in range(a, n)] for n in kernel]

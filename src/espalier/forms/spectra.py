@@ -71,7 +71,7 @@ class Spectra:
             found = []
             for values, size, other in ((self.inputs, 1, 0), (self.outputs, 0, 1)):
                 shape = (self.shape[size], self.shape[other] * rest)
-                found.append(evbmf(np.sqrt(values[: min(shape)]), shape).rank)
+                found.append(evbmf(np.sqrt(values[: min(shape)]), shape)[0])
             self._evbmf = found[0], found[1]  # at once: threads read it
         return self._evbmf
 

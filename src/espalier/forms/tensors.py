@@ -8,7 +8,6 @@ nothing but the order of directions that hardly matter.  Everything runs on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -94,29 +93,6 @@ def split_core(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, right = truncated(core.permute(1, 2, 3, 0).reshape(a * kh, kw * b), rank)
     first = left.reshape(a, kh, rank).permute(2, 0, 1).unsqueeze(3)
     return first, right.reshape(rank, kw, b).permute(2, 0, 1).unsqueeze(2)
-
-
-def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """Tensor train of any tensor: cores ``(r_i, n_i, r_i+1)`` with ``r_0 = r_d = 1`` and ``ranks`` between (Oseledets 2011).
-
-    A linear layer as two factors is the case of a matrix, ``tt_svd(weight, [r])``; a train of more cores is no row of plain
-    layers, so no form is made of it.
-    """
-    if len(ranks) != tensor.ndim - 1 or min(ranks, default=1) < 1:
-        raise ValueError(
-            f"tt_svd: a tensor of {tensor.ndim} dimensions takes {tensor.ndim - 1} ranks, got {list(ranks)}"
-        )
-    cores, rest, before = [], tensor, 1
-    for size, rank in zip(tensor.shape[:-1], ranks, strict=True):
-        matrix = rest.reshape(before * size, -1)
-        rank = min(rank, *matrix.shape)
-        left, rest = truncated(matrix, rank)
-        if matrix.shape[0] > matrix.shape[1]:  # the orthonormal factor goes left, whichever is shorter
-            left, mix = torch.linalg.qr(left)
-            rest = mix @ rest
-        cores.append(left.reshape(before, size, rank))
-        before = rank
-    return [*cores, rest.reshape(before, tensor.shape[-1], 1)]
 
 
 def folded(weight: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Method(Settings, ABC):
         "rise": "finetune_warmup",
         "beyond": "noise_weight",
     }
-    dropped: ClassVar[Mapping[str, Any]] = {"stripes": False}
+    dropped: ClassVar[Mapping[str, Any]] = {"stripes": False, "workers": 1}
 
     @classmethod
     def as_of_now(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import numpy as np
 
 from espalier.costs import CostModel
 from espalier.forms import Place, Wish, cost_of, dense_sequence
-from espalier.forms.candidates import held as held_by
-from espalier.forms.candidates import scaled
+from espalier.forms.candidates import held as held_by, scaled
 from espalier.forms.spectra import Spectra
 from espalier.forms.tucker import below
 from espalier.graph import ConvSequence, Graph, with_alternatives

@@ -1,7 +1,7 @@
 """Bayesian optimisation of a few numbers, on Optuna's Gaussian process sampler and in Optuna's storage.
 
 Every trial is stored as it begins and as it ends, in a journal if there is one, so that a search that was killed goes on at the
-trial it was killed in; several workers share one study, and the sampler spares the points that others are trying.
+trial it was killed in.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,6 @@ def minimise(
     count: int,
     seed: int,
     trials: Trials,
-    workers: int = 1,
     journal: Path | None = None,
     name: str = "search",
 ) -> Point:
@@ -51,19 +48,15 @@ def minimise(
     With a ``journal`` the trials that count are those of the study ``name`` in that file: name everything that the score
     depends on.  A trial that was under way when the program was killed is begun again.
 
-    More than one of ``workers`` are threads that call ``score`` at the same time.  What a worker is given to try then depends
-    on what the others have finished, so that such a search does not repeat bit for bit.
-
     Raises: ValueError if the journal cannot be read, or if all trials failed.
     """
     study = _study(journal, name)
     if journal is None:
         for trial in trials:
             _store(study, trial, ranges)
-    lock = threading.Lock()
 
     def one(number: int) -> None:
-        with lock, _quiet():
+        with _quiet():
             study.sampler = _sampler(seed + number, count, first if number == 0 else {})
             trial = study.ask(fixed_distributions=_shape(ranges))
         try:
@@ -71,21 +64,16 @@ def minimise(
             reason = "" if math.isfinite(value) else f"the score is {value}"
         except (ValueError, RuntimeError, ArithmeticError) as error:
             value, reason = math.nan, f"{type(error).__name__}: {error}"
-        with lock, _quiet():
+        with _quiet():
             if reason:
                 trial.set_user_attr(FAILED, reason)
                 study.tell(trial, state=_state("FAIL"))
             else:
                 study.tell(trial, value)
 
-    missing = range(len(_finished(study)), count)
     try:
-        if workers == 1:
-            for number in missing:
-                one(number)
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(one, missing))
+        for number in range(len(_finished(study)), count):
+            one(number)
     finally:
         trials[:] = _finished(study)
     good = [t for t in trials[:count] if t["score"] is not None]

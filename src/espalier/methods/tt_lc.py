@@ -22,17 +22,14 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.copies import copy_model
 from espalier.forms import FORMS, Wish, cost_of, dense_sequence, sequential
 from espalier.forms.candidates import Factors, compose, factorise, full_rank, options_at, ranks_of
 from espalier.forms.spectra import Spectra, spectra_of
@@ -69,7 +66,6 @@ class TTLC(Method):
         Fraction, described("share of the C steps in which ranks are chosen anew, by search in the last")
     ] = 0.5
     search: Annotated[int, described("trials; 0: EVBMF and the solver alone", ge=0)] = 16
-    workers: Annotated[int, described("trials at a time; more than one do not repeat bit for bit", ge=1)] = 1
     held_out: Annotated[int, described("training images that trials are scored on", ge=0)] = 1000
     lc: Annotated[bool, described("false: plain training, one decomposition at share, fine-tuning; the baseline")] = (
         True
@@ -287,14 +283,10 @@ class TTLCRun(Run):
         method, stages = self.method, list(dict.fromkeys(self.stages.values()))
         ranges = {**dict.fromkeys(stages, (-SPAN, SPAN)), "tt": TT_RANGE}
         neutral = {**dict.fromkeys(stages, 0.0), "tt": min(max(method.tt_fraction, TT_RANGE[0]), TT_RANGE[1])}
-        models: SimpleQueue[nn.Module] = SimpleQueue()  # one for every worker
-        for _ in range(method.workers):
-            models.put(self.model if method.workers == 1 else copy_model(self.model, {}))
         fits: dict[tuple[str, ConvSequence], Factors] = {}  # of the trials so far: many ask for the same
 
         def score(point: Point) -> float:
-            with _taken(models) as model:
-                return self._loss_with(model, self._fit(wanted, self._choose(spectra, point), sweeps=0, known=fits))
+            return self._loss_with(self._fit(wanted, self._choose(spectra, point), sweeps=0, known=fits))
 
         # The limits, not the budget: a resumed run has it in absolute numbers.
         asked = (method, self.limits, self.budget.multiple_of, list(self.places), ranges)
@@ -303,7 +295,7 @@ class TTLCRun(Run):
         def found() -> tuple[Point, Trials]:
             best = minimise(
                 score, ranges, first=neutral, count=method.trials, seed=method.seed * 1000, trials=self.trials,
-                workers=method.workers, journal=None if self.folder is None else self.folder / JOURNAL,
+                journal=None if self.folder is None else self.folder / JOURNAL,
                 name=f"C step {self.lc.iterations + 1}, {same}",
             )  # fmt: skip
             return best, self.trials
@@ -315,12 +307,12 @@ class TTLCRun(Run):
     def _record_search(self) -> None:
         self.history |= curves(self.trials)
 
-    def _loss_with(self, model: nn.Module, factors: Mapping[str, Factors]) -> float:
-        """Loss of ``model``, ours or a copy, if its layers were ``factors``, BatchNorm estimated anew."""
+    def _loss_with(self, factors: Mapping[str, Factors]) -> float:
+        """Loss of the model if its layers were ``factors``, BatchNorm estimated anew."""
         assert self.batches is not None
         images = self.batches if self.held_out is None else self.held_out
         return loss_with(
-            model, {n: compose(f) for n, f in factors.items()}, images, batches=self.batches, n=CALIBRATION
+            self.model, {n: compose(f) for n, f in factors.items()}, images, batches=self.batches, n=CALIBRATION
         )
 
     # -- 5. C steps ----------------------------------------------------------------------------------------------------
@@ -443,15 +435,6 @@ class TTLCRun(Run):
         "replaced", "forced", "_at", "_arrived", "_travel", "_decayed", "sequences", "factors", "collapsed", "trials",
         "point", "lc",
     )  # fmt: skip
-
-
-@contextmanager
-def _taken(models: SimpleQueue[nn.Module]) -> Iterator[nn.Module]:
-    model = models.get()
-    try:
-        yield model
-    finally:
-        models.put(model)
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -39,14 +39,12 @@ from espalier.present.profiling import measured_profile, show_check, time_of
 from espalier.present.ship import described, exported, exported_int8, input_of_run, time_told, times, times_table
 from espalier.present.show import show_markdown, show_summary
 from espalier.present.sweep import as_markdown, judged_by, numbers, points_of, sweep, with_shared_profile
-from espalier.run.evaluate import evaluate as evaluate_model
-from espalier.run.evaluate import pick_device
+from espalier.run.evaluate import evaluate as evaluate_model, pick_device
 from espalier.run.folder import Images
 from espalier.run.models import load_weights, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import ONNX, PROFILE, SUMMARY
-from espalier.timing.making import collect as collect_profile
-from espalier.timing.making import export_networks
+from espalier.timing.making import collect as collect_profile, export_networks
 from espalier.timing.profile import save_profile
 
 app = typer.Typer(

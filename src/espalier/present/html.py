@@ -115,7 +115,7 @@ def _section(run: FinishedRun, name: str, runtime: str | None, timing: bool) -> 
         "verdict": _verdict(run),
         "scores": [(*row, change.replace("-", "−")) for *row, change in scores(run.metrics, run.config)],
         "costs": _costs(run),
-        "layers": _layers(run, runtime, timing),
+        "layers": _layers(run, timing),
         "figures": figures_of(run),
         "slow": slow_sentence(run.metrics),
         "config": to_toml(config),
@@ -229,15 +229,15 @@ def _costs(run: FinishedRun) -> list[tuple[Any, ...]]:
     ]
 
 
-def _layers(run: FinishedRun, runtime: str | None, timing: bool) -> dict[str, Any]:
+def _layers(run: FinishedRun, timing: bool) -> dict[str, Any]:
     """Every layer before and after, timed if they can be; and the largest of everything, which bars are shares of."""
     layers, note, batch, apart = run.layers, run.note, 0, 0.0
     if timing and layers and run.dense is not None and run.small is not None:
         batch = 64 if run.config["model"]["image_size"] <= 64 else 8
         example = blank_input(run.config).expand(batch, -1, -1, -1).contiguous()
         try:
-            layers, apart = timed(layers, run.dense, run.small, example=example, runtime=runtime or "torch")
-        except (ValueError, RuntimeError, KeyError) as error:
+            layers, apart = timed(layers, run.dense, run.small, example=example)
+        except (ValueError, RuntimeError, KeyError, ImportError) as error:
             note, batch = f"the layers cannot be timed: {error}", 0
     tones = [1 if lr.factorised else 2 if lr.reshaped else 0 for lr in layers]
     return {
@@ -247,8 +247,7 @@ def _layers(run: FinishedRun, runtime: str | None, timing: bool) -> dict[str, An
         "most": {k: max((max(getattr(lr, f"dense_{k}"), getattr(lr, f"small_{k}")) for lr in layers), default=0) or 1
                  for k in ("macs", "ms")},
         "total": short(sum(lr.dense_macs for lr in layers)),
-        "note": note, "batch": batch,
-        "runtime": RUNTIME_NAMES.get(runtime or "torch"), "apart": apart, "unreliable": apart > BUSY,
+        "note": note, "batch": batch, "apart": apart, "unreliable": apart > BUSY,
     }  # fmt: skip
 
 

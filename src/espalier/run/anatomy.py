@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from espalier.graph import trace
+from espalier.graph import Graph, trace
 from espalier.graph.summary import overview
 from espalier.layers import PartConv2d
 from espalier.plan import Plan
-from espalier.run.latency import layer_latency
 from espalier.timing import on_device
 from espalier.timing.family import Family
 from espalier.timing.making import attributed, batched
@@ -101,61 +99,38 @@ def layers_from(rows: list[dict[str, Any]]) -> tuple[ComparedLayer, ...]:
 
 
 SECONDS = 0.7  # of measuring a network, once
-Times = dict[str, dict[str, float]]  # network -> layer -> milliseconds
 
 
 def timed(
-    layers: tuple[ComparedLayer, ...],
-    dense: nn.Module,
-    small: nn.Module,
-    *,
-    example: torch.Tensor,
-    runtime: str = "torch",
+    layers: tuple[ComparedLayer, ...], dense: nn.Module, small: nn.Module, *, example: torch.Tensor
 ) -> tuple[tuple[ComparedLayer, ...], float]:
-    """The same with times measured now, on one thread, and how far two measurements of a whole network were apart.
+    """The same with times in ONNX Runtime, on one thread, and how far two measurements of a whole network were apart.
 
-    Times are the less of the two; where they are apart, something else was at work.  ``runtime`` is "torch" or "onnxruntime".
-    Raises: ValueError where ONNX Runtime does not time them.
+    They are those of the runtime's own profile of its nodes; what is computed between two layers counts to the first.  Of two
+    measurements the less; where they are apart, something else was at work.
+    Raises: ValueError where ONNX Runtime does not time them; ImportError where it is not installed.
     """
-    measure = _TIMERS[runtime]({"dense": dense, "small": small}, example, [layer.name for layer in layers])
-    one, two = measure(), measure()
+    families = {}
+    for name, model in {"dense": dense, "small": small}.items():
+        graph = trace(model, example[:1])
+        families[name] = (graph, Family(model, graph, batched(example, len(example))))
+    one, two = ({name: _times(layers, *family) for name, family in families.items()} for _ in range(2))
     least = {n: {layer: min(t, two[n][layer]) for layer, t in row.items()} for n, row in one.items()}
     totals = [sorted(sum(times[n].values()) for times in (one, two)) for n in one]
     found = tuple(replace(lr, dense_ms=least["dense"][lr.name], small_ms=least["small"][lr.name]) for lr in layers)
     return found, max(most / fewest - 1 for fewest, most in totals)
 
 
-def _in_torch(models: dict[str, nn.Module], example: torch.Tensor, names: list[str]) -> Callable[[], Times]:
-    return lambda: layer_latency(models, example, layers=names, seconds=2 * SECONDS)
-
-
-def _in_onnxruntime(models: dict[str, nn.Module], example: torch.Tensor, names: list[str]) -> Callable[[], Times]:
-    """By the runtime's own profile of its nodes; what is computed between two layers counts to the first."""
-    batch = len(example)
-    exported = {}
-    for name, model in models.items():
-        graph = trace(model, example[:1])
-        family = Family(model, graph, batched(example, batch))
-        exported[name] = (graph, family, family.file(Plan.dense(graph)))
-
-    def measure() -> Times:
-        found: Times = {}
-        for name, (graph, family, content) in exported.items():
-            times = on_device.measure(
-                content, runtime="onnxruntime", threads=1, batch=batch, precision="f32", seconds=SECONDS
-            )
-            found[name] = dict.fromkeys(names, 0.0)
-            spent = attributed(times, family, graph, Plan.dense(graph)).ms
-            for layer, took in zip(family.layers, spent, strict=True):
-                owner = next((n for n in names if _inside(graph.sites[layer.site].module, n)), None)
-                if owner is not None:
-                    found[name][owner] += took
-        return found
-
-    return measure
-
-
-_TIMERS = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
+def _times(layers: tuple[ComparedLayer, ...], graph: Graph, family: Family) -> dict[str, float]:
+    """Milliseconds by layer; of one that is gone, none."""
+    plan, found = Plan.dense(graph), dict.fromkeys((layer.name for layer in layers), 0.0)
+    how: dict[str, Any] = {"runtime": "onnxruntime", "threads": 1, "batch": family.batch, "precision": "f32"}
+    spent = attributed(on_device.measure(family.file(plan), seconds=SECONDS, **how), family, graph, plan).ms
+    for layer, took in zip(family.layers, spent, strict=True):
+        owner = next((n for n in found if _inside(graph.sites[layer.site].module, n)), None)
+        if owner is not None:
+            found[owner] += took
+    return found
 
 
 def _stage(module: nn.Module) -> OneLayer | None:

@@ -12,10 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from espalier.run.rundir import GAP, RANKS, SEARCH, write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,18 +135,6 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 # -- what a method recorded on its way
-
-
-def write_figures(folder: Path, history: Mapping[str, Series]) -> None:
-    """Write those for which there is something to draw; a method that records nothing of the kind writes none."""
-    charts = {
-        RANKS: rank_bars(history.get("rank", {}), history.get("full rank", {})),
-        GAP: gap_curve(history.get("gap", {})),
-        SEARCH: search_curve(history.get("search", {})),
-    }
-    for name, chart in charts.items():
-        if chart:
-            write_file(folder / name, chart.encode())
 
 
 def rank_bars(ranks: Series, full: Series) -> str:

@@ -26,7 +26,6 @@ from espalier.methods.scoring import buffers_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
-from espalier.run.charts import write_figures
 from espalier.run.checkpoint import fingerprint, read_checkpoint, seeded, take_over
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, modes_kept, pick_device
@@ -53,8 +52,7 @@ from espalier.run.rundir import (
     write_sealed,
 )
 from espalier.run.timed import TimeKept, time_kept
-from espalier.surgery.verify import Proof
-from espalier.surgery.verify import verify as proof_of
+from espalier.surgery.verify import Proof, verify as proof_of
 from espalier.tasks import Classification, Metric, Task, example_of, to_device
 from espalier.timing.profile import Profile, save_profile
 
@@ -408,7 +406,6 @@ class _Job:
                 write_file(self.folder / GRAPH, files.to_json(self.graph).encode())
             if self.course or self.skipped:
                 write_sealed(self.folder / HISTORY, {**self.course, "skipped": self.skipped})
-                write_figures(self.folder, self.course)
 
     def result(self, *, verify: bool) -> Result:
         """Evaluate, check what was promised, write the results, and only then complain."""

@@ -121,55 +121,6 @@ def latency(
     return found
 
 
-def layer_latency(
-    models: Mapping[str, nn.Module],
-    example: Tensor,
-    *,
-    layers: Sequence[str],
-    rounds: int = 15,
-    threads: int = 1,
-    seconds: float = 4.0,
-) -> dict[str, dict[str, float]]:
-    """Milliseconds in every one of ``layers`` (module names) during a forward: model -> layer -> fastest of the rounds.
-
-    In turns like ``latency``, in PyTorch, where ``example`` is.  The watching itself takes some microseconds per layer,
-    so give a batch that keeps the layers busy.  A layer that a model no longer has takes nothing.
-    """
-    private = {name: copy_model(model, {}).to(example.device).eval() for name, model in models.items()}
-    spent: dict[str, dict[str, float]] = {}
-    found: dict[str, dict[str, list[float]]] = {name: {layer: [] for layer in layers} for name in models}
-    begun: dict[str, float] = {}
-
-    def wait() -> float:
-        if example.device.type == "cuda":
-            torch.cuda.synchronize(example.device)
-        return time.perf_counter()
-
-    for name, model in private.items():
-        spent[name] = dict.fromkeys(layers, 0.0)
-        there = dict(model.named_modules())
-        for layer in layers:
-            module = there.get(layer)
-            if module is None:  # gone with its block
-                continue
-            module.register_forward_pre_hook(lambda *_, key=layer: begun.__setitem__(key, wait()))  # type: ignore[misc]
-            module.register_forward_hook(  # type: ignore[call-overload]
-                lambda *_, own=spent[name], key=layer: own.__setitem__(key, own[key] + wait() - begun[key])
-            )
-    begin = time.perf_counter()
-    with thread_count(threads), torch.inference_mode():
-        for done in range(WARM_UP + rounds):
-            if done >= WARM_UP + 3 and time.perf_counter() - begin > seconds:
-                break
-            for name, model in private.items():
-                spent[name].update(dict.fromkeys(layers, 0.0))
-                model(example)
-                if done >= WARM_UP:
-                    for layer in layers:
-                        found[name][layer].append(1e3 * spent[name][layer])
-    return {name: {layer: min(times) for layer, times in rows.items()} for name, rows in found.items()}
-
-
 def size_on_disk(model: nn.Module) -> int:
     """Bytes of the file that ``es.save`` writes: weights and structure."""
     with tempfile.TemporaryDirectory() as folder:

@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-LOCK = "run.lock"
+from filelock import FileLock, Timeout
+
+LOCK, OWNER = "run.lock", "run.owner"
 
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Inside, no other process, and no other thread of this one, gets ``folder``.  It is made, and goes if it stays empty.
 
-    The owner stands in ``run.lock``: host, process, since when.  The file is locked as well, which ends with the process
-    however it ends; where the file system has no locks, a process that is no longer there counts as gone.  A lock from
-    another host is never taken over.
+    ``run.lock`` is locked, which ends with the process however it ends, and ``run.owner`` names the owner: host, process, since
+    when.  A folder from another host is never taken over: locks of a network's file systems do not always reach there.
 
     Raises: ValueError naming the owner; OSError if the folder may not be written.
     """
-    made = _make(folder)
-    path = folder / LOCK
-    try:
-        file = _lock(path)
-    except BaseException:
-        _remove(made)
-        raise
-    try:
+    with ExitStack() as stack:
+        stack.callback(_remove, _make(folder))
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _taken(folder) from None
+        except OSError as error:
+            raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        stack.callback(lock.release)
+        stack.callback((folder / LOCK).unlink, missing_ok=True)  # before it is let go
+        owner = _read(folder)
+        if owner and platform.node() != owner.get("host") and not (_boot() and owner.get("boot") == _boot()):
+            raise _taken(folder)
+        (folder / OWNER).write_text(json.dumps(_me()), encoding="utf-8")
+        stack.callback((folder / OWNER).unlink, missing_ok=True)
         yield
-    finally:
-        path.unlink(missing_ok=True)  # before it is let go: whoever waits for it looks whether it is still the one
-        os.close(file)
-        _remove(made)
 
 
 def _make(folder: Path) -> list[Path]:
@@ -61,78 +65,9 @@ def _remove(made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _lock(path: Path) -> int:
-    while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise OSError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from error
-        try:
-            held = _try(file)
-            there = _read(file)
-            if held is False or (there is not None and not _is_gone(there, locked=held)):
-                raise _taken(path, there)
-            if held is None or _is_still(file, path):
-                os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(_me()).encode(), 0)
-                return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # its owner removed it meanwhile: try again
-
-
-def _try(file: int) -> bool | None:
-    """Lock the file: whether it worked, ``None`` where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a Unix
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
-    return True
-
-
-def _is_still(file: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    return False
-
-
 def _me() -> dict[str, Any]:
-    pid = os.getpid()
-    return {
-        "host": platform.node(),
-        "boot": _boot(),
-        "process": pid,
-        "begun": _begun(pid),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
-
-
-def _is_gone(there: dict[str, Any], *, locked: bool | None) -> bool:
-    """Whether the owner that the file names has ended without removing it."""
-    same_machine = there.get("host") == platform.node() or (_boot() and there.get("boot") == _boot())
-    if not same_machine:
-        return False  # locks of a network's file systems do not always reach other hosts
-    if locked:
-        return True
-    if there.get("host") != platform.node():
-        return False  # a container does not see the processes of another
-    pid = there.get("process")
-    if type(pid) is not int or pid < 1 or there.get("boot") != _boot():
-        return True
-    if there.get("begun") != _begun(pid):
-        return True  # the number was given to another process
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return {"host": platform.node(), "boot": _boot(), "process": os.getpid(), "since": since}
 
 
 def _boot() -> str:
@@ -142,25 +77,19 @@ def _boot() -> str:
     return ""
 
 
-def _begun(pid: int) -> str:
-    """When the process began, in ticks since the machine's start; empty where that cannot be told."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
+def _read(folder: Path) -> dict[str, Any]:
+    """The owner that the folder names; empty where there is none, or half of one."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
-def _read(file: int) -> dict[str, Any] | None:
-    try:
-        content = json.loads(os.pread(file, 10_000, 0))
-    except ValueError:  # nothing yet, or half of it
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _taken(path: Path, there: dict[str, Any] | None) -> ValueError:
-    owner = there or {}
-    who = "another process" if there is None else f"process {owner.get('process')} on {owner.get('host')}"
+def _taken(folder: Path) -> ValueError:
+    owner = _read(folder)
+    who = f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
     since = f", since {owner['since']}" if "since" in owner else ""
     return ValueError(
-        f"{path.parent}: {who} is at work in it{since}; wait for it or choose another folder (if it has ended, remove {path})"
+        f"{folder}: {who} is at work in it{since}; wait for it or choose another folder (if it has ended, remove "
+        f"{folder / OWNER} and {LOCK})"
     )

@@ -13,11 +13,9 @@
 ``graph.json``                the channel structure of the dense network, in whose units the plan counts
 ``profile.json``              what layers take in the runtime, where the budget is about time
 ``history.json``              what the method recorded on its way (ranks, kernels), to plot
-``ranks.svg``, ``gap.svg``,   figures of that: rank of every layer, penalty gap by LC iteration, trials of the search; where
-``search.svg``                the method has recorded them
 ``metrics.json``              dense and small side by side
 ``summary.md``                the same to read
-``run.lock``                  who is at work in the folder, while somebody is
+``run.lock``, ``run.owner``   who is at work in the folder, while somebody is
 ``report.html``               the same with figures, written by ``espalier report``
 ============================  ======================================================================
 """
@@ -45,9 +43,8 @@ MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "hi
 GRAPH = "graph.json"
 WIDTHS, REPORT, PREPROCESSING = "widths.csv", "report.html", "preprocessing.json"
 PROFILE = "profile.json"
-RANKS, GAP, SEARCH = "ranks.svg", "gap.svg", "search.svg"
 FILES = (
-    CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, GRAPH, HISTORY, JOURNAL, RANKS, GAP, SEARCH, METRICS, SUMMARY,
+    CONFIG, CHECKPOINT, LOG, WIDTHS, MODEL, ONNX, PLAN, GRAPH, HISTORY, JOURNAL, METRICS, SUMMARY,
     REPORT, PREPROCESSING, PROFILE,
 )  # fmt: skip
 

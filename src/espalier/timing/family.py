@@ -61,6 +61,11 @@ class Family:
         """Of the model."""
         return self._graph
 
+    @property
+    def batch(self) -> int:
+        """Of the inputs."""
+        return len(self._example[0])
+
     def file(self, plan: Plan) -> bytes:
         """The network of ``plan``: its weights mean nothing, its nodes are marked by layer (``layer_of``)."""
         return in_precision(self._plain(plan), self._precision, [x.numpy() for x in self._example])
