@@ -116,6 +116,13 @@ def of_a_layer(net: Any, x: Tensor) -> Tensor:
     return net.b(torch.cat([y[:, : net.a.out_channels].relu(), y[:, net.a.out_channels :]], 1))
 
 
+def compared(net: Any, x: Tensor) -> Tensor:
+    """diffusers' Downsample2D and Upsample2D."""
+    y = net.inner(net.a(x).relu())
+    assert y.shape[1] == net.c
+    return net.b(y if y.shape[1] == net.other else net.wrong(y))
+
+
 ROWS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], dict[str, int]]] = {
     "mfm": (mfm, {"a": conv(3, 16), "b": conv(8, 5), "c": 8}, {"a": 8}),
     "halves": (halves, {"a": conv(3, 16), "inner": conv(8, 8), "b": conv(16, 5), "width": 16}, {"a": 8, "inner": 8}),
@@ -142,6 +149,9 @@ ROWS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], dict[str, int]]] = 
     "padded": (padded, {"a": conv(3, 8), "b": conv(12, 5), "c": 4}, {"a": 8, "b": 4}),
     "depthwise": (
         depthwise, {"a": conv(3, 8), "b": conv(8, 5), "weight": nn.Parameter(torch.rand(8, 1, 3, 3)), "c": 8}, {"weight": 8},
+    ),
+    "compared": (
+        compared, {"a": conv(3, 12), "inner": conv(12, 12), "b": conv(12, 5), "c": 12, "other": 12}, {"a": 12, "inner": 12},
     ),
     "of a layer": (of_a_layer, {"a": conv(3, 8), "inner": conv(3, 6), "b": conv(14, 5)}, {"a": 8, "inner": 6}),
 }  # fmt: skip

@@ -48,9 +48,27 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def turned(*shape):
+    """What lies in memory as if its second dimension were the last one."""
+    first, channels, *rest = shape
+    return meta(first, *rest, channels).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 3), (2, 4, 1, 1), (2, 1, 3, 3), (1, 4, 3, 1)])
+def test_closed_forms_have_the_strides_of_the_first_operand(shape):
+    with Compare() as compare:
+        for one, other in ((meta, turned), (turned, meta)):
+            aten.add.Tensor(one(*shape), other(*shape))
+        aten.native_group_norm.default(meta(*shape), meta(shape[1]), None, *shape[:2], shape[2] * shape[3], 1, 1e-5)
+    assert not compare.wrong
+    assert compare.known > 0
+
+
 @pytest.mark.parametrize(
     ("func", "args"),
     [
+        (aten.native_group_norm.default, (meta(1, 4, 3, 3), meta(4), None, 1, 4, 9, 3, 1e-5)),
+        (aten.native_group_norm.default, (meta(1, 4, 3, 3), meta(3), None, 1, 4, 9, 2, 1e-5)),
         (
             aten.convolution.default,
             (meta(1, 3, 8, 8), meta(4, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),

@@ -12,7 +12,7 @@ import numpy as np
 from espalier.costs import COUNTS, LATENCY, Cost, CostModel, CostState
 from espalier.graph import Frozen, Graph, Group
 from espalier.graph.graph import CHANNELS
-from espalier.graph.reasons import OUTPUT, Reason
+from espalier.graph.reasons import OUTPUT, WITH_FIXED, Reason
 from espalier.plan import Budget, Plan
 
 
@@ -168,8 +168,11 @@ def _check_reachable(
 
 
 def _frozen_too(frozen: Sequence[Frozen]) -> str:
-    """The reason that holds most channels, with where it lies in the model's code; outputs of the model are no news."""
-    frozen = [channels for channels in frozen if channels.reason.text != OUTPUT]
+    """The reason that holds most channels, with where it lies in the model's code; outputs of the model are no news.
+
+    Nor are inputs of layers that read what stays, as the image: where those channels are made, the reason is told.
+    """
+    frozen = [f for f in frozen if f.reason.text != OUTPUT and (f.dim != 1 or f.reason.text != WITH_FIXED)]
     if not frozen:
         return ""
     held: dict[Reason, int] = {}

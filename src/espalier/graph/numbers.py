@@ -27,6 +27,7 @@ class Ties(Protocol):
 
 
 Labels = Callable[[Ties], "np.ndarray | None"]
+Note = Callable[[str, int, int, int], None]  # of which tensor and dimension, the number, and what it is not equal to
 
 
 class Number(int):
@@ -37,12 +38,26 @@ class Number(int):
 
     labels: Labels
     leaf: str  # its name, if it was not computed
+    note: Callable[[int], None] | None  # that it was compared with another, and is not that
 
     @staticmethod
-    def of(value: int, labels: Labels, leaf: str = "") -> Number:
+    def of(value: int, labels: Labels, leaf: str = "", note: Callable[[int], None] | None = None) -> Number:
         number = Number(value)
-        number.labels, number.leaf = labels, leaf
+        number.labels, number.leaf, number.note = labels, leaf, note
         return number
+
+    def __eq__(self, other: object) -> bool:
+        """``assert x.shape[1] == self.channels``: were it to follow, what it is compared with would say what it counts."""
+        same = int.__eq__(self, other)  # type: ignore[operator]
+        if same is False and self.note is not None and isinstance(other, int):
+            self.note(int(other))
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        same = self.__eq__(other)
+        return same if same is NotImplemented else not same
+
+    __hash__ = int.__hash__
 
     def __floordiv__(self, parts: Any) -> Any:
         """One of several equal parts, which all lose the same."""
@@ -99,6 +114,8 @@ def _repeated(watch: Ties, one: Number, other: int) -> np.ndarray | None:
     """Of two numbers that of which the watch knows that it stays says how often, else the smaller."""
     if isinstance(other, Number) and (one.leaf in watch.staying or (other.leaf not in watch.staying and other > one)):
         one, other = other, one
+    if one.leaf in watch.staying:  # so it is the other that follows, a size of some tensor
+        return None
     found = one.labels(watch)
     return None if found is None else np.tile(found, int(other))
 
@@ -117,30 +134,36 @@ OF_LAYERS = {"out_channels": 0, "in_channels": 1, "out_features": 0, "in_feature
 """Numbers of torch's layers that repeat a dimension of their weight."""
 
 
-def install(modules: dict[str, nn.Module]) -> None:
-    """Let every number of ``modules``, private copies, remember what it is."""
+def install(modules: dict[str, nn.Module], note: Note) -> None:
+    """Let every number of ``modules``, private copies, remember what it is, and ``note`` what it is not equal to."""
     for name, module in modules.items():
         own = vars(module)
         for key, value in whole_numbers(module).items():
             if type(value) is int:
-                own[key] = _kept(name, key, value)
+                own[key] = _kept(name, key, value, note)
             else:
-                own[key] = type(value)(_kept(name, f"{key}.{i}", n) for i, n in enumerate(value))
+                own[key] = type(value)(_kept(name, f"{key}.{i}", n, note) for i, n in enumerate(value))
         held = own.get("_parameters")
         weight = held.get("weight") if isinstance(held, dict) else None  # of a scripted module it is no dictionary
         for key, dim in OF_LAYERS.items():
             if weight is not None and type(own.get(key)) is int and dim < weight.ndim and weight.shape[dim] == own[key]:
-                own[key] = _counting(f"{name}.weight", dim, own[key])
+                own[key] = _counting(f"{name}.weight", dim, own[key], note)
 
 
-def _kept(module: str, key: str, value: int) -> int:
-    return _counting(number_name(module, key), 0, value)
+def _kept(module: str, key: str, value: int, note: Note) -> int:
+    return _counting(number_name(module, key), 0, value, note)
 
 
-def _counting(tensor: str, dim: int, value: int) -> int:
+def _counting(tensor: str, dim: int, value: int, note: Note) -> int:
     """A number that counts a dimension of ``tensor``; one is nobody's."""
-    leaf = f"{tensor} {dim}"
-    return Number.of(value, lambda watch: watch.axis_labels(tensor, dim, value), leaf) if value > 1 else value
+    if value < 2:
+        return value
+    return Number.of(
+        value,
+        lambda watch: watch.axis_labels(tensor, dim, value),
+        f"{tensor} {dim}",
+        lambda other: note(tensor, dim, value, other),
+    )
 
 
 def numbers_in(args: Any) -> Iterator[Number]:

@@ -47,9 +47,11 @@ def unary_(x: Tensor, *_: Any, **__: Any) -> Any:
 def binary(x: Any, y: Any, *_: Any, **options: Any) -> Any:
     if not isinstance(y, Tensor):
         return unary(x) if isinstance(y, (int, float)) else None
-    if not (_dense(x) and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype):
+    if not (_dense(x) and x.shape == y.shape and x.dtype == y.dtype):
         return _broadcast(x, y)
-    return _like(x)
+    if x.stride() != y.stride() and 1 in x.shape[1:]:
+        return None
+    return _like(x)  # where strides differ the first operand decides
 
 
 def _broadcast(x: Any, y: Tensor) -> Any:
@@ -80,6 +82,14 @@ def batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, trai
     if not _dense(x):
         return None
     return _like(x), _new(x, width if training else (0,)), _new(x, width if training else (0,))
+
+
+def group_norm(x: Tensor, weight: Any, bias: Any, batch: int, channels: int, _: int, groups: int, *__: Any) -> Any:
+    if not x.is_contiguous() or not x.is_floating_point() or channels % groups:
+        return None
+    if any(p is not None and (p.shape != (channels,) or p.dtype != x.dtype) for p in (weight, bias)):
+        return None
+    return _new(x, x.shape), _new(x, (batch, groups)), _new(x, (batch, groups))
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, *_: Any) -> Any:
@@ -167,6 +177,7 @@ def upsample(x: Tensor, size: Any, *_: Any) -> Any:
 SHAPES: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm: batch_norm,
     aten.native_layer_norm: layer_norm,
+    aten.native_group_norm: group_norm,
     aten.convolution: convolution,
     aten.addmm: addmm,
     aten.cat: cat,

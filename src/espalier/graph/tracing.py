@@ -247,6 +247,8 @@ class Tracing:
         start = {(a.tensor, a.dim): a for a in watch.axes}
         for tensor, by_dim in kept.items():
             for dim, index in by_dim.items():
+                if (tensor, dim) not in start:  # a number that is only compared: a lesson of another watch
+                    continue
                 axis = start[tensor, dim]
                 of_axis = alive[axis.start : axis.start + axis.size]
                 of_axis[:] = False
@@ -260,11 +262,14 @@ class Tracing:
             output = _forward(second, smaller, self.example, self.device, training=forward.training)
             rehearsal.ended(second)
         except Mismatch as mismatch:
+            mismatch.counted = second.counted
             return mismatch
         except TraceError:
             raise
         except Exception as error:  # Python code of the forward itself
-            return Mismatch(None, f"fails ({first_line(error)})", _blame(error, smaller))
+            failed = Mismatch(None, f"fails ({first_line(error)})", _blame(error, smaller))
+            failed.counted = second.counted
+            return failed
         shapes = [tuple(t.shape) for t in tensors_in(output)]
         if shapes != forward.shapes and not rehearsal.loose:
             place = CallPlace("", type(smaller).__name__, "")
@@ -290,7 +295,7 @@ class Forward:
 def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Tracing) -> None:
     """What must stay for the rehearsal to pass: the line that did not follow; the channels that move it; the module around."""
     mismatch = found.mismatch
-    if ties := _equal_widths(found, stage):
+    if ties := _counted(found, stage) or _equal_widths(found, stage):
         lessons.ties += ties
         return
     text = f"{mismatch.text} when widths change, so its channels are frozen"
@@ -376,6 +381,17 @@ def _fewest(rest: list[Group], enough: Callable[[list[Group]], bool]) -> list[Gr
             return chosen
         chosen, rest = [*chosen, rest[low - 1]], rest[: low - 1]
     return chosen
+
+
+def _counted(found: Found, stage: Tracing) -> list[tuple[Positions, Positions]]:
+    """Numbers of modules that were compared with a width that they seem to count: they go with it."""
+    if found.mismatch.key is not None or found.rehearsed.single:
+        return []
+    known = {one[:2] for one, _ in stage.watch.lessons.ties}
+    counted = {at: axis for at, axis in found.mismatch.counted.items() if at not in known}
+    return [
+        ((*at, rows), (a.tensor, a.dim, rows)) for at, a in counted.items() for rows in (np.arange(a.size)[:, None],)
+    ]
 
 
 def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positions]]:

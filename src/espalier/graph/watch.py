@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ from espalier.graph.constants import (
     own_value,
 )
 from espalier.graph.numbers import Number, install
-from espalier.graph.reasons import OUTPUT, CallPlace, Reason
+from espalier.graph.reasons import OUTPUT, WITH_FIXED, CallPlace, Reason
 from espalier.graph.standins import stand_in
 
 DETACH = torch.ops.aten.detach.default
@@ -94,6 +94,7 @@ class RawSpan(NamedTuple):
     bytes: float
 
 
+RECENT = 4  # tensors whose width a number of a module may be compared with
 PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zero, or not known to be
 Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the operation, of its output); None: nobody saw
 
@@ -218,6 +219,7 @@ class Mismatch(Exception):
     def __init__(self, key: Key | None, text: str, place: CallPlace, *, reason: str = HARD_CODED) -> None:
         super().__init__(text)
         self.key, self.text, self.place, self.reason = key, text, place, reason
+        self.counted: dict[tuple[str, int], Axis] = {}  # numbers of modules that seem to count what does not stay
 
 
 Positions = tuple[str, int, np.ndarray]  # of a tensor along a dimension, ``(units, positions per unit)``
@@ -319,6 +321,8 @@ class Watch(TorchDispatchMode):
             int, list[Number]
         ] = {}  # size in the present call of torch's -> numbers of modules that it comes from
         self.staying: set[str] = set()  # such numbers that count what stays
+        self.counted: dict[tuple[str, int], Axis] = {}  # number -> what it would count, see ``_note``
+        self._recent: deque[Tensor] = deque(maxlen=RECENT)  # in a rehearsal
         self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -333,6 +337,8 @@ class Watch(TorchDispatchMode):
             if at in self._axis_of:
                 self.freezes.append((self._axis_of[at].start + positions, reason))
         for pair in lessons.ties:
+            for tensor, dim, index in pair:
+                self.axis_labels(tensor, dim, index.size)  # of a number nobody has asked yet
             a, b = (self._axis_of[tensor, dim].start + index for tensor, dim, index in pair)
             self.tie(a[:, :1], b)
             self.tie(b[:, :1], a)
@@ -342,7 +348,7 @@ class Watch(TorchDispatchMode):
         self._stack: list[nn.Module] = [model]
         self._modules = named_modules(model)
         self._names = {id(m): n for n, m in self._modules.items()}
-        install(self._modules)
+        install(self._modules, self._note)
         self.parameters, self.buffers = tensors_of_modules(self._modules)
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             shape = tuple(tensor.shape)
@@ -409,7 +415,7 @@ class Watch(TorchDispatchMode):
         left, right = a.reshape(-1), b.reshape(-1)
         if np.count_nonzero(left) < left.size or np.count_nonzero(right) < right.size:
             fixed = (left == 0) | (right == 0)
-            self.freeze_labels(np.maximum(left, right)[fixed], "is combined with channels that are fixed")
+            self.freeze_labels(np.maximum(left, right)[fixed], WITH_FIXED)
             left, right = left[~fixed], right[~fixed]
         self.edges.append((left, right))
 
@@ -521,6 +527,16 @@ class Watch(TorchDispatchMode):
             if counted is not None and len(counted) == len(labels):
                 self.tie(counted, labels)
         return True
+
+    def _note(self, tensor: str, dim: int, value: int, other: int) -> None:
+        """A number, of a module, is not as large as what it is compared with: does that belong to a tensor made just now?"""
+        for made in reversed(self._recent):
+            for layer in state(made).layers:
+                if layer.size == max(layer.shape) == other:
+                    axis = self.axes[self.axis_at(int(layer.min()))]
+                    if axis.size == value and layer.min() >= axis.start and layer.max() < axis.start + value:
+                        self.counted.setdefault((tensor, dim), axis)
+                        return
 
     def stay(self, size: int) -> None:
         """If ``size`` comes from a number of a module, that stays."""
@@ -705,6 +721,8 @@ class Watch(TorchDispatchMode):
             known = state(tensor)
             if known is not NOTHING:
                 known.origin = (position, number)
+        if rehearsal is not None:
+            self._recent.extend(outs)
         return out
 
     def _hand_on(self, tensor: Tensor, same: Tensor) -> None:
