@@ -6,6 +6,7 @@ number is gone, so small constants are computed beside the forward on the CPU, a
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from espalier.graph.numbers import numbers_in
+from espalier.graph.reasons import is_users
 
 LARGEST = 1024  # elements: what is larger is compared by what it was made of
 
@@ -28,6 +30,7 @@ Value = Tensor | Unknown | None
 """Of a tensor that is no constant ``None``."""
 
 aten = torch.ops.aten
+SIZE_GETTERS = (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]
 MAKERS = {aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_empty_strided}
 """Operations that take dtype and device from their operand, and no value."""
 EMPTY = {aten.empty, aten.new_empty, aten.new_empty_strided, aten.empty_strided}
@@ -42,9 +45,12 @@ class NumbersMadeTensors(TorchFunctionMode):
         super().__init__()
         self.note = note  # called with the tensor and its value
         self.say = say  # called with the numbers of modules that a call gets, and with none after it
+        self.sizes_read = False  # the user's code has asked a tensor for its size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in SIZE_GETTERS and not self.sizes_read:
+            self.sizes_read = is_users(sys._getframe(1).f_code.co_filename)
         said = list(numbers_in((*args, *kwargs.values())))
         if said:
             self.say(said)

@@ -3,17 +3,25 @@
 In the private copy that is watched ``self.c`` is a ``Number``: an ``int`` that remembers which number of which module it is,
 through ``//``, ``*``, ``+`` and ``-``.  A call that gets one says which of its sizes came from there, so that the number can be
 as many as the channels that it counts, and follow when they go.  A rehearsal proves that it may.
+
+``Sized`` numbers are sizes of tensors that say how large they are for any choice of widths.  Both kinds tell ``Comparing`` what
+they are compared with in the user's code.
 """
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import nn
 
 from espalier.carving import number_name, whole_numbers
+from espalier.graph.reasons import is_users
 
 
 class Ties(Protocol):
@@ -28,9 +36,133 @@ class Ties(Protocol):
 
 Labels = Callable[[Ties], "np.ndarray | None"]
 Note = Callable[[str, int, int, int], None]  # of which tensor and dimension, the number, and what it is not equal to
+Count = Callable[[np.ndarray], int]  # of which labels are alive
 
 
-class Number(int):
+class Side(NamedTuple):
+    """One of two numbers that are compared: what it is for every choice of living labels, and which labels decide that."""
+
+    count: Count
+    labels: np.ndarray
+
+
+class Comparison(NamedTuple):
+    line: str  # ``file:number`` of the user's code
+    op: Callable[[Any, Any], Any]
+    left: Side
+    right: Side
+
+
+class Comparing:
+    """While it is entered, comparisons of ``Compared`` numbers in the user's code are ``heard``.
+
+    Given ``ties`` it is told what is compared, too: ``found``.  One inside of such a one changes nothing.
+    """
+
+    def __init__(self, ties: Ties | None = None) -> None:
+        self.ties = ties
+        self.heard = False
+        self.found: list[Comparison] = []
+
+    def __enter__(self) -> Comparing:
+        outer = _comparing.get()
+        self._token = _comparing.set(self if outer is None or self.ties is not None else outer)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _comparing.reset(self._token)
+
+    def hear(self, op: Callable[[Any, Any], Any], one: Compared, other: int, frame: FrameType) -> None:
+        if not is_users(frame.f_code.co_filename):
+            return
+        self.heard = True
+        if self.ties is None:
+            return
+        left, right = _side(one, self.ties), _side(other, self.ties)
+        if left is not None and right is not None:
+            self.found.append(Comparison(f"{frame.f_code.co_filename}:{frame.f_lineno}", op, left, right))
+
+
+_comparing: ContextVar[Comparing | None] = ContextVar("comparing", default=None)
+
+
+class Compared(int):
+    """A number that may follow widths, and tells ``Comparing`` what it is compared with."""
+
+    def side(self, ties: Ties) -> Side | None:
+        raise NotImplementedError
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return _compared(operator.eq, self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return _compared(operator.ne, self, other)
+
+    def __lt__(self, other: Any) -> bool:
+        return _compared(operator.lt, self, other)
+
+    def __le__(self, other: Any) -> bool:
+        return _compared(operator.le, self, other)
+
+    def __gt__(self, other: Any) -> bool:
+        return _compared(operator.gt, self, other)
+
+    def __ge__(self, other: Any) -> bool:
+        return _compared(operator.ge, self, other)
+
+
+def _compared(op: Callable[[Any, Any], Any], one: Compared, other: Any) -> Any:
+    if not isinstance(other, int):
+        return op(int(one), other)
+    comparing = _comparing.get()
+    if comparing is not None:
+        comparing.hear(op, one, other, sys._getframe(2))
+    return op(int(one), int(other))
+
+
+def _side(number: int, ties: Ties) -> Side | None:
+    if isinstance(number, Compared):
+        return number.side(ties)
+    return Side(lambda _: int(number), np.zeros(0, dtype=np.int64))
+
+
+class Sized(Compared):
+    """The size of a tensor along a dimension that follows widths, and what is computed of it."""
+
+    known: Side
+
+    @staticmethod
+    def of(value: int, side: Side) -> Sized:
+        number = Sized(value)
+        number.known = side
+        return number
+
+    def side(self, ties: Ties) -> Side:
+        return self.known
+
+
+def _computed(op: Callable[[Any, Any], Any], swapped: bool = False) -> Callable[[Sized, Any], Any]:
+    def compute(self: Sized, other: Any) -> Any:
+        one, two = (other, self) if swapped else (self, other)
+        if not isinstance(other, int):
+            return op(int(one) if one is self else one, int(two) if two is self else two)
+        value = op(int(one), int(two))
+        theirs = other.known if isinstance(other, Sized) else Side(lambda _: int(other), np.zeros(0, dtype=np.int64))
+        left, right = (theirs, self.known) if swapped else (self.known, theirs)
+        labels = np.union1d(left.labels, right.labels)
+        return Sized.of(value, Side(lambda alive: op(left.count(alive), right.count(alive)), labels))
+
+    return compute
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Sized, f"__{_name}__", _computed(getattr(operator, _name)))
+    setattr(Sized, f"__r{_name}__", _computed(getattr(operator, _name), swapped=True))
+
+
+class Number(Compared):
     """A whole number that remembers where it came from; ``labels(watch)``, shape ``(abs(number),)``, are what it counts.
 
     They are ``None`` where it follows, and what it counts is not known.
@@ -48,16 +180,25 @@ class Number(int):
 
     def __eq__(self, other: object) -> bool:
         """``assert x.shape[1] == self.channels``: were it to follow, what it is compared with would say what it counts."""
-        same = int.__eq__(self, other)  # type: ignore[operator]
-        if same is False and self.note is not None and isinstance(other, int):
-            self.note(int(other))
-        return same
+        self._differs_from(other)
+        return _compared(operator.eq, self, other)
 
     def __ne__(self, other: object) -> bool:
-        same = self.__eq__(other)
-        return same if same is NotImplemented else not same
+        self._differs_from(other)
+        return _compared(operator.ne, self, other)
 
     __hash__ = int.__hash__
+
+    def _differs_from(self, other: object) -> None:
+        if self.note is not None and isinstance(other, int) and int(self) != int(other):
+            self.note(int(other))
+
+    def side(self, ties: Ties) -> Side | None:
+        found = self.labels(ties)
+        if found is None:
+            return None
+        sign = -1 if int(self) < 0 else 1
+        return Side(lambda alive: sign * int(alive[found].sum()), found)
 
     def __floordiv__(self, parts: Any) -> Any:
         """One of several equal parts, which all lose the same."""

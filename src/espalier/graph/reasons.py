@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class CallPlace:
@@ -57,6 +59,14 @@ OUTPUT = "is an output of the model"  # no news to anybody
 WITH_FIXED = "is combined with channels that are fixed"
 UNUSED = Reason("nothing consumes these channels")
 FIXED = Reason("is fixed")
+
+
+_SKIP = (f"{torch.__path__[0]}/", __file__.rsplit("/", 1)[0] + "/")
+
+
+def is_users(path: str) -> bool:
+    """Is this source file neither torch's nor ours?"""
+    return not path.startswith(_SKIP) and not path.startswith("<")
 
 
 def shorten_path(line: str) -> str:

@@ -41,14 +41,14 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
     size one.  *As wide as what is fixed*: so that a shape may equal that of the input, or of channels that stay; ``stuck``
     are widths that earlier rehearsals fixed.
     """
-    yield Rehearsed(_spread(graph, distinct(graph.sizes)))
-    yield Rehearsed(_spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
-    yield Rehearsed(_spread(graph, np.ones_like(graph.sizes)), single=True)
+    yield Rehearsed(spread(graph, distinct(graph.sizes)))
+    yield Rehearsed(spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
+    yield Rehearsed(spread(graph, np.ones_like(graph.sizes)), single=True)
     for fixed in dict.fromkeys((*stuck, *_fixed_widths(graph))):
-        yield Rehearsed(_spread(graph, np.minimum(graph.sizes, fixed)))
+        yield Rehearsed(spread(graph, np.minimum(graph.sizes, fixed)))
 
 
-def _spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: bool = False) -> Units:
+def spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: bool = False) -> Units:
     """``counts[g]`` units of group ``g``, unevenly, so that a wrong index cannot pass by accident.
 
     The first unit is one of them, or the last: at an end is what ``roll`` takes round it.

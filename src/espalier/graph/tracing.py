@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_map_only
 
 from espalier.carving import Kept, carve, computes_weight, make_plain, number_named
 from espalier.copies import copied, named_modules, named_tensors, unwrapped
+from espalier.graph.branches import AsWatched, SizesRemember, turned
 from espalier.graph.call import tensors_of
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
-from espalier.graph.reasons import CallPlace, Reason
+from espalier.graph.numbers import Comparing, Comparison
+from espalier.graph.reasons import CallPlace, Reason, is_users
 from espalier.graph.rehearsal import NUMBER, Rehearsal, Rehearsed, Units, distinct, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
@@ -39,7 +41,6 @@ from espalier.graph.watch import (
     TraceTimeout,
     Watch,
     first_line,
-    is_users,
     state,
     tensors_in,
     uncompiled,
@@ -201,7 +202,18 @@ class Tracing:
                 mismatch = self.rehearse(rehearsed, forward)
                 if mismatch is not None:
                     return Found(mismatch, rehearsed, forward.training), number
+        for forward in (f for f in self.forwards if f.looks_at_sizes):
+            for rehearsed in turned(self.graph, self.watch, self._comparisons(forward)):
+                mismatch = self.rehearse(rehearsed, forward)
+                if mismatch is not None:
+                    return Found(mismatch, rehearsed, forward.training), len(rehearsals)
         return None, 0
+
+    def _comparisons(self, forward: Forward) -> list[Comparison]:
+        """Of sizes that follow widths, in the forward of the whole network."""
+        with SizesRemember(), Comparing(AsWatched(self.watch)) as comparing:
+            self._compare(self._copy(self.model), {}, forward, single=False)
+        return comparing.found
 
     @property
     def trains_alike(self) -> bool:
@@ -285,6 +297,12 @@ class Forward:
     records: list[Record]
     shapes: list[tuple[int, ...]]  # of its outputs
     alike: bool = False  # it runs what the forward before it ran
+    looks_at_sizes: bool = False  # and may go another way at others
+
+    @classmethod
+    def of(cls, watch: Watch, output: Any, *, training: bool, alike: bool = False) -> Forward:
+        shapes = [tuple(t.shape) for t in tensors_in(output)]
+        return cls(training, watch.records, shapes, alike, watch.looks_at_sizes)
 
     @property
     def rehearsals(self) -> slice:
@@ -463,7 +481,7 @@ def _watch(
         raise
     except Exception as error:
         raise _Failed(error, _blame(error, private)) from error
-    forwards = [Forward(False, watch.records, [tuple(t.shape) for t in tensors_in(output)])]
+    forwards = [Forward.of(watch, output, training=False)]
     left = _left(private, trained)
     for tensor in _read_again(private, left, example, device):
         watch.freeze(state(tensor).layers, "is computed once and kept by a module, which is not cut")
@@ -503,7 +521,7 @@ def _watch_training(
     alike = _alike(evaluated.records, watch.records)
     if alike:
         watch.known = known
-    return [Forward(True, watch.records, [tuple(t.shape) for t in tensors_in(output)], alike=alike)]
+    return [Forward.of(watch, output, training=True, alike=alike)]
 
 
 Left = dict[tuple[str, str], dict[str, Any]]

@@ -41,8 +41,8 @@ from espalier.graph.constants import (
     copied_value,
     own_value,
 )
-from espalier.graph.numbers import Number, install
-from espalier.graph.reasons import OUTPUT, WITH_FIXED, CallPlace, Reason
+from espalier.graph.numbers import Comparing, Number, install
+from espalier.graph.reasons import OUTPUT, WITH_FIXED, CallPlace, Reason, is_users
 from espalier.graph.standins import stand_in
 
 DETACH = torch.ops.aten.detach.default
@@ -316,6 +316,7 @@ class Watch(TorchDispatchMode):
         self.wrong_guesses: set[Key] = set()
         self.divided: set[str] = set()  # convolutions that lose whole groups of several channels
         self.made = 0  # constants that this forward has made
+        self.looks_at_sizes = False  # the user's code reads sizes, or compares numbers that count channels
         self.made_labels: set[int] = set()  # of their dimensions the last labels
         self.said: dict[
             int, list[Number]
@@ -599,8 +600,10 @@ class Watch(TorchDispatchMode):
         for module in self._modules.values():
             module.__dict__["_compiled_call_impl"] = partial(self._call, module)
         try:
-            with torch.no_grad(), uncompiled(), self, NumbersMadeTensors(_note_numbers, self._say):
+            numbers = NumbersMadeTensors(_note_numbers, self._say)
+            with torch.no_grad(), uncompiled(), self, numbers, Comparing() as comparing:
                 output = model(*args, **kwargs)
+            self.looks_at_sizes = numbers.sizes_read or comparing.heard
         finally:
             for module in self._modules.values():
                 del module.__dict__["_compiled_call_impl"]
@@ -860,14 +863,6 @@ FROZEN = 99  # a lesson about a line: nothing that its operation touches may cha
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-_SKIP = (f"{torch.__path__[0]}/", __file__.rsplit("/", 1)[0] + "/")
-
-
-def is_users(path: str) -> bool:
-    """Is this source file neither torch's nor ours?"""
-    return not path.startswith(_SKIP) and not path.startswith("<")
 
 
 def user_line() -> str:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from espalier.graph.watch import TraceTimeout, is_users
+from espalier.graph.reasons import is_users
+from espalier.graph.watch import TraceTimeout
 
 GRACE = 0.5  # seconds in which the watch, which names the operation, may find out by itself
 AGAIN = 1.0  # seconds until the next try, where a forward has caught what was thrown at it

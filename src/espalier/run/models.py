@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espalier.graph.watch import first_line, is_users
+from espalier.graph.reasons import is_users
+from espalier.graph.watch import first_line
 from espalier.layers import ChannelPad
 from espalier.optional import MissingPackage, import_timm, import_torchvision
 
