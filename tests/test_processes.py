@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import espalier as es
-from espalier.methods.agreement import check_same, once, share
+from espalier.methods.agreement import check_same, check_soon, once, share
 from espalier.optional import import_lightning
 from espalier.present.cli import app
 from espalier.present.edge import stdout
@@ -116,8 +116,9 @@ def loaders(sent=None, number=1):
     return es.Loaders(train, batches(3), num_classes=10)
 
 
-def own_loop(method, *, wrapped=False, around=lambda network: network):
-    own = share()
+def own_loop(method, *, wrapped=False, around=lambda network: network, sent=()):
+    """``sent`` is filled by others; returned is also by how much at most in a step that removes nothing."""
+    own, most = share(), 0
     run = es.attach(net(seed=1 + own.rank), EXAMPLE, budget=BUDGET, method=method)  # all take the weights of the first
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
     network = DistributedDataParallel(run.model, find_unused_parameters=True) if wrapped else around(run.model)
@@ -126,13 +127,32 @@ def own_loop(method, *, wrapped=False, around=lambda network: network):
         loss = F.cross_entropy(network(x[mine]), y[mine]) + run.penalty()
         optimizer.zero_grad()
         loss.backward()
+        before = len(sent)
         if not wrapped:
             es.average_gradients(run.model)
+            run.averaged()
         optimizer.step()
         removed = run.step(progress=(step + 1) / 24, optimizer=optimizer)
         if wrapped and removed is not None:
             network = DistributedDataParallel(run.model, find_unused_parameters=True)
-    return facts(run.plan, run.finish())
+        most = most if removed is not None else max(most, len(sent) - before)
+    return {**facts(run.plan, run.finish()), "sent": most}
+
+
+def counted_loop():
+    """``own_loop`` in which the calls that send something are counted."""
+    sent = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "broadcast"):
+            send = getattr(dist, name)
+            patch.setattr(dist, name, lambda *a, _send=send, **k: (sent.append(_send), _send(*a, **k)))
+        return own_loop(es.TCP(), sent=sent)
+
+
+def decided_apart():
+    """What a step says before which each process has decided something else."""
+    check_soon("the keep-set", bytes([share().rank]), torch.device("cpu"))
+    es.average_gradients(net())
 
 
 def in_lightning(**options):
@@ -205,7 +225,7 @@ def everything(folder):
         "local statistics": compressed(
             es.TCP(), norm=nn.BatchNorm2d, recipe=replace(RECIPE, sync_batchnorm=False, ema=0.9, epochs=1)
         ),
-        "loop": own_loop(es.TCP()),
+        "loop": counted_loop(),
         "loop, wrapped": own_loop(es.TCP(), wrapped=True),
         "loop, replicated": said(ValueError, lambda: own_loop(es.TCP(), around=replicate)),
         "lightning": in_lightning(),
@@ -216,6 +236,7 @@ def everything(folder):
         "page": on_page(folder),
         "example": example(folder),
         "differs": said(ValueError, lambda: check_same("the plan", str(share().rank))),
+        "decided apart": said(ValueError, decided_apart),
         "refused": said(ValueError, lambda: once(refused_by_first)),
         "too many": said(ValueError, lambda: compressed(es.TCP(), recipe=replace(RECIPE, devices=3))),
         "too small": said(ValueError, lambda: compressed(es.TCP(), es.Loaders(SINGLE, SINGLE, num_classes=10))),
@@ -285,6 +306,10 @@ def test_a_loop_of_ones_own_averages_its_gradients_or_wraps_anew_after_a_removal
     assert pair[0][name] == pair[1][name]
 
 
+def test_a_step_that_removes_nothing_sends_one_message(pair):
+    assert pair[0]["loop"]["sent"] == 1
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(pair):
     assert all("in epoch 1 after step 9 of 10" in found["stopped"] for found in pair)
     assert pair[0]["resumed"] == pair[1]["resumed"]
@@ -310,6 +335,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number_of_proc
     ("name", "words"),
     [
         ("differs", "the plan of process 1 is not that of process 0"),
+        ("decided apart", "the keep-set of process 1 is not that of process 0"),
         ("refused", "only the first knows"),
         ("too many", "asks for 3 processes, and there are 2"),
         ("loop, replicated", "which holds the parameters of the network and does not follow"),

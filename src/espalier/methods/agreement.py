@@ -1,8 +1,10 @@
 """What processes that train one network together agree on: weights, gradients, scores and decisions.
 
 Every process holds the whole network and sees its share of every batch.  Gradients and scores are averaged over the processes,
-so that all that follows from them is equal everywhere by construction; ``check_same`` compares hashes at every event.  What
-does not follow from them alone, because a clock or a search is asked, the first process decides and sends (``once``).
+so that all that follows from them is equal everywhere by construction; hashes are compared at every event, at once
+(``check_same``) or with the next gradients (``check_soon``).  A step is one message where it can be: at every message all wait
+for the slowest.  What does not follow from averages alone, because a clock or a search is asked, the first process decides and
+sends (``once``).
 
 The group is torch.distributed's; without one, or alone in it, every function here leaves things as they are.
 """
@@ -106,20 +108,44 @@ def _as_sent(error: Exception | None) -> Exception | None:
 
 
 def check_same(what: str, value: str | bytes) -> None:
-    """Raises: ValueError in every process, naming those where ``value`` is not what it is in the first."""
+    """With all that waits since ``check_soon``.
+
+    Raises: ValueError in every process, naming those where ``value`` is not what it is in the first.
+    """
     own = share()
     if own.world == 1:
         return
-    digest = hashlib.sha256(value.encode() if isinstance(value, str) else value).digest()
-    mine = torch.frombuffer(bytearray(digest[:8]), dtype=torch.int64)
+    _waiting.append((what, value.encode() if isinstance(value, str) else value))
+    mine, names = _fingerprint(), " or ".join(dict(_waiting))
+    _waiting.clear()
     found = [torch.empty_like(mine) for _ in range(own.world)]
     dist.all_gather(found, mine, group=_host())
     odd = [str(rank) for rank, other in enumerate(found) if not torch.equal(other, found[0])]
     if odd:
         raise ValueError(
-            f"{what} of process {', '.join(odd)} is not that of process 0: processes that train together are given the same "
+            f"{names} of process {', '.join(odd)} is not that of process 0: processes that train together are given the same "
             "network, data, method and seeds, and run on processors of one kind"
         )
+
+
+_waiting: list[tuple[str, bytes]] = []  # what is compared with the next message
+
+
+def check_soon(what: str, value: bytes, device: torch.device) -> None:
+    """``check_same`` with the next gradients or the next check; at once where reading the answer waits for ``device``."""
+    if device.type != "cpu":
+        check_same(what, value)
+    elif share().world > 1:
+        _waiting.append((what, value))
+
+
+def _fingerprint() -> Tensor:
+    """Of what waits, as numbers that a mean leaves as they are only where all are equal: bytes and their squares."""
+    digest = hashlib.sha256()
+    for what, value in _waiting:
+        digest.update(f"{what} {len(value)} ".encode() + value)
+    found = torch.tensor(list(digest.digest()[:8]), dtype=torch.float32)
+    return torch.cat([found, found.square()])
 
 
 def check_run(run: Run) -> None:
@@ -183,21 +209,27 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def reduce_gradients(model: nn.Module, more: Sequence[float], *, weight: float = 1.0) -> Tensor:
-    """``average_gradients`` of gradients that count ``weight``, and the means of the numbers ``more``: one message for all."""
+    """``average_gradients`` of gradients that count ``weight``, means of the numbers ``more``, and what is to be checked."""
     own = share()
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device if parameters else torch.device("cpu")
-    numbers = torch.tensor(more, device=device)
+    numbers = torch.tensor(more, dtype=torch.float32, device=device)
     if own.world == 1:
         return numbers
+    mine = _fingerprint() if device.type == "cpu" else torch.empty(0, device=device)
     absent = [p.grad is None for p in parameters]
     there = 1.0 - torch.tensor(absent, dtype=torch.float32).to(device, non_blocking=True)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([numbers, there, *(part.reshape(-1) for part in parts)])
+    heads = [numbers, mine, there]
+    flat = torch.cat([*heads, *(part.reshape(-1) for part in parts)])
+    sizes = [*map(len, heads), len(flat) - sum(map(len, heads))]
     if weight != 1.0:
-        flat[len(more) + len(parameters) :].mul_(weight)
+        flat[-sizes[-1] :].mul_(weight)
     average_(flat)
-    numbers, seen, rest = flat.split([len(more), len(parameters), len(flat) - len(more) - len(parameters)])
+    numbers, same, seen, rest = flat.split(sizes)
+    if mine.device.type == "cpu" and not torch.equal(same.float(), mine):  # in all of them
+        check_same(*(_waiting.pop() if _waiting else ("a decision", b"")))
+    _waiting.clear()
     means = [
         part.view(p.shape) for part, p in zip(rest.split([p.numel() for p in parameters]), parameters, strict=True)
     ]

@@ -294,6 +294,10 @@ class Run(ABC):
         """What the method adds to the loss; 0.0 for methods that act after the optimiser."""
         return 0.0
 
+    def averaged(self) -> None:
+        """The gradients are means over all processes now; a loop that says so saves ``step`` a message of its own."""
+        return
+
     def schedule(self, progress: float) -> float | None:
         """The method's own learning rate at ``progress``, as a share of the peak; ``None``: it has none."""
         return None
@@ -547,7 +551,8 @@ def attach(
 
     Where several processes of torch.distributed train together, all call this, and every step, with the same arguments;
     weights are those of the first process, scores are averaged, plans compared.  Gradients are averaged by the loop:
-    ``average_gradients``, or DistributedDataParallel around ``run.model``, made anew after a step that returned something.
+    ``average_gradients`` (``run.averaged()`` after it saves messages), or DistributedDataParallel around ``run.model``, made anew
+    after a step that returned something.
 
     >>> run = es.attach(model, example, budget=es.Budget(macs=0.5), method=es.TCP())   # doctest: +SKIP
     >>> for step, (x, y) in enumerate(loader):                                         # doctest: +SKIP

@@ -87,6 +87,9 @@ class Listener(Protocol):
     def hear(self, steps: int, *, soon: bool) -> None:
         """Take in what was heard in the last of ``steps`` steps, and say what to hear next; a decision may be due ``soon``."""
 
+    def averaged(self) -> None:
+        """Gradients are means over the processes now: what they say need not be averaged again."""
+
     def decided(self) -> None:
         """A decision was taken on what was heard so far."""
 
@@ -112,6 +115,9 @@ class Weights:
         return self.score(self.model, self.units)
 
     def hear(self, steps: int, *, soon: bool) -> None:
+        return
+
+    def averaged(self) -> None:
         return
 
     def decided(self) -> None:
@@ -175,8 +181,10 @@ class Sensitivity:
         self.value = torch.zeros(units.count, device=units.device)
         self.listening = True
         self._batches = torch.zeros((), dtype=torch.int64, device=units.device)
-        self._heard: dict[int, list[tuple[Any, Tensor]]] = {}  # by parameter
-        self._hooks = [p.register_post_accumulate_grad_hook(self._hear(gate)) for p, gate in units.gates().items()]
+        self._heard: dict[nn.Parameter, list[tuple[Any, Tensor]]] = {}
+        self._gates = units.gates()
+        self._together = False  # what was heard is the mean over the processes
+        self._hooks = [p.register_post_accumulate_grad_hook(self._hear) for p in self._gates]
 
     @property
     def batches(self) -> int:
@@ -187,26 +195,30 @@ class Sensitivity:
     def batches(self, number: int) -> None:
         self._batches.fill_(number)
 
-    def _hear(self, gate: Gate) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if self.listening and parameter.grad is not None:
-                # what is heard last counts: where gradients accumulate, that is the whole gradient of the step
-                self._heard[id(parameter)] = gate(parameter.detach(), parameter.grad)
+    def _hear(self, parameter: Tensor) -> None:
+        if self.listening and parameter.grad is not None:
+            assert isinstance(parameter, nn.Parameter)
+            # what is heard last counts: where gradients accumulate, that is the whole gradient of the step
+            self._heard[parameter] = self._gates[parameter](parameter.detach(), parameter.grad)
 
-        return hook
+    def averaged(self) -> None:
+        if self.listening:
+            self._together = True
+            for parameter in self._gates:
+                self._hear(parameter)
 
     def batch_done(self) -> None:
         """Take in what was heard since the last call, unless it is not finite.  Nothing here waits for the device."""
         if not self._heard:
             return
         sums = self.units.sum(part for parts in self._heard.values() for part in parts).to(self.value)
-        squares = average_(sums).square()
+        squares = (sums if self._together else average_(sums)).square()
         squares = squares / self.units.total(squares).clamp_min(1e-30)
         finite = torch.isfinite(squares).all()
         self._batches += finite
         weight = self._batches.clamp_min(1).reciprocal().clamp_min(1.0 - self.smoothing)
         self.value.lerp_(torch.where(finite, squares, self.value), weight)
-        self._heard = {}
+        self._heard, self._together = {}, False
 
     def hear(self, steps: int, *, soon: bool) -> None:
         self.batch_done()
@@ -271,6 +283,9 @@ class Moments:
         self.batch_done()
         if soon and not self.active:
             self.start()
+
+    def averaged(self) -> None:
+        return
 
     def decided(self) -> None:
         self.stop()

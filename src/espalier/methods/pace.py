@@ -57,6 +57,9 @@ class Closing(Run):
         """The budget now."""
         return limits_on_the_way(self.limits, self.dense, self.left_at(progress))
 
+    def averaged(self) -> None:
+        self.score.averaged()
+
     def bind(self) -> None:
         self._silence()
         self._bind()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espalier.costs import CostModel
-from espalier.methods.agreement import check_run, check_same
+from espalier.methods.agreement import check_run, check_soon
 from espalier.methods.base import Removed, Status
 from espalier.methods.importance import LISTEN_EVERY, TAYLOR, listener
 from espalier.methods.pace import Closing, ClosingMethod
@@ -152,7 +152,7 @@ class Fading(Closing):
         """From now on press on what ``plan`` leaves out."""
         self.score.decided()
         outside = self._outside_of(plan)
-        check_same("the keep-set", outside.tobytes())
+        check_soon("the keep-set", outside.tobytes(), self.units.device)
         self._adapt_to(plan, outside)
         fresh = upload(outside & ~self._outside, self.units.device)
         self.reference = torch.where(fresh, self._norm().clamp_min(TINY), self.reference)

@@ -373,6 +373,8 @@ class _Loop:
         if self.own.world > 1:
             told = [float(self.told_to_stop())]
             self.alarms = self.alarms + reduce_gradients(self.model, told, weight=self.weight)[0]
+            if self.run is not None:
+                self.run.averaged()
         if self.recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
