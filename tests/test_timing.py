@@ -18,9 +18,12 @@ from espalier.costs import CostModel
 from espalier.forms import dense_sequence, find_places, sequence
 from espalier.graph.alternatives import with_alternatives
 from espalier.graph.times import Staircase
+from espalier.methods import base
+from espalier.methods.blocks import block_rules, offer_blocks, worth_of_blocks
 from espalier.present.cli import app
 from espalier.present.profiling import time_of
 from espalier.run import timed as at_the_end
+from espalier.run.models import build_model
 from espalier.solver import solve
 from espalier.timing import closing, forms, making, on_device
 from espalier.timing.family import Family, layer_of
@@ -51,10 +54,10 @@ def stairs(step, most, per_step):
     return Staircase((edges, np.array([10_000])), per_step * np.arange(1, len(edges) + 1.0)[:, None])
 
 
-def timed(graph, step=16, grain=4):
+def timed(graph, step=16, grain=4, per_step=1.0):
     """``graph`` with a staircase at every site."""
-    sites = [replace(s, time=stairs(step, 1024, 1.0)) for s in graph.sites]
-    return replace(graph, sites=tuple(sites), overhead=0.5, grain=grain)
+    sites = [replace(s, time=stairs(step, 1024, per_step)) for s in graph.sites]
+    return replace(graph, sites=tuple(sites), overhead=0.5 * per_step, grain=grain)
 
 
 @cache
@@ -336,6 +339,64 @@ def test_plans_are_measured_until_the_time_is_right_however_wrong_the_profile_is
         assert took > found.limit or took <= found.measured or found.measured >= closing.CLOSE * found.limit
     assert found.budget.profile.correction == pytest.approx(profile.correction * found.measured / found.predicted)
     assert 1 < found.rounds <= closing.ROUNDS and len(planned) <= closing.SOLVES
+
+
+class Paper:
+    """Networks on paper: in place of a file, what the network of a plan takes by staircases."""
+
+    def __init__(self, model, graph, *args, **options):
+        self.graph = graph
+
+    def file(self, plan):
+        graph = timed(self.graph)
+        return repr(CostModel(graph).cost(plan.counts(graph)).latency).encode()
+
+
+@pytest.fixture
+def paper(profile, monkeypatch):
+    """A graph and a profile on paper; measured is what ``really`` makes of the share of the dense network's time."""
+
+    def of(network, really):
+        graph = timed(es.trace(network, X))
+        dense = CostModel(graph).cost(graph.sizes).latency
+        step = profile.dense / dense
+        monkeypatch.setattr(type(profile), "on", lambda self, graph: timed(graph, per_step=self.correction * step))
+        monkeypatch.setattr(on_device, "race", lambda files, **_: [really(float(file) / dense) for file in files])
+        monkeypatch.setattr(base, "Family", Paper)
+        own = replace(profile, correction=1.0)
+        return own.on(graph), own
+
+    return of
+
+
+def test_where_a_whole_block_is_the_step_narrower_layers_fill_it(paper):
+    model = build_model("resnet20", num_classes=10).eval()
+    graph, profile = paper(model, lambda share: share)
+    graph, _ = offer_blocks(model, graph, X)
+    random = np.random.default_rng(1)
+    worth = worth_of_blocks(graph, {g.name: random.random(g.size) * random.exponential() for g in graph.groups})
+    budget, family, rules = es.Budget(latency=0.5, profile=profile), Paper(model, graph), block_rules(graph)
+    found = closing.settle(family, family.file(es.Plan.dense(graph)), worth, budget, rules=rules)
+    assert found.is_close and found.above > found.limit
+
+
+def test_on_the_way_no_more_goes_than_the_last_decision_can_use(paper):
+    """Small networks are much faster than was predicted, as it turns out once the run has begun."""
+    torch.manual_seed(0)
+    model, began = Small(), []
+    _, profile = paper(model, lambda share: share**2 if began else share)
+    run = es.attach(model, X, budget=es.Budget(latency=0.6, profile=profile), method=es.TCP(chunk=0.01))
+    began.append(True)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05)
+    took = {}
+    for step in range(40):
+        loss = run.model(torch.randn(4, *X.shape[1:])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step(progress=(step + 1) / 40, optimizer=optimizer)
+        took[run.settled] = (profile.predict(run.graph) / profile.dense) ** 2
+    assert took[False] >= 0.6 >= took[True] >= 0.9 * 0.6
 
 
 def test_one_call_brings_a_network_to_a_fraction_of_its_time(profile, monkeypatch):

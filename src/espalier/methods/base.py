@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +25,10 @@ from espalier.methods.blocks import block_rules, offer_blocks, worth_of_blocks
 from espalier.methods.state import plain, restored
 from espalier.plan import Budget, Plan, need_budget
 from espalier.settings import Settings
-from espalier.solver import solve
+from espalier.solver import BudgetError, solve
 from espalier.surgery import rebuild, shrink_, structure
 from espalier.surgery.shrink import bake
-from espalier.timing.closing import settle
+from espalier.timing.closing import calibrated, settle
 from espalier.timing.family import Family
 from espalier.timing.forms import measured as with_forms
 from espalier.timing.making import batched, is_here, need_here
@@ -135,6 +137,7 @@ class Run(ABC):
         self.folder: Path | None = None  # of the run, for one that stores something of its own on the way
         self._asked = False  # for the learning rate
         self._seen: int | None = None  # the optimiser that ``checked`` was called with
+        self._known = math.inf  # milliseconds of the last plan that was measured on the way to a limit on time
         self.step_above: float | None = None  # milliseconds of the next larger plan, which is above a limit on time
         self.held_out: Batches | None = None  # training images that ``Method.withholds`` asked for, to go through again
 
@@ -210,31 +213,51 @@ class Run(ABC):
 
         ``floor`` and ``ceiling``: the fewest and the most that stay of a group.
 
-        Where time is limited for good, the plan is built and measured until its time is right, unless not ``measured``; by
-        prediction alone where the profile comes from another machine.
+        Where time is limited for good, the plan is built and measured until its time is right, unless not ``measured``; on the
+        way, plans are measured when the limit is near; by prediction alone where the profile comes from another machine.
         """
-        limits, graph, profile = self.limits if limits is None else limits, graph or self.graph, self.budget.profile
-        worth, rules = worth_of_blocks(graph, importance), {**block_rules(graph), "ceiling": ceiling}
+        limits, now, profile = self.limits if limits is None else limits, graph or self.graph, self.budget.profile
+        worth, rules = worth_of_blocks(now, importance), {**block_rules(now), "ceiling": ceiling}
         for name, count in (floor or {}).items():
             rules["floor"][name] = max(count, rules["floor"].get(name, 0))
         final = measured and LATENCY in limits and limits == self.limits
-        if final and isinstance(profile, Profile) and once(lambda: is_here(profile.setting)):
-            plan, self.budget = once(lambda: self._plan_by_clock(graph, worth, per_cost, rules))  # clocks differ
+        near = measured and LATENCY in limits and limits[LATENCY] <= NEAR * self.limits[LATENCY]
+        here = near and isinstance(profile, Profile) and once(lambda: is_here(profile.setting))
+        if final and here:
+            plan, self.budget = once(lambda: self._plan_by_clock(now, worth, per_cost, rules))  # clocks differ
             self.graph = self.budget.timed(self.graph)
             return plan
-        rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(graph)}
-        return solve(graph, worth, limits, per_cost=per_cost, **rules)
+        rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(now), "per_cost": per_cost}
+        plan = solve(now, worth, limits, **rules)
+        while here and _latency(now, plan) < FALLEN * self._known:  # what goes does not come back
+            self.budget = once(partial(self._corrected, now, plan, worth, rules))
+            self.graph, now = self.budget.timed(self.graph), self.budget.timed(now)
+            self._known, plan = _latency(now, plan), solve(now, worth, limits, **rules)
+        return plan
 
-    def _plan_by_clock(
-        self, graph: Graph, worth: Mapping[str, np.ndarray], per_cost: bool, rules: Mapping[str, Any]
-    ) -> tuple[Plan, Budget]:
-        """A plan that was built and measured, and the budget with what was learnt on the way."""
+    def _family(self, graph: Graph) -> Family:
+        """What plans make of the network of now, to be measured."""
         profile = self.budget.profile
         assert isinstance(profile, Profile)
         need_here(profile)
         own = profile.setting
         inputs = batched(self.example, own.batch)
-        family = Family(self.plain_model(), graph, inputs, put=self.put, precision=own.precision)
+        return Family(self.plain_model(), graph, inputs, put=self.put, precision=own.precision)
+
+    def _corrected(self, graph: Graph, plan: Plan, worth: Mapping[str, np.ndarray], rules: Mapping[str, Any]) -> Budget:
+        """The budget by what ``plan`` takes."""
+        found = calibrated(self._family(graph), self._reference, plan, self.budget)
+        try:
+            solve(found.timed(graph), worth, self.limits, **rules)
+        except BudgetError:  # by this the end is out of reach, as it was not when the run began
+            return self.budget
+        return found
+
+    def _plan_by_clock(
+        self, graph: Graph, worth: Mapping[str, np.ndarray], per_cost: bool, rules: Mapping[str, Any]
+    ) -> tuple[Plan, Budget]:
+        """A plan that was built and measured, and the budget with what was learnt on the way."""
+        family = self._family(graph)
         begins = self._reference is None and self._dense_graph is None  # nothing has gone yet
         if begins:
             self._reference = family.file(Plan.dense(graph))
@@ -362,7 +385,7 @@ class Run(ABC):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    remembers: ClassVar[tuple[str, ...]] = ("step_above",)
+    remembers: ClassVar[tuple[str, ...]] = ("step_above", "_known")
     """Attributes that a run needs to go on exactly, beside what every run has; those of base classes are added.
 
     Plain values, tensors, arrays, and objects with a ``state_dict`` of their own.
@@ -467,8 +490,15 @@ class Run(ABC):
 
 
 STATE = "espalier-run/2"
+NEAR = 1.25  # of a limit on time: from here on plans are measured
+FALLEN = 0.95  # of what the last one took: the next is measured
 
 Process = Run  # its old name, for methods written outside
+
+
+def _latency(graph: Graph, plan: Plan) -> float:
+    """Predicted milliseconds."""
+    return CostModel(graph).cost(plan.counts(graph)).latency or 0.0
 
 
 def need_progress(progress: float) -> None:
@@ -551,8 +581,8 @@ def attach(
 
     Where several processes of torch.distributed train together, all call this, and every step, with the same arguments;
     weights are those of the first process, scores are averaged, plans compared.  Gradients are averaged by the loop:
-    ``average_gradients`` (``run.averaged()`` after it saves messages), or DistributedDataParallel around ``run.model``, made anew
-    after a step that returned something.
+    ``average_gradients`` (``run.averaged()`` after it saves messages), or DistributedDataParallel
+    around ``run.model``, made anew after a step that returned something.
 
     >>> run = es.attach(model, example, budget=es.Budget(macs=0.5), method=es.TCP())   # doctest: +SKIP
     >>> for step, (x, y) in enumerate(loader):                                         # doctest: +SKIP

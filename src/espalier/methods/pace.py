@@ -85,6 +85,14 @@ def still_to_go(progress: float, *, begin: float, end: float, power: float) -> f
 
 
 def limits_on_the_way(limits: Mapping[str, float], dense: Cost, left: float) -> dict[str, float]:
-    """What the network may cost while the share ``left`` of the way to ``limits`` is ahead; all but time in whole numbers."""
+    """What the network may cost while the share ``left`` of the way to ``limits`` is ahead; all but time in whole numbers.
+
+    Time, which is predicted on the way, stays so far above its limit that the last decision, which is measured, has room.
+    """
     now = {m: limit + (getattr(dense, m) - limit) * left for m, limit in limits.items()}
+    if LATENCY in now and left > 0:
+        now[LATENCY] = max(now[LATENCY], min(ROOM * limits[LATENCY], dense.latency or 0.0))
     return {m: limit if m == LATENCY else math.floor(limit) for m, limit in now.items()}
+
+
+ROOM = 1.1  # of a limit on time

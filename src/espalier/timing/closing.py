@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from espalier.costs import CostModel
+from espalier.graph import Graph
 from espalier.plan import Budget, Plan, milliseconds_of
 from espalier.solver import BudgetError, solve
 from espalier.timing import on_device
@@ -57,45 +58,95 @@ def settle(
 
     Measured in turns with the file ``reference``, the dense network, so that only the ratio counts (without one, as times are
     now).  The prediction that leads to the limit is enclosed: what is tried next is the last one by what its plan took, inside
-    of those that are known to be too small and too large.  The best plan within the limit is returned; where none is, the one
-    that comes closest.
+    of those that are known to be too small and too large; where a whole block is the step between them, once more with the
+    blocks of the larger one.  The best plan within the limit is returned; where none is, the one that comes closest.
 
     Raises: BudgetError with the least reachable time where by the profile the limit is out of reach.
     """
-    profile = budget.profile
-    assert isinstance(profile, Profile) and budget.latency is not None
-    limit, timed = milliseconds_of(budget.latency, profile.dense), profile.on(family.graph)
-    model = CostModel(timed)
-    aim, low, high = limit, 0.0, model.cost(timed.sizes).latency or limit
-    tried: list[Settled] = []
-    for _ in range(SOLVES):
-        wanted = replace(budget, latency=f"{aim:.9f} ms")
-        try:
-            plan = solve(timed, importance, wanted, per_cost=per_cost, **(rules or {}))
-        except BudgetError:
-            if tried:
-                break
-            raise
-        found = next((s for s in tried if _same(plan, s.plan)), None)
-        if found is None:
-            if len(tried) == ROUNDS:
-                break
-            predicted = model.cost(plan.counts(timed)).latency or limit
-            measured = _measured(family.file(plan), reference, profile)
-            found = Settled(plan, budget, limit, predicted, measured, len(tried) + 1)
-            tried.append(found)
-        low, high = (max(low, aim), high) if found.fits else (low, min(high, found.predicted))
-        if found.is_close or high - low <= STEP * limit:
-            break
-        margin = (high - low) / 4
-        aim = min(max(found.predicted * BETWEEN * limit / found.measured, low + margin), high - margin)
-    best = max(tried, key=lambda s: s.measured if s.fits else -s.measured)
-    right = replace(budget, profile=profile.corrected(best.measured / best.predicted))
-    above = min((s.measured for s in tried if not s.fits), default=None)
-    return replace(best, budget=right, rounds=len(tried), above=above)
+    search = _Search(family, reference, importance, budget, per_cost)
+    search.enclose(dict(rules or {}))
+    best, above = search.best, search.above
+    if not best.is_close and above is not None:
+        search.enclose(_held(family.graph, above.plan, rules or {}), start=above)
+        best, above = search.best, search.above
+    right = replace(budget, profile=search.profile.corrected(best.measured / best.predicted))
+    return replace(best, budget=right, rounds=len(search.tried), above=None if above is None else above.measured)
+
+
+def calibrated(family: Family, reference: bytes | None, plan: Plan, budget: Budget) -> Budget:
+    """``budget``, whose profile says of ``plan`` what it takes."""
+    search = _Search(family, reference, {}, budget, per_cost=True)
+    found = search.measured(plan)
+    return replace(budget, profile=search.profile.corrected(found.measured / found.predicted))
+
+
+class _Search:
+    """The plans that were measured for one limit."""
+
+    def __init__(
+        self,
+        family: Family,
+        reference: bytes | None,
+        importance: Mapping[str, np.ndarray],
+        budget: Budget,
+        per_cost: bool,
+    ) -> None:
+        assert isinstance(budget.profile, Profile) and budget.latency is not None
+        self.family, self.reference, self.importance, self.budget = family, reference, importance, budget
+        self.per_cost, self.profile = per_cost, budget.profile
+        self.limit = milliseconds_of(budget.latency, self.profile.dense)
+        self.timed = self.profile.on(family.graph)
+        self.model = CostModel(self.timed)
+        self.tried: list[Settled] = []
+
+    @property
+    def best(self) -> Settled:
+        """The largest that fits, or the smallest that does not."""
+        return max(self.tried, key=lambda s: s.measured if s.fits else -s.measured)
+
+    @property
+    def above(self) -> Settled | None:
+        """The smallest that does not fit."""
+        return min((s for s in self.tried if not s.fits), key=lambda s: s.measured, default=None)
+
+    def enclose(self, rules: Mapping[str, Any], *, start: Settled | None = None) -> None:
+        """Until a plan is close, or nothing lies between those that are too small and too large; from ``start`` downwards."""
+        high = (start.predicted if start else self.model.cost(self.timed.sizes).latency) or self.limit
+        aim, low = self.limit if start is None else start.predicted * BETWEEN * self.limit / start.measured, 0.0
+        for _ in range(SOLVES):
+            wanted = replace(self.budget, latency=f"{aim:.9f} ms")
+            try:
+                plan = solve(self.timed, self.importance, wanted, per_cost=self.per_cost, **rules)
+            except BudgetError:
+                if self.tried:
+                    return
+                raise
+            found = next((s for s in self.tried if _same(plan, s.plan)), None)
+            if found is None:
+                if len(self.tried) == ROUNDS:
+                    return
+                found = self.measured(plan)
+                self.tried.append(found)
+            low, high = (max(low, aim), high) if found.fits else (low, min(high, found.predicted))
+            if found.is_close or high - low <= STEP * self.limit:
+                return
+            margin = (high - low) / 4
+            most = high if self.above is None else high - margin  # that all of it is too large has to be seen
+            aim = min(max(found.predicted * BETWEEN * self.limit / found.measured, low + margin), most)
+
+    def measured(self, plan: Plan) -> Settled:
+        predicted = self.model.cost(plan.counts(self.timed)).latency or self.limit
+        took = _measured(self.family.file(plan), self.reference, self.profile)
+        return Settled(plan, self.budget, self.limit, predicted, took, len(self.tried) + 1)
 
 
 BETWEEN = (1.0 + CLOSE) / 2
+
+
+def _held(graph: Graph, plan: Plan, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """``rules`` under which the blocks that are in ``plan`` stay: narrower layers fill the step that a whole block is."""
+    stay = {b.group: 2 for b in graph.blocks if len(plan.keep.get(b.group, (0, 1))) == 2}
+    return {**rules, "floor": {**(rules.get("floor") or {}), **stay}}
 
 
 def _measured(file: bytes, reference: bytes | None, profile: Profile) -> float:
