@@ -1,5 +1,6 @@
 """Out of the house: a run's network as files that run without Espalier, in eight bits too, and how long it takes."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import espalier as es
 from espalier.deploy.int8 import export_int8
 from espalier.layers import PaddedConv2d, PartConv2d
+from espalier.optional import MissingPackage
 from espalier.present.cli import app
 
 ONE_EPOCH = es.Recipe(epochs=1, batch_size=256, threads=1)
@@ -132,6 +134,21 @@ def test_eight_bits_are_calibrated_judged_and_refused_where_they_lose_too_much(f
     assert not refused.exists()
     with pytest.raises(ValueError, match="at least one batch"):
         export_int8(net, refused, [], test)
+    with pytest.raises(ValueError, match="eight bits for runtime 'torch': choose onnxruntime or openvino"):
+        export_int8(net, refused, batches, test, runtime="torch")
+
+
+def test_eight_bits_for_openvino_need_nncf_and_are_judged_there(folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    data, net = es.load_data("digits"), es.load_run(folder)
+    both = [next(iter(data.calibration_batches(batch_size=64, batches=1)))], list(data.test_batches())
+    if importlib.util.find_spec("nncf") and importlib.util.find_spec("openvino"):
+        found = export_int8(net, tmp_path / "int8.onnx", *both, most_lost=100.0, runtime="openvino")
+        assert found.path.exists() and [t.backend for t in found.timings] == ["openvino"] * 2
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(MissingPackage, match="'nncf'"):
+        export_int8(net, tmp_path / "refused.onnx", *both, runtime="openvino")
+    assert not (tmp_path / "refused.onnx").exists()
 
 
 def test_networks_are_timed_in_turns_from_the_command_line(folder):

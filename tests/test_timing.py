@@ -253,9 +253,11 @@ def test_a_runtime_that_nobody_knows_is_refused():
 def test_a_profile_in_eight_bits_times_the_files_that_are_shipped(monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(making, "SECONDS", 0.0)
+    measure_little(monkeypatch, networks=2)
     seen, measure = [], on_device.measure
 
     def watched(content, **how):
+        assert b"QuantizeLinear" in content
         seen.append(measure(content, **how))
         return seen[-1]
 
@@ -269,6 +271,9 @@ def test_a_profile_in_eight_bits_times_the_files_that_are_shipped(monkeypatch):
     small = es.compress(model, X, budget=es.Budget(macs=0.5), method=es.Magnitude()).model
     kept = at_the_end.time_kept(model, small, X, es.Budget(latency=0.5, profile=profile))
     assert kept is not None and kept.setting.precision == "int8" and kept.small > 0
+    measured = len(seen)
+    es.SVDOneShot().start(model, X, es.Budget(latency=0.95, profile=profile))  # asks for forms of layers
+    assert len(seen) > measured
 
 
 def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
-"""Eight bits after compression: ONNX Runtime's static quantisation, judged against the float network before it is kept."""
+"""Eight bits after compression: static quantisation, judged against the float network before it is kept."""
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.optional import import_optional
 from espalier.run.latency import Timing, latency
 from espalier.run.onnx import check_place, onnx_session, to_onnx_bytes
 from espalier.run.rundir import write_file
@@ -43,16 +45,17 @@ def export_int8(
     *,
     most_lost: float = 1.0,
     batch_sizes: Sequence[int] = (1,),
+    runtime: str = "onnxruntime",
 ) -> Quantised:
     """Write ``model`` as an ONNX file whose convolutions and matrix products compute in eight bits.
 
-    Static quantisation by ONNX Runtime (QDQ; weights per channel and symmetric, activations per tensor by their extremes on
-    ``calibration``, a few batches of images as the network gets them).  ``test`` are batches of images and labels that
-    accuracy is compared on, and ``batch_sizes`` those at which both files are timed.  Nothing is written if more than
-    ``most_lost`` points are lost.
+    Static quantisation (QDQ; weights per channel and symmetric, activations by what they are on ``calibration``, a few batches
+    of images as the network gets them): by ONNX Runtime, or for ``runtime="openvino"`` by NNCF.  ``test`` are batches of images
+    and labels that accuracy is compared on, in that runtime, and ``batch_sizes`` those at which both files are timed.
+    Nothing is written if more than ``most_lost`` points are lost.
 
     Raises: ValueError if the accuracy falls by more than ``most_lost``, a batch is missing, or the network cannot be exported;
-    MissingPackage without the extra ``onnx``.
+    MissingPackage without the extra ``onnx``, or ``openvino`` and ``nncf``.
     """
     target = Path(path)
     check_place(target)
@@ -62,8 +65,8 @@ def export_int8(
         raise ValueError("export_int8: give at least one batch to calibrate with and one to test with")
     example = next(iter(images))[:1]
     plain = to_onnx_bytes(model, torch.from_numpy(example))
-    small = quantised(plain, [(x,) for x in images])
-    before, after = _accuracy(plain, judged), _accuracy(small, judged)
+    small = quantised(plain, [(x,) for x in images], runtime=runtime)
+    before, after = (_accuracy(READERS[runtime](content), judged) for content in (plain, small))
     if before - after > most_lost:
         raise ValueError(
             f"{target}: was not written: in eight bits the accuracy falls from {before:.2f} to {after:.2f} %, by more than "
@@ -73,14 +76,30 @@ def export_int8(
         files = {"float": Path(folder) / "float.onnx", "int8": Path(folder) / "int8.onnx"}
         files["float"].write_bytes(plain)
         files["int8"].write_bytes(small)
-        timings = latency(files, torch.from_numpy(example), backend="onnxruntime", batch_sizes=batch_sizes)
+        timings = latency(files, torch.from_numpy(example), backend=runtime, batch_sizes=batch_sizes)
     write_file(target, small)
     return Quantised(target, before, after, tuple(timings))
 
 
-def _accuracy(content: bytes, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Top-1 in per cent."""
+Reader = Callable[[bytes], Callable[[np.ndarray], np.ndarray]]
+
+
+def _in_onnxruntime(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     session = onnx_session(content)
     name = session.get_inputs()[0].name
-    right = sum(int((session.run(None, {name: x})[0].argmax(1) == y).sum()) for x, y in batches)
+    return lambda x: np.asarray(session.run(None, {name: x})[0])
+
+
+def _in_openvino(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    core = import_optional("openvino", extra="openvino").Core()
+    network = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: np.asarray(network(x)[0])
+
+
+READERS: dict[str, Reader] = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
+
+
+def _accuracy(answers: Callable[[np.ndarray], np.ndarray], batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Top-1 in per cent."""
+    right = sum(int((answers(x).argmax(1) == y).sum()) for x, y in batches)
     return 100.0 * right / sum(len(y) for _, y in batches)

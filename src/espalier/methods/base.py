@@ -240,9 +240,8 @@ class Run(ABC):
         profile = self.budget.profile
         assert isinstance(profile, Profile)
         need_here(profile)
-        own = profile.setting
-        inputs = batched(self.example, own.batch)
-        return Family(self.plain_model(), graph, inputs, put=self.put, precision=own.precision)
+        inputs = batched(self.example, profile.setting.batch)
+        return Family(self.plain_model(), graph, inputs, put=self.put, setting=profile.setting)
 
     def _corrected(self, graph: Graph, plan: Plan, worth: Mapping[str, np.ndarray], rules: Mapping[str, Any]) -> Budget:
         """The budget by what ``plan`` takes."""

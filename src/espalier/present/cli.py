@@ -245,6 +245,7 @@ def export(
     int8: opt.Int8 = False,
     calibrate: opt.Calibrate = 4,
     most_lost: opt.MostLost = 1.0,
+    runtime: opt.Int8Runtime = "onnxruntime",
     data: opt.Data = None,
     data_dir: opt.DataDir = None,
     trust: opt.Trust = False,
@@ -256,7 +257,9 @@ def export(
     target = to or (path / ONNX if path.is_dir() else path.with_suffix(".onnx"))
     if int8:
         target = to or target.with_suffix(".int8.onnx")
-        said = exported_int8(path, merged, target, batches=calibrate, most_lost=most_lost, data_dir=data_dir)
+        said = exported_int8(
+            path, merged, target, batches=calibrate, most_lost=most_lost, runtime=runtime, data_dir=data_dir
+        )
     else:
         if path.is_dir():
             input = input_of_run(path, merged["model"], input)
@@ -289,7 +292,7 @@ def profile(
     threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Images at a time.", min=1)] = 1,
     precision: Annotated[
-        str, typer.Option("--precision", help="f32; int8 in onnxruntime; bf16 or f16 in openvino.", metavar="NAME")
+        str, typer.Option("--precision", help="f32 or int8; bf16 or f16 in openvino.", metavar="NAME")
     ] = "f32",
     out: Annotated[Path, typer.Option("--out", help="The profile; one that was interrupted goes on.")] = Path(PROFILE),
     check: Annotated[bool, typer.Option("--check", help="Predict networks that are not in it.")] = False,

@@ -246,6 +246,9 @@ Calibrate = Annotated[int, typer.Option(help="For --int8: batches of 64 images t
 MostLost = Annotated[
     float, typer.Option(help="For --int8: points of accuracy that may be lost; else nothing is written.")
 ]
+Int8Runtime = Annotated[
+    str, typer.Option("--runtime", help="For --int8: onnxruntime, or openvino, by NNCF.", metavar="NAME")
+]
 Runtime = Annotated[str, typer.Option(help="onnxruntime, openvino or torch.", metavar="NAME")]
 TimeThreads = Annotated[int, typer.Option("--threads", help="Number of CPU threads.", metavar="N")]
 Batch = Annotated[list[int] | None, _plain("Batch size; repeatable; default 1.", "N")]

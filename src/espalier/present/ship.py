@@ -72,7 +72,7 @@ def exported(
 
 
 def exported_int8(
-    path: Path, config: Config, target: Path, *, batches: int, most_lost: float, data_dir: Path | None
+    path: Path, config: Config, target: Path, *, batches: int, most_lost: float, runtime: str, data_dir: Path | None
 ) -> str:
     """The same in eight bits, calibrated and judged on the data of the run."""
     if "name" not in config["data"]:
@@ -89,6 +89,7 @@ def exported_int8(
         source.calibration_batches(batch_size=CALIBRATION, batches=batches),
         source.test_batches(),
         most_lost=most_lost,
+        runtime=runtime,
     )
     last = found.timings[-1]
     return (

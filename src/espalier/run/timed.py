@@ -43,7 +43,7 @@ def time_kept(
     if budget.latency is None or not isinstance(profile, Profile):
         return None
     inputs = [x.numpy() for x in positional(example)]
-    files = [in_precision(to_onnx_bytes(model, example), profile.setting.precision, inputs) for model in (dense, small)]
+    files = [in_precision(to_onnx_bytes(model, example), profile.setting, inputs) for model in (dense, small)]
     whole, left = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
     step = None if above is None else above * whole / profile.dense
     return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting, step)

@@ -22,6 +22,7 @@ from espalier.graph.graph import CHANNELS, FORM
 from espalier.plan import Plan
 from espalier.surgery import shrink
 from espalier.timing.bits import in_precision
+from espalier.timing.profile import ProfileSetting
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _MARK = re.compile(r"_L(\d+)_")
@@ -45,10 +46,10 @@ class Family:
         example: Sequence[torch.Tensor],
         *,
         put: Callable[[nn.Module, Mapping[str, int]], None] | None = None,
-        precision: str = "f32",
+        setting: ProfileSetting | None = None,
     ) -> None:
-        """``put`` gives layers the forms that a plan has chosen among ``graph.alternatives``; files are for ``precision``."""
-        self._put, self._precision = put, precision
+        """``put`` gives layers the forms that a plan has chosen among ``graph.alternatives``; files are for ``setting``."""
+        self._put, self._setting = put, setting
         model = copy_model(model, {}).cpu().eval()
         self._model, self._graph, self._example = model, graph, tuple(example)
         self._dense = _exported(model, self._example)
@@ -68,7 +69,7 @@ class Family:
 
     def file(self, plan: Plan) -> bytes:
         """The network of ``plan``: its weights mean nothing, its nodes are marked by layer (``layer_of``)."""
-        return in_precision(self._plain(plan), self._precision, [x.numpy() for x in self._example])
+        return in_precision(self._plain(plan), self._setting, [x.numpy() for x in self._example])
 
     def _plain(self, plan: Plan) -> bytes:
         kept = self._graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})

@@ -45,14 +45,15 @@ def measured(
     rounds = max(map(len, waiting.values()))
     grain = profile.grain
     whole = trace(model, batched(example, 1))
-    dense = Family(model, whole, batched(example, profile.setting.batch)).file(Plan.dense(whole))
+    own_batch = batched(example, profile.setting.batch)
+    dense = Family(model, whole, own_batch, setting=profile.setting).file(Plan.dense(whole))
     for number in range(rounds):
         # layers take turns: neighbours have different forms, and all forms of a layer are there in the end
         chosen = {g: forms[(number + place) % len(forms)] for place, (g, forms) in enumerate(waiting.items())}
         formed = copy_model(model, {}).cpu().eval()
         put(formed, {g: option for g, (_, option) in chosen.items()})
         own = trace(formed, batched(example, 1))
-        family = Family(formed, own, batched(example, profile.setting.batch), precision=profile.setting.precision)
+        family = Family(formed, own, own_batch, setting=profile.setting)
         by_layer = {graph.group(g).layer: form for g, (form, _) in chosen.items()}
         rows = []
         now = on_device.measure(dense, seconds=SECONDS, **asked(profile.setting))["whole"]

@@ -52,15 +52,15 @@ def profile(
     what ``trace`` takes, tensors with the batch first.  With a file ``to``, every network is stored as soon as it is
     measured, and a profile that was interrupted goes on.  ``progress`` is called with networks measured and in all.
 
-    ``precision="int8"`` profiles the network as ``export_int8`` writes it, in ONNX Runtime: a budget of half of the time is
-    then half of what the dense network takes in eight bits.
+    ``precision="int8"`` profiles the network as ``export_int8`` writes it for that runtime: a budget of half of the time
+    is then half of what the dense network takes in eight bits.
 
     Raises: ValueError for a runtime that is unknown or not installed, or a precision that is not profiled there.
     """
     version = on_device.version(need_runtime(runtime))
     check_precision(runtime, precision)
-    graph, family = _family(model, example, batch, precision)
     setting = ProfileSetting(runtime, version, on_device.processor(), threads, batch, precision)
+    graph, family = _family(model, example, setting)
     found = _begun(to, setting, family, graph)
     if not found.grain:
         found = replace(found, grain=find_grain(family, graph, setting))
@@ -81,7 +81,7 @@ def profile(
 
 def check_profile(profile: Profile, model: nn.Module, example: Any, *, networks: int = 6) -> list[tuple[float, float]]:
     """Predicted and measured milliseconds of networks that are not in the profile, in turns with the dense one."""
-    graph, family = _family(model, example, profile.setting.batch, profile.setting.precision)
+    graph, family = _family(model, example, profile.setting)
     plans = sample(graph, networks + 1, profile.grain, seed=1)
     dense = family.file(plans[0])
     found = []
@@ -109,7 +109,7 @@ def export_networks(
     """
     need_known(runtime)
     check_precision(runtime, precision)
-    graph, family = _family(model, example, batch, precision)
+    graph, family = _family(model, example, ProfileSetting(runtime, "", "", threads, batch, precision))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     for number, plan in enumerate(sample(graph, networks, grain)):
@@ -143,7 +143,7 @@ def collect(model: nn.Module, example: Any, folder: str | Path) -> Profile:
         setting = ProfileSetting(version=times[0]["version"], processor=times[0]["processor"], **own)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{place}: not a folder of exported and measured networks ({error})") from error
-    graph, family = _family(model, example, setting.batch, setting.precision)
+    graph, family = _family(model, example, setting)
     plans = sample(graph, settings["networks"], settings["grain"])
     found = replace(_begun(None, setting, family, graph), grain=settings["grain"])
     rows = tuple(attributed(t, family, graph, plan) for t, plan in zip(times, plans, strict=True))
@@ -237,9 +237,9 @@ def batched(example: Any, batch: int) -> tuple[Tensor, ...]:
     return tuple(t.detach().cpu().repeat(-(-batch // len(t)), *[1] * (t.dim() - 1))[:batch] for t in tensors)
 
 
-def _family(model: nn.Module, example: Any, batch: int, precision: str) -> tuple[Graph, Family]:
+def _family(model: nn.Module, example: Any, setting: ProfileSetting) -> tuple[Graph, Family]:
     graph = trace(model, example)
-    return graph, Family(model, graph, batched(example, batch), precision=precision)
+    return graph, Family(model, graph, batched(example, setting.batch), setting=setting)
 
 
 def asked(setting: ProfileSetting) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opene
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # pinned to a core that others use, it would wait for them
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,  # eight bits stand in the file
             "PERF_COUNT": watched,
         }
         compiled = core.compile_model(model, "CPU", settings)
