@@ -272,7 +272,7 @@ def test_a_profile_in_eight_bits_times_the_files_that_are_shipped(monkeypatch):
     kept = at_the_end.time_kept(model, small, X, es.Budget(latency=0.5, profile=profile))
     assert kept is not None and kept.setting.precision == "int8" and kept.small > 0
     measured = len(seen)
-    es.SVDOneShot().start(model, X, es.Budget(latency=0.95, profile=profile))  # asks for forms of layers
+    es.SVDOneShot().start(model, X, es.Budget(latency="1 s", profile=profile))  # asks for forms of layers
     assert len(seen) > measured
 
 
