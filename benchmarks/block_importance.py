@@ -29,10 +29,11 @@ from benchmarks.common import environment, read_results, rounded, table, write_r
 from espalier.costs import cost
 from espalier.graph import Graph, find_blocks, trace, with_blocks
 from espalier.methods.importance import score_units
+from espalier.methods.scoring import recalibrate_batchnorm
 from espalier.plan import Plan
 from espalier.run.batches import Batch
 from espalier.run.data import Data, load_data
-from espalier.run.evaluate import evaluate, recalibrate_batchnorm
+from espalier.run.evaluate import evaluate
 from espalier.run.models import build_model, load_weights
 from espalier.solver import solve
 from espalier.surgery import shrink

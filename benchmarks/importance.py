@@ -22,10 +22,11 @@ from benchmarks.common import environment, read_results, rounded, table, write_r
 from espalier.costs import cost
 from espalier.graph import trace
 from espalier.methods.importance import SCORES, diminishing, score_units
+from espalier.methods.scoring import recalibrate_batchnorm
 from espalier.plan import Budget
 from espalier.run.batches import Batch
 from espalier.run.data import Data, load_data
-from espalier.run.evaluate import evaluate, recalibrate_batchnorm
+from espalier.run.evaluate import evaluate
 from espalier.run.models import build_model, load_weights
 from espalier.solver import solve
 from espalier.surgery import shrink_

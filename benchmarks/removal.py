@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import espalier as es
 from benchmarks import common
 from espalier.methods.base import Removed, Run
+from espalier.methods.scoring import modes_kept
 from espalier.run.data import Data
-from espalier.run.evaluate import modes_kept
 from espalier.run.loop import train
 
 BUDGET = es.Budget(macs=0.5)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from benchmarks.common import environment, rounded, table, write_results
 from espalier.forms.shapes import Rectangle, rectangles
+from espalier.methods.scoring import recalibrate_batchnorm
 from espalier.run.batches import Batch
 from espalier.run.data import Data, load_data
-from espalier.run.evaluate import evaluate, recalibrate_batchnorm
+from espalier.run.evaluate import evaluate
 from espalier.run.latency import latency
 from espalier.run.models import build_model, load_weights
 

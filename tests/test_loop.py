@@ -16,11 +16,12 @@ from torch import nn
 import espalier as es
 from espalier.carving import carve
 from espalier.graph import trace
+from espalier.methods.scoring import recalibrate_batchnorm
 from espalier.plan import Budget
 from espalier.run.checkpoint import read_checkpoint, rebuild_from_checkpoint, write_checkpoint
 from espalier.run.data import Data, Loaders, load_data
 from espalier.run.ema import AveragedWeights
-from espalier.run.evaluate import evaluate, recalibrate_batchnorm
+from espalier.run.evaluate import evaluate
 from espalier.run.loop import History, TrainingDiverged, learning_rate, make_optimizer, train
 from espalier.run.recipe import Recipe
 from espalier.tasks import distillation

@@ -77,63 +77,49 @@ BY_WEIGHT: dict[str, Score] = {
 }
 
 
-class Listener(Protocol):
-    """What units are worth, from what a run hears on the way."""
+class Listener:
+    """What units are worth, from what a run hears on the way; by default there is nothing to hear."""
 
-    @property
-    def value(self) -> Tensor:
-        """One number per unit; larger is more important."""
+    value: Tensor  # one number per unit; larger is more important
 
     def hear(self, steps: int, *, soon: bool) -> None:
         """Take in what was heard in the last of ``steps`` steps, and say what to hear next; a decision may be due ``soon``."""
+        return
 
     def averaged(self) -> None:
         """Gradients are means over the processes now: what they say need not be averaged again."""
+        return
 
     def decided(self) -> None:
         """A decision was taken on what was heard so far."""
+        return
 
     def follow(self, before: Any, survivors: np.ndarray) -> None:
         """Go on from what was heard ``before``, of which the units ``survivors`` are still there."""
+        return
 
     def close(self) -> None:
         """Take all hooks away."""
+        return
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for ``load_state_dict``."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        return
 
 
-class Weights:
-    """A score that the weights have as they are: there is nothing to listen to."""
+class Weights(Listener):
+    """A score that the weights have as they are."""
 
     def __init__(self, model: nn.Module, units: Units, score: Score) -> None:
         self.model, self.units, self.score = model, units, score
 
     @property
-    def value(self) -> Tensor:
+    def value(self) -> Tensor:  # type: ignore[override]
         return self.score(self.model, self.units)
-
-    def hear(self, steps: int, *, soon: bool) -> None:
-        return
-
-    def averaged(self) -> None:
-        return
-
-    def decided(self) -> None:
-        return
-
-    def follow(self, before: Weights, survivors: np.ndarray) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return
 
 
 def listener(kind: str, model: nn.Module, units: Units, *, smoothing: float) -> Listener:
@@ -166,7 +152,7 @@ class Gated(Protocol):
         """Of one value per unit; what it is measured by."""
 
 
-class Sensitivity:
+class Sensitivity(Listener):
     """First-order change of the loss when a unit is switched off, squared and averaged over batches.
 
     With a gate ``g`` on a unit, ``dL/dg = sum(W * dL/dW)`` over all weights that read it, so the gradients of ordinary
@@ -224,9 +210,6 @@ class Sensitivity:
         self.batch_done()
         self.listening = steps % LISTEN_EVERY == 0
 
-    def decided(self) -> None:
-        return
-
     def follow(self, before: Sensitivity, survivors: np.ndarray) -> None:
         self.value = before.value[upload(survivors, self.units.device)]
         self._batches = before._batches
@@ -247,7 +230,7 @@ class Sensitivity:
 # -- from activations --------------------------------------------------------------------------------------------------
 
 
-class Moments:
+class Moments(Listener):
     """Mean and variance of every channel that enters a consumer, gathered while forwards run.
 
     ``share(units)`` is what removal would take away: the variance a unit contributes to each consumer's output before its
@@ -276,16 +259,13 @@ class Moments:
             self.stop()
 
     @property
-    def value(self) -> Tensor:
+    def value(self) -> Tensor:  # type: ignore[override]
         return self.share() if self.sums else torch.ones(self.units.count, device=self.units.device)
 
     def hear(self, steps: int, *, soon: bool) -> None:
         self.batch_done()
         if soon and not self.active:
             self.start()
-
-    def averaged(self) -> None:
-        return
 
     def decided(self) -> None:
         self.stop()

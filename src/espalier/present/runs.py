@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
 from espalier.run.latency import size_on_disk
 from espalier.run.models import load_weights, runs_code
 from espalier.run.report import changed, dense_score, metric_of, places
-from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_sealed, unfinished
+from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_rows, read_sealed, unfinished
 from espalier.tasks import Metric
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
@@ -197,11 +196,11 @@ def blank_input(config: Config) -> torch.Tensor:
 
 def _log(path: Path) -> tuple[dict[str, float], ...]:
     """Empty where nothing was trained."""
-    return tuple({k: float(v) for k, v in row.items() if v} for row in _rows(path))
+    return tuple({k: float(v) for k, v in row.items() if v} for row in read_rows(path))
 
 
 def _widths(path: Path) -> dict[str, tuple[tuple[int, int], ...]]:
-    rows = _rows(path)
+    rows = read_rows(path)
     names = [n for n in rows[0] if n != "epoch"] if rows else []
     return {name: tuple((int(row["epoch"]), int(row[name])) for row in rows if row[name]) for name in names}
 
@@ -224,22 +223,6 @@ def _history(path: Path) -> dict[str, dict[str, list[list[float]]]]:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: damaged ({error})") from error
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        for row in rows:
-            for key, value in row.items():
-                if key is None or value is None:
-                    raise ValueError("a row of another length")
-                float(value or 0)
-    except (csv.Error, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    return rows
 
 
 def _networks(folder: Path, config: Config, *, trust: bool) -> tuple[nn.Module | None, nn.Module | None, str]:

@@ -22,13 +22,13 @@ from espalier.costs import Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.agreement import check_run, once, share, take_from_first
 from espalier.methods.base import Method, Run, budget_for, need_method
-from espalier.methods.scoring import buffers_kept
+from espalier.methods.scoring import buffers_kept, modes_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
 from espalier.run.checkpoint import fingerprint, read_checkpoint, seeded, take_over
 from espalier.run.data import Data, set_aside
-from espalier.run.evaluate import evaluate, modes_kept, pick_device
+from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.loggers import Log, Loggers
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.processes import held, is_shared, join, tested

@@ -1,4 +1,4 @@
-"""How good a network is at its task, exactly counted; BatchNorm statistics of a changed network."""
+"""How good a network is at its task, exactly counted."""
 
 from __future__ import annotations
 
@@ -10,19 +10,8 @@ import torch
 from torch import nn
 
 from espalier.methods.agreement import gathered, total
-from espalier.methods.scoring import modes_kept, recalibrate_batchnorm
-from espalier.tasks import Classification, Summed, Task, image_count, main_logits, to_device
-
-__all__ = [
-    "AUTOCAST",
-    "autocast",
-    "evaluate",
-    "main_logits",
-    "modes_kept",
-    "pick_device",
-    "recalibrate_batchnorm",
-    "thread_count",
-]
+from espalier.methods.scoring import modes_kept
+from espalier.tasks import Classification, Summed, Task, image_count, to_device
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

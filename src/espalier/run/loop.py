@@ -21,7 +21,7 @@ from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
 from espalier.methods.agreement import anywhere, average_, average_statistics, once, reduce_gradients, share, total
 from espalier.methods.base import Removed, Run
-from espalier.methods.scoring import buffers_kept
+from espalier.methods.scoring import buffers_kept, modes_kept
 from espalier.run.batches import Source
 from espalier.run.batchnorm import synchronised
 from espalier.run.checkpoint import (
@@ -41,7 +41,7 @@ from espalier.run.checkpoint import (
 )
 from espalier.run.data import Data, FolderData, identity
 from espalier.run.ema import AveragedWeights
-from espalier.run.evaluate import autocast, modes_kept, pick_device, thread_count
+from espalier.run.evaluate import autocast, pick_device, thread_count
 from espalier.run.processes import shares, tested
 from espalier.run.recipe import ADDED, WHERE, Recipe
 from espalier.run.replay import Replay, recorder_for, running

@@ -148,21 +148,30 @@ def add_widths(path: Path, epoch: int, widths: Mapping[str, int]) -> None:
 
     Empty where a group is not there: a method may give layers other forms, and so new groups, on the way.
     """
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file, strict=True) if int(row["epoch"]) < epoch]
-            if any(None in row or None in row.values() for row in rows):
-                raise ValueError("a row of another length")
-        except (csv.Error, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: damaged ({error}); move it away, and it begins anew") from error
+    rows: list[dict[str, Any]] = [row for row in read_rows(path, keys=("epoch",)) if float(row["epoch"]) < epoch]
     rows.append({"epoch": epoch, **widths})
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_file(path, text.getvalue().encode())
+
+
+def read_rows(path: Path, *, keys: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of numbers by column, each with ``keys``; none where there is no file.  Raises: ValueError if it is damaged."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError("a row of another length")
+            for value in (*row.values(), *(row[key] or "none" for key in keys)):
+                float(value or 0)
+    except (csv.Error, UnicodeDecodeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); move it away, and go on without") from error
+    return rows
 
 
 def write_file(path: Path, content: bytes) -> None:
