@@ -147,6 +147,11 @@ def _is_whole(tensor: Tensor) -> bool:
     )
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are; of none, the CPU."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """``dict(model.named_modules())`` in one pass."""
     found: dict[str, nn.Module] = {}

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from espalier.carving import put_in_place
-from espalier.copies import copy_model, named_modules
+from espalier.copies import copy_model, device_of, named_modules
 from espalier.graph.graph import BLOCK, Block, Extent, Graph, Group, Site, Term
 from espalier.graph.tracing import call_arguments, mode
 from espalier.graph.watch import first_line, tensors_in, tensors_of, uncompiled
@@ -65,7 +65,7 @@ def find_blocks(model: nn.Module, example: Any) -> Blocks:
     private = copy_model(model, {})
     for parameter in private.parameters():
         parameter.requires_grad_(False)
-    device = next((p.device for p in private.parameters()), torch.device("cpu"))
+    device = device_of(private)
     args, kwargs = call_arguments(example, str(device))
     generator = torch.Generator().manual_seed(0)
     found: list[Block] = []

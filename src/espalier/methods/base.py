@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.carving import Kept, make_plain
-from espalier.copies import check_free, check_sound, named_tensors, unwrapped
+from espalier.copies import check_free, check_sound, device_of, named_tensors, unwrapped
 from espalier.costs import COUNTS, LATENCY, Cost, CostModel
 from espalier.forms.lowrank import BasisChange
 from espalier.graph import Graph, files, hold, trace
@@ -475,7 +475,7 @@ class Run(ABC):
         # a new trace would not find a group of which one channel is left
         self.graph = self.budget.timed(files.from_json(state["graph"]))
         self.taken, self.skipped = dict(state["taken"]), dict(state["skipped"])
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         self.history = restored(state["history"], device)
         names = (*self._declared("remembers"), *self._declared("per_unit"))  # an older version knew others
         own = {n: restored(state["own"][n], device) for n in names if n in state["own"]}

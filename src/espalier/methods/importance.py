@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from espalier.copies import named_modules
 from espalier.graph import Graph
 from espalier.methods.agreement import average_
+from espalier.methods.scoring import modes_kept
 from espalier.methods.units import Gate, Units, upload
 from espalier.settings import Fraction, OneOf, described
 
@@ -368,9 +369,8 @@ def score_units(
         raise ValueError(
             f"importance {kind!r} is measured on data; give batches, or choose one of {', '.join(BY_WEIGHT)}"
         )
-    flags = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         if kind == "share":
             moments = Moments(model, units)
             with moments.watching(), torch.no_grad():
@@ -387,9 +387,6 @@ def score_units(
             finally:
                 sensitivity.close()
         return units.by_group(sensitivity.value)
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 TAYLOR = "taylor"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from espalier.copies import device_of
 from espalier.forms.transfer import moved
 
 Batch = tuple[Tensor, Tensor]
@@ -37,7 +38,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) ->
     Raises: ValueError if there is no batch.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    device = _device(model)
+    device = device_of(model)
     momenta = [m.momentum for m in norms]
     seen: dict[nn.Module, int] = {}
 
@@ -111,10 +112,6 @@ def _statistics(model: nn.Module) -> list[tuple[_BatchNorm, Tensor, Tensor]]:
     ]
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Give every buffer its content back afterwards."""
@@ -133,7 +130,7 @@ def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
 
     Raises: ValueError if there are no images, or the loss is not finite.
     """
-    device = _device(model)
+    device = device_of(model)
     losses: list[Tensor] = []
     images = 0
     with modes_kept(model):
@@ -160,7 +157,7 @@ def loss_with(
     before = {name: weight.detach().clone() for name, weight in own.items()}
     with buffers_kept(model):
         try:
-            for name, weight in moved(weights, _device(model)).items():
+            for name, weight in moved(weights, device_of(model)).items():
                 own[name].copy_(weight)
             recalibrate_batchnorm(model, batches, n)
             return loss_on(model, images)

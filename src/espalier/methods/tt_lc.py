@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from espalier.copies import device_of
 from espalier.forms import FORMS, Wish, cost_of, dense_sequence, sequential
 from espalier.forms.candidates import Factors, compose, factorise, full_rank, options_at, ranks_of
 from espalier.forms.spectra import Spectra, spectra_of
@@ -399,7 +400,7 @@ class TTLCRun(Run):
         """``D(theta)`` in place of ``w``, fitted once more to the weights themselves."""
         final = self._fit(self.lc.plain(), self.sequences, sweeps=FINAL_SWEEPS)
         parts = {(n, i): w for n, layer in final.items() for i, w in enumerate(layer.weights)}
-        parts = moved(parts, next(self.model.parameters()).device)
+        parts = moved(parts, device_of(self.model))
         for name, layer in final.items():
             old = self.model.get_submodule(name)
             weights = [parts[name, i] for i in range(len(layer.weights))]

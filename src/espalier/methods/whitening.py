@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espalier.copies import device_of
 from espalier.forms import Place
 from espalier.forms.sequences import Stage, stages
 from espalier.forms.svd import svd
@@ -51,7 +52,7 @@ def input_moments(
         return hook
 
     hooks = [model.get_submodule(n).register_forward_pre_hook(listen(n)) for n in places]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import __version__
-from espalier.copies import check_sound, copy_model, unwrapped
+from espalier.copies import check_sound, copy_model, device_of, unwrapped
 from espalier.costs import Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.methods.agreement import check_run, once, share, take_from_first
@@ -255,8 +255,7 @@ class _Job:
         self.budget, self.method, self.recipe = budget_for(method, budget), method, recipe
         self.limited = budget is not None
         self.calibration, self.task = calibration, task
-        first = next(model.parameters(), torch.empty(0))
-        self.home = first.device
+        self.home = device_of(model)
         self.device = pick_device(recipe.device) if source is not None else self.home
         if source is not None:
             check_fit(model, source, replace(recipe, distill=None), task=task)
@@ -595,7 +594,7 @@ def _is_trained(model: nn.Module, source: Source, task: Task) -> bool:
 
 def _training_loss(model: nn.Module, batches: list[Any], task: Task) -> float:
     """In train mode, in which every task has a loss, and statistics of BatchNorm that were never estimated do not matter."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     with modes_kept(model), buffers_kept(model), torch.no_grad():
         model.train()
         pairs = [to_device(task.split(batch), device) for batch in batches]

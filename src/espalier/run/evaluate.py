@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from espalier.copies import device_of
 from espalier.methods.agreement import gathered, total
 from espalier.methods.scoring import modes_kept
 from espalier.tasks import Classification, Summed, Task, image_count, to_device
@@ -78,8 +79,7 @@ def judged(
     joint: bool = False,
 ) -> tuple[dict[str, float], int]:
     """``evaluate``, and the number of images.  ``joint``: ``batches`` are of this process, and the answer is of all of them."""
-    first = next(model.parameters(), None)
-    place = pick_device(device) if device is not None else first.device if first is not None else torch.device("cpu")
+    place = device_of(model) if device is None else pick_device(device)
     meter = task.meter()
     if isinstance(meter, nn.Module):  # as those of torchmetrics are
         meter.to(place)

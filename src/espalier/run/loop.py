@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from espalier.copies import copy_model
+from espalier.copies import copy_model, device_of
 from espalier.graph.watch import first_line
 from espalier.layers import OwnDecay
 from espalier.methods.agreement import anywhere, average_, average_statistics, once, reduce_gradients, share, total
@@ -197,8 +197,7 @@ def check_fit(
         )
     task = task or Classification()
     _distillation_weight(recipe, teacher, task)
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
+    device = device_of(model)
     if data.num_classes is None or not isinstance(task, Classification):
         if recipe.graphs:
             raise ValueError(
