@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import common
 from espalier.forms.candidates import compose, factorise
-from espalier.forms.evbmf import evbmf
+from espalier.forms.evbmf import evbmf, threshold_ratio
 from espalier.forms.spectra import spectra_of
 from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget
@@ -140,7 +140,7 @@ def evbmf_time(rounds: int) -> dict[str, float]:
     u, v = (np.linalg.qr(draw.normal(size=(n, 100)))[0] for n in (512, 4608))
     matrix = 154.0 * u @ v.T + 0.5 * draw.normal(size=(512, 4608))
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(matrix @ matrix.T), 0))
-    rank = evbmf(values, (512, 4608)).rank
+    rank = evbmf(values, (512, 4608))[0]
     return {
         "seconds": median(timed(lambda: evbmf(values, (512, 4608))) for _ in range(rounds)),
         "rank": rank,
@@ -170,8 +170,11 @@ def _planted(shape: tuple[int, int], rank: int, noise: float, seed: int) -> tupl
     u, v = (np.linalg.qr(draw.normal(size=(n, rank)))[0] for n in shape)
     matrix = np.sqrt(shape[0] * shape[1] / rank) * u @ v.T + noise * draw.normal(size=shape)
     values = np.linalg.svd(matrix, compute_uv=False)
-    free, known = evbmf(values, shape), evbmf(values, shape, noise=noise**2)
-    return free.rank, known.rank, free.noise
+    free, variance = evbmf(values, shape)
+    alpha = min(shape) / max(shape)
+    tau = threshold_ratio(alpha)
+    known = int((values**2 > max(shape) * noise**2 * (1 + tau) * (1 + alpha / tau)).sum())
+    return free, known, variance
 
 
 def l_step(steps: int) -> dict[str, float]:
