@@ -1,15 +1,19 @@
-"""Real data for the tests that want it: given by the environment, or packed beside the repository."""
+"""Real data for the tests that want it: given by the environment, or packed beside the repository.
 
+PyTorch is imported inside fixtures: the process that hands out the tests reads this file too, and needs none.
+"""
+
+import functools
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from tests.steps import measure_nothing
-from tests.waits import copied  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKED = REPOSITORY.parent / "shared" / "data"
@@ -45,7 +49,33 @@ def weights_dir() -> Path:
     pytest.skip("the published weights are absent: put them into ESPALIER_DATA_DIR/weights")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def translations_read_once() -> None:
+    """PyTorch's ONNX exporter reads how it translates every operation anew for every file, which takes a second each time."""
+    import torch
+
+    export = torch.onnx.export
+
+    def first_export(*arguments: Any, **options: Any) -> Any:
+        torch.onnx.export = export
+        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        return export(*arguments, **options)
+
+    torch.onnx.export = first_export
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts copies between host and device."""
+    from tests.waits import count_copies
+
+    return count_copies(monkeypatch)
+
+
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without their slow last part, export and timing: what is tested comes before."""
+    """Runs without their slow last part, export, timing and figures: what is tested comes before."""
+    from tests.steps import measure_nothing
+
     measure_nothing(monkeypatch)

@@ -1,5 +1,6 @@
 """A program in a process of its own, without importing PyTorch anew, which takes seconds."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -12,9 +13,14 @@ from typing import Any, TextIO
 
 import torch
 
+COME_LATE = ("torch._dynamo", "sklearn.datasets")
+"""What a first optimiser and the digits import, in three and in six seconds: here, or every copy would do so anew."""
+
 
 def forked(act: Callable[[], Any], *, folder: Path) -> subprocess.CompletedProcess[str]:
     """Call ``act`` in a copy of this process whose current folder is ``folder``: its exit code and what it printed."""
+    for package in COME_LATE:
+        importlib.import_module(package)
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         child = multiprocessing.get_context("fork").Process(target=_inside, args=(act, folder, stdout, stderr))
         child.start()

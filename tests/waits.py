@@ -35,8 +35,8 @@ class Waits(TorchDispatchMode):
         return self.asked + self.copied.total() - self.before
 
 
-@pytest.fixture
-def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def count_copies(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What counts copies between host and device as they are made; ``copied`` is the fixture of it."""
     counts: Counter[str] = Counter()
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
