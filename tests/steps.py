@@ -26,6 +26,14 @@ def network(name: str = "resnet8a") -> nn.Module:
     return build_model(name, num_classes=10, in_channels=1, image_size=8)
 
 
+def tiny(num_classes: int, in_channels: int) -> nn.Module:
+    """In the place of a network that is known by name, where files are written: exporters take their time for every layer."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )  # fmt: skip
+
+
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """Random images and labels, the same for the same ``step``."""
     random = torch.Generator().manual_seed(step)
@@ -59,13 +67,14 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def measure_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Runs end without export and timing, which take seconds; ``unmeasured`` is the fixture of it."""
+    """Runs end without export, timing and figures, which take seconds; ``unmeasured`` is the fixture of it."""
 
     def not_here(*arguments: Any, **options: Any) -> Any:
         raise ValueError("not in this test")
 
     for slow in ("latency", "export_onnx"):
         patch.setattr(f"espalier.run.report.{slow}", not_here)
+    patch.setattr("espalier.run.compress.write_figures", lambda folder, history: None)
 
 
 class Killed(Exception):

@@ -1,30 +1,25 @@
 """Every example runs as it stands, on tiny data: the ways in which people come with a network."""
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
 
 import numpy as np
 import pytest
-from test_readme import REPOSITORY, run, run_forked
-from torch import nn
+from test_readme import REPOSITORY, run_forked
 from typer.testing import CliRunner
 
 import espalier as es
+from benchmarks.vision_ops import torchvision
+from espalier.optional import import_lightning
 from espalier.run.models import CIFAR_MODELS
+from tests.steps import tiny
 
 EXAMPLES = REPOSITORY / "examples"
-WITH_OPERATORS = (
-    "import runpy, sys; from benchmarks.vision_ops import torchvision; torchvision(); sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-"""The example, with torchvision's operators in plain PyTorch where its own do not load."""
-
 ROWS = {
-    "own_loop.py": (["--epochs", "2"], (), r"of the dense MACs"),
-    "lightning_loop.py": (["--epochs", "2"], ("lightning", "torchvision"), r"of the dense MACs"),
+    "own_loop.py": (["--epochs", "1"], (), r"of the dense MACs"),
+    "lightning_loop.py": (["--epochs", "1"], ("lightning", "torchvision"), r"of the dense MACs"),
     "segmentation.py": (["--epochs", "1", "--images", "32"], (), r"mean_iou .* proven"),
     "detection.py": (["--epochs", "1", "--images", "8", "--by-loss"], ("torchvision",), r"detection_loss .* proven"),
     "yolo.py": (
@@ -50,11 +45,11 @@ def test_an_example_runs(name, tmp_path, monkeypatch):
         monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
         monkeypatch.setenv("YOLO_OFFLINE", "true")
         monkeypatch.setenv("YOLO_AUTOINSTALL", "false")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     if {"torchvision", "ultralytics"} & {*packages}:
-        done = run(["-c", WITH_OPERATORS, str(EXAMPLES / name), *arguments], folder=tmp_path)
-    else:
-        done = run_forked(EXAMPLES / name, *arguments, folder=tmp_path)
+        torchvision()
+    if "lightning" in packages:
+        import_lightning()
+    done = run_forked(EXAMPLES / name, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(says, done.stdout), done.stdout
 
@@ -108,13 +103,6 @@ def test_the_classifier_of_the_command_line_goes_from_pictures_to_a_service(tmp_
     example = es.load_data("imagefolder:pictures").example()
     share = es.cost(es.trace(small, example)).fraction_of(es.cost(es.trace(dense, example)))
     assert share["macs"] <= 0.5
-
-
-def tiny(num_classes, in_channels):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
-    )  # fmt: skip
 
 
 def commands(script, **values):

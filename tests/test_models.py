@@ -1,7 +1,6 @@
 """Networks by name and their weights."""
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -133,16 +132,6 @@ def test_a_segmentation_network_downloads_no_backbone(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     assert parameters(build_model("torchvision:lraspp_mobilenet_v3_large", num_classes=4)) > 0
-
-
-def test_torchvision_and_timm_import_in_a_fresh_process():
-    pytest.importorskip("timm")
-    code = (
-        "from espalier.optional import import_timm, import_torchvision\n"
-        "import_timm(); vision = import_torchvision()\n"
-        "assert vision.models.resnet18().fc.out_features == 1000"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_absent_package_names_its_extra():

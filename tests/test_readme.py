@@ -13,8 +13,9 @@ import typer.main
 
 from espalier.present.cli import app
 from espalier.present.config import hyper_parameters, make_method
+from espalier.run.models import CIFAR_MODELS
 from tests.forked import forked
-from tests.steps import measure_nothing
+from tests.steps import measure_nothing, tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -45,18 +46,24 @@ def run(arguments: list[str], *, folder: Path) -> subprocess.CompletedProcess[st
 def run_forked(script: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The same as ``python SCRIPT ARGUMENTS``, but that all is imported already and runs leave out export and timing."""
 
-    def act() -> None:
-        measure_nothing(pytest.MonkeyPatch())
-        sys.argv = [str(script), *arguments]
-        runpy.run_path(str(script), run_name="__main__")
+    return forked(lambda: run_here(script, *arguments, patch=pytest.MonkeyPatch()), folder=folder)
 
-    return forked(act, folder=folder)
+
+def run_here(script: Path, *arguments: str, patch: pytest.MonkeyPatch) -> None:
+    """The same in this process: for what imports much that other tests need too."""
+    measure_nothing(patch)
+    patch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if code_of(p)], ids=lambda page: page.name)
-def test_the_code_on_a_page_runs(page, tmp_path):
+def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
     script = tmp_path / "page.py"
     script.write_text(code_of(page), encoding="utf-8")
+    if page.name == "shipping.md":  # exports to every kind of file there is
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setitem(CIFAR_MODELS, "resnet8", tiny)
+        return run_here(script, patch=monkeypatch)
     done = run([str(script)], folder=tmp_path) if page.name == "README.md" else run_forked(script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -124,15 +124,22 @@ def test_every_source_lies_in_a_known_room():
     assert homeless == []
 
 
-def test_neither_importing_nor_tracing_nor_the_command_line_imports_what_takes_seconds():
+@pytest.fixture(scope="module")
+def fresh():
+    """What a process says that imports the package, traces, and imports the command line, then torchvision and timm."""
     code = (
         "import sys, torch, espalier; from espalier.run.models import build_model\n"
         "espalier.trace(build_model('resnet8', num_classes=10), torch.zeros(1, 3, 32, 32))\n"
         "print('typer' in sys.modules); import espalier.present.cli\n"
-        "print(*sorted({'.'.join(name.split('.')[:2]) for name in sys.modules}))"
+        "print(*sorted({'.'.join(name.split('.')[:2]) for name in sys.modules}), flush=True)\n"
+        "from espalier.optional import import_timm, import_torchvision\n"
+        "import_timm(); print(import_torchvision().models.resnet18().fc.out_features)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    typer, *loaded = told.split()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_neither_importing_nor_tracing_nor_the_command_line_imports_what_takes_seconds(fresh):
+    typer, loaded, *_ = fresh.stdout.splitlines()
     heavy = {
         "timm",
         "torchvision",
@@ -144,4 +151,9 @@ def test_neither_importing_nor_tracing_nor_the_command_line_imports_what_takes_s
         "jinja2",
         "torch._dynamo",
     }
-    assert typer == "False" and heavy & set(loaded) == set()
+    assert typer == "False" and heavy & set(loaded.split()) == set()
+
+
+def test_torchvision_and_timm_import_in_a_fresh_process(fresh):
+    pytest.importorskip("timm")
+    assert fresh.stdout.splitlines()[2:] == ["1000"], fresh.stderr

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -15,12 +14,22 @@ from espalier.deploy.int8 import export_int8
 from espalier.layers import PaddedConv2d, PartConv2d
 from espalier.optional import MissingPackage
 from espalier.present.cli import app
+from espalier.run.models import CIFAR_MODELS
+from tests.forked import forked
+from tests.steps import tiny
 
 ONE_EPOCH = es.Recipe(epochs=1, batch_size=256, threads=1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_resnet8():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CIFAR_MODELS, "resnet8", tiny)
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(small_resnet8, tmp_path_factory):
     """A finished run on the digits, moved to another place."""
     made = tmp_path_factory.mktemp("runs") / "made"
     es.compress(
@@ -90,14 +99,16 @@ def test_files_of_pytorch_run_without_espalier(folder, tmp_path):
         assert run("export", folder, "--to", tmp_path / f"model{ending}").exit_code == 0
     x = torch.randn(3, 1, 8, 8)
     torch.save({"x": x, "y": es.load_run(folder)(x).detach()}, tmp_path / "pair.pth")
-    code = (
-        "import sys, torch\n"
-        "sys.modules['espalier'] = None\n"  # an import of it would fail
-        "pair = torch.load('pair.pth')\n"
-        "for network in (torch.export.load('model.pt2').module(), torch.jit.load('model.pt')):\n"
-        "    assert torch.allclose(network(pair['x']), pair['y'], atol=1e-5)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=100)
+
+    def elsewhere():
+        for name in [n for n in sys.modules if n.partition(".")[0] == "espalier"]:
+            sys.modules[name] = None  # an import of it fails
+        pair = torch.load("pair.pth")
+        for network in (torch.export.load("model.pt2").module(), torch.jit.load("model.pt")):
+            assert torch.allclose(network(pair["x"]), pair["y"], atol=1e-5)
+
+    done = forked(elsewhere, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_file_of_pytorch_is_what_its_ending_says(tmp_path):
