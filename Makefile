@@ -5,7 +5,9 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt $(PIP_ARGS)
+# pip compiles with one process, and tests of others too: a minute and a half for what development needs
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
 
 .PHONY: demo test test-zoo lint bench-quick bench-peers tables clean
 
@@ -45,9 +47,11 @@ $(BIN)/python:
 # What the demo needs: the package and ONNX export.
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[onnx]'
+	$(COMPILE)
 	@touch $@
 
 # What development needs: every extra, in one go.
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[models,data,onnx,detection,dev,bench]'
+	$(COMPILE)
 	@touch $(VENV)/.base $@
