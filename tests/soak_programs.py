@@ -70,7 +70,7 @@ def _plan(graph: Graph, kept: list[int], generator: np.random.Generator) -> Plan
 
 
 def outputs(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> list[Tensor]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # a millisecond less than with those of all devices
     with torch.no_grad():
         out = model.train(training)(*inputs)
     return list(out) if isinstance(out, tuple) else [out]

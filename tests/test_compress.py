@@ -274,6 +274,12 @@ def test_an_unreachable_budget_leaves_an_older_run_where_it_is(tmp_path, unmeasu
     assert (tmp_path / "metrics.json").exists()
 
 
+@pytest.fixture(scope="module")
+def wholes():
+    """The runs that nobody kills, by method."""
+    return {}
+
+
 SEARCHING = TTLC(search=2, iterations=7, share=0.6, arrive=2, held_out=20)
 
 
@@ -291,10 +297,14 @@ SEARCHING = TTLC(search=2, iterations=7, share=0.6, arrive=2, held_out=20)
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, unmeasured, method, killed, changes):
+def test_a_killed_run_is_resumed_exactly(
+    digits, trained, tmp_path, tmp_path_factory, unmeasured, wholes, method, killed, changes
+):
     plan = recipe(epochs=4, ema=0.9, **changes)
     job = {"budget": Budget(macs=0.4, params=0.6), "method": method, "recipe": plan}
-    whole = compress(trained, digits, **job, out=tmp_path / "whole")
+    if method not in wholes:
+        wholes[method] = compress(trained, digits, **job, out=tmp_path_factory.mktemp("whole"))
+    whole = wholes[method]
     with pytest.raises(Killed):
         compress(trained, digits, **job, out=tmp_path / "part", on_epoch=killed_after(killed))
     torch.manual_seed(1234)
@@ -305,7 +315,7 @@ def test_a_killed_run_is_resumed_exactly(digits, trained, tmp_path, unmeasured, 
     assert same == [dataclasses.replace(e, seconds=0.0) for e in whole.history.epochs]
     assert len((tmp_path / "part" / "log.csv").read_text().splitlines()) == 5
     for name in ("plan.json", "history.json"):
-        one, other = ((tmp_path / run / name) for run in ("whole", "part"))
+        one, other = ((folder / name) for folder in (whole.folder, tmp_path / "part"))
         assert one.exists() == other.exists() and (not one.exists() or one.read_text() == other.read_text())
 
 

@@ -386,7 +386,7 @@ def test_a_peer_reaches_the_target(name, multiple):
     if package := lacking(name):
         pytest.skip(f"without {package}")
     torch.manual_seed(0)
-    model = build_model("resnet20", num_classes=10, in_channels=1, image_size=8)
+    model = build_model("resnet8", num_classes=10, in_channels=1, image_size=8)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # equal scales would rank nothing
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

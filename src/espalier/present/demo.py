@@ -12,6 +12,7 @@ from espalier.present.show import show_markdown
 from espalier.run.rundir import METRICS, MODEL, SUMMARY, read_sealed
 from espalier.run.timed import time_sentence
 
+NETWORK = "resnet20"
 # One thread: on images of 8x8 a second one gains nothing, and loses much where the other core is busy.
 RECIPE = {"batch_size": 64, "threads": 1, "device": "cpu"}
 DENSE = {"epochs": 15, "lr": 0.1, "warmup_epochs": 1, **RECIPE}
@@ -21,7 +22,7 @@ BUDGET = {"latency": 0.5}  # in ONNX Runtime, one image at a time, one thread
 
 def run_demo(out: Path) -> None:
     """Train dense into ``out/dense``, compress with TCP into ``out``, report; older runs there are set aside."""
-    network, data = {"name": "resnet20"}, {"name": "digits"}
+    network, data = {"name": NETWORK}, {"name": "digits"}
     _say("1. Train a dense ResNet-20 on scikit-learn's 1797 real handwritten digits.\n")
     dense: Config = {"model": network, "data": data, "budget": {}, "method": {"name": "none"}, "recipe": DENSE}
     run_job(dense, out=out / "dense", force=True)
