@@ -75,7 +75,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without their slow last part, export, timing and figures: what is tested comes before."""
+    """Runs without their slow last part, export and timing: what is tested comes before."""
     from tests.steps import measure_nothing
 
     measure_nothing(monkeypatch)

@@ -67,14 +67,13 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def measure_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Runs end without export, timing and figures, which take seconds; ``unmeasured`` is the fixture of it."""
+    """Runs end without export and timing, which take seconds; ``unmeasured`` is the fixture of it."""
 
     def not_here(*arguments: Any, **options: Any) -> Any:
         raise ValueError("not in this test")
 
     for slow in ("latency", "export_onnx"):
         patch.setattr(f"espalier.run.report.{slow}", not_here)
-    patch.setattr("espalier.run.compress.write_figures", lambda folder, history: None)
 
 
 class Killed(Exception):

@@ -57,7 +57,13 @@ def bench(tmp_path, monkeypatch, unmeasured):
     monkeypatch.setattr(running, "read_recipes", lambda: read_recipes(tmp_path))
     monkeypatch.setattr(running, "missing", lambda recipes: missing(recipes, tmp_path / "runs"))
     monkeypatch.setattr(running, "latency", lambda *a, **k: [])
+    monkeypatch.setattr(running, "load_data", few_digits)
     return tmp_path
+
+
+def few_digits(*given, **options):
+    whole = load_data(*given, **options)
+    return dataclasses.replace(whole, train=whole.train[:512], test=whole.test[:100])
 
 
 missing = running.missing
