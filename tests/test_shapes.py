@@ -64,9 +64,26 @@ def test_closed_forms_have_the_strides_of_the_first_operand(shape):
     assert compare.known > 0
 
 
+ELEMENTWISE = [f for f, shape in shapes.OVERLOADS.items() if shape in (shapes.unary, shapes.binary, shapes.softmax)]
+
+
+@pytest.mark.parametrize("func", ELEMENTWISE)
+@pytest.mark.parametrize("make", [meta, turned])
+def test_closed_forms_of_one_element_each_agree_with_the_kernels(func, make):
+    x = make(2, 4, 3, 5)
+    more = {aten.lerp.Scalar: (x, 0.5), aten.pow.Tensor_Scalar: (2,), aten._safe_softmax.default: (1,)}
+    more |= {aten.clamp.default: (-1.0, 1.0), aten.mul.Scalar: (2.0,)}
+    rest = more.get(func, (x,) if shapes.OVERLOADS[func] is shapes.binary else ())
+    with Compare() as compare:
+        func(x, *rest)
+    assert not compare.wrong
+    assert compare.known == (make is meta or shapes.OVERLOADS[func] is not shapes.softmax)
+
+
 @pytest.mark.parametrize(
     ("func", "args"),
     [
+        (aten.mm.default, (meta(2, 3), meta(4, 5))),
         (aten.native_group_norm.default, (meta(1, 4, 3, 3), meta(4), None, 1, 4, 9, 3, 1e-5)),
         (aten.native_group_norm.default, (meta(1, 4, 3, 3), meta(3), None, 1, 4, 9, 2, 1e-5)),
         (

@@ -40,6 +40,10 @@ def unary(x: Tensor, *_: Any, **__: Any) -> Any:
     return _like(x) if _dense(x) else None
 
 
+def softmax(x: Tensor, *_: Any, **__: Any) -> Any:
+    return unary(x) if x.is_contiguous() else None  # what its kernel makes is contiguous
+
+
 def unary_(x: Tensor, *_: Any, **__: Any) -> Any:
     return x if x.is_floating_point() else None
 
@@ -136,6 +140,11 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> Any:
     return _new(a, (a.shape[0], b.shape[1])) if a.dtype == b.dtype == bias.dtype else None
 
 
+def mm(a: Tensor, b: Tensor) -> Any:
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype
+    return _new(a, (a.shape[0], b.shape[1])) if fits else None
+
+
 def mean(x: Tensor, dims: Any = None, keepdim: bool = False, **options: Any) -> Any:
     if not dims or options or not x.is_contiguous() or not x.is_floating_point():
         return None
@@ -180,6 +189,7 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     aten.native_group_norm: group_norm,
     aten.convolution: convolution,
     aten.addmm: addmm,
+    aten.mm: mm,
     aten.cat: cat,
 }
 
@@ -194,11 +204,16 @@ OVERLOADS: dict[Any, Callable[..., Any]] = {
     aten.div.Tensor: binary,
     aten.add_.Tensor: binary_,
     aten.mul_.Tensor: binary_,
+    aten.maximum.default: binary,
+    aten.minimum.default: binary,
+    aten.lerp.Scalar: binary,
     aten.mul.Scalar: unary,
-    aten._safe_softmax.default: unary,
+    aten.pow.Tensor_Scalar: unary,
+    aten._safe_softmax.default: softmax,
 }
 
-for _name in ("relu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "gelu", "silu", "sigmoid", "elu", "tanh"):
+_UNARY = "relu hardtanh hardswish hardsigmoid leaky_relu gelu silu sigmoid elu tanh softplus clamp abs neg exp log sqrt rsqrt"
+for _name in _UNARY.split():
     OVERLOADS[getattr(aten, _name).default] = unary
     if hasattr(aten, f"{_name}_"):
         OVERLOADS[getattr(aten, f"{_name}_").default] = unary_
