@@ -6,6 +6,9 @@ import pytest
 from programs import random_program
 from soak_programs import judge, soak
 
+from espalier.costs import cost
+from espalier.graph import trace
+
 
 def test_random_programs_are_cut_and_proven():
     """Short ones with one plan each, so that 300 are cheap; ``python -m tests.soak_programs`` has long ones and three plans."""
@@ -17,3 +20,10 @@ def test_random_programs_are_cut_and_proven():
 @pytest.mark.parametrize("seed", [920002])  # a roll by one channel where two go together
 def test_programs_that_were_wrong_once(seed: int):
     assert judge(random_program(random.Random(seed).choice), seed).kind == "proven"
+
+
+def test_costs_are_the_same_without_rehearsals():
+    for seed in range(8):
+        program = random_program(random.Random(seed).choice, longest=10)
+        network, example = program.build(), program.example()
+        assert cost(trace(network, example)) == cost(trace(network, example, rehearse=False)), seed

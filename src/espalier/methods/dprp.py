@@ -360,7 +360,7 @@ class DPRPRun(Closing):
                     plain = self.alternatives.plain(name, (layer.u, layer.s, layer.v), bias=layer.bias)
             put_layer(self.model, name, plain)
         self.layers = {}
-        built = cost(trace(self.model, self.example))
+        built = cost(trace(self.model, self.example, rehearse=False))
         assert (built.macs, built.params) == (self.cost.macs, self.cost.params), "planned cost is not the built one"
         return self.model
 

@@ -223,7 +223,7 @@ def evaluate(
     precision = settings["recipe"].get("precision", "fp32")
     found = evaluate_model(network, source.test_batches(), precision=precision, task=task)
     example = job_example(source, task)
-    used = cost(trace(network, example))
+    used = cost(trace(network, example, rehearse=False))
     loss = f", loss {found['loss']:.4f}" if "loss" in found else ""
     stdout.print(f"{task.metric.said(found[task.metric.name])}{loss}")
     memory = readable_bytes(used.activation_memory)

@@ -181,7 +181,7 @@ def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note
     log = _log(folder / LOG)
     judged = {"accuracy": "accuracy", "loss": "test_loss"}
     scores = {name: log[-1][column] for name, column in judged.items() if log and column in log[-1]}
-    used = {**cost(trace(network, blank_input(config))).counts, "bytes": size_on_disk(network)}
+    used = {**cost(trace(network, blank_input(config), rehearse=False)).counts, "bytes": size_on_disk(network)}
     return {
         "dense": {**scores, **used}, "small": {**scores, **used}, "fraction": dict.fromkeys(used, 1.0), "limits": {},
         "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),

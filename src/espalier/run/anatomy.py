@@ -63,7 +63,8 @@ class ComparedLayer:
 def layers_of(dense: nn.Module, small: nn.Module, example: Any) -> tuple[ComparedLayer, ...]:
     """Every convolution and linear layer of ``dense``, in the order of its modules, beside what ``small`` has there."""
     there = dict(small.named_modules())
-    amounts = [{row.name: row for row in overview(trace(model, example)).layers} for model in (dense, small)]
+    traced = [trace(model, example, rehearse=False) for model in (dense, small)]
+    amounts = [{row.name: row for row in overview(graph).layers} for graph in traced]
     found = []
     for name, module in dense.named_modules():
         stage = _stage(module)

@@ -259,7 +259,7 @@ class _Job:
         self.device = pick_device(recipe.device) if source is not None else self.home
         if source is not None:
             check_fit(model, source, replace(recipe, distill=None), task=task)
-        self.dense = cost(self.budget.timed(trace(model, example)))
+        self.dense = cost(self.budget.timed(trace(model, example, rehearse=self.budget.latency is not None)))
         self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
         self.run: Run | None = None  # of a method that works while the network trains
@@ -387,7 +387,7 @@ class _Job:
     @cached_property
     def constant(self) -> dict[str, int]:
         """The cost where training does not change it."""
-        return {} if self.method.trains else cost(trace(self.small, self.example)).counts
+        return {} if self.method.trains else cost(trace(self.small, self.example, rehearse=False)).counts
 
     def finished(self, run: Run) -> None:
         self._take_from(run)
@@ -408,7 +408,7 @@ class _Job:
 
     def result(self, *, verify: bool) -> Result:
         """Evaluate, check what was promised, write the results, and only then complain."""
-        found = replace(cost(trace(self.small, self.example)), latency=self.predicted)
+        found = replace(cost(trace(self.small, self.example, rehearse=False)), latency=self.predicted)
         small_result = self._tested(self.small) if self.source is not None else {}
         small = _in_modes_of(self.model, self.small.to(self.home))
         proof = once(lambda: self._proof(small)) if verify else None
