@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from espalier.methods.scoring import Batch
 from espalier.optional import import_optional
 from espalier.run.latency import Timing, latency
 from espalier.run.onnx import check_place, onnx_session, to_onnx_bytes
 from espalier.run.rundir import write_file
 from espalier.timing.bits import quantised
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from espalier.forms.places import Place, out_size
+from espalier.forms.places import Place, Sizes, out_size
 from espalier.graph import ConvSequence
 from espalier.layers import compose_row
 
 if TYPE_CHECKING:
     from espalier.forms.spectra import Spectra
 
-Sizes = tuple[int, ...]
 Bases = tuple[Tensor, ...]
 """What a later fit of a similar weight may begin from; what it holds is the form's own business."""
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from espalier.forms.form import Sizes
-from espalier.forms.places import CONVOLUTIONS, Place, out_size
+from espalier.forms.places import CONVOLUTIONS, Place, Sizes, out_size
 from espalier.forms.svd import svd
 from espalier.forms.table import matrix_form
 from espalier.layers import Composed, OwnDecay

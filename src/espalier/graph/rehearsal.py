@@ -22,13 +22,13 @@ from espalier.graph.watch import Key, Layer, Mismatch, Record, State, Watch, com
 SLICE = torch.ops.aten.slice.Tensor
 NUMBER = "is computed with a number that follows the widths"
 
-Units = dict[str, np.ndarray]  # group -> units that stay
+StayingUnits = dict[str, np.ndarray]  # group -> units that stay
 
 
 class Rehearsed(NamedTuple):
     """One choice of widths."""
 
-    units: Units
+    units: StayingUnits
     single: bool = False  # one unit is left of every group
 
 
@@ -48,7 +48,7 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
         yield Rehearsed(spread(graph, np.minimum(graph.sizes, fixed)))
 
 
-def spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: bool = False) -> Units:
+def spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: bool = False) -> StayingUnits:
     """``counts[g]`` units of group ``g``, unevenly, so that a wrong index cannot pass by accident.
 
     The first unit is one of them, or the last: at an end is what ``roll`` takes round it.

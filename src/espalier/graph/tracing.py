@@ -27,7 +27,7 @@ from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
 from espalier.graph.numbers import Comparing, Comparison
 from espalier.graph.reasons import CallPlace, Reason, is_users
-from espalier.graph.rehearsal import NUMBER, Rehearsal, Rehearsed, Units, distinct, widths
+from espalier.graph.rehearsal import NUMBER, Rehearsal, Rehearsed, StayingUnits, distinct, widths
 from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
@@ -35,8 +35,8 @@ from espalier.graph.watch import (
     Lessons,
     Memory,
     Mismatch,
-    Positions,
     Record,
+    TensorPositions,
     TraceError,
     TraceTimeout,
     Watch,
@@ -220,7 +220,7 @@ class Tracing:
         """Does the train-mode forward run what the eval-mode forward runs, random numbers and batch statistics aside?"""
         return len(self.forwards) > 1 and self.forwards[1].alike
 
-    def delivered(self, graph: Graph, units: Units, small: nn.Module) -> Mismatch | None:
+    def delivered(self, graph: Graph, units: StayingUnits, small: nn.Module) -> Mismatch | None:
         """What ``small``, the network that keeps ``units`` of ``graph``, does otherwise than predicted, in either mode."""
         single = any(len(u) == 1 < graph.group(n).size for n, u in units.items())
         kept = graph.kept(units)
@@ -401,7 +401,7 @@ def _fewest(rest: list[Group], enough: Callable[[list[Group]], bool]) -> list[Gr
     return chosen
 
 
-def _counted(found: Found, stage: Tracing) -> list[tuple[Positions, Positions]]:
+def _counted(found: Found, stage: Tracing) -> list[tuple[TensorPositions, TensorPositions]]:
     """Numbers of modules that were compared with a width that they seem to count: they go with it."""
     if found.mismatch.key is not None or found.rehearsed.single:
         return []
@@ -412,7 +412,7 @@ def _counted(found: Found, stage: Tracing) -> list[tuple[Positions, Positions]]:
     ]
 
 
-def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positions]]:
+def _equal_widths(found: Found, stage: Tracing) -> list[tuple[TensorPositions, TensorPositions]]:
     """What has to be as wide as each other: the mismatch is gone where all groups of one size keep the same units.
 
     So it is where a size comes from another tensor of the same width: ``y.view(b, c, h, w)`` with the ``c`` of ``x``.
@@ -442,7 +442,7 @@ def _equal_widths(found: Found, stage: Tracing) -> list[tuple[Positions, Positio
     return []
 
 
-def _positions(group: Group) -> Positions:
+def _positions(group: Group) -> TensorPositions:
     return group.slices[0].tensor, group.slices[0].dim, group.slices[0].index
 
 

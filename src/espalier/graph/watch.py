@@ -222,7 +222,7 @@ class Mismatch(Exception):
         self.counted: dict[tuple[str, int], Axis] = {}  # numbers of modules that seem to count what does not stay
 
 
-Positions = tuple[str, int, np.ndarray]  # of a tensor along a dimension, ``(units, positions per unit)``
+TensorPositions = tuple[str, int, np.ndarray]  # of a tensor along a dimension, ``(units, positions per unit)``
 
 
 @dataclass
@@ -232,7 +232,9 @@ class Lessons:
     lines: dict[Key, int] = field(default_factory=dict)  # how much of it is fixed
     reasons: dict[Key, str] = field(default_factory=dict)  # of the same, once all of it is fixed
     channels: dict[tuple[str, int], tuple[np.ndarray, Reason]] = field(default_factory=dict)  # positions that stay
-    ties: list[tuple[Positions, Positions]] = field(default_factory=list)  # as wide as each other, unit by unit
+    ties: list[tuple[TensorPositions, TensorPositions]] = field(
+        default_factory=list
+    )  # as wide as each other, unit by unit
     modules: dict[str, Reason] = field(default_factory=dict)
     plain: dict[str, None] = field(default_factory=dict)  # layers that compute their weight: watched as plain ones
     every_value_passes: bool = True  # see ``graph.standins``; not where the forward fails so
@@ -820,13 +822,14 @@ def _numbers_at(func: Any) -> tuple[tuple[int, ...], frozenset[str]]:
     named = {
         a.name: i
         for i, a in enumerate(func._schema.arguments)
-        if a.name in COMPUTED_WITH or not (a.name in COUNTS or re.search(rf"(SymInt|Generator)\S* {a.name}\b", text))
+        if a.name in COMPUTED_WITH
+        or not (a.name in GROUP_COUNTS or re.search(rf"(SymInt|Generator)\S* {a.name}\b", text))
     }
     return tuple(named.values()), frozenset(named)
 
 
 COMPUTED_WITH = {"stride", "padding", "dilation", "output_padding", "diagonal"}  # sizes that no shape need show
-COUNTS = {"group", "groups", "num_groups"}  # of channels: labels answer for them
+GROUP_COUNTS = {"group", "groups", "num_groups"}  # of channels: labels answer for them
 
 
 def numbers_of(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:

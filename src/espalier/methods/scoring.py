@@ -16,6 +16,7 @@ from espalier.copies import device_of
 from espalier.forms.transfer import moved
 
 Batch = tuple[Tensor, Tensor]
+"""Inputs and labels; of classifiers normalised float32 images ``(n, c, h, w)`` and int64 labels ``(n,)``, on one device."""
 
 
 @contextmanager

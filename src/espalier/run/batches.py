@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espalier.methods.scoring import Batch
 from espalier.run.preprocessing import Preprocessing
-
-Batch = tuple[Tensor, Tensor]
-"""Normalised float32 images ``(n, c, h, w)`` and int64 labels ``(n,)``, both on the source's device."""
-
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Per channel, of pixels from 0 to 1."""

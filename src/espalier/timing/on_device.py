@@ -30,9 +30,11 @@ OPENINGS = (
 SETTLED = 0.01  # shares that another opening changes by less are believed
 SETTINGS = "settings.json"
 
-Run = Callable[[], None]
+Forward = Callable[[], None]
 Nodes = list[tuple[str, str, float]]  # name, operation, milliseconds of the fastest runs; in the order of execution
-Opened = tuple[Run, Run, Callable[[], Nodes]]  # the network alone, the network watched, and what was seen of its nodes
+Opened = tuple[
+    Forward, Forward, Callable[[], Nodes]
+]  # the network alone, the network watched, and what was seen of its nodes
 
 
 def measure(
@@ -120,7 +122,7 @@ def _clock(threads: int) -> Clock:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def _once(call: Run, threads: int, count: int = 1) -> float:
+def _once(call: Forward, threads: int, count: int = 1) -> float:
     """Seconds of one call."""
     clock = _clock(threads)
     begin = clock()
