@@ -51,9 +51,19 @@ def by_a_number_that_the_module_keeps(model: Branching, wide: Tensor, last: Tens
     return last.tanh() if wide.shape[1] == model.kept else last
 
 
+def by_whether_something_is_left_over(model: Branching, wide: Tensor, last: Tensor) -> Tensor:
+    return last.tanh() if wide.shape[1] & 3 == 3 or not model.wide.out_channels % 5 else last
+
+
+def by_how_many_values_there_are(_: Branching, wide: Tensor, last: Tensor) -> Tensor:
+    return last.tanh() if wide.numel() // len(wide) == 6 * 4 else last
+
+
 @pytest.mark.parametrize(
     "joins",
     [
+        by_whether_something_is_left_over,
+        by_how_many_values_there_are,
         added_where_shapes_agree,
         by_a_remainder,
         by_what_is_computed_of_sizes,

@@ -7,6 +7,7 @@ it turns, and these are rehearsed like all others (``graph.rehearsal``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,12 +27,14 @@ RANDOM_WIDTHS = 200  # are tried of a side that several groups decide
 
 
 class SizesRemember(TorchFunctionMode):
-    """Sizes that follow widths are ``Sized`` numbers: those of ``tensor.shape`` and of ``tensor.size()``."""
+    """Sizes that follow widths are ``Sized`` numbers: those of ``tensor.shape``, ``tensor.size()`` and ``tensor.numel()``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func not in SIZE_GETTERS or not isinstance(args[0], Tensor):
             return out
+        if func is Tensor.numel:
+            return math.prod(_size(args[0], dim, size) for dim, size in enumerate(tuple(args[0].shape)))
         if isinstance(out, int):
             return _size(args[0], (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0), out)
         return torch.Size(_size(args[0], dim, size) for dim, size in enumerate(out))

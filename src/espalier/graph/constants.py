@@ -30,7 +30,7 @@ Value = Tensor | Unknown | None
 """Of a tensor that is no constant ``None``."""
 
 aten = torch.ops.aten
-SIZE_GETTERS = (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]
+SIZE_GETTERS = (Tensor.shape.__get__, Tensor.size, Tensor.numel)  # type: ignore[attr-defined]
 MAKERS = {aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_empty_strided}
 """Operations that take dtype and device from their operand, and no value."""
 EMPTY = {aten.empty, aten.new_empty, aten.new_empty_strided, aten.empty_strided}

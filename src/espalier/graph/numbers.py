@@ -112,6 +112,9 @@ class Compared(int):
     def __ge__(self, other: Any) -> bool:
         return _compared(operator.ge, self, other)
 
+    def __bool__(self) -> bool:
+        return _compared(operator.ne, self, 0)
+
 
 def _compared(op: Callable[[Any, Any], Any], one: Compared, other: Any) -> Any:
     if not isinstance(other, int):
@@ -157,9 +160,10 @@ def _computed(op: Callable[[Any, Any], Any], swapped: bool = False) -> Callable[
     return compute
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(Sized, f"__{_name}__", _computed(getattr(operator, _name)))
-    setattr(Sized, f"__r{_name}__", _computed(getattr(operator, _name), swapped=True))
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "rshift", "lshift"):
+    _op = getattr(operator, f"__{_name}__")
+    setattr(Sized, f"__{_name}__", _computed(_op))
+    setattr(Sized, f"__r{_name}__", _computed(_op, swapped=True))
 
 
 class Number(Compared):
@@ -199,6 +203,12 @@ class Number(Compared):
             return None
         sign = -1 if int(self) < 0 else 1
         return Side(lambda alive: sign * int(alive[found].sum()), found)
+
+    def __mod__(self, other: Any) -> Any:
+        """It counts nothing, but may decide which way the forward goes."""
+        comparing = _comparing.get()
+        side = None if comparing is None or comparing.ties is None else self.side(comparing.ties)
+        return (int(self) if side is None else Sized.of(int(self), side)) % other
 
     def __floordiv__(self, parts: Any) -> Any:
         """One of several equal parts, which all lose the same."""
