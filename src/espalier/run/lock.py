@@ -40,8 +40,8 @@ def owned(folder: Path) -> Iterator[None]:
         owner = _read(folder)
         if owner and platform.node() != owner.get("host") and not (_boot() and owner.get("boot") == _boot()):
             raise _taken(folder)
-        (folder / OWNER).write_text(json.dumps(_me()), encoding="utf-8")
         stack.callback((folder / OWNER).unlink, missing_ok=True)
+        (folder / OWNER).write_text(json.dumps(_me()), encoding="utf-8")
         yield
 
 
