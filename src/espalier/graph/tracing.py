@@ -70,11 +70,11 @@ def trace(
     width it follows, else the module around.  Costs are the same without rehearsals.
 
     Raises: TraceError (a ValueError) naming operation, module and source line; TraceTimeout after
-    ``time_limit`` seconds.
+    ``time_limit`` seconds of processor time.
     """
     model = unwrapped(model, who="trace")
     check_example(example_inputs)
-    deadline = time.monotonic() + time_limit
+    deadline = time.thread_time() + time_limit
     with watchdog(deadline), torch.inference_mode(False):
         return _understood(model, example_inputs, deadline, rehearse).graph
 

@@ -655,7 +655,7 @@ class Watch(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         self._func = func
         self.clock += 1
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise TraceTimeout(
                 f"tracing exceeded its time limit at {func} in {self.place()}; "
                 "raise `time_limit`, or trace at a smaller input"

@@ -6,8 +6,9 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from espalier.graph.reasons import is_users
 from espalier.graph.watch import TraceTimeout
@@ -16,23 +17,40 @@ GRACE = 0.5  # seconds in which the watch, which names the operation, may find o
 AGAIN = 1.0  # seconds until the next try, where a forward has caught what was thrown at it
 
 
+WAITING = 10
+
+
+def _processor_time(thread: int) -> Callable[[], float]:
+    """Seconds that a thread of this process has computed; where the system does not say, by the clock, from now."""
+    if hasattr(time, "pthread_getcpuclockid"):
+        return partial(time.clock_gettime, time.pthread_getcpuclockid(thread))
+    begun, used = time.monotonic(), time.thread_time()
+    return lambda: used + time.monotonic() - begun
+
+
 class Interrupted(BaseException):
     """Thrown into the Python code of another thread; no ``except Exception`` of a model catches it."""
 
 
 @contextmanager
 def watchdog(deadline: float) -> Iterator[None]:
-    """``TraceTimeout`` in what runs inside when ``deadline``, by ``time.monotonic``, has passed.
+    """``TraceTimeout`` in what runs inside when ``deadline``, by ``time.thread_time``, has passed.
 
-    Code that is not Python is interrupted when it returns.
+    Processor time, so that a busy machine changes no result; what only waits has ``WAITING`` times as long by the clock.  Code
+    that is not Python is interrupted when it returns.
     """
     thread, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
-    where = "code that is not the model's"
+    used, where = _processor_time(thread), "code that is not the model's"
+    limit = deadline - used()
+    latest = time.monotonic() + WAITING * limit
 
     def bark() -> None:
         nonlocal where
-        pause = deadline + GRACE - time.monotonic()
+        pause = limit + GRACE
         while not over.wait(min(max(pause, 0.0), threading.TIMEOUT_MAX)):
+            pause = min(deadline + GRACE - used(), latest - time.monotonic())
+            if pause > 0:
+                continue
             with lock:
                 if over.is_set():
                     return
