@@ -74,10 +74,12 @@ class CostModel:
             for group, multiplicity in e.each:
                 self._each[number, group] = multiplicity
         self._tables = self._pack_tables(extents + 1)
-        self._looked_up = {
-            g: [(number, lengths) for number, lengths in enumerate(table) if lengths.any()]
-            for g, table in self._tables.items()
-        }
+        self._looked_up: dict[int, list[tuple[int, np.ndarray]]] = {g: [] for g in self._tables}
+        for number, e in enumerate(graph.extents):  # of a table most rows are zero: it is read only where it says something
+            for group in dict.fromkeys(g for g, _ in e.table):
+                lengths = self._tables[group][number]
+                if lengths.any():
+                    self._looked_up[group].append((number, lengths))
         stays = [t for t in graph.parameters if t.name not in graph.baked_away]
         elements = {n: int(np.prod(graph.shapes[n])) for n in (*graph.baked_away, *graph.baked_new)}
         self._baked_away = sum(elements[n] for n in graph.baked_away) - sum(elements[n] for n in graph.baked_new)
