@@ -75,7 +75,7 @@ class CostModel:
                 self._each[number, group] = multiplicity
         self._tables = self._pack_tables(extents + 1)
         self._looked_up: dict[int, list[tuple[int, np.ndarray]]] = {g: [] for g in self._tables}
-        for number, e in enumerate(graph.extents):  # of a table most rows are zero: it is read only where it says something
+        for number, e in enumerate(graph.extents):  # of a table most rows say nothing
             for group in dict.fromkeys(g for g, _ in e.table):
                 lengths = self._tables[group][number]
                 if lengths.any():
