@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import espalier as es
 from espalier.present.cli import app
 from espalier.run.data import load_data
-from espalier.run.folder import Images
+from espalier.run.images import Images
 from espalier.run.suspect import suspicion
 
 PIL = pytest.importorskip("PIL.Image")

@@ -40,7 +40,7 @@ from espalier.present.ship import described, exported, exported_int8, input_of_r
 from espalier.present.show import show_markdown, show_summary
 from espalier.present.sweep import as_markdown, judged_by, numbers, points_of, sweep, with_shared_profile
 from espalier.run.evaluate import evaluate as evaluate_model, pick_device
-from espalier.run.folder import Images
+from espalier.run.images import Images
 from espalier.run.models import load_weights, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import ONNX, PROFILE, SUMMARY

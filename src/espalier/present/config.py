@@ -23,7 +23,7 @@ from espalier.methods.tt_lc import TTLC
 from espalier.plan import Budget, amount_of
 from espalier.run.batches import Source
 from espalier.run.data import Loaders, load_data
-from espalier.run.folder import Images
+from espalier.run.images import Images
 from espalier.run.models import build_model, own_made, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, read_config

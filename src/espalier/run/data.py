@@ -27,7 +27,7 @@ from espalier.run.batches import (
     stratified_order,
 )
 from espalier.run.cifar import LAYOUTS, read_cifar
-from espalier.run.folder import FolderData, Images, read_folder
+from espalier.run.images import FolderData, Images, read_folder
 from espalier.run.preprocessing import Preprocessing
 from espalier.tasks import to_device
 
