@@ -276,7 +276,8 @@ def proof_table() -> str:
     for found in read_results("soak_programs").get("runs", [])[-1:]:
         command = f"`python -m tests.soak_programs {found['programs']} {found['first']}`"
         bad = sum(found[key] for key in ("wrong", "crash", "cost"))
-        lines.append(["random programs of operations", found["programs"], bad, f"{found['whole']} stay whole", command])
+        note = f"{found['whole']} stay whole" + (f", in {n} nothing could go" if (n := found.get("rigid")) else "")
+        lines.append(["random programs of operations", found["programs"], bad, note, command])
     if found := read_results("budgets").get("summary"):
         bad = sum(found[k] for k in ("above the budget", "with a block unused", "counted otherwise than planned"))
         what = "random budgets: never above, nothing unused that fits, cost as planned"

@@ -43,7 +43,7 @@ TOLERANCE = 1e-8  # of the largest output, in float64
 class Outcome:
     """What became of one program; ``removable`` is a share of the MACs."""
 
-    kind: str  # "proven", "whole", "wrong", "crash" or "cost"
+    kind: str  # "proven", "rigid" (nothing can go), "whole", "wrong", "crash" or "cost"
     text: str = ""
     removable: float = 0.0
     why: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ def judge(program: Program, seed: int, *, full: bool = True) -> Outcome:
     why = [str(w) for w in (*(f.reason for f in graph.frozen), *graph.notes, *graph.unknown)]
     free = [g for g in graph.groups if g.size > 1]
     if not free:
-        return Outcome("whole", why=why)
+        return Outcome("rigid" if program.rigid else "whole", why=why)
     least = CostModel(graph).cost(np.ones_like(graph.sizes))
     removable = 1 - (least.macs / dense.macs if dense.macs else least.params / dense.params)
     for number, plan in enumerate(plans(graph, seed)):
@@ -178,7 +178,7 @@ def soak(count: int, first: int, *, show: bool = True, full: bool = True, longes
     return {
         "programs": count,
         "first": first,
-        **{kind: kinds[kind] for kind in ("proven", "whole", "wrong", "crash", "cost")},
+        **{kind: kinds[kind] for kind in ("proven", "rigid", "whole", "wrong", "crash", "cost")},
         "median removable": median(removable),
         "failed": failed,
         "why whole": dict(reasons.most_common(12)),

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from programs import random_program
+from programs import Program, random_program
 from soak_programs import judge, soak
 
 from espalier.costs import cost
@@ -15,6 +15,15 @@ def test_random_programs_are_cut_and_proven():
     found = soak(300, 0, full=False, longest=7)
     assert not found["failed"], found
     assert found["whole"] <= 60 and found["median removable"] > 0.7, found
+
+
+def test_what_has_a_maker_and_a_reader_of_channels_is_not_taken_to_be_rigid():
+    first, second = "self.p0 = nn.Linear(4, 6)", "self.p1 = nn.Linear(6, 3)"
+    made = "v0 = torch.cat([x0, torch.zeros(x0.shape[0], 2)], 1)"
+    assert Program((second,), ("v0 = x0.relu()", "return self.p1(v0), v0"), ((6,),)).rigid
+    assert not Program((first, second), ("v0 = self.p0(x0)", "return self.p1(v0)"), ((4,),)).rigid
+    assert not Program((first, second), ("return self.p1(self.p0(x0))",), ((4,),)).rigid
+    assert not Program((second,), (made, "return self.p1(v0)"), ((4,),)).rigid
 
 
 @pytest.mark.parametrize("seed", [920002])  # a roll by one channel where two go together
