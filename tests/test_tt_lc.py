@@ -565,7 +565,7 @@ def run_until(data, method, *, stop_before, steps: int = 150):
 @pytest.fixture
 def few(digits, unmeasured):
     """A few digits, in runs that export and time nothing."""
-    return dataclasses.replace(digits, train=digits.train[:512], test=digits.test[:64])
+    return dataclasses.replace(digits, train=digits.train[:256], test=digits.test[:64])
 
 
 def assert_same_run(one: es.Result, other: es.Result) -> None:
