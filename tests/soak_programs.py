@@ -43,7 +43,7 @@ TOLERANCE = 1e-8  # of the largest output, in float64
 class Outcome:
     """What became of one program; ``removable`` is a share of the MACs."""
 
-    kind: str  # "proven", "rigid" (nothing can go), "whole", "wrong", "crash" or "cost"
+    kind: str  # "proven", "rigid" (nothing can go), "whole", "wrong", "crash", "cost", "invalid" (the program does not run)
     text: str = ""
     removable: float = 0.0
     why: list[str] = field(default_factory=list)
@@ -80,6 +80,10 @@ def judge(program: Program, seed: int, *, full: bool = True) -> Outcome:
     """Trace, make three plans (or in turn one of them), hold small against masked in both modes, planned against counted."""
     example = program.example()
     model = randomise(program.build()).eval()
+    try:
+        outputs(model, example, training=False)
+    except RuntimeError as error:
+        return Outcome("invalid", _last(error))
     try:
         graph = trace(model, example)
     except Exception as error:
@@ -178,7 +182,7 @@ def soak(count: int, first: int, *, show: bool = True, full: bool = True, longes
     return {
         "programs": count,
         "first": first,
-        **{kind: kinds[kind] for kind in ("proven", "rigid", "whole", "wrong", "crash", "cost")},
+        **{kind: kinds[kind] for kind in ("proven", "rigid", "whole", "wrong", "crash", "cost", "invalid")},
         "median removable": median(removable),
         "failed": failed,
         "why whole": dict(reasons.most_common(12)),

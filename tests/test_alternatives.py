@@ -124,6 +124,24 @@ def test_a_group_of_alternatives_steps_over_options_that_save_little() -> None:
     assert len(tight.keep["0:form"]) == 2
 
 
+def test_a_layer_that_reads_what_values_select_is_placed_as_it_is_counted() -> None:
+    class Selecting(nn.Module):
+        """As a detector's head, which sees as many proposals as pass a threshold."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.head = nn.Linear(8, 1), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = x[self.scores(x)[:, 0] > 0.1]
+            return self.head(chosen).sum(0 if float(chosen.sum()) > -1e9 else 1)
+
+    model, example = Selecting(), torch.randn(10, 8)
+    places, _ = find_places(model, example)
+    assert places["head"].positions == 10
+    with_alternatives(trace(model, example), {"head": [dense_sequence(places["head"])]})
+
+
 def test_what_cannot_take_a_form_says_why() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from espalier.graph.standins import StandIns
 from espalier.graph.tracing import call_arguments, mode, private_copy
 from espalier.layers import METADATA
 
@@ -61,21 +63,22 @@ def out_size(size: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation
 def find_places(model: nn.Module, example: Any) -> tuple[dict[str, Place], dict[str, str]]:
     """Layers of ``model`` that can take another form, and layer -> reason for those that stay as they are.
 
-    One forward on meta copies (on the CPU where that fails) says where each layer stands.  Plain convolutions along one to
+    One forward on meta copies (on the CPU where that fails) says where each layer stands, and how often it runs if every value
+    passes (``graph.standins``).  Plain convolutions along one to
     three axes and ``nn.Linear`` that run exactly once qualify; grouped convolutions, other paddings than zeros, computed
     weights, and parameters that several modules share do not, nor does a layer that is called with ``input=x``, or whose weight
     the forward uses elsewhere too.  Parameters that a forward convolves with by itself are listed by their own names.
     """
-    for device in ("meta", "cpu"):
+    for device, passes in (("meta", True), ("cpu", True), ("cpu", False)):  # as a trace does
         private = private_copy(model, device)
         args, kwargs = call_arguments(example, device)
         layers = {n: m for n, m in private.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
         seen = _Seen(private, layers)
         try:
-            with torch.no_grad(), mode(private, training=False), seen:
+            with torch.no_grad(), mode(private, training=False), seen, StandIns() if passes else nullcontext():
                 private(*args, **kwargs)
         except Exception:
-            if device == "cpu":
+            if not passes:
                 raise
             continue
         break
