@@ -4,6 +4,7 @@ Runs where transformers and accelerate are installed (``pip install '.[huggingfa
 """
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,3 +76,6 @@ def test_what_does_not_fit_is_said_before_training(tmp_path):
         arguments = hf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=0.0)
         arguments.fp16 = True
         hf.Trainer(net(), arguments, callbacks=[compression])
+    with pytest.raises(ValueError, match=r"in several train with es\.lightning"):
+        two = SimpleNamespace(world_size=2, n_gpu=0)
+        es.huggingface.Compression(None, es.TCP(), example=EXAMPLE).on_init_end(two, None, None, model=net())

@@ -155,8 +155,8 @@ def decided_apart():
     es.average_gradients(net())
 
 
-def in_lightning(**options):
-    """The wrapped loop, as Lightning has it."""
+def in_lightning(*, epochs=1, save=None, path=None, **options):
+    """The wrapped loop, as Lightning has it; ``save``: a checkpoint when half of it is done."""
     L = import_lightning()
 
     class Module(L.LightningModule):
@@ -171,12 +171,17 @@ def in_lightning(**options):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
+        def on_train_epoch_end(self):
+            if save is not None and self.trainer.current_epoch + 1 == epochs // 2:
+                self.trainer.save_checkpoint(save)
+
     compression = es.lightning.Compression(BUDGET, es.TCP(), network="net", example=EXAMPLE)
     trainer = L.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False,
+        max_epochs=epochs, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[compression], **options,
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(batches(24), batch_size=None))
+    loader = torch.utils.data.DataLoader(batches(24 // epochs), batch_size=None)
+    trainer.fit(Module(), loader, ckpt_path=path)
     return facts(compression.plan, compression.small)
 
 
@@ -229,6 +234,8 @@ def everything(folder):
         "loop, wrapped": own_loop(es.TCP(), wrapped=True),
         "loop, replicated": said(ValueError, lambda: own_loop(es.TCP(), around=replicate)),
         "lightning": in_lightning(),
+        "lightning, whole": in_lightning(epochs=4, save=folder / "half.ckpt"),
+        "lightning, resumed": in_lightning(epochs=4, path=folder / "half.ckpt"),
         "lightning, synchronised": said(ValueError, lambda: in_lightning(sync_batchnorm=True)),
         "loop of factors, wrapped": own_loop(es.DPRP(every=0.2), wrapped=True),
         "stopped": said(es.TrainingStopped, lambda: compressed(es.TCP(), loaders(signal.SIGTERM), out=into)),
@@ -308,6 +315,10 @@ def test_a_loop_of_ones_own_averages_its_gradients_or_wraps_anew_after_a_removal
 
 def test_a_step_that_removes_nothing_sends_one_message(pair):
     assert pair[0]["loop"]["sent"] == 1
+
+
+def test_lightning_in_two_processes_goes_on_exactly_from_a_checkpoint(pair):
+    assert pair[0]["lightning, resumed"] == pair[0]["lightning, whole"] == pair[1]["lightning, resumed"]
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_the_run_goes_on(pair):

@@ -77,6 +77,16 @@ def test_the_commands_on_a_page_are_understood(page):
             make_method({"method": {"name": given["method"], **hyper_parameters(given["set"])}})
 
 
+def test_the_scripts_for_slurm_are_scripts():
+    page = (REPOSITORY / "docs" / "several_machines.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"^    #!/bin/bash\n(?:    .*\n)+", page, re.MULTILINE)
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "#SBATCH" in script and "srun" in script
+
+
 def test_the_first_result_takes_ten_lines():
     first = BLOCK.search((REPOSITORY / "README.md").read_text(encoding="utf-8"))
     assert first is not None

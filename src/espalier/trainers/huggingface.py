@@ -40,7 +40,8 @@ class Compression(Attached, TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(
-                "Compression: works in one process on one GPU; surgery changes parameters that DDP and DataParallel hold"
+                "Compression: works in one process on one GPU, for surgery changes parameters that DDP and DataParallel hold; "
+                "in several train with es.lightning.Compression, or in a loop of your own with es.attach"
             )
         if args.fp16 and not args.max_grad_norm:
             raise ValueError("Compression: with fp16 give max_grad_norm, which is when the Trainer unscales gradients")
