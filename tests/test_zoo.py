@@ -8,13 +8,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
+import espalier as es
 from benchmarks.common import ZOO, build, example
 from espalier.costs import cost
 from espalier.graph import trace
+from espalier.optional import import_timm
 from espalier.plan import Budget
 from espalier.solver import solve
 from espalier.surgery import shrink, verify
+from espalier.timing import making
 
 IN_CI = (
     "cifar:resnet20a",
@@ -82,3 +86,24 @@ def test_a_pruned_network_computes_the_same_in_onnx_runtime(name: str, tmp_path)
 
     small, _, _, inputs = pruned(name)
     assert export_onnx(small.eval(), tmp_path / "small.onnx", inputs) <= 1e-4
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
+def test_what_is_reparameterised_by_its_own_library_gets_a_profile_and_a_budget(name, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(making, "SECONDS", 0.0)
+    model = import_timm().create_model(name, num_classes=4)
+    branches = sum(p.numel() for p in model.parameters())
+    for module in list(model.modules()):
+        if hasattr(module, "reparameterize"):
+            module.reparameterize()
+    assert sum(p.numel() for p in model.parameters()) < branches
+    x = torch.zeros(1, 3, 32, 32)
+    graph, profile = trace(model.eval(), x), es.profile(model, x, networks=2)
+    assert {layer.module for layer in profile.layers} == {site.module for site in graph.sites}
+    importance = {g.name: np.ones(g.size) for g in graph.groups}
+    plan = solve(profile.on(graph), importance, {"latency": 0.8 * profile.predict(graph)})
+    assert cost(graph, plan).macs < cost(graph).macs
+    assert verify(model, graph, plan, x, fills=False).passed

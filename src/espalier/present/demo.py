@@ -15,8 +15,8 @@ from espalier.run.timed import time_sentence
 NETWORK = "resnet20"
 # One thread: on images of 8x8 a second one gains nothing, and loses much where the other core is busy.
 RECIPE = {"batch_size": 64, "threads": 1, "device": "cpu"}
-DENSE = {"epochs": 15, "lr": 0.1, "warmup_epochs": 1, **RECIPE}
-SMALL = {"epochs": 25, "lr": 0.05, **RECIPE}
+DENSE = {"epochs": 12, "lr": 0.1, "warmup_epochs": 1, **RECIPE}
+SMALL = {"epochs": 18, "lr": 0.05, **RECIPE}
 BUDGET = {"latency": 0.5}  # in ONNX Runtime, one image at a time, one thread
 
 
