@@ -219,3 +219,36 @@ def test_files_are_timed_beside_models_and_alone(onnx, tmp_path):
         latency(path, EXAMPLE)
     with pytest.raises(ValueError, match="give an example input"):
         latency(small_net(), **options)
+
+
+def test_linear_layers_in_a_row_are_exported_as_one_where_that_is_cheaper_and_exact(onnx):
+    torch.manual_seed(0)
+    merged = [
+        [nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)],
+        [nn.Conv2d(3, 16, 1, bias=False), nn.Conv2d(16, 4, 3, padding=1), nn.Conv2d(4, 2, 1)],
+        [nn.Conv2d(3, 9, 1), nn.Conv2d(9, 4, 3)],
+    ]
+    kept = [
+        [nn.Conv2d(3, 9, 1), nn.Conv2d(9, 4, 3, padding=1)],  # the edge would see another bias
+        [nn.Conv2d(3, 1, 1), nn.Conv2d(1, 8, 1)],  # a low rank
+        [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1, stride=2)],  # most of the first is never used
+        [nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 1, 1)],
+        [nn.Conv2d(3, 9, 1), nn.ReLU(), nn.Conv2d(9, 4, 1)],
+    ]
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.ModuleList(nn.Sequential(*row) for row in (*merged, *kept))
+            self.head = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 4))
+            self.both = nn.Linear(4, 4)
+
+        def forward(self, x):
+            means = torch.cat([row(x).mean((2, 3)) for row in self.rows], 1)
+            y = self.head(x.mean((2, 3)))
+            return torch.cat([means, y, self.both(y)], 1)  # what is read twice stays
+
+    content, difference = onnx_room.exported(Rows().eval(), torch.randn(2, 3, 8, 8))
+    kinds = [node.op_type for node in onnx.load_model_from_string(content).graph.node]
+    assert kinds.count("Conv") == len(merged) + 2 * len(kept) and kinds.count("Gemm") == 2
+    assert difference < 1e-5

@@ -26,6 +26,7 @@ from espalier import __version__
 from espalier.copies import copy_model, unwrapped
 from espalier.graph.watch import first_line, tensors_in
 from espalier.optional import import_optional
+from espalier.run.merging import merge_linear
 from espalier.run.rundir import write_file
 
 FREE = ("batch", "height", "width")
@@ -147,12 +148,14 @@ def exported(model: nn.Module, example: Any, form: OnnxForm | None = None) -> tu
 
 
 def _described(content: bytes, form: OnnxForm) -> bytes:
-    """The file with its metadata, and without weights so small that processors take many times as long for them."""
+    """The file with its metadata, adjacent linear layers as one where that is cheaper, and no weights so small that processors
+    take many times as long for them."""
     onnx = import_optional("onnx", extra="onnx")
     model = onnx.load_model_from_string(content)
     version = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if form.opset not in (None, version):
         raise ValueError(f"writes opset {version}, not {form.opset}")
+    merge_linear(model.graph)
     for weight in model.graph.initializer:
         if weight.data_type == onnx.TensorProto.FLOAT:
             values = onnx.numpy_helper.to_array(weight)
