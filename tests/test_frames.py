@@ -25,10 +25,7 @@ RUNS: dict[str, tuple[Method, list[str]]] = {
     "tcp": (es.TCP(), [SOLVE, SENSITIVITY, PROX]),
     "tcp-scale": (es.TCP(importance="scale"), [WEIGHTS]),
     "mgp": (es.MGP(), [SOLVE, SENSITIVITY, PROX]),
-    "joint": (
-        es.Joint(),
-        [SOLVE, SENSITIVITY, PROX, *(f"espalier.methods.joint.{name}" for name in ("svd", "JointRun._sink"))],
-    ),
+    "joint": (es.Joint(), [SOLVE, SENSITIVITY, PROX, "espalier.methods.joint.svd"]),
     "dprp": (
         es.DPRP(once=True),
         [SOLVE, *(f"espalier.methods.dprp.{name}" for name in ("change_bases", "cut_ranks", "_OffIdentity.forward"))],

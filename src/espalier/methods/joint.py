@@ -22,6 +22,7 @@ That all of it, blocks and kernel shapes too, is spent from one exact budget ins
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -46,6 +47,7 @@ from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Gate, Units
 from espalier.plan import Budget, Plan
 from espalier.settings import OneOf, Portion, described
+from espalier.solver import BudgetError
 from espalier.surgery import put_layer
 
 
@@ -200,7 +202,13 @@ class JointRun(MGPRun):
         taps = {n: values[rows] for n, rows in units.taps.items()}
         triplets = {n: values[rows] for n, rows in units.triplets.items()}
         scores = {**units.split(values), **self.kernels.scores(taps, triplets)}
-        plan = self._without_dear_ranks(self.coarse_to_fine(scores, limits, progress))
+        for some in self.coarse_to_fine(scores, progress):
+            with suppress(BudgetError):
+                plan = self.decide(some, limits)
+                break
+        else:
+            plan = self.decide(scores, limits, measured=bool(scores))
+        plan = self._without_dear_ranks(plan)
         self.kernels.choose(taps, plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
         self.record("rank aimed at", {n: float(r) for n, r in self.kernels.aims.items()}, progress=progress)

@@ -111,19 +111,19 @@ class MGPRun(Fading):
         """What stays inside ``limits`` of the granularities that take part by now; finer ones come early if it needs them."""
         values = self.score.value.double().cpu().numpy()
         taps = {n: values[rows] for n, rows in self.units.taps.items()}
-        plan = self.coarse_to_fine({**self.units.split(values), **self.kernels.scores(taps, {})}, limits, progress)
+        scores = {**self.units.split(values), **self.kernels.scores(taps, {})}
+        for some in self.coarse_to_fine(scores, progress):
+            with suppress(BudgetError):
+                plan = self.decide(some, limits)
+                break
+        else:
+            plan = self.decide(scores, limits, measured=bool(scores))
         self.kernels.choose(taps, plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
         return plan
 
-    def coarse_to_fine(self, scores: Mapping[str, np.ndarray], limits: Mapping[str, float], progress: float) -> Plan:
-        """Inside ``limits``, by the ``scores`` of the granularities that take part by now; of finer ones if it takes them."""
-        for some in self._taking_part(scores, progress):
-            with suppress(BudgetError):
-                return self.decide(some, limits)
-        return self.decide(scores, limits, measured=bool(scores))
-
-    def _taking_part(self, scores: Mapping[str, np.ndarray], progress: float) -> Iterator[Mapping[str, np.ndarray]]:
+    def coarse_to_fine(self, scores: Mapping[str, np.ndarray], progress: float) -> Iterator[Mapping[str, np.ndarray]]:
+        """Scores of the granularities that take part by now, then of finer ones too, for budgets that need them; never all."""
         of = {n: granularity(self.graph.group(n)) for n in scores}
         kinds = [k for k in GRANULARITIES if k in of.values()]
         for number in range(self._open(len(kinds), progress), len(kinds)):
