@@ -25,7 +25,7 @@ RUNS: dict[str, tuple[Method, list[str]]] = {
     "tcp": (es.TCP(), [SOLVE, SENSITIVITY, PROX]),
     "tcp-scale": (es.TCP(importance="scale"), [WEIGHTS]),
     "mgp": (es.MGP(), [SOLVE, SENSITIVITY, PROX]),
-    "joint": (es.Joint(), [SOLVE, SENSITIVITY, PROX, "espalier.methods.joint.svd"]),
+    "joint": (es.Joint(), [SOLVE, SENSITIVITY, PROX]),
     "dprp": (
         es.DPRP(once=True),
         [SOLVE, *(f"espalier.methods.dprp.{name}" for name in ("change_bases", "cut_ranks", "_OffIdentity.forward"))],

@@ -259,10 +259,10 @@ class JointRun(MGPRun):
 
     # -- 5. ranks ------------------------------------------------------------------------------------------------------
 
-    def step(self, *, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
-        removed = super().step(progress=progress, optimizer=optimizer)
-        if removed is not None or not self.subspaces:
-            return removed
+    def _go_on(self, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        """Ranks sink."""
+        if not self.subspaces:
+            return None
         left = max(0.0, 1.0 - (progress - self.sinks_from) / self.method.fade)
         if self.sunk - left < 1.0 / PRESSES and left > 0.0:
             return None

@@ -133,15 +133,19 @@ class Fading(Closing):
             self._decided = progress
             self.settled = progress >= method.closed_at or self.stays(self._outside_of(plan))
             self._aim(plan, progress)
-        if progress - self._pressed_at < method.fade / PRESSES:
-            return None
-        self._press(progress - self._pressed_at, optimizer)
-        self._adapt(progress)
-        self._pressed_at = progress
-        removed = self._remove_faded(optimizer)
-        if removed is not None:
-            check_run(self)
-        return removed
+        if progress - self._pressed_at >= method.fade / PRESSES:
+            self._press(progress - self._pressed_at, optimizer)
+            self._adapt(progress)
+            self._pressed_at = progress
+            removed = self._remove_faded(optimizer)
+            if removed is not None:
+                check_run(self)
+                return removed
+        return self._go_on(progress, optimizer)
+
+    def _go_on(self, progress: float, optimizer: torch.optim.Optimizer) -> Removed | None:
+        """What a method does beside fading, in a step that removed nothing."""
+        return None
 
     def _norm(self) -> Tensor:
         return self.units.consumer_energy().sqrt()
