@@ -1,6 +1,7 @@
 """Residual blocks as units: found, proven, costed exactly, left out by surgery, saved and exported."""
 
 import copy
+import gc
 import random
 
 import numpy as np
@@ -292,6 +293,17 @@ def test_leaving_a_block_out_in_training_takes_its_parameters_from_the_optimiser
     shrink_(model, graph, without(graph, "stage.1"), optimizer=optimizer)
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert held == {id(p) for p in model.parameters()} and set(map(id, optimizer.state)) <= held
+
+
+def test_activation_memory_does_not_depend_on_when_garbage_is_collected():
+    before, found = gc.get_threshold(), []
+    try:
+        for often in (0, 50):
+            gc.set_threshold(often)
+            found.append(es.cost(trace(Net(bottleneck).eval(), EXAMPLE)).activation_memory)
+    finally:
+        gc.set_threshold(*before)
+    assert found[0] == found[1]
 
 
 def test_the_graph_after_a_block_has_left_is_that_of_the_network():

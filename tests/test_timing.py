@@ -344,7 +344,7 @@ def test_plans_are_measured_until_the_time_is_right_however_wrong_the_profile_is
         took = really(profile.predict(graph, plan.counts(graph)) / profile.dense) * profile.dense
         assert took > found.limit or took <= found.measured or found.measured >= closing.CLOSE * found.limit
     assert found.budget.profile.correction == pytest.approx(profile.correction * found.measured / found.predicted)
-    assert 1 < found.rounds <= closing.ROUNDS and len(planned) <= closing.SOLVES
+    assert 1 < found.rounds <= closing.ROUNDS and len(planned) <= 2 * closing.SOLVES  # once more with blocks held
 
 
 class Paper:

@@ -263,6 +263,15 @@ class Memory:
     deaths: dict[int, int] = field(default_factory=dict)  # birth index -> time
 
 
+@dataclass
+class Living:
+    """A storage that is alive, born as number ``birth`` of ``memory``: of the forward that made it, which may be over."""
+
+    memory: Memory
+    birth: int
+    references: int = 0
+
+
 class Observer(Protocol):
     """Holds what a watch sees against what was predicted, and raises ``Mismatch`` (``graph.rehearsal``)."""
 
@@ -326,7 +335,7 @@ class Watch(TorchDispatchMode):
         self.staying: set[str] = set()  # such numbers that count what stays
         self.counted: dict[tuple[str, int], Axis] = {}  # number -> what it would count, see ``_note``
         self._recent: deque[Tensor] = deque(maxlen=RECENT)  # in a rehearsal
-        self._live: dict[int, list[int]] = {}  # storage -> [references, birth index]
+        self._live: dict[int, Living] = {}  # by storage
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._func: Any = None
@@ -779,8 +788,8 @@ class Watch(TorchDispatchMode):
         if entry is None:
             bytes_ = storage.nbytes()
             self.memory.births.append((self.clock, key, self._vector_of(known.layers), float(bytes_)))
-            entry = self._live[key] = [0, len(self.memory.births) - 1]
-        entry[0] += 1
+            entry = self._live[key] = Living(self.memory, len(self.memory.births) - 1)
+        entry.references += 1
         reference = weakref.ref(tensor, self._release)
         self._references[id(reference)] = (reference, key)
 
@@ -796,9 +805,9 @@ class Watch(TorchDispatchMode):
     def _release(self, reference: weakref.ref[Tensor]) -> None:
         _, key = self._references.pop(id(reference))
         entry = self._live[key]
-        entry[0] -= 1
-        if entry[0] == 0:
-            self.memory.deaths[entry[1]] = self.clock
+        entry.references -= 1
+        if entry.references == 0:
+            entry.memory.deaths[entry.birth] = self.clock
             del self._live[key]
 
 
