@@ -7,6 +7,7 @@ labels are alive; what it finds otherwise it raises as ``Mismatch``.  Which widt
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -166,8 +167,11 @@ class Rehearsal:
             raise Mismatch(watch.key(), f"gives {len(outs)} tensors instead of {len(expected.outputs)}", watch.place())
         differs = _another_number(expected, record, operands)
         if all(value is not None for _, _, value in (*expected.outputs, *record.outputs)):
-            for (_, _, before), (_, known, now) in zip(expected.outputs, record.outputs, strict=True):
+            for (was, planned, before), (shape, known, now) in zip(expected.outputs, record.outputs, strict=True):
                 known.differs = _another_value(before, now, differs)
+                predicted = self._shape(was, [self._predict(watch, layer) for layer in planned.layers])
+                if not self.loose and len(shape) == len(predicted) and any(map(operator.gt, shape, predicted)):
+                    raise Mismatch(watch.key(), _unexpected(shape, predicted), watch.place())  # it costs more
             return True
         if differs:
             raise Mismatch(watch.key(), "computes with a number that is another one", watch.place(), reason=NUMBER)
@@ -210,9 +214,7 @@ class Rehearsal:
         survivors = [p.layer for p in predictions if p.layer.size > 1]
         predicted = self._shape(was, predictions)
         if predicted != shape:
-            raise Mismatch(
-                watch.key(), f"gives shape {list(shape)} where {list(predicted)} was expected", watch.place()
-            )
+            raise Mismatch(watch.key(), _unexpected(shape, predicted), watch.place())
         if self.single and (len(layers) != len(survivors) or any(m.size < 2 for m in layers)):
             return
         if len(layers) != len(survivors):
@@ -260,6 +262,10 @@ class Rehearsal:
         if not alive.all():
             raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
         return layer
+
+
+def _unexpected(shape: Sequence[int], predicted: Sequence[int]) -> str:
+    return f"gives shape {list(shape)} where {list(predicted)} was expected"
 
 
 def _another_number(expected: Record, record: Record, operands: list[State]) -> bool:
