@@ -30,7 +30,8 @@ class Rehearsed(NamedTuple):
     """One choice of widths."""
 
     units: StayingUnits
-    single: bool = False  # one unit is left of every group
+    single: bool = False  # of some group one unit is left, which cannot say where it belongs
+    every: bool = False  # of every group one unit is left
 
 
 def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
@@ -39,12 +40,16 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
     *All different*, primes where there are any near two thirds: a size that belongs to another tensor of equal width, or
     that is written down as a number, shows.  *Two units* each: widths that differed are equal, numbers that saturate
     (``min(c, 8)``) do not, and branches on a width turn.  *One unit* each: ``squeeze`` takes away what is no dimension of
-    size one.  *As wide as what is fixed*: so that a shape may equal that of the input, or of channels that stay; ``stuck``
-    are widths that earlier rehearsals fixed.
+    size one.  Where there are pairs, one unit of *every other group*: a pair has no width between.  *As wide as what is
+    fixed*: so that a shape may equal that of the input, or of channels that stay; ``stuck`` are widths that earlier rehearsals
+    fixed.
     """
     yield Rehearsed(spread(graph, distinct(graph.sizes)))
     yield Rehearsed(spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
-    yield Rehearsed(spread(graph, np.ones_like(graph.sizes)), single=True)
+    yield Rehearsed(spread(graph, np.ones_like(graph.sizes)), single=True, every=True)
+    if (graph.sizes == 2).any():
+        odd = np.arange(len(graph.sizes)) % 2
+        yield Rehearsed(spread(graph, np.where(odd, distinct(graph.sizes), np.minimum(graph.sizes, 1))), single=True)
     for fixed in dict.fromkeys((*stuck, *_fixed_widths(graph))):
         yield Rehearsed(spread(graph, np.minimum(graph.sizes, fixed)))
 

@@ -319,8 +319,8 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     text = f"{mismatch.text} when widths change, so its channels are frozen"
     key, level = mismatch.key, lessons.lines.get(mismatch.key, 0) if mismatch.key is not None else FROZEN
     culprits = _culprits(found, stage) if key is None or level >= FROZEN or mismatch.reason == NUMBER else []
-    least = _least(culprits[0], found, stage) if len(culprits) == 1 and not found.rehearsed.single else None
-    if least is None and key is not None and level < FROZEN and not found.rehearsed.single:
+    least = _least(culprits[0], found, stage) if len(culprits) == 1 and not found.rehearsed.every else None
+    if least is None and key is not None and level < FROZEN and not found.rehearsed.every:
         tried = any(f"aten.{op}." in key[1] for op in _TRIED_OUT) and level < 2
         lessons.lines[key] = level + 1 if tried else FROZEN
         lessons.reasons[key] = mismatch.reason
@@ -330,7 +330,7 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
         if lessons.lines[key] >= 2 or "split" in key[1] or "slice" in key[1]:
             notes[key] = Reason(f"{key[1]} {text}", mismatch.place)
         return
-    single = found.rehearsed.single
+    single = found.rehearsed.every
     culprits = culprits or _culprits(found, stage)
     if (
         len(culprits) > 1
@@ -403,7 +403,7 @@ def _fewest(rest: list[Group], enough: Callable[[list[Group]], bool]) -> list[Gr
 
 def _counted(found: Found, stage: Tracing) -> list[tuple[TensorPositions, TensorPositions]]:
     """Numbers of modules that were compared with a width that they seem to count: they go with it."""
-    if found.mismatch.key is not None or found.rehearsed.single:
+    if found.mismatch.key is not None or found.rehearsed.every:
         return []
     known = {one[:2] for one, _ in stage.watch.lessons.ties}
     counted = {at: axis for at, axis in found.mismatch.counted.items() if at not in known}
@@ -420,7 +420,7 @@ def _equal_widths(found: Found, stage: Tracing) -> list[tuple[TensorPositions, T
     groups, mismatch = stage.graph.groups, found.mismatch
     movable = [g for g in groups if g.slices[0].tensor in stage.watch.parameters]
     sizes = [g.size for g in movable]
-    if found.rehearsed.single or mismatch.reason == NUMBER or len(set(sizes)) == len(sizes):
+    if found.rehearsed.every or mismatch.reason == NUMBER or len(set(sizes)) == len(sizes):
         return []
     forward = next(f for f in stage.forwards if f.training == found.training)
     number = {size: i for i, size in enumerate(dict.fromkeys(sizes))}
