@@ -293,7 +293,7 @@ def processes() -> str:
     return (
         f"Two processes train a {network} at batches of {batch} in all, two cores, one thread each, "
         f"{found['speed-up']:.2f} times as fast as one does (one process with two threads: {threads:.2f}); the goal is 1.7. "
-        f"Of a step {agreement:.1%} goes into agreement, waiting for the slower one included, {found['work of it']:.1%} without; "
+        f"Of a step {agreement:.1%} goes into agreement, with waiting for the slower one, {found['work of it']:.1%} without; "
         "the goal is 5 %. "
         f"{_by('processes', content)}"
     )
