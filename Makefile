@@ -15,10 +15,10 @@ demo: $(VENV)/.base
 	$(BIN)/espalier demo --out runs/demo
 
 test: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(ONE_THREAD) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-zoo: $(VENV)/.dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo
+	$(ONE_THREAD) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m zoo
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
