@@ -22,7 +22,6 @@ That all of it, blocks and kernel shapes too, is spent from one exact budget ins
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -47,7 +46,6 @@ from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Gate, Units
 from espalier.plan import Budget, Plan
 from espalier.settings import OneOf, Portion, described
-from espalier.solver import BudgetError
 from espalier.surgery import put_layer
 
 
@@ -128,16 +126,13 @@ class JointRun(MGPRun):
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: Joint) -> None:
         super(MGPRun, self).__init__(model, example, budget, method)
-        self.graph, self.kernels, self.skipped = offered(model, self.graph, example, method, budget)
-        if method.blocks:
-            self.offer_blocks()
+        self.graph, kernels, self.skipped = offered(model, self.graph, example, method, budget)
         self.subspaces: dict[str, Tensor] = {}  # of the layers whose ranks sink: the leading left singular vectors
         self.options: dict[str, np.ndarray] = {}  # what they take of their alternatives
         self.sinks_from = self.sunk = 0.0
         self._refreshed = -1.0
         self._places: dict[str, Place] = {}
-        self.know_forms()
-        self.decide({g.name: np.ones(g.size) for g in self.graph.groups})  # unreachable budgets fail now
+        self._offer(kernels, blocks=method.blocks)
         self.bases = self._decomposed()
         self._begin()
 
@@ -194,29 +189,12 @@ class JointRun(MGPRun):
 
     # -- 3. coarse to fine ---------------------------------------------------------------------------------------------
 
-    def keep_set(self, limits: Mapping[str, float], progress: float) -> Plan:
-        """What stays inside ``limits`` of the granularities that take part by now; finer ones come early if it needs them."""
-        values = self.score.value.double().cpu().numpy()
-        units = self.units
-        assert isinstance(units, WithTriplets)
-        taps = {n: values[rows] for n, rows in units.taps.items()}
-        triplets = {n: values[rows] for n, rows in units.triplets.items()}
-        scores = {**units.split(values), **self.kernels.scores(taps, triplets)}
-        for some in self.coarse_to_fine(scores, progress):
-            with suppress(BudgetError):
-                plan = self.decide(some, limits)
-                break
-        else:
-            plan = self.decide(scores, limits, measured=bool(scores))
-        plan = self._without_dear_ranks(plan)
-        self.kernels.choose(taps, plan.keep)
-        self.record("kernel", self.kernels.areas, progress=progress)
+    def _chosen(self, progress: float) -> None:
         self.record("rank aimed at", {n: float(r) for n, r in self.kernels.aims.items()}, progress=progress)
         if progress < self.method.closed_at:
             self._refresh(progress)
-        return plan
 
-    def _without_dear_ranks(self, plan: Plan) -> Plan:
+    def _reviewed(self, plan: Plan) -> Plan:
         """Layers that became so narrow that two would cost more than one stay dense."""
         model, keep = CostModel(self.graph), plan.counts(self.graph)
         for layer, ranks in self.kernels.ranks.items():
@@ -241,9 +219,8 @@ class JointRun(MGPRun):
         """Of a layer that is narrower as many triplets as it has still; none of one that is gone or was cut."""
         gone = {n for some in self._kernels(stay) for n in some}
         kept = self.graph.kept(dict(stay))
-        units, rows = self.units, [super()._survivors(stay)]
-        assert isinstance(units, WithTriplets)
-        for layer, own in units.triplets.items():
+        rows = [super()._survivors(stay)]
+        for layer, own in self.units.triplets.items():
             if layer not in gone:
                 shape = list(self.model.get_parameter(f"{layer}.weight").shape)
                 for dim, left in kept.get(f"{layer}.weight", {}).items():

@@ -85,12 +85,16 @@ class MGPRun(Fading):
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
         super().__init__(model, example, budget, method)
         self.graph, options, self.skipped = granularities(model, self.graph, example, method)
-        self.kernels = Kernels(options)
-        if takes_blocks(method.blocks, budget):
+        self._offer(Kernels(options), blocks=takes_blocks(method.blocks, budget))
+        self._begin()
+
+    def _offer(self, kernels: Kernels, *, blocks: bool) -> None:
+        """Let ``kernels``, which ``graph`` has as alternatives, compete for the budget, and ``blocks`` too."""
+        self.kernels = kernels
+        if blocks:
             self.offer_blocks()
         self.know_forms()
         self.decide({g.name: np.ones(g.size) for g in self.graph.groups})  # unreachable budgets fail now
-        self._begin()
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         for layer, places in self.kernels.options.items():
@@ -111,16 +115,27 @@ class MGPRun(Fading):
         """What stays inside ``limits`` of the granularities that take part by now; finer ones come early if it needs them."""
         values = self.score.value.double().cpu().numpy()
         taps = {n: values[rows] for n, rows in self.units.taps.items()}
-        scores = {**self.units.split(values), **self.kernels.scores(taps, {})}
+        triplets = {n: values[rows] for n, rows in self.units.triplets.items()}
+        scores = {**self.units.split(values), **self.kernels.scores(taps, triplets)}
         for some in self.coarse_to_fine(scores, progress):
             with suppress(BudgetError):
                 plan = self.decide(some, limits)
                 break
         else:
             plan = self.decide(scores, limits, measured=bool(scores))
+        plan = self._reviewed(plan)
         self.kernels.choose(taps, plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
+        self._chosen(progress)
         return plan
+
+    def _reviewed(self, plan: Plan) -> Plan:
+        """``plan``, or one that is no dearer and better."""
+        return plan
+
+    def _chosen(self, progress: float) -> None:
+        """``kernels`` has what the keep-set of ``progress`` leaves of every layer."""
+        return
 
     def coarse_to_fine(self, scores: Mapping[str, np.ndarray], progress: float) -> Iterator[Mapping[str, np.ndarray]]:
         """Scores of the granularities that take part by now, then of finer ones too, for budgets that need them; never all."""

@@ -79,6 +79,7 @@ class Units:
         self.count = int(self.offsets[-1])
         rows = [slice(*self.offsets[len(graph.groups) + i :][:2].tolist()) for i in range(len(owned))]
         self.taps = dict(zip(taps, rows, strict=True))
+        self.triplets: dict[str, slice] = {}  # layer -> its singular triplets, where somebody adds them
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
         reads = self._owners(lambda s: s.consumed)
