@@ -46,7 +46,7 @@ class Plan:
                 raise ValueError(f"plan: group {name!r} lists units outside 0..{group.size - 1}, or twice")
 
     def counts(self, graph: Graph) -> np.ndarray:
-        """Kept units per group in the order of ``graph.groups``."""
+        """Kept units per group, ``(groups,)``, in the order of ``graph.groups``."""
         return np.array(
             [len(self.keep[g.name]) if g.name in self.keep else g.size for g in graph.groups], dtype=np.int64
         )
@@ -211,7 +211,7 @@ class Budget:
         return graph if self.latency is None or self.profile is None else self.profile.on(graph)
 
     def protected(self, graph: Graph) -> np.ndarray:
-        """Boolean per group; a pattern that matches nothing is a ``ValueError``."""
+        """Boolean per group, ``(groups,)``; a pattern that matches nothing is a ``ValueError``."""
         mask = np.zeros(len(graph.groups), dtype=bool)
         for pattern in self.protect:
             hits = np.array([_matches(g, pattern) for g in graph.groups], dtype=bool)

@@ -105,7 +105,7 @@ class Task(ABC):
         return called(model, inputs)
 
     def follow(self, output: Any, teacher: Any, temperature: float) -> Tensor:
-        """How far ``output`` is from what the teacher returned on the same inputs, mean over the batch."""
+        """How far ``output`` is from what the teacher returned on the same inputs, mean over the batch; a scalar."""
         raise ValueError(f"{self.name} follows no teacher: give Recipe(distill=0)")
 
     @property
@@ -114,11 +114,11 @@ class Task(ABC):
         return type(self).follow is not Task.follow
 
     def test_loss(self, output: Any, targets: Any, images: int) -> Tensor | None:
-        """Summed over the images of a batch; ``None`` where predictions have no loss."""
+        """Summed over the images of a batch, a scalar; ``None`` where predictions have no loss."""
         return self.loss(output, targets) * images
 
     def hits(self, output: Any, targets: Any) -> Tensor | None:
-        """How many training images were right, where they can be counted."""
+        """How many training images were right, a scalar, where they can be counted."""
         return None
 
     def smoothed(self, share: float) -> Task:

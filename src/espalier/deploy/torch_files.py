@@ -25,7 +25,7 @@ def export_torch(model: nn.Module, path: str | os.PathLike[str], example: Any, *
     size free where the network leaves it free; ``.pt`` or ``.ts`` is TorchScript (``torch.jit.load(path)``), scripted where
     PyTorch can script the network and else traced.  ``example`` is a tensor or a tuple of tensors, batch first.  What is to be
     written is loaded again and compared on the example and on random inputs; nothing is written that is not within
-    ``tolerance``.
+    ``tolerance``, relative to the largest output.
 
     Raises: ValueError for another ending, a path that cannot be written, or a network that PyTorch cannot export.
 

@@ -218,7 +218,7 @@ class Graph:
         return np.array([g.size for g in self.groups], dtype=np.int64)
 
     def absent(self, units: Mapping[str, np.ndarray]) -> tuple[Block, ...]:
-        """The blocks that a plan which keeps ``units`` leaves out."""
+        """The blocks that a plan which keeps ``units`` by group, each ``(kept,)``, leaves out."""
         return tuple(b for b in self.blocks if len(units.get(b.group, (0, 1))) == 1 < self.group(b.group).size)
 
     def inner(self, block: Block) -> list[int]:
@@ -231,7 +231,7 @@ class Graph:
         ]
 
     def kept(self, units: dict[str, np.ndarray]) -> Kept:
-        """Indices that stay in every tensor when ``units[group]`` (sorted unit numbers) stay; none for what is left out."""
+        """Indices that stay in every tensor when ``units[group]``, sorted, ``(kept,)``, stay; none for what is left out."""
         gone: dict[tuple[str, int], np.ndarray] = {}
         for name, stay in units.items():
             group = self.group(name)
@@ -253,7 +253,7 @@ class Graph:
         return kept
 
     def after(self, units: Mapping[str, np.ndarray]) -> Graph:
-        """The graph of the network that keeps only ``units``: what ``trace`` would find there, without tracing.
+        """The graph of the network that keeps only ``units`` by group, each ``(kept,)``: what ``trace`` would find there.
 
         A group of which one unit is left stays a group; ``trace`` would find none.  So do groups inside of a block that is
         left out, but nothing depends on them any more.

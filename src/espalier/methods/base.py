@@ -64,7 +64,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Method(Settings, ABC):
-    """A published method: its hyper-parameters, declared as ``Settings``.  ``start`` begins a run on one model."""
+    """A published method: its hyper-parameters, declared as ``Settings``.  ``start`` begins a run on one model.
+
+    The docstring of each says what durations are fractions of, and ends in ``Source:`` with author, title and year.
+    """
 
     name: ClassVar[str]
     trains: ClassVar[bool]  # False: one shot, needs no data
@@ -114,7 +117,8 @@ class Run(ABC):
     """One run of a method on one model.
 
     In a training loop: ``loss + run.penalty()``, ``optimizer.step()``, then ``run.step(...)``; at the end
-    ``run.finish()`` returns the small model.
+    ``run.finish()`` returns the small model.  ``progress`` is the share of the training that is done,
+    from 0 to 1.
     """
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, *, dense: nn.Module | None = None) -> None:
@@ -211,6 +215,8 @@ class Run(ABC):
     ) -> Plan:
         """The most important units inside ``limits``, for good by default; ``graph`` where it is not the run's own.
 
+        ``importance[group]`` has shape ``(units,)``, as in ``solve``; ``limits`` are absolute.
+
         ``floor`` and ``ceiling``: the fewest and the most that stay of a group.
 
         Where time is limited for good, the plan is built and measured until its time is right, unless not ``measured``; on the
@@ -283,7 +289,7 @@ class Run(ABC):
         raise NotImplementedError(f"{type(self).__name__} offers no forms of layers")
 
     def remove(self, units: Mapping[str, np.ndarray], optimizer: torch.optim.Optimizer | None) -> Removed:
-        """Shrink the model to ``units`` in place and move on to the graph of what is left."""
+        """Shrink the model to ``units`` by group, each ``(kept,)``, in place and move on to the graph of what is left."""
         self._dense_graph = self.dense_graph
         kept = shrink_(self.model, self.graph, Plan(units), optimizer=optimizer)
         before = {n: self.plan.keep.get(n, np.arange(self.graph.group(n).size)) for n in units}
@@ -313,7 +319,7 @@ class Run(ABC):
                 points.append([progress, value])
 
     def penalty(self) -> Tensor | float:
-        """What the method adds to the loss; 0.0 for methods that act after the optimiser."""
+        """What the method adds to the loss, a scalar; 0.0 for methods that act after the optimiser."""
         return 0.0
 
     def averaged(self) -> None:
@@ -401,7 +407,7 @@ class Run(ABC):
         return
 
     def follow(self, survivors: np.ndarray) -> None:
-        """Only the units ``survivors`` are still there: everything with one value per unit is cut along."""
+        """Only the units ``survivors``, ``(kept,)``, are still there: everything with one value per unit is cut along."""
         for name in self._declared("per_unit"):
             rows: Tensor = getattr(self, name)
             setattr(self, name, rows[torch.from_numpy(survivors).to(rows.device, non_blocking=True)])

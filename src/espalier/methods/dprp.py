@@ -53,7 +53,11 @@ TRIPLET_SCORES = ("energy", TAYLOR, "whole")
 
 @dataclass(frozen=True)
 class DPRP(ClosingMethod):
-    """Hyper-parameters of dynamic rank pruning; every duration is a fraction of the whole run."""
+    """Hyper-parameters of dynamic rank pruning; every duration is a fraction of the whole run.
+
+    Source: Sharma, Heard, Saber, Markopoulos, Dynamic Parameter Rank Pruning, IEEE Access 13, 2025, arXiv 2401.08014.
+    The module's docstring has the steps, and what of them is our reading.
+    """
 
     name: ClassVar[str] = "dprp"
     trains: ClassVar[bool] = True

@@ -25,6 +25,9 @@ class Magnitude(Method):
 
     The defaults are the best without data in ``benchmarks/results/importance.json``: additive, the same score empties whole
     blocks of a ResNet-20 at half of the MACs.
+
+    Source: Han et al., Learning both Weights and Connections, 2015, section 3 (magnitude); Liu et al., Network Slimming, 2017,
+    section 3 (scales of BatchNorm).
     """
 
     name: ClassVar[str] = "magnitude"

@@ -48,7 +48,11 @@ from espalier.solver import BudgetError
 
 @dataclass(frozen=True)
 class MGP(FadingMethod):
-    """Hyper-parameters of multi-granularity pruning; the pace is that of ``FadingMethod``."""
+    """Hyper-parameters of multi-granularity pruning; every duration is a fraction of the whole run.
+
+    Source: Liu Qi, Chen Ying, Multi-granularity pruning with a regularisation mechanism, Acta Electronica Sinica 51(8), 2023.
+    The module's docstring has the steps, and what of them is our reading.
+    """
 
     name: ClassVar[str] = "mgp"
     trains: ClassVar[bool] = True

@@ -31,7 +31,11 @@ from espalier.surgery import put_layer
 
 @dataclass(frozen=True)
 class SVDOneShot(Method):
-    """Ranks by energy: a triplet is worth its share ``s_i^2 / sum s^2`` of its layer, per cost."""
+    """Ranks by energy: a triplet is worth its share ``s_i^2 / sum s^2`` of its layer, per cost.
+
+    Source: Denton et al., Exploiting Linear Structure, 2014; Jaderberg et al., Speeding up Convolutional Neural Networks with
+    Low Rank Expansions, 2014 (spatial); BALF, arXiv 2509.25136, 2025 (whitened).
+    """
 
     name: ClassVar[str] = "svd-oneshot"
     trains: ClassVar[bool] = False

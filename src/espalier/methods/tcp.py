@@ -46,7 +46,11 @@ from espalier.settings import Portion, described
 
 @dataclass(frozen=True)
 class TCP(FadingMethod):
-    """Hyper-parameters of tailored channel pruning; the pace is that of ``FadingMethod``."""
+    """Hyper-parameters of tailored channel pruning; every duration is a fraction of the whole run.
+
+    Source: Lee, Jeon, Lee, Kim, Tailored Channel Pruning, IEEE Access 13, 2025; with ``early`` Ghimire et al., One-Cycle
+    Structured Pruning, arXiv 2501.13439, 2025.  The module's docstring has the steps, and what of them is our reading.
+    """
 
     name: ClassVar[str] = "tcp"
     trains: ClassVar[bool] = True

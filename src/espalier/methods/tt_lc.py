@@ -55,7 +55,11 @@ RANKS = ("evbmf", "energy", "equal")
 
 @dataclass(frozen=True)
 class TTLC(Method):
-    """Hyper-parameters of TT-LC; durations are shares of the whole run."""
+    """Hyper-parameters of TT-LC; durations are shares of the whole run.
+
+    Source: Liu Weirong et al., Journal of South China University of Technology 52(7), 2024.  The module's docstring has the
+    steps, and what of them is our reading.
+    """
 
     name: ClassVar[str] = "tt-lc"
     trains: ClassVar[bool] = True

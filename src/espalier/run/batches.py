@@ -16,7 +16,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Source(Protocol):
-    """Where a training loop gets its batches: :class:`Data`, :class:`FolderData` or :class:`Loaders`."""
+    """Where a training loop gets its batches: :class:`Data`, :class:`FolderData` or :class:`Loaders`.
+
+    A ``batch_size`` is in images.
+    """
 
     @property
     def num_classes(self) -> int | None:
@@ -42,18 +45,18 @@ class Source(Protocol):
         """Batches in one epoch of :meth:`train_batches`."""
 
     def train_batches(self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False) -> Iterator[Batch]:
-        """One epoch of shuffled, augmented batches: a function of seed and epoch alone."""
+        """One epoch of shuffled, augmented images ``(n, c, h, w)`` and labels ``(n,)``: a function of seed and epoch alone."""
 
     def test_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
-        """Every test image once, in order."""
+        """Every test image once, in order: ``(n, c, h, w)`` and labels ``(n,)``."""
 
     def holdout_batches(self, batch_size: int = 500, *, channels_last: bool = False) -> Iterator[Batch]:
-        """Every held-out image once, in order."""
+        """Every held-out image once, in order: ``(n, c, h, w)`` and labels ``(n,)``."""
 
     def calibration_batches(
         self, *, batch_size: int, batches: int, seed: int = 0, channels_last: bool = False
     ) -> Iterator[Batch]:
-        """The given number of training batches without augmentation, drawn by the seed."""
+        """So many training batches, ``(n, c, h, w)`` and labels ``(n,)``, without augmentation, drawn by the seed."""
 
     def example(self, batch: int = 1) -> Tensor:
         """Normalised training images ``(batch, c, h, w)``, always the same, to trace a network with."""

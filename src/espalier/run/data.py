@@ -262,7 +262,7 @@ class Loaders:
     def calibration_batches(
         self, *, batch_size: int, batches: int, seed: int = 0, channels_last: bool = False
     ) -> Iterator[Batch]:
-        """The first batches of the train loader, with the augmentation that it does."""
+        """The first batches of the train loader, ``(n, c, h, w)`` and labels ``(n,)``, with the augmentation that it does."""
         source = self._batches("train", channels_last, seed=epoch_seed(seed, 0))
         for _, batch in zip(range(batches), source, strict=False):
             yield batch
@@ -402,8 +402,8 @@ def load_data(
     ``digits``: scikit-learn's 1797 real 8x8 digits, 1437 to train and 360 to test. ``cifar10``, ``cifar100``:
     from ``data_dir`` (default: the environment's ESPALIER_DATA_DIR, then ``data``), in torchvision's layout.
     ``imagefolder:PATH``: images in ``PATH/train/CLASS`` and ``PATH/val/CLASS`` (or ``test``), which ``images``
-    says how to read; ``image_size`` is short for ``Images(image_size=...)``. ``holdout`` takes that many images, each class in
-    its share and the same ones every time, out of training, to choose by.
+    says how to read; ``image_size``, in pixels, is short for ``Images(image_size=...)``. ``holdout`` takes that many images,
+    each class in its share and the same ones every time, out of training, to choose by.
 
     Raises: ValueError for an unknown name, absent or damaged files, a wrong layout, or a ``holdout`` that
     leaves nothing to train on; MissingPackage if torchvision is needed to download, or pillow to decode, and

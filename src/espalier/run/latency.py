@@ -86,7 +86,7 @@ def latency(
     In turns, because a machine's speed drifts: every round times every model once, and the fastest rounds are compared.  What
     else a machine does only adds time, and on a busy one medians mean nothing: for one and the same network, 0.07 and 0.23 ms
     were seen.  ``backend`` is "torch" (where ``example`` is; eval mode), "onnxruntime" or "openvino" (CPU, float32).  Each of
-    ``batch_sizes`` takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have passed; the runtime has
+    ``batch_sizes``, in images, takes ``repeats`` rounds, or fewer (at least 3) once ``seconds`` have passed; the runtime has
     ``threads``.  ``example`` is a tensor or a tuple of tensors, batch first; it is repeated to the batch sizes, and may be
     left out where all ``models`` are files.  One model without a name is called "model".
 

@@ -192,7 +192,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int = 3, image_size
     """Build the network ``name``, untrained, for the classes, channels and size of the data.
 
     The module's docstring lists the names. A factory of the user's own receives those of ``num_classes``,
-    ``in_channels`` and ``image_size`` that it takes by name. Nothing is downloaded.
+    ``in_channels`` and ``image_size`` (pixels) that it takes by name. Nothing is downloaded.
 
     Raises: ValueError for a name nobody knows (with the closest ones), for a torchvision network asked to
     take other than 3 channels, and for a factory that cannot be called, fails or does not return an ``nn.Module``;

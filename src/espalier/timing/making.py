@@ -45,8 +45,8 @@ def profile(
     to: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Measure ``networks`` sub-networks of ``model`` in ``runtime``, with ``threads`` and ``batch``; returns what its layers
-    take.
+    """Measure ``networks`` sub-networks of ``model`` in ``runtime``, with ``threads`` and ``batch`` inputs in one pass; returns
+    what its layers take.
 
     Weights do not matter, structure does: widths of all groups of channels are spread evenly, from few to all.  ``example`` is
     what ``trace`` takes, tensors with the batch first.  With a file ``to``, every network is stored as soon as it is

@@ -194,7 +194,7 @@ class Profile:
         )
 
     def predict(self, graph: Graph, keep: np.ndarray | None = None) -> float:
-        """Milliseconds of the network that keeps ``keep`` units of every group."""
+        """Milliseconds of the network that keeps ``keep`` units of every group, ``(groups,)``; all of them by default."""
         took = CostModel(self.on(graph)).cost(graph.sizes if keep is None else keep).latency
         assert took is not None
         return took
