@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import pytest
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import espalier as es
+from espalier.graph import files
 from espalier.methods.base import Method, Run
 from espalier.methods.state import restored
+from espalier.surgery.verify import Proof
 from tests.halving import Halving
 
 STEPS = 60
@@ -151,13 +153,41 @@ def train_on(run: Run, optimizer: torch.optim.Optimizer, first: int, last: int) 
         run.step(progress=(step + 1) / STEPS, optimizer=optimizer)
 
 
-@cache
-def finished(name: str) -> Run:
+@dataclass(frozen=True)
+class Finished:
     """The whole run of a row, which several tests look at."""
+
+    run: Run
+    moved: list[float]  # by how much each removal moved logits, relative to the largest
+    followed: bool  # did the optimiser hold the parameters of then, with buffers of their shapes, when training ended?
+
+    @cached_property
+    def proof(self) -> Proof:
+        return es.verify(net(), self.run.dense_graph, self.run.plan, EXAMPLE, small=self.run.model, trained=True)
+
+
+@cache
+def finished(name: str) -> Finished:
     run, optimizer = begin(EVERY[name])
-    train_on(run, optimizer, 0, STEPS)
+    removal = getattr(run, EVERY[name].removal, None)
+    moved: list[float] = []
+
+    def watched(*arguments: Any) -> Any:
+        before = eval_logits(run.model)
+        found = removal(*arguments)
+        moved.append(float((eval_logits(run.model) - before).abs().max() / before.abs().max()))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        if removal is not None:
+            patch.setattr(run, EVERY[name].removal, watched)
+        train_on(run, optimizer, 0, STEPS)
+    own = {id(p) for p in run.model.parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    followed = own == held >= set(map(id, optimizer.state))
+    followed &= all(state["momentum_buffer"].shape == p.shape for p, state in optimizer.state.items())
     assert run.finish() is run.model
-    return run
+    return Finished(run, moved, followed)
 
 
 def eval_logits(model: nn.Module) -> Tensor:
@@ -184,39 +214,25 @@ def within(run: Run, small: nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_budget_is_reached_unforced_and_proven(name: str) -> None:
-    run = finished(name)
+    run = finished(name).run
     small = run.model
     assert not run.forced and within(run, small)
     assert run.status.remaining == 0
-    proof = es.verify(net(), run.dense_graph, run.plan, EXAMPLE, small=small, trained=True)
-    proof.require()
+    finished(name).proof.require()
     assert es.cost(run.dense_graph, run.plan) == es.cost(es.trace(small, EXAMPLE))
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if ROWS[n].removal])
-def test_no_removal_moves_a_logit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, optimizer = begin(ROWS[name])
-    removal = getattr(run, ROWS[name].removal)
-    moved: list[float] = []
-
-    def watched(*arguments: Any) -> Any:
-        before = eval_logits(run.model)
-        found = removal(*arguments)
-        moved.append(float((eval_logits(run.model) - before).abs().max() / before.abs().max()))
-        return found
-
-    monkeypatch.setattr(run, ROWS[name].removal, watched)
-    train_on(run, optimizer, 0, STEPS)
-    assert moved and max(moved) < 1e-5
-    own = {id(p) for p in run.model.parameters()}
-    assert own == {id(p) for group in optimizer.param_groups for p in group["params"]} >= set(map(id, optimizer.state))
-    assert all(state["momentum_buffer"].shape == p.shape for p, state in optimizer.state.items())
+def test_no_removal_moves_a_logit(name: str) -> None:
+    whole = finished(name)
+    assert whole.moved and max(whole.moved) < 1e-5
+    assert whole.followed
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_run_in_a_loop_of_ones_own_is_resumed_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = EVERY[name]
-    whole = finished(name)
+    whole = finished(name).run
     part, optimizer = begin(row)
     train_on(part, optimizer, 0, 37)
     file = io.BytesIO()
@@ -242,7 +258,8 @@ def test_a_run_in_a_loop_of_ones_own_is_resumed_to_the_bit(name: str, monkeypatc
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     assert again.plan.to_json() == whole.plan.to_json() and again.history == whole.history
     assert again.skipped == whole.skipped and again.limits == whole.limits
-    es.verify(net(), again.dense_graph, again.plan, EXAMPLE, small=again.model, trained=True).require()
+    assert files.to_json(again.dense_graph) == files.to_json(whole.dense_graph)
+    finished(name).proof.require()
 
 
 @pytest.mark.parametrize("name", ROWS)
