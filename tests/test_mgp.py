@@ -106,7 +106,7 @@ def test_cutting_a_kernel_carries_momentum_along() -> None:
 
 
 def joint(model: nn.Module, example: Tensor, method: MGP) -> tuple[object, dict]:
-    graph, options, _ = granularities(model, trace(model, example), example, method)
+    graph, options, _ = granularities(model, trace(model, example), method, *find_places(model, example))
     return graph, options
 
 

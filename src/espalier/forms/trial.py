@@ -22,11 +22,13 @@ def refused(model: nn.Module, example: Any, places: Mapping[str, Place], forms: 
     On meta copies, or on the CPU where the model cannot run there.  Layers are tried together, and halves of them where that
     fails.
     """
+    if not places or _fails(model, example, places, forms, "meta") is None:
+        return {}
     device = next((d for d in ("meta", "cpu") if _fails(model, example, {}, {}, d) is None), None)
     if device is None:
         return {}
     found: dict[str, str] = {}
-    waiting = [list(places)] if places else []
+    waiting = [list(places)]
     while waiting:
         names = waiting.pop()
         error = _fails(model, example, {n: places[n] for n in names}, forms, device)

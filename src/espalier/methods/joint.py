@@ -321,9 +321,9 @@ def offered(
 ) -> tuple[Graph, Kernels, dict[str, str]]:
     """The graph with everything that may go, the forms of every layer, and layer -> why it stays as it is."""
     coarse = MGP(inputs=method.inputs, shapes=False, streams=True)
-    graph, _, left = granularities(model, graph, example, coarse)
-    places, _ = find_places(model, example)
-    places = {n: p for n, p in places.items() if not is_frozen(model, n)}
+    found = find_places(model, example)
+    graph, _, left = granularities(model, graph, coarse, *found)
+    places = {n: p for n, p in found[0].items() if not is_frozen(model, n)}
     multiple_of = budget.multiple_of if budget.latency is None else int(np.lcm(budget.multiple_of, graph.grain))
     layouts = {n: layout(p, method.form) for n, p in places.items() if method.ranks and n not in graph.selects}
     unfit = refused(model, example, places, layouts) if layouts else {}
@@ -334,10 +334,10 @@ def offered(
             rows += [(s, [], s.widths[0]) for s in rank_options(place, layouts[name], multiple_of)]
         whole: list[Rectangle] = []
         if len(place.kernel) == 2 and not place.linear:
-            found = shapes(place)
-            whole = found[-1]
+            rectangles = shapes(place)
+            whole = rectangles[-1]
             if method.shapes and place.kernel != (1, 1):
-                rows += [(shape_sequence(place, option), option, 0) for option in found[:-1]]
+                rows += [(shape_sequence(place, option), option, 0) for option in rectangles[:-1]]
         rows.sort(key=lambda row: cost_of(place, row[0]))
         if not rows:
             continue
@@ -350,5 +350,5 @@ def offered(
         forms.options[name] = [*(o for _, o, _ in rows), whole]
         forms.ranks[name] = [*(r for _, _, r in rows), 0]
         forms.layouts[name] = layouts.get(name, "")
-    left.update({n: WEIGHT_FROZEN for n in find_places(model, example)[0] if n not in places})
+    left.update({n: WEIGHT_FROZEN for n in found[0] if n not in places})
     return budget.timed(graph) if budget.latency is None else graph, forms, left

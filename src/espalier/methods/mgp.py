@@ -88,7 +88,7 @@ class MGPRun(Fading):
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
         super().__init__(model, example, budget, method)
-        self.graph, options, self.skipped = granularities(model, self.graph, example, method)
+        self.graph, options, self.skipped = granularities(model, self.graph, method, *find_places(model, example))
         self._offer(Kernels(options), blocks=takes_blocks(method.blocks, budget))
         self._begin()
 
@@ -225,10 +225,12 @@ def granularity(group: Group) -> str:
 
 
 def granularities(
-    model: nn.Module, graph: Graph, example: Any, method: MGP
+    model: nn.Module, graph: Graph, method: MGP, places: Mapping[str, Place], left: Mapping[str, str]
 ) -> tuple[Graph, dict[str, list[list[Rectangle]]], dict[str, str]]:
-    """The graph with everything that ``method`` may prune, the options of every kernel, and layer -> why it stays as it is."""
-    places, left = find_places(model, example)
+    """The graph with everything that ``method`` may prune, the options of every kernel, and layer -> why it stays as it is.
+
+    ``places`` and ``left`` are those of ``find_places``.
+    """
     left = {n: r for n, r in left.items() if not isinstance(model.get_submodule(n), nn.Linear)}
     left.update({n: WEIGHT_FROZEN for n, p in places.items() if not p.linear and is_frozen(model, n)})
     if not method.filters:

@@ -28,6 +28,7 @@ from espalier.graph.watch import first_line, tensors_in
 from espalier.optional import import_optional
 from espalier.run.merging import merge_linear
 from espalier.run.rundir import write_file
+from espalier.timing.on_device import session as session_of
 
 FREE = ("batch", "height", "width")
 """Sizes of the inputs that a file may leave open, by the dimension they stand at: 0, -2, -1."""
@@ -171,13 +172,9 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def onnx_session(content: bytes, *, threads: int = 1) -> Any:
-    """An ONNX Runtime session on the CPU."""
-    runtime = import_optional("onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    """An ONNX Runtime session on the CPU.  Raises: MissingPackage without the extra ``onnx``."""
+    import_optional("onnxruntime", extra="onnx")
+    return session_of(content, threads=threads)
 
 
 def feeds(session: Any, args: tuple[Tensor, ...]) -> dict[str, Any]:

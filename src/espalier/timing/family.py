@@ -22,6 +22,7 @@ from espalier.graph.graph import CHANNELS, FORM
 from espalier.plan import Plan
 from espalier.surgery import shrink
 from espalier.timing.bits import in_precision
+from espalier.timing.on_device import session
 from espalier.timing.profile import ProfileSetting
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -116,14 +117,9 @@ def layer_of(name: str) -> int | None:
 
 
 def _run(content: bytes, example: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    return session.run(None, {n: t.numpy() for n, t in zip(names, example, strict=True)})
+    opened = session(content)
+    names = [i.name for i in opened.get_inputs()]
+    return opened.run(None, {n: t.numpy() for n, t in zip(names, example, strict=True)})
 
 
 def _exported(model: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:

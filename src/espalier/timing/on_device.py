@@ -151,32 +151,38 @@ def _spread(times: list[float]) -> float:
 # -- runtimes: how to run a network, and how to ask for the times of its nodes
 
 
-def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Opened:
-    import onnxruntime as ort
+def session(content: bytes, *, threads: int = 1, profile: str = "") -> Any:
+    """An ONNX Runtime session on the CPU; errors are raised, not logged.  ``profile``: how the file of node times begins."""
+    import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Opened:
     folder = tempfile.TemporaryDirectory()
 
     @cache
-    def session(watched: bool) -> tuple[Any, dict[str, Any]]:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.enable_profiling = watched
-        options.profile_file_prefix = os.path.join(folder.name, "profile")
-        opened = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    def ready(watched: bool) -> tuple[Any, dict[str, Any]]:
+        prefix = os.path.join(folder.name, "profile") if watched else ""
+        opened = session(content, threads=threads, profile=prefix)
         kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
         feeds = {i.name: _input(i.shape, kinds.get(i.type, np.float32), batch) for i in opened.get_inputs()}
         return opened, feeds
 
-    plain, inputs = session(False)
+    plain, inputs = ready(False)
 
     def watch() -> None:
-        opened, own = session(True)
+        opened, own = ready(True)
         opened.run(None, own)
 
     def nodes() -> Nodes:
-        events = json.loads(Path(session(True)[0].end_profiling()).read_text(encoding="utf-8"))
+        events = json.loads(Path(ready(True)[0].end_profiling()).read_text(encoding="utf-8"))
         folder.cleanup()
         seen: Seen = {}
         for event in events:  # a name stands for one node, the first run has all of them in the order of execution
