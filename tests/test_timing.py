@@ -1,5 +1,6 @@
 """Time as a budget: staircases, the solver on them, profiles as files, and the loop that is closed by measuring."""
 
+import io
 import json
 import subprocess
 import sys
@@ -26,9 +27,10 @@ from espalier.run import timed as at_the_end
 from espalier.run.models import build_model
 from espalier.solver import solve
 from espalier.timing import closing, forms, making, on_device
-from espalier.timing.family import Family, layer_of
+from espalier.timing.family import Family
 from espalier.timing.fitting import staircases
-from espalier.timing.profile import _sum_of as sum_of, from_json, to_json
+from espalier.timing.marks import layer_of
+from espalier.timing.profile import ProfileSetting, _sum_of as sum_of, from_json, to_json
 
 
 class Small(nn.Module):
@@ -168,6 +170,27 @@ def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
     assert found["whole"] > 0
 
 
+def test_programs_of_pytorch_say_whose_operations_they_hold(monkeypatch):
+    torch.manual_seed(0)
+    model, graph = Small().eval(), graph_of_small()
+    setting = ProfileSetting("torch", on_device.version("torch"), "", 1, 2, "f32")
+    family = Family(model, graph, making.batched(X, 2), setting=setting)
+    assert [graph.sites[x.site].module for x in family.layers] == ["one.0", "two.0", "deep", "last"]
+    assert family.layers[0].signature.startswith("conv2d k3x3 s1x1 p1x1 at ")
+    assert family.layers[0].signature.endswith("> batch_norm relu")
+    plan = es.Plan({g.name: np.arange(16) for g in graph.groups})
+    content = family.file(plan)
+    given = torch.rand(2, *X.shape[1:])
+    module = torch.export.load(io.BytesIO(content)).module()
+    assert torch.allclose(module(given), es.shrink(model, graph, plan)(given), atol=1e-6)
+    threads = torch.get_num_threads()
+    found = on_device.measure(content, **making.asked(setting), seconds=0.0)
+    assert torch.get_num_threads() == threads
+    owned = [layer_of(name) for name, _, _ in found["nodes"]]
+    assert None not in owned and sorted(set(owned)) == [0, 1, 2, 3], "all that runs is a layer's"
+    assert found["whole"] > 0
+
+
 # -- profiles
 
 
@@ -244,7 +267,7 @@ def test_a_profile_of_another_network_or_setting_is_refused(profile):
 
 
 def test_a_runtime_that_nobody_knows_is_refused():
-    with pytest.raises(ValueError, match="choose onnxruntime or openvino"):
+    with pytest.raises(ValueError, match="choose one of onnxruntime, openvino, torch"):
         es.profile(Small(), X, runtime="fastest")
     with pytest.raises(ValueError, match="in onnxruntime choose f32, int8"):
         es.profile(Small(), X, precision="bf16")
@@ -277,12 +300,13 @@ def test_a_profile_in_eight_bits_times_the_files_that_are_shipped(monkeypatch):
     assert len(seen) > measured
 
 
-def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, monkeypatch, runtime):
+    pytest.importorskip(runtime)
     monkeypatch.setattr(making, "SECONDS", 0.0)
     torch.manual_seed(0)
     model = Small().eval()
-    place = making.export_networks(model, X, tmp_path / "there", networks=3, grain=8)
+    place = making.export_networks(model, X, tmp_path / "there", networks=3, grain=8, runtime=runtime)
     with pytest.raises(ValueError, match=r"3 networks are not measured yet \(000.json\)"):
         making.collect(model, X, place)
     environment = {"PATH": "", "OMP_NUM_THREADS": "1"}  # nothing of ours is needed there
@@ -293,6 +317,7 @@ def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, mon
     assert found.stdout == ""
     profile = making.collect(model, X, place)
     assert len(profile.networks) == 3 and profile.grain == 8 and profile.dense > 0
+    assert profile.setting.runtime == runtime
     (place / "001.json").write_text("{")
     with pytest.raises(ValueError, match="not a folder of exported and measured networks"):
         making.collect(model, X, place)
@@ -413,6 +438,21 @@ def test_one_call_brings_a_network_to_a_fraction_of_its_time(profile, monkeypatc
     assert result.limits["latency"] == pytest.approx(0.9 * profile.dense)
 
 
+def test_a_budget_of_time_in_pytorch_is_measured_in_pytorch(monkeypatch):
+    """Planned, measured and delivered as a program of ``torch.export``; no ONNX in it."""
+    measure_little(monkeypatch, networks=2)
+    monkeypatch.setattr(making, "find_grain", lambda *_: 8)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(at_the_end, "SECONDS", 0.01)
+    torch.manual_seed(0)
+    model = Small()
+    budget = es.Budget(latency=0.95, profile=es.profile(model, X, runtime="torch", networks=3))
+    result = es.compress(model, X, budget=budget, method=es.Magnitude())
+    assert result.cost.macs < result.dense.macs
+    kept = at_the_end.time_kept(model, result.model, X, budget)
+    assert kept.setting.runtime == "torch" and kept.small > 0 and kept.limit == pytest.approx(0.95 * kept.dense)
+
+
 # -- other forms of layers
 
 
@@ -469,20 +509,26 @@ def test_the_last_ranks_are_built_and_measured(profile, monkeypatch):
     assert [len(pair) for pair in files] == [2] and run.cost.latency == pytest.approx(0.5 * profile.dense)
 
 
-def test_forms_are_measured_against_the_dense_network_because_the_machine_may_be_slower_now(profile, monkeypatch):
+def test_everything_is_measured_beside_the_dense_network_because_the_machine_may_be_slower_now(profile, monkeypatch):
     measure_little(monkeypatch, networks=2)
     really, took = on_device.measure, []
 
-    def measured(content, **options):
-        found = really(content, **options)
-        took.append(found["whole"])
+    def measured(content, *, beside=None, **options):
+        found = really(content, beside=beside, **options)
+        assert ("beside" in found) == (beside is not None)
+        took.append((found["whole"], found.get("beside")))
         return found
 
     monkeypatch.setattr(on_device, "measure", measured)
+    monkeypatch.setattr(making, "find_grain", lambda *_: 8)
+    found = es.profile(Small().eval(), X, networks=3)
+    (dense, nothing), *others = took
+    assert nothing is None and found.dense == dense
+    assert [n.whole for n in found.networks[1:]] == pytest.approx([t * dense / beside for t, beside in others])
+    took.clear()
     run = es.SVDOneShot().start(Small().eval(), X, es.Budget(latency=0.95, profile=profile))
-    dense, *others = took[:3]
-    assert [n.whole for n in run.budget.profile.forms[0].networks] == pytest.approx(
-        [t * profile.dense / dense for t in others]
+    assert took and [n.whole for n in run.budget.profile.forms[0].networks] == pytest.approx(
+        [t * profile.dense / beside for t, beside in took]
     )
 
 

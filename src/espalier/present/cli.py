@@ -288,7 +288,7 @@ def time(
 @app.command()
 def profile(
     model: opt.ModelArgument,
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime, openvino or torch.")] = "onnxruntime",
     threads: Annotated[int, typer.Option("--threads", help="Of the runtime.", min=1)] = 1,
     batch: Annotated[int, typer.Option("--batch", help="Images at a time.", min=1)] = 1,
     precision: Annotated[

@@ -157,7 +157,7 @@ LatencyList = Annotated[
 Profile = Annotated[
     Path | None, _budget("What layers take there, from espalier profile; default: measured now.", "FILE")
 ]
-TimeRuntime = Annotated[str | None, _budget("Where time counts: onnxruntime (default) or openvino.", "NAME")]
+TimeRuntime = Annotated[str | None, _budget("Where time counts: onnxruntime (default), openvino or torch.", "NAME")]
 MultipleOf = Annotated[
     int | None,
     _budget(

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from espalier.copies import copy_model
 from espalier.plan import Budget, milliseconds_of
 from espalier.run.onnx import positional, to_onnx_bytes
 from espalier.timing import on_device
 from espalier.timing.bits import in_precision
-from espalier.timing.making import asked
+from espalier.timing.making import asked, batched
 from espalier.timing.profile import Profile, ProfileSetting
+from espalier.timing.torch_programs import exported, saved
 
 SECONDS = 2.0  # of measuring
 STAIR = 0.08  # below the budget by more: there is no network in between
@@ -42,11 +44,18 @@ def time_kept(
     profile = budget.profile
     if budget.latency is None or not isinstance(profile, Profile):
         return None
-    inputs = [x.numpy() for x in positional(example)]
-    files = [in_precision(to_onnx_bytes(model, example), profile.setting, inputs) for model in (dense, small)]
+    files = [delivered(model, example, profile.setting) for model in (dense, small)]
     whole, left = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
     step = None if above is None else above * whole / profile.dense
     return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting, step)
+
+
+def delivered(model: nn.Module, example: Any, setting: ProfileSetting) -> bytes:
+    """The file that the runtime of ``setting`` is given."""
+    if setting.runtime == "torch":
+        plain = copy_model(model, {}).cpu().eval()
+        return saved(exported(plain, batched(positional(example), setting.batch)))
+    return in_precision(to_onnx_bytes(model, example), setting, [x.numpy() for x in positional(example)])
 
 
 def time_sentence(kept: Mapping[str, Any]) -> str:

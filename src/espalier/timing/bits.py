@@ -16,7 +16,7 @@ import numpy as np
 from espalier.optional import import_optional
 from espalier.timing.profile import ProfileSetting
 
-PRECISIONS = {"onnxruntime": ("f32", "int8"), "openvino": ("f32", "bf16", "f16", "int8")}
+PRECISIONS = {"onnxruntime": ("f32", "int8"), "openvino": ("f32", "bf16", "f16", "int8"), "torch": ("f32",)}
 """What a runtime is profiled in."""
 
 

@@ -19,7 +19,7 @@ from espalier.plan import Plan
 from espalier.timing import on_device
 from espalier.timing.family import Family
 from espalier.timing.making import Progress, asked, attributed, batched, need_here, profiled_layers, sample
-from espalier.timing.profile import Formed, Measured, Profile
+from espalier.timing.profile import Formed, Profile
 
 NETWORKS = 8  # measured of every choice of forms
 SECONDS = 0.2  # of measuring a network, at least
@@ -56,21 +56,14 @@ def measured(
         family = Family(formed, own, own_batch, setting=profile.setting)
         by_layer = {graph.group(g).layer: form for g, (form, _) in chosen.items()}
         rows = []
-        now = on_device.measure(dense, seconds=SECONDS, **asked(profile.setting))["whole"]
         for count, plan in enumerate(sample(own, NETWORKS, grain, seed=number)):
-            times = on_device.measure(family.file(plan), seconds=SECONDS, **asked(profile.setting))
-            rows.append(_slower(attributed(times, family, own, plan), profile.dense / now))
+            times = on_device.measure(family.file(plan), seconds=SECONDS, beside=dense, **asked(profile.setting))
+            rows.append(attributed(times, family, own, plan, speed=profile.dense / times["beside"]))
             if progress is not None:
                 progress(number * NETWORKS + count + 1, rounds * NETWORKS)
         layers = tuple(replace(x, form=_form_of(x.module, by_layer)) for x in profiled_layers(family, own))
         profile = replace(profile, forms=(*profile.forms, Formed(layers, tuple(rows))))
     return profile
-
-
-def _slower(network: Measured, factor: float) -> Measured:
-    """What it would have taken on a machine on which everything takes ``factor`` times as long."""
-    ms = tuple(factor * t for t in network.ms)
-    return replace(network, ms=ms, rest=factor * network.rest, whole=factor * network.whole)
 
 
 def _form_of(module: str, forms: Mapping[str, str]) -> str:

@@ -21,7 +21,8 @@ from espalier.plan import Plan
 from espalier.solver import timed_counts
 from espalier.timing import on_device
 from espalier.timing.bits import check_precision
-from espalier.timing.family import Family, layer_of
+from espalier.timing.family import Family
+from espalier.timing.marks import layer_of
 from espalier.timing.profile import NOISY, Measured, Profile, ProfiledLayer, ProfileSetting, load_profile, save_profile
 
 NETWORKS = 24  # measured for a profile
@@ -65,11 +66,13 @@ def profile(
     if not found.grain:
         found = replace(found, grain=find_grain(family, graph, setting))
     plans = sample(graph, networks or NETWORKS, found.grain)
+    dense = family.file(plans[0])
     for number, plan in enumerate(plans):
         if number >= len(found.networks):
-            content = family.file(plan)
-            times = on_device.measure(content, seconds=SECONDS, **asked(setting))
-            found = replace(found, networks=(*found.networks, attributed(times, family, graph, plan)))
+            beside = dense if number else None
+            times = on_device.measure(family.file(plan), seconds=SECONDS, beside=beside, **asked(setting))
+            speed = found.dense / times["beside"] if number else 1.0
+            found = replace(found, networks=(*found.networks, attributed(times, family, graph, plan, speed=speed)))
             if to is not None:
                 save_profile(found, to)
         if progress is not None:
@@ -113,7 +116,7 @@ def export_networks(
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     for number, plan in enumerate(sample(graph, networks, grain)):
-        (place / f"{number:03d}.onnx").write_bytes(family.file(plan))
+        (place / f"{number:03d}{on_device.ENDINGS[runtime]}").write_bytes(family.file(plan))
     asked_for = {"runtime": runtime, "threads": threads, "batch": batch, "precision": precision, "seconds": SECONDS}
     settings = {**asked_for, "networks": networks, "grain": grain}
     (place / on_device.SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -146,20 +149,22 @@ def collect(model: nn.Module, example: Any, folder: str | Path) -> Profile:
     graph, family = _family(model, example, setting)
     plans = sample(graph, settings["networks"], settings["grain"])
     found = replace(_begun(None, setting, family, graph), grain=settings["grain"])
-    rows = tuple(attributed(t, family, graph, plan) for t, plan in zip(times, plans, strict=True))
+    speeds = [times[0]["whole"] / t.get("beside", times[0]["whole"]) for t in times]
+    rows = tuple(attributed(t, family, graph, plan, speed=s) for t, plan, s in zip(times, plans, speeds, strict=True))
     return replace(found, networks=rows)
 
 
 def need_known(runtime: str) -> None:
     """Raises: ValueError for a runtime that is not known."""
     if runtime not in on_device.RUNTIMES:
-        raise ValueError(f"runtime {runtime!r}: choose {' or '.join(on_device.RUNTIMES)}")
+        raise ValueError(f"runtime {runtime!r}: choose one of {', '.join(on_device.RUNTIMES)}")
 
 
 def need_runtime(runtime: str) -> str:
     """Raises: ValueError for a runtime that is not known, or not installed."""
     need_known(runtime)
-    if importlib.util.find_spec(runtime) is None or importlib.util.find_spec("onnx") is None:
+    needed = {runtime} if runtime == "torch" else {runtime, "onnx"}
+    if any(importlib.util.find_spec(name) is None for name in needed):
         extra = "onnx" if runtime == "onnxruntime" else "onnx,openvino"
         raise ValueError(f"{runtime} is not installed here: pip install 'espalier[{extra}]'")
     return runtime
@@ -206,8 +211,11 @@ def find_grain(family: Family, graph: Graph, setting: ProfileSetting) -> int:
     return min(grain for grain, level in found.items() if level <= min(found.values()) + LEVEL)
 
 
-def attributed(times: Mapping[str, Any], family: Family, graph: Graph, plan: Plan) -> Measured:
-    """Every node's time to its layer; what the runtime has added goes to the layer before, or after where it is an input's."""
+def attributed(times: Mapping[str, Any], family: Family, graph: Graph, plan: Plan, *, speed: float = 1.0) -> Measured:
+    """Every node's time to its layer; what the runtime has added goes to the layer before, or after where it is an input's.
+
+    All times ``speed`` times as long: machines are not always as fast as they were.
+    """
     owners = [layer_of(name) for name, _, _ in times["nodes"]]
     ms, nodes, rest = [0.0] * len(family.layers), [0] * len(family.layers), 0.0
     for number, (_, kind, took) in enumerate(times["nodes"]):
@@ -224,9 +232,8 @@ def attributed(times: Mapping[str, Any], family: Family, graph: Graph, plan: Pla
     lengths = tuple(
         tuple(graph.extents[e].length(counts) for e in graph.sites[layer.site].term.extents) for layer in family.layers
     )
-    return Measured(
-        lengths, tuple(round(t, 6) for t in ms), tuple(nodes), round(rest, 6), times["whole"], times["spread"]
-    )
+    right = tuple(round(speed * t, 6) for t in ms)
+    return Measured(lengths, right, tuple(nodes), round(speed * rest, 6), speed * times["whole"], times["spread"])
 
 
 def batched(example: Any, batch: int) -> tuple[Tensor, ...]:

@@ -2,11 +2,12 @@
 
     python measure.py FOLDER                # folder made by: espalier profile MODEL --export FOLDER
 
-Every ``*.onnx`` gets a ``*.json`` beside it; what is there already is not measured again, so a stopped run goes on.
+Every network gets a ``*.json`` beside it; what is there already is not measured again, so a stopped run goes on.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -38,18 +39,28 @@ Opened = tuple[
 
 
 def measure(
-    content: bytes, *, runtime: str, threads: int, batch: int, precision: str, seconds: float
+    content: bytes,
+    *,
+    runtime: str,
+    threads: int,
+    batch: int,
+    precision: str,
+    seconds: float,
+    beside: bytes | None = None,
 ) -> dict[str, Any]:
     """Milliseconds of the whole network and of every node, and how far two halves of the runs differ.
 
     Alone and watched in turns, because what else the machine does then meets both; some runs at a time, because the other one
-    leaves the caches cold.
+    leaves the caches cold.  So is another network ``beside``, if one is given: what it takes says how fast the machine is now.
     """
     alone, watched, nodes = RUNTIMES[runtime](content, threads, batch, precision)
+    other = None if beside is None else RUNTIMES[runtime](beside, threads, batch, precision)[0]
+    calls = [alone, watched, *([] if other is None else [other])]
     for _ in range(WARM_UP):
-        alone()
-        watched()
+        for call in calls:
+            call()
     times: list[float] = []
+    others: list[float] = []
     clock = _clock(threads)
     for _ in range(3):
         begin, runs = clock(), 0
@@ -57,11 +68,14 @@ def measure(
             times += [_once(alone, threads) for _ in range(BURST)]
             for _ in range(BURST):
                 watched()
+            if other is not None:
+                others += [_once(other, threads) for _ in range(BURST)]
             runs += BURST
         spread = _spread(times)
         if spread <= AGREE:
             break
-    return {"whole": 1e3 * _fast(times), "spread": spread, "nodes": nodes()}
+    found = {"whole": 1e3 * _fast(times), "spread": spread, "nodes": nodes()}
+    return found if other is None else {**found, "beside": 1e3 * _fast(others)}
 
 
 def race(
@@ -97,6 +111,10 @@ def version(runtime: str) -> str:
         import onnxruntime
 
         return str(onnxruntime.__version__)
+    if runtime == "torch":
+        import torch
+
+        return str(torch.__version__)
     import openvino
 
     return str(openvino.__version__).partition("-")[0]
@@ -240,6 +258,41 @@ def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opene
     return lambda: plain.infer(inputs), watch, lambda: _fastest(seen)
 
 
+def _torch(content: bytes, threads: int, batch: int, precision: str) -> Opened:
+    """A program of ``torch.export``, operation by operation, on the CPU; its batch stands in it."""
+    import torch
+
+    program = torch.export.load(io.BytesIO(content))
+    module, (given, _) = program.module(), program.example_inputs
+    inputs = [torch.from_numpy(_input(list(x.shape), x.numpy().dtype, batch)) for x in given]
+    seen: Seen = {}
+    clock = _clock(threads)
+
+    class Watched(torch.fx.Interpreter):
+        def run_node(self, n: Any) -> Any:
+            begin = clock()
+            found = super().run_node(n)
+            if n.op == "call_function":
+                seen.setdefault((n.name, str(n.target)), []).append(1e3 * (clock() - begin))
+            return found
+
+    watched = Watched(module)
+
+    def with_threads(call: Callable[[], Any]) -> Forward:
+        def run() -> None:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with torch.inference_mode():
+                    call()
+            finally:
+                torch.set_num_threads(before)
+
+        return run
+
+    return with_threads(lambda: module(*inputs)), with_threads(lambda: watched.run(*inputs)), lambda: _fastest(seen)
+
+
 def _input(shape: list[Any], kind: Any, batch: int) -> np.ndarray:
     size = [d if isinstance(d, int) else batch for d in shape]
     if np.issubdtype(kind, np.integer):
@@ -247,19 +300,25 @@ def _input(shape: list[Any], kind: Any, batch: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(size).astype(kind)
 
 
-RUNTIMES: dict[str, Callable[[bytes, int, int, str], Opened]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+RUNTIMES: dict[str, Callable[[bytes, int, int, str], Opened]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "torch": _torch,
+}
+ENDINGS = {"onnxruntime": ".onnx", "openvino": ".onnx", "torch": ".pt2"}  # of the files that a runtime reads
 
 
 def main(folder: Path) -> None:
     """Measure every network in ``folder`` that has no times yet."""
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     asked = {key: settings[key] for key in ("runtime", "threads", "batch", "precision", "seconds")}
-    files = sorted(folder.glob("*.onnx"))
+    files = sorted(folder.glob(f"*{ENDINGS[asked['runtime']]}"))
+    dense = files[0].read_bytes() if files else b""
     for number, file in enumerate(files):
         target = file.with_suffix(".json")
         if target.exists():
             continue
-        found = measure(file.read_bytes(), **asked)
+        found = measure(file.read_bytes(), **asked, beside=dense if number else None)
         found |= {"version": version(asked["runtime"]), "processor": processor()}
         beside = target.with_suffix(".part")
         beside.write_text(json.dumps(found), encoding="utf-8")
