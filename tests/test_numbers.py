@@ -11,6 +11,8 @@ from proving import prove, sizes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from espalier.graph import tracing
+
 IMAGE = torch.zeros(1, 3, 8, 8)
 
 
@@ -177,3 +179,24 @@ def test_the_numbers_of_the_small_network_are_those_of_its_layers() -> None:
 def test_a_number_that_is_computed_with_stays() -> None:
     model = Net(lambda m, x: m.b(m.a(x)[:, : m.c] / m.c), a=conv(3, 12), b=conv(8, 5), c=8)
     assert sizes(prove(model, IMAGE).graph) == {}
+
+
+class Checked(nn.Module):
+    """A layer that compares what it gets with a number of its own, as those of diffusers do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.layer = channels, conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.layer(x).relu()
+
+
+def test_numbers_that_several_modules_compare_with_widths_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, found = tracing._learn, []
+    monkeypatch.setattr(tracing, "_learn", lambda *given: found.append(given) or learn(*given))
+    model = nn.Sequential(conv(3, 9), *(nn.Sequential(Checked(9), conv(9, 9)) for _ in range(4)), conv(9, 2))
+    graph = prove(model, IMAGE, macs=0.3).graph
+    assert len(found) == 1
+    assert sum(sizes(graph).values()) == 9 * 9

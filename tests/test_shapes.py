@@ -1,5 +1,7 @@
 """The closed forms of ``graph.shapes`` are what the meta kernels give, and they leave every odd case to these."""
 
+import random
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,6 +97,7 @@ def test_closed_forms_of_one_element_each_agree_with_the_kernels(func, make):
             (meta(1, 4, 2, 2), meta(4, 4, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
         ),
         (aten.addmm.default, (meta(5), meta(1, 3), meta(4, 5))),
+        (aten.bmm.default, (meta(2, 1, 3), meta(3, 3, 5))),
         (aten.add.Tensor, (meta(1, 3, 4), meta(1, 2, 4))),
         (aten.add_.Tensor, (meta(1, 3), meta(2, 3))),
         (aten.cat.default, ([meta(1, 3, 4), meta(1, 3, 5)], 1)),
@@ -118,6 +121,30 @@ def test_what_does_not_fit_is_left_to_the_kernel_which_refuses_it(func, args):
 )
 def test_types_and_strides_that_are_not_plain_are_left_to_the_kernel(func, args):
     assert shapes.output(func, args, {}) is None
+
+
+@pytest.mark.parametrize(
+    "func", [aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor, aten.maximum.default]
+)
+def test_what_has_fewer_dimensions_is_stretched_as_the_kernels_do(func):
+    draw = random.Random(0)
+    with Compare() as compare:
+        for _ in range(60):
+            shape = [draw.choice([1, 2, 3]) for _ in range(draw.randint(1, 4))]
+            other = [draw.choice([1, n]) for n in shape[draw.randint(0, len(shape) - 1) :]]
+            for operands in ((meta(*shape), meta(*other)), (meta(*other), meta(*shape))):
+                func(*operands)
+    assert not compare.wrong
+    assert compare.known >= 120
+
+
+def test_a_product_of_batches_has_the_shape_that_its_kernel_gives():
+    with Compare() as compare:
+        aten.bmm.default(meta(4, 2, 3), meta(4, 3, 5))
+        aten.bmm.default(meta(4, 3, 2).transpose(1, 2), meta(4, 5, 3).transpose(1, 2))
+        aten.bmm.default(meta(1, 3).expand(4, 1, 3), meta(4, 3, 1))
+    assert not compare.wrong
+    assert compare.known >= 3
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 6, 8), (2, 4, 5, 5), (2, 1, 7, 3)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from espalier.costs import cost
 from espalier.forms.places import find_places
-from espalier.graph import Graph, hold, selectable, trace
+from espalier.graph import Graph, hold, selectable, trace, tracing
 from espalier.plan import Plan
 from espalier.surgery import shrink, verify
 from espalier.surgery.verify import count_macs
@@ -452,3 +452,24 @@ def test_boxes_that_depend_on_values_do_not_freeze_the_backbone() -> None:
         lambda m, x: run(m, m.z(x).view(1, 8, 8, 8)), z=conv(3, 8), a=conv(8, 16), b=conv(16, 12), c=conv(12, 6)
     )
     assert sizes(trace(frozen, torch.randn(1, 3, 8, 8))) == {"a": 16, "b": 12}
+
+
+def test_a_training_that_runs_the_same_is_watched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[bool] = []
+    run = tracing._forward
+    monkeypatch.setattr(
+        tracing, "_forward", lambda watch, *rest, training: (
+            watched.append(training) if watch.rehearsal is None else None, run(watch, *rest, training=training)
+        )[1],
+    )  # fmt: skip
+    trace(Net(lambda m, x: m.b(m.a(x).view(-1, 2, 6, 8, 8).sum(1)), a=conv(3, 12), b=conv(6, 2)), IMAGE)
+    assert watched.count(False) > 1
+    assert watched.count(True) == 1
+
+
+@pytest.mark.parametrize(("in_training", "alike"), [(1.0, True), (0.5, False)])
+def test_a_training_that_computes_with_another_constant_is_another(in_training: float, alike: bool) -> None:
+    model = Net(
+        lambda m, x: m.b(m.a(x) * torch.tensor(in_training if m.training else 1.0)), a=conv(3, 12), b=conv(12, 2)
+    )
+    assert tracing.observe(model.eval(), IMAGE).trains_alike is alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ FIXED = Reason("is fixed")
 _SKIP = (f"{torch.__path__[0]}/", __file__.rsplit("/", 1)[0] + "/")
 
 
+@functools.cache
 def is_users(path: str) -> bool:
     """Is this source file neither torch's nor ours?"""
     return not path.startswith(_SKIP) and not path.startswith("<")

@@ -60,7 +60,7 @@ def binary(x: Any, y: Any, *_: Any, **options: Any) -> Any:
 
 def _broadcast(x: Any, y: Tensor) -> Any:
     """Gates and biases: one operand has the shape of the result, the other is stretched to it."""
-    if not (isinstance(x, Tensor) and x.ndim == y.ndim and x.dtype == y.dtype and x.is_floating_point()):
+    if not (isinstance(x, Tensor) and x.dtype == y.dtype and x.is_floating_point() and x.ndim and y.ndim):
         return None
     for one, other in ((x, y), (y, x)):
         if one.is_contiguous() and other.is_contiguous() and _stretches(other.shape, one.shape):
@@ -69,7 +69,8 @@ def _broadcast(x: Any, y: Tensor) -> Any:
 
 
 def _stretches(small: Sequence[int], large: Sequence[int]) -> bool:
-    return all(s in (1, n) for s, n in zip(small, large, strict=True))
+    missing = len(large) - len(small)
+    return missing >= 0 and all(s in (1, n) for s, n in zip(small, large[missing:], strict=True))
 
 
 def binary_(x: Tensor, y: Any, *_: Any, **__: Any) -> Any:
@@ -145,6 +146,11 @@ def mm(a: Tensor, b: Tensor) -> Any:
     return _new(a, (a.shape[0], b.shape[1])) if fits else None
 
 
+def bmm(a: Tensor, b: Tensor) -> Any:
+    fits = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] and a.dtype == b.dtype
+    return _new(a, (a.shape[0], a.shape[1], b.shape[2])) if fits else None
+
+
 def mean(x: Tensor, dims: Any = None, keepdim: bool = False, **options: Any) -> Any:
     if not dims or options or not x.is_contiguous() or not x.is_floating_point():
         return None
@@ -190,6 +196,7 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     aten.convolution: convolution,
     aten.addmm: addmm,
     aten.mm: mm,
+    aten.bmm: bmm,
     aten.cat: cat,
 }
 

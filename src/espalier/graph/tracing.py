@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import random
 import time
 import traceback
@@ -23,6 +24,7 @@ from espalier.carving import Kept, carve, computes_weight, make_plain, number_na
 from espalier.copies import copied, named_modules, named_tensors, unwrapped
 from espalier.graph.branches import AsWatched, SizesRemember, turned
 from espalier.graph.call import tensors_of
+from espalier.graph.constants import Value, same_value
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
 from espalier.graph.numbers import Comparing, Comparison
@@ -32,6 +34,7 @@ from espalier.graph.rules import RULES
 from espalier.graph.shapes import META
 from espalier.graph.watch import (
     FROZEN,
+    Axis,
     Lessons,
     Memory,
     Mismatch,
@@ -110,8 +113,9 @@ def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool)
     notes: dict[Any, Reason] = {}
     device = "meta"
     first = 0  # the widths that found something are tried first
+    stage: Tracing | None = None
     while True:
-        stage = _watched(model, example, lessons, deadline, device, notes)
+        stage = _watched(model, example, lessons, deadline, device, notes, before=stage)
         device = stage.device
         if _guesses_anew(lessons, stage):
             continue
@@ -148,10 +152,11 @@ def _watched(
     notes: dict[Any, Reason],
     *,
     training: bool = True,
+    before: Tracing | None = None,
 ) -> Tracing:
     """On ``device``, or on the CPU where the forward cannot run there, or there by the values that the example has."""
     try:
-        return _watch(model, example, lessons, deadline, device, notes, training=training)
+        return _watch(model, example, lessons, deadline, device, notes, training=training, before=before)
     except _Failed as failed:
         if device != "cpu" or lessons.every_value_passes:
             lessons.every_value_passes = device != "cpu"
@@ -190,6 +195,7 @@ class Tracing:
     graph: Graph
     forwards: tuple[Forward, ...]
     left: Left
+    plain: frozenset[str]  # layers that compute their weight, and were watched as plain ones
 
     def first_mismatch(self, first: int) -> tuple[Found | None, int]:
         """The first mismatch of all rehearsals, beginning with number ``first``, and the number of the one that found it."""
@@ -214,6 +220,16 @@ class Tracing:
         with SizesRemember(), Comparing(AsWatched(self.watch)) as comparing:
             self._compare(self._copy(self.model), {}, forward, single=False)
         return comparing.found
+
+    def equal_numbers(self, forward: Forward) -> Iterator[tuple[tuple[str, int], Axis]]:
+        """Numbers of modules that the user's code finds equal to a width, and the channels that this one counts."""
+        for comparison in self._comparisons(forward):
+            one, other = (self.watch.axis_of(side.labels) for side in (comparison.left, comparison.right))
+            if one is None or other is None or one is other or one.size != other.size:
+                continue
+            number, counted = (one, other) if number_named(one.tensor) else (other, one)
+            if number_named(number.tensor) and comparison.op in (operator.eq, operator.ne):
+                yield (number.tensor, number.dim), counted
 
     @property
     def trains_alike(self) -> bool:
@@ -407,6 +423,9 @@ def _counted(found: Found, stage: Tracing) -> list[tuple[TensorPositions, Tensor
         return []
     known = {one[:2] for one, _ in stage.watch.lessons.ties}
     counted = {at: axis for at, axis in found.mismatch.counted.items() if at not in known}
+    if counted:  # others wait for their turn: one more forward finds them all
+        forward = next(f for f in stage.forwards if f.training == found.training)
+        counted |= {at: axis for at, axis in stage.equal_numbers(forward) if at not in known}
     return [
         ((*at, rows), (a.tensor, a.dim, rows)) for at, a in counted.items() for rows in (np.arange(a.size)[:, None],)
     ]
@@ -471,8 +490,12 @@ def _watch(
     notes: dict[Any, Reason],
     *,
     training: bool = True,
+    before: Tracing | None = None,
 ) -> Tracing:
-    """An eval-mode and, with ``training``, a train-mode forward on the same labels; costs are those of the first."""
+    """An eval-mode and, with ``training``, a train-mode forward on the same labels; costs are those of the first.
+
+    Where both ran the same ``before``, by other lessons about labels, they do so again, and one is watched.
+    """
     private, trained = (_plain_copy(model, device, lessons) for _ in range(2))  # a forward may leave caches in its copy
     watch = Watch(private, rules=RULES, lessons=lessons, deadline=deadline)
     try:
@@ -485,13 +508,16 @@ def _watch(
     left = _left(private, trained)
     for tensor in _read_again(private, left, example, device):
         watch.freeze(state(tensor).layers, "is computed once and kept by a module, which is not cut")
-    if training:
+    plain = frozenset(lessons.plain)
+    if training and before is not None and before.trains_alike and (before.device, before.plain) == (device, plain):
+        forwards.append(replace(before.forwards[1], records=watch.records))
+    elif training:
         seen = watch.sites, watch.memory, watch.spans, watch.reads
         forwards += _watch_training(watch, trained, example, device, forwards[0], notes)
         watch.sites, watch.memory, watch.spans, watch.reads = *seen[:3], seen[3] | watch.reads
     component = components(watch)
     graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
-    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards), left)
+    return Tracing(model, example, device, deadline, watch, graph, tuple(forwards), left, plain)
 
 
 def _watch_training(
@@ -595,14 +621,23 @@ def same_random_numbers() -> Iterator[None]:
 
 
 def _alike(one: list[Record], other: list[Record]) -> bool:
-    """Do two forwards run the same operations on the same tensors, with the same numbers?"""
+    """Do two forwards run the same operations on the same tensors, with the same numbers and constants?"""
     return len(one) == len(other) and all(
         a.op is b.op
         and a.origins == b.origins
         and (a.scalars == b.scalars or repr(a.scalars) == repr(b.scalars))
         and [shape for shape, *_ in a.outputs] == [shape for shape, *_ in b.outputs]
+        and all(map(_same_constant, _constants(a), _constants(b)))
         for a, b in zip(one, other, strict=True)
     )
+
+
+def _constants(record: Record) -> list[Value]:
+    return [*record.values, *(value for *_, value in record.outputs)]
+
+
+def _same_constant(one: Value, other: Value) -> bool:
+    return same_value(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one is other
 
 
 def private_copy(model: nn.Module, device: str) -> nn.Module:

@@ -339,6 +339,7 @@ class Watch(TorchDispatchMode):
         self._vectors: dict[int, tuple[Layer, np.ndarray]] = {}  # layer -> itself (so that it stays alive), its labels
         self._references: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._func: Any = None
+        self._taught = {op for _, op in lessons.lines}
         self._ruled: dict[Any, Callable[..., None]] = {}  # operation -> its rule
         self.axes: list[Axis] = [] if axes is None else list(axes)
         self._kept = kept or {}
@@ -413,6 +414,14 @@ class Watch(TorchDispatchMode):
     def axis_at(self, label: int) -> int:
         """Number of the axis that a label is of; -1 of what is fixed."""
         return int(np.searchsorted([a.start for a in self.axes], label, side="right")) - 1
+
+    def axis_of(self, labels: np.ndarray) -> Axis | None:
+        """The axis of which ``labels`` are all that there are; ``None`` where they are not those of one."""
+        if not len(labels) or not labels.min():
+            return None
+        axis = self.axes[self.axis_at(int(labels.min()))]
+        whole = len(labels) == axis.size and labels.min() == axis.start and labels.max() == axis.start + axis.size - 1
+        return axis if whole else None
 
     @property
     def label_count(self) -> int:
@@ -586,8 +595,10 @@ class Watch(TorchDispatchMode):
         return (self.module_name if torchs else user_line() or type(self.module).__name__, self._op_name())
 
     def level(self) -> int:
+        if self._op_name() not in self._taught:  # to find the line takes longer
+            return 0
         known = self.lessons.lines
-        return max(known.get(self.key(), 0), known.get((user_line(), self._op_name()), 0)) if known else 0
+        return max(known.get(self.key(), 0), known.get((user_line(), self._op_name()), 0))
 
     def reason(self) -> str:
         """Why this line is fixed."""
@@ -595,7 +606,7 @@ class Watch(TorchDispatchMode):
         return known.get(self.key()) or known.get((user_line(), self._op_name())) or HARD_CODED
 
     def _op_name(self) -> str:
-        return str(self._func) if self._func is not None else "forward"
+        return _name_of(self._func) if self._func is not None else "forward"
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -814,6 +825,11 @@ class Watch(TorchDispatchMode):
 def _note_numbers(tensor: Tensor, value: Value) -> None:
     if state(tensor) is NOTHING:
         tensor._espalier = State(value=value)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _name_of(func: Any) -> str:
+    return str(func)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,15 +80,24 @@ def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
     """
     if 0 in shape:
         return np.broadcast_to(layer, shape).reshape(new)
+    expanded, final = _shared_dimensions(layer.shape, tuple(shape), tuple(new))
+    return (layer if layer.shape == expanded else np.broadcast_to(layer, expanded)).reshape(final)
+
+
+@functools.cache
+def _shared_dimensions(
+    layer: tuple[int, ...], shape: tuple[int, ...], new: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``shape`` and ``new`` with 1 in the place of sizes along which nothing changes in an array of shape ``layer``."""
     before, after = (np.cumprod([1, *sizes]) for sizes in (shape, new))
     expanded: list[int] = []
     final: list[int] = []
     for product in np.intersect1d(before, after):
         i, j = (int(np.searchsorted(p, product, side="right")) - 1 for p in (before, after))
-        changes = any(n > 1 for n in layer.shape[len(expanded) : i])
+        changes = any(n > 1 for n in layer[len(expanded) : i])
         expanded += shape[len(expanded) : i] if changes else [1] * (i - len(expanded))
         final += new[len(final) : j] if changes else [1] * (j - len(final))
-    return np.broadcast_to(layer, expanded).reshape(final)
+    return tuple(expanded), tuple(final)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
