@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the same table for type checkers
     from espalier.run.onnx import export_onnx as export_onnx
     from espalier.run.recipe import Recipe as Recipe
     from espalier.run.stopping import TrainingStopped as TrainingStopped
+    from espalier.run.zeroed import remove_zeroed as remove_zeroed
     from espalier.solver import BudgetError as BudgetError, solve as solve
     from espalier.surgery import load as load, save as save, shrink as shrink, verify as verify
     from espalier.tasks import (
@@ -84,6 +85,7 @@ _HOME = {
         "espalier.run.onnx": "export_onnx",
         "espalier.run.recipe": "Recipe",
         "espalier.run.stopping": "TrainingStopped",
+        "espalier.run.zeroed": "remove_zeroed",
         "espalier.solver": "BudgetError solve",
         "espalier.surgery": "load save shrink verify",
         "espalier.tasks": "Classification Detection Metric Regression Segmentation SuperResolution Task",
