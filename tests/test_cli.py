@@ -78,6 +78,19 @@ def test_inspect_takes_a_factory_of_ones_own(tmp_path, monkeypatch):
     assert json.loads(done.output)["totals"]["params"] == 2 * 4 * 9 + 4
 
 
+def test_a_factory_of_ones_own_keeps_its_defaults_where_nothing_is_said(tmp_path, monkeypatch):
+    (tmp_path / "own_sizes.py").write_text(
+        "from torch import nn\n\n\ndef net(num_classes=7, in_channels=2, image_size=6):\n"
+        "    head = nn.Linear(4 * (image_size - 2) ** 2, num_classes)\n"
+        "    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.Flatten(), head)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = espalier("inspect", "own_sizes:net", "--json")
+    assert done.exit_code == 0, done.output
+    layers = {row["name"]: row for row in json.loads(done.output)["layers"]}
+    assert (layers["0"]["inputs"], layers["2"]["inputs"], layers["2"]["outputs"]) == (2, 64, 7)
+
+
 # -- how it says no
 
 

@@ -22,6 +22,7 @@ from espalier.present.progress import RunProgress
 from espalier.run.checkpoint import ENTRIES, read_checkpoint, write_checkpoint
 from espalier.run.lock import LOCK, OWNER, owned
 from espalier.run.loop import Step
+from espalier.run.rundir import metadata_of
 from tests.forked import forked
 
 METHODS = [es.TCP(), es.MGP(), es.DPRP(), es.TTLC(search=0), es.Magnitude()]
@@ -329,6 +330,14 @@ def test_a_journal_of_the_earlier_release_goes_on(tmp_path: Path) -> None:
     searched(2)
     assert len(trials) == 2 and journal.read_text().count("sha256") > 0
     searched(3)
+
+
+@pytest.mark.parametrize("name", ["preprocessing.json", "plan.json"])
+@pytest.mark.parametrize("text", ["[1]", "{"])
+def test_what_a_file_of_onnx_is_to_say_is_named_where_it_is_damaged(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: damaged"):
+        metadata_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "history.json"])

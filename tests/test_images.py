@@ -88,6 +88,8 @@ def test_augmentation_depends_on_seed_epoch_and_place_alone(tmp_path, augment):
         ({"mean": "grey"}, r"Images\(mean='grey'\): must be imagenet, measured, or 3 numbers"),
         ({"mean": "0.1,0.2"}, "or 3 numbers"),
         ({"std": "0"}, "above 0"),
+        ({"mean": "127"}, r"Images\(mean='127'\): .*from 0 to 1; .*divide by 255"),
+        ({"std": "58,57,58"}, r"Images\(std='58,57,58'\): .*divide by 255"),
         ({"grey": True, "mean": "0.1,0.2"}, "or 1 number,"),
         ({"resize": 3}, r"must be at least the side of the inputs, 16"),
         ({"train_split": "learn"}, r"needs the folders learn and val \(or test\).*--train-split"),
@@ -98,6 +100,14 @@ def test_settings_that_do_not_fit_the_pictures_are_refused(tmp_path, settings, w
     write(tmp_path)
     with pytest.raises(ValueError, match=words):
         read(tmp_path, **settings)
+
+
+def test_one_class_is_none_to_tell_apart(tmp_path):
+    write(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "dark").rename(tmp_path / f"{split}-dark")
+    with pytest.raises(ValueError, match=r"train has one sub-folder, bright; give one for each class, two or more"):
+        read(tmp_path)
 
 
 def test_splits_are_named_freely(tmp_path):
@@ -125,7 +135,7 @@ def test_pictures_of_more_than_eight_bits_are_scaled(tmp_path, top, kind):
 def test_floats_beyond_one_are_refused_by_name(tmp_path):
     write(tmp_path)
     PIL.fromarray(np.full((16, 16), 300.0, dtype=np.float32)).save(tmp_path / "val" / "dark" / "deep.tif")
-    with pytest.raises(ValueError, match=r"deep.tif cannot be decoded.*300, not from 0 to 1"):
+    with pytest.raises(ValueError, match=r"deep.tif: its pixels go from 300 to 300, not from 0 to 1$"):
         list(read(tmp_path).test_batches())
 
 

@@ -1,7 +1,11 @@
 """What people are likely to write first, and what they are told to write instead."""
 
 import re
+from functools import partial
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +13,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 import espalier as es
+from espalier.graph.watch import TraceTimeout
+from espalier.present import profiling
 from espalier.present.cli import app
 
 X = torch.zeros(1, 3, 8, 8)
 HALF = es.Budget(macs=0.5)
 OWN = """
+import torch
 from torch import nn
+
+
+def on_meta(num_classes=10):
+    with torch.device("meta"):
+        return build(num_classes)
 
 
 def build(num_classes=10):
@@ -42,6 +54,11 @@ def places(tmp_path, monkeypatch):
     Path("own.py").write_text(OWN)
     Path("model.onnx").write_bytes(b"onnx")
     torch.save(net().state_dict(), "model.pt")
+    namespace: dict[str, Any] = {}
+    exec(OWN, namespace)
+    torch.save(namespace["build"]().state_dict(), "own.pt")
+    Path("other.toml").write_text("[buget]\nmacs = 0.5\n")
+    Path("names.toml").write_text('[data]\nname = "digits"\nimagesize = 8\n')
 
 
 IN_PYTHON = {
@@ -104,6 +121,34 @@ ON_THE_COMMAND_LINE = {
     ),
     "evaluate an onnx": (["evaluate", "model.onnx", "--model", "resnet8", "--data", "digits"], r"is an ONNX file"),
     "export a checkpoint of nothing": (["export", "model.pt"], r"--model is missing"),
+    "a fraction out of reach": (
+        [*RUN, "--multiple-of", "1", "--macs", "0.01"],
+        r"smallest reachable is [\d,]+ \([\d.]+% of [\d,]+\); raise the budget$",
+    ),
+    "a profile without a time": ([*RUN, "--macs", "0.5", "--profile", "p.json"], r"--profile: .* give --latency"),
+    "a table of another name": (
+        ["compress", "--config", "other.toml", "--out", "o"],
+        r"other\.toml: \[buget\]: there is no such table; .*budget",
+    ),
+    "a name that a table lacks": (
+        ["compress", "--config", "names.toml", "--out", "o"],
+        r"names\.toml: \[data\]: there is no 'imagesize'; it has name, .*image_size",
+    ),
+    "evaluate a folder without a run": (["evaluate", "run"], r"^error: run: holds no run"),
+    "export a folder without a run": (["export", "run"], r"^error: run: holds no run"),
+    "resume where nothing began": (["compress", "--out", "run", "--resume"], r"^error: run: holds no run"),
+    "an ending of no file": (
+        ["export", "own.pt", "--model", "own.py:build", "--num-classes", "10", "--input", "1,1,8,8", "--to", "a.pth"],
+        r"a\.pth: .*\.onnx.*\.pt2",
+    ),
+    "export an input of another kind": (
+        ["export", "own.pt", "--model", "own.py:build", "--num-classes", "10", "--input", "1,3,8,8", "--to", "a.onnx"],
+        r"^error: the model does not take inputs of \(1, 3, 8, 8\): .*channels instead$",
+    ),
+    "a network without numbers": (
+        ["compress", "--model", "own.py:on_meta", *RUN[3:], "--macs", "0.5"],
+        r"0\.weight is on meta",
+    ),
     "inspect a file of weights": (["inspect", "model.pt"], r"give it as --weights model\.pt"),
 }
 
@@ -123,3 +168,42 @@ def test_what_is_clear_simply_works(places):
     found = CliRunner().invoke(app, [*RUN, "--macs", "50%", "--no-verify"])
     assert found.exit_code == 0, found.output
     assert es.load_run("out", trust=True)[0].out_channels < 8
+
+
+@pytest.mark.parametrize("latency", ["2", "2mss", "0"])
+def test_a_time_that_makes_no_sense_is_refused_before_anything_is_measured(latency, places, monkeypatch):
+    monkeypatch.setattr(profiling, "measured_profile", lambda *_, **__: pytest.fail("was measured"))
+    found = CliRunner().invoke(app, [*RUN, "--latency", latency])
+    assert (found.exit_code, "a time such as" in found.output) == (2, True), found.output
+
+
+def test_a_forward_that_never_ends_is_named_before_it_is_run(monkeypatch):
+    class Endless(nn.Module):
+        def forward(self, x):
+            while x.device.type == "meta":
+                x = x + 1
+            raise RuntimeError("was run")
+
+    monkeypatch.setattr("espalier.run.compress.trace", partial(es.trace, time_limit=0.2))
+    with pytest.raises(TraceTimeout, match="time limit"):
+        es.compress(Endless(), es.load_data("digits"), budget=HALF, method=es.Magnitude())
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [(2, 0), (1, 2)])
+def test_hugging_faces_callback_refuses_several_processes_and_says_what_to_use(processes, gpus, monkeypatch):
+    """With a stand-in for transformers, which CI does not install."""
+    stand_in = SimpleNamespace(TrainerCallback=type("TrainerCallback", (), {}))
+    monkeypatch.setattr("espalier.optional.import_transformers", lambda: stand_in)
+    spec = find_spec("espalier.trainers.huggingface")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, several = net(), SimpleNamespace(world_size=processes, n_gpu=gpus)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    callback = module.Compression(HALF, es.DPRP(), example=X)
+    with pytest.raises(
+        ValueError, match=r"one process on one GPU.*in several train with es\.lightning\.Compression"
+    ) as caught:
+        callback.on_init_end(several, None, None, model=model)
+    assert "\n" not in str(caught.value)
+    assert callback.run is None
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from espalier.layers import PaddedConv2d, PartConv2d
 from espalier.optional import MissingPackage
 from espalier.present.cli import app
 from espalier.run.models import CIFAR_MODELS
+from espalier.run.onnx import to_onnx_bytes
+from espalier.timing.bits import quantised
 from tests.forked import forked
 from tests.steps import tiny
 
@@ -64,7 +67,7 @@ def test_a_run_folder_gives_its_network_from_anywhere(folder):
 
 
 def test_what_is_no_run_says_what_to_give(tmp_path, folder):
-    with pytest.raises(ValueError, match="there is no such folder"):
+    with pytest.raises(ValueError, match="there is no such run folder"):
         es.load_run(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"holds no run \(no config.toml\)"):
         es.load_run(tmp_path)
@@ -113,7 +116,7 @@ def test_files_of_pytorch_run_without_espalier(folder, tmp_path):
 
 def test_a_file_of_pytorch_is_what_its_ending_says(tmp_path):
     net, x = nn.Linear(8, 4), torch.zeros(1, 8)
-    with pytest.raises(ValueError, match=r"end it in .pt2 \(torch.export\) or in .pt"):
+    with pytest.raises(ValueError, match=r"end it in .onnx .*\.pt2 \(torch.export\), or .pt"):
         es.export_torch(net, tmp_path / "model.bin", x)
     with pytest.raises(ValueError, match="second argument is the file"):
         es.export_torch(net, x, tmp_path / "model.pt2")
@@ -147,6 +150,25 @@ def test_eight_bits_are_calibrated_judged_and_refused_where_they_lose_too_much(f
         export_int8(net, refused, [], test)
     with pytest.raises(ValueError, match="eight bits for runtime 'torch': choose onnxruntime or openvino"):
         export_int8(net, refused, batches, test, runtime="torch")
+
+
+def test_sums_of_eight_bits_stay_inside_sixteen_on_every_processor():
+    """Without instructions for eight bits, processors add two products in 16 bits and saturate: 255 * 64 * 2 is below 2**15."""
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4)), torch.ones(1, 8, 3, 3)
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight.fill_(0.1)  # the largest everywhere, as are the inputs
+    content = quantised(to_onnx_bytes(net, x), [(x.numpy(),)])
+    weights = [onnx.numpy_helper.to_array(t) for t in onnx.load_model_from_string(content).graph.initializer]
+    eight = [w for w in weights if w.dtype == np.int8 and w.ndim > 1]
+    assert len(eight) == 2
+    assert all(255 * 2 * abs(w.astype(int)).max() < 2**15 for w in eight)
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), net(x), rtol=0.02)
 
 
 def test_eight_bits_for_openvino_need_nncf_and_are_judged_there(folder, tmp_path, monkeypatch):

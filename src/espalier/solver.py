@@ -86,7 +86,12 @@ def solve(
             lowest[block] = sizes[block]
     highest = _highest(graph, ceiling)
     lowest = np.minimum(lowest, highest)
-    _check_reachable(model, lowest, limits, dense, budget)
+    advice = [
+        "raise the budget",
+        *(["protect less"] if protect is not None and protect.any() else []),
+        *(["lower multiple_of"] if (multiple_of or 1) > 1 else []),
+    ]
+    _check_reachable(model, lowest, limits, dense, budget, " or ".join(advice))
 
     state = model.at(highest, metrics=limits)
     _remove(state, graph.groups, values, blocks, lowest, steps, limits, per_cost, timed)
@@ -144,7 +149,12 @@ def _sorted(graph: Graph, importance: Mapping[str, np.ndarray]) -> tuple[list[np
 
 
 def _check_reachable(
-    model: CostModel, lowest: np.ndarray, limits: dict[str, float], dense: Cost, budget: Budget | Mapping[str, float]
+    model: CostModel,
+    lowest: np.ndarray,
+    limits: dict[str, float],
+    dense: Cost,
+    budget: Budget | Mapping[str, float],
+    advice: str,
 ) -> None:
     smallest = model.cost(lowest)
     for metric, limit in limits.items():
@@ -159,7 +169,7 @@ def _check_reachable(
             asked, least, whole = (f"{n:.3g} ms" if metric == LATENCY else f"{n:,}" for n in (limit, reached, total))
             raise BudgetError(
                 f"budget {metric}={asked} cannot be met: the smallest reachable is {least} "
-                f"({reached / total:.1%} of {whole}); raise the budget, protect less, or lower multiple_of"
+                f"({reached / total:.1%} of {whole}); {advice}"
                 + ("; 1 is a count, a fraction is a float: 1.0 is the whole network" if count and limit == 1 else "")
                 + (f'; {limit:g} is a count, for {limit:g} % give {limit / 100:g} or "{limit:g}%"' if is_share else "")
                 + _frozen_too(model.graph.frozen),

@@ -41,7 +41,8 @@ def export_torch(model: nn.Module, path: str | os.PathLike[str], example: Any, *
     target = Path(path)
     if target.suffix not in _WRITERS:
         raise ValueError(
-            f"{target}: the ending says what is written; end it in .pt2 (torch.export) or in .pt or .ts (TorchScript)"
+            f"{target}: the ending says what is written; end it in .onnx (es.export_onnx, espalier export), "
+            ".pt2 (torch.export), or .pt or .ts (TorchScript)"
         )
     check_place(target)
     private = copy.deepcopy(model).cpu().eval()

@@ -26,7 +26,7 @@ from espalier.run.data import Loaders, load_data
 from espalier.run.images import Images
 from espalier.run.models import build_model, own_made, runs_code
 from espalier.run.recipe import Recipe
-from espalier.run.rundir import CONFIG, read_config
+from espalier.run.rundir import CONFIG, check_is_run, read_config
 from espalier.settings import settings_of
 from espalier.tasks import Classification, Detection, Regression, Segmentation, SuperResolution, Task, example_of
 
@@ -45,6 +45,7 @@ TASKS: dict[str, type[Task]] = {
 """What ``--task`` knows, besides those of the user's own."""
 
 SECTIONS = ("model", "data", "budget", "method", "recipe", "task")
+RECORDED = ("start", "versions")  # what a run has found, beside what it was asked
 Config = dict[str, dict[str, Any]]
 """Section -> name -> value, as in the file; a name that is absent has its default."""
 
@@ -130,15 +131,29 @@ def merged_settings(options: Config, *, config: Path | None, out: Path | None, r
     Raises: ValueError if the file, which anybody may have written, names code to run, unless ``trust``.
     """
     file = config if config is not None else out if resume else None
+    if config is None and file is not None:
+        check_is_run(file)
     if file is not None and (config is None or file.is_dir()):
         file = file / CONFIG
     below = read_sections(file) if file is not None else {}
+    if config is not None and file is not None:
+        _check_spelling(below, file)
     if file is not None and not trust:
         check_runs_no_code({n: t for n, t in below.items() if "name" not in options.get(n, {})}, file)
     merged = merge({name: dict(below.get(name, {})) for name in SECTIONS}, options)
     if resume and merged["method"].get("name") != below.get("method", {}).get("name"):
         raise ValueError(f"{file}: cannot resume with another method; leave --method out")
     return merged
+
+
+def _check_spelling(tables: Config, file: Path) -> None:
+    """Raises: ValueError for a table, or a name in one, that would be passed over in silence."""
+    for section in tables:
+        if section not in (*SECTIONS, *RECORDED):
+            raise ValueError(f"{file}: [{section}]: there is no such table; there are {', '.join(SECTIONS)}")
+    known = {"model": list(_KINDS["model"]), "data": [*_KINDS["data"], *(s.name for s in settings_of(Images))]}
+    for section, names in known.items():
+        _check_names(f"{file}: [{section}]", tables[section], list(dict.fromkeys(names)))
 
 
 def check_runs_no_code(config: Config, file: Path) -> None:
@@ -246,6 +261,8 @@ def make_budget(config: Config, method: Method) -> Budget | None:
 
     Raises: ValueError for a limit that makes no sense, or none at all.
     """
+    if "latency" not in config["budget"] and (about := [n for n in ("profile", "runtime") if n in config["budget"]]):
+        raise ValueError(f"--{about[0]}: is about a budget of time; give --latency as well, for example --latency 0.5")
     _check_names("budget", config["budget"], [f.name for f in fields(Budget)])
     if not {"macs", "params", "activation_memory", "latency"} & config["budget"].keys():
         if not method.needs_budget:

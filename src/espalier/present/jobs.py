@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from espalier.copies import check_sound, unwrapped
 from espalier.methods.agreement import once
 from espalier.present.config import (
     Config,
@@ -139,6 +140,7 @@ def starting_network(config: Config, *, seed: int) -> nn.Module:
         network = make_model(config)
     if "weights" in config["model"]:
         load_weights(network, config["model"]["weights"])
+    check_sound(unwrapped(network, who=config["model"]["name"]), who=config["model"]["name"])
     return network
 
 

@@ -226,7 +226,9 @@ JOB: dict[str, Any] = {
 
 # -- inspect, evaluate, export, time
 
-NumClasses = Annotated[int | None, typer.Option(help="Default: CIFAR's 10, else 1000.", min=1)]
+NumClasses = Annotated[
+    int | None, typer.Option(help="Default: those of your own factory, CIFAR's 10, else 1000.", min=1)
+]
 Input = Annotated[list[str] | None, _plain("Shape of an input, batch first; repeat for several.", "1,3,224,224")]
 AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON.")]
 RunOrFile = Annotated[Path, typer.Argument(help="A run folder, or a file of weights.", metavar="PATH")]

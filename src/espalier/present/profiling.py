@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from espalier.plan import milliseconds_of
 from espalier.present.config import Config
 from espalier.present.edge import stdout
 from espalier.run.rundir import PROFILE
@@ -71,8 +72,12 @@ def show_check(found: Profile, network: nn.Module, example: Any) -> None:
 
 
 def time_of(text: str | None) -> float | str | None:
-    """``--latency``: a fraction or a percentage as a number, a time as it stands."""
+    """``--latency``: a fraction or a percentage as a number, a time as it stands.  Raises: ValueError for anything else."""
+    if text is None:
+        return None
     try:
-        return None if text is None else float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        found: float | str = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        return text
+        found = text
+    milliseconds_of(found, 1.0)
+    return found

@@ -18,7 +18,18 @@ from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
 from espalier.run.latency import size_on_disk
 from espalier.run.models import load_weights, runs_code
 from espalier.run.report import changed, dense_score, metric_of, places
-from espalier.run.rundir import CONFIG, HISTORY, LOG, METRICS, MODEL, WIDTHS, read_rows, read_sealed, unfinished
+from espalier.run.rundir import (
+    CONFIG,
+    HISTORY,
+    LOG,
+    METRICS,
+    MODEL,
+    WIDTHS,
+    check_is_run,
+    read_rows,
+    read_sealed,
+    unfinished,
+)
 from espalier.tasks import Metric
 
 COSTS = ("macs", "params", "activation_memory", "bytes")
@@ -118,10 +129,7 @@ def read_run(folder: Path, *, trust: bool = False) -> FinishedRun:
     """What the folder says; without ``trust`` nothing is imported and run that its files name.
 
     Raises: ValueError for a folder without a run, a run that has not finished, and files that are damaged."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such run folder")
-    if not (folder / CONFIG).exists():
-        raise ValueError(f"{folder}: holds no run (no {CONFIG}); give a folder that espalier compress wrote")
+    check_is_run(folder)
     config = read_sections(folder / CONFIG)
     only_trained = config["method"].get("name") == "none"
     if not (folder / (MODEL if only_trained else METRICS)).exists():

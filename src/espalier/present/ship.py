@@ -25,9 +25,9 @@ from espalier.present.config import (
 from espalier.present.jobs import open_network
 from espalier.run.evaluate import pick_device
 from espalier.run.latency import Timing, latency, ms_said
-from espalier.run.models import model_names
+from espalier.run.models import model_names, own_defaults, runs_code
 from espalier.run.onnx import export_onnx
-from espalier.run.rundir import CONFIG, ONNX, metadata_of
+from espalier.run.rundir import CONFIG, ONNX, check_is_run, metadata_of
 
 CALIBRATION = 64  # images in one batch to calibrate with
 
@@ -41,9 +41,7 @@ def load_run(folder: str | os.PathLike[str], *, trust: bool = False) -> nn.Modul
     Raises: ValueError if ``folder`` holds no finished run, or does not say which network it was.
     """
     path = Path(folder)
-    if not (path / CONFIG).is_file():
-        what = "there is no such folder" if not path.exists() else f"holds no run (no {CONFIG})"
-        raise ValueError(f"{path}: {what}; give a folder that espalier compress or es.compress(out=...) wrote")
+    check_is_run(path)
     config = read_sections(path / CONFIG)
     if not config["model"].keys() >= {"name", "num_classes", "in_channels", "image_size"}:
         raise ValueError(
@@ -191,8 +189,11 @@ def described(
 
 
 def _usual(model: str) -> tuple[tuple[int, ...], int]:
-    """Input shape and classes that a network of this name usually has: CIFAR's or ImageNet's."""
-    return ((1, 3, 32, 32), 10) if model in model_names() else ((1, 3, 224, 224), 1000)
+    """Input shape and classes that a network of this name usually has: CIFAR's or ImageNet's, or what its own factory says."""
+    side, classes = (32, 10) if model in model_names() else (224, 1000)
+    own = own_defaults(model) if runs_code(model) else {}
+    side = own.get("image_size", side)
+    return (1, own.get("in_channels", 3), side, side), own.get("num_classes", classes)
 
 
 def shape_of(text: str) -> tuple[int, ...]:

@@ -135,7 +135,9 @@ def stratified_order(labels: np.ndarray, size: int, *, seed: int) -> tuple[np.nd
     Raises: ValueError if not at least one would be kept or ``size`` is negative.
     """
     if not 0 <= size < len(labels):
-        raise ValueError(f"cannot set {size} of {len(labels)} images aside")
+        raise ValueError(
+            f"holdout={size}: cannot be set aside of {len(labels)} training images; give 0 up to {len(labels) - 1}"
+        )
     random = np.random.RandomState(seed)  # its stream is frozen by numpy's policy; that of default_rng is not
     order = random.permutation(len(labels))
     # The rank of each image within its class, as a fraction: sorting by it interleaves the classes evenly.

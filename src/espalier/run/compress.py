@@ -20,6 +20,7 @@ from espalier import __version__
 from espalier.copies import check_sound, copy_model, device_of, unwrapped
 from espalier.costs import Cost, cost
 from espalier.graph import Graph, files, trace
+from espalier.graph.watch import TraceError, TraceTimeout
 from espalier.methods.agreement import check_run, once, share, take_from_first
 from espalier.methods.base import Method, Run, budget_for, need_method
 from espalier.methods.scoring import buffers_kept, modes_kept
@@ -257,9 +258,10 @@ class _Job:
         self.calibration, self.task = calibration, task
         self.home = device_of(model)
         self.device = pick_device(recipe.device) if source is not None else self.home
+        graph = self._traced()  # within a limit, which a forward that is run has not
         if source is not None:
             check_fit(model, source, replace(recipe, distill=None), task=task)
-        self.dense = cost(self.budget.timed(trace(model, example, rehearse=self.budget.latency is not None)))
+        self.dense = cost(self.budget.timed(graph))
         self.limits = {} if budget is None else budget.limits(self.dense)
         self.teacher: nn.Module | None = None
         self.run: Run | None = None  # of a method that works while the network trains
@@ -273,6 +275,17 @@ class _Job:
         self.step_above: float | None = None
         self.dense_result: dict[str, float] = {}
         self.cut_seconds = 0.0
+
+    def _traced(self) -> Graph:
+        """Raises: TraceError; where the data is what the network does not take, ValueError in those words."""
+        try:
+            return trace(self.model, self.example, rehearse=self.budget.latency is not None)
+        except TraceTimeout:
+            raise
+        except TraceError:
+            if self.source is not None:
+                check_fit(self.model, self.source, replace(self.recipe, distill=None), task=self.task)
+            raise
 
     def judge(self, earlier: Mapping[str, Any] | None, trained: bool | None, known: Mapping[str, float] | None) -> None:
         """Evaluate the dense network, and find out whether its small copy can learn from it."""

@@ -96,6 +96,10 @@ class Images(Settings):
                 f"Images({name}={text!r}): must be imagenet, measured, or {self.channels} number{'s' if not self.grey else ''}"
                 f"{', above 0' if name == 'std' else ''}, for example {','.join(['0.5'] * self.channels)}"
             )
+        if max(numbers) > 1:
+            raise ValueError(
+                f"Images({name}={text!r}): is of pixels from 0 to 1; where they go up to 255, divide by 255"
+            )
         return numbers
 
 
@@ -220,6 +224,8 @@ class _Files(Dataset):
         try:
             with self._pil.open(path) as opened:
                 picture = _eight_bits(opened).convert("L" if self.channels == 1 else "RGB")
+        except _OutOfRange as error:
+            return f"{path}: {error}", label
         except (OSError, SyntaxError, ValueError) as error:
             # Returned, not raised: from a worker process the message would arrive inside a traceback.
             return f"{path} cannot be decoded: truncated, or not an image ({error})", label
@@ -260,17 +266,21 @@ def _transform(steps: Steps) -> Any:
     return v2.Compose([getattr(v2, name)(**arguments) for name, arguments in steps])
 
 
+class _OutOfRange(ValueError):
+    """A picture whose numbers are no shades."""
+
+
 def _eight_bits(picture: Any) -> Any:
     """Pictures of 16 bits, and of floats from 0 to 1, scaled to 8 bits: converting clips them to white.
 
-    Raises: ValueError for numbers outside.
+    Raises: _OutOfRange for numbers outside.
     """
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
         return picture
     pixels = np.asarray(picture)
     top = 1.0 if picture.mode == "F" else 65535
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > top:
-        raise ValueError(f"its pixels go from {pixels.min():g} to {pixels.max():g}, not from 0 to {top:g}")
+        raise _OutOfRange(f"its pixels go from {pixels.min():g} to {pixels.max():g}, not from 0 to {top:g}")
     pil = import_optional("PIL.Image", extra="data")
     return pil.fromarray((pixels * (255.0 / top)).round().astype(np.uint8))
 
@@ -301,6 +311,8 @@ def read_folder(
     learn, judge = _splits(path, images)
     classes = tuple(sorted(entry.name for entry in learn.iterdir() if entry.is_dir()))
     train = _list_files(learn, classes)
+    if len(classes) == 1:
+        raise ValueError(f"{learn} has one sub-folder, {classes[0]}; give one for each class, two or more")
     strangers = sorted(entry.name for entry in judge.iterdir() if entry.is_dir() and entry.name not in classes)
     if strangers:
         raise ValueError(f"{judge} has classes that {learn} lacks: {', '.join(strangers[:8])}")

@@ -343,6 +343,17 @@ def own_made(name: str, sizes: Mapping[str, int]) -> Any:
         raise _failed(name, error) from error
 
 
+def own_defaults(name: str) -> dict[str, int]:
+    """Those of ``num_classes``, ``in_channels`` and ``image_size`` that a factory of the user's own has defaults for."""
+    module, _, factory = name.rpartition(":")
+    try:
+        parameters = inspect.signature(_own_object(module, factory)).parameters
+    except (TypeError, ValueError):
+        return {}
+    sizes = ("num_classes", "in_channels", "image_size")
+    return {n: parameters[n].default for n in sizes if n in parameters and type(parameters[n].default) is int}
+
+
 def _own_model(name: str, sizes: Mapping[str, int]) -> nn.Module:
     model = own_made(name, sizes)
     if not isinstance(model, nn.Module):

@@ -135,8 +135,14 @@ def exported(model: nn.Module, example: Any, form: OnnxForm | None = None) -> tu
     assert form.input_names is not None
     if len(form.input_names) != len(args):
         raise ValueError(f"export_onnx: {len(form.input_names)} input names were given for {len(args)} inputs")
+    try:
+        with torch.no_grad():
+            output = private(*args)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(a.shape)) for a in args)
+        raise ValueError(f"the model does not take inputs of {shapes}: {first_line(error)}") from error
     if form.output_names is None:
-        form = replace(form, output_names=_keys_of_output(private, args, taken=form.input_names))
+        form = replace(form, output_names=_keys_of(output, taken=form.input_names))
     problems = []
     for name, export, free in _attempts(form):
         try:
@@ -213,13 +219,8 @@ def names_of(example: Any) -> list[str]:
     return [".".join(words) for words in found]
 
 
-def _keys_of_output(model: nn.Module, args: tuple[Tensor, ...], *, taken: Sequence[str]) -> list[str] | None:
+def _keys_of(found: Any, *, taken: Sequence[str]) -> list[str] | None:
     """Where the network returns a table of tensors, their keys; other outputs are named by the exporter."""
-    try:
-        with torch.no_grad():
-            found = model(*args)
-    except Exception:  # the exporters will say what is wrong
-        return None
     if not isinstance(found, dict) or not all(isinstance(leaf, Tensor) for leaf in tree_flatten(dict(found))[0]):
         return None
     names = names_of(dict(found))

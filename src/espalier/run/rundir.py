@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.methods.search import JOURNAL
-from espalier.seals import SEAL, opened_json, sealed_json
+from espalier.seals import opened_json, seal, sealed_json
 from espalier.surgery.files import write_beside
 
 CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = ("config.toml", "checkpoint.pt", "log.csv", "metrics.json", "summary.md")
@@ -69,6 +69,13 @@ def check_folder(folder: Path, *, resume: bool, force: bool) -> dict[str, Any] |
             "and keep the old files in a folder inside (--force, force=True), or choose another folder"
         )
     return None
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises: ValueError if ``folder`` is absent or no run has begun in it."""
+    if not (folder / CONFIG).is_file():
+        what = f"holds no run (no {CONFIG})" if folder.exists() else "there is no such run folder"
+        raise ValueError(f"{folder}: {what}; give a folder that espalier compress or es.compress(out=...) wrote")
 
 
 def unfinished(folder: Path) -> ValueError:
@@ -230,12 +237,12 @@ def _value(value: Any, key: str) -> str:
 def metadata_of(folder: Path) -> dict[str, str]:
     """What ``folder`` says of its network's input, and the checksum of its plan: text by name, lists as JSON.
 
-    For the metadata of ONNX files; empty for a folder that holds no run.
+    For the metadata of ONNX files; empty for a folder that holds no run.  Raises: ValueError if one of them is damaged.
     """
     found = {}
     if (folder / PREPROCESSING).exists():
-        said = json.loads((folder / PREPROCESSING).read_text(encoding="utf-8"))
+        said = read_sealed(folder / PREPROCESSING)
         found = {name: value for name, value in said.items() if name != "format" and value not in ([], "")}
-    if (folder / PLAN).exists():  # the first format had no checksum
-        found["plan_hash"] = json.loads((folder / PLAN).read_text(encoding="utf-8")).get(SEAL, "")
+    if (folder / PLAN).exists():
+        found["plan_hash"] = seal(read_sealed(folder / PLAN))
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
