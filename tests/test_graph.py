@@ -23,7 +23,9 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from espalier.costs import cost
 from espalier.graph import TraceError, TraceTimeout, trace
+from espalier.graph.call import Call
 from espalier.graph.rules import RULES, reshaped
+from espalier.graph.rules.views import _read
 from espalier.graph.watch import state
 from espalier.optional import import_timm
 from espalier.plan import Budget
@@ -720,3 +722,19 @@ def test_reshaping_a_layer_writes_out_only_what_its_channels_share() -> None:
     channels = np.arange(512).reshape(512, 1, 1, 1)
     assert reshaped(channels, (512, 256, 3, 3), (1, 512, 2304)).shape == (1, 512, 1)
     assert reshaped(channels.reshape(1, 512, 1, 1), (2, 512, 7, 7), (2, 512 * 49)).shape == (1, 512 * 49)
+
+
+@given(data=st.data())
+def test_a_layer_is_read_by_number_where_torch_reads_it_and_not_written_out(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(2, 4), min_size=2, max_size=5))
+    channels = data.draw(st.integers(0, len(shape) - 1))
+    places = data.draw(st.sets(st.integers(0, len(shape) - 1).filter(lambda d: d != channels), min_size=1, max_size=3))
+    rows = torch.zeros(data.draw(st.lists(st.integers(1, 3), max_size=2)), dtype=torch.int64)
+    labels = torch.arange(1, shape[channels] + 1).reshape([-1 if d == channels else 1 for d in range(len(shape))])
+    indices = [rows if d in places else None for d in range(max(places) + 1)]
+    whole = labels.expand(shape)
+    expected = torch.ops.aten.index.Tensor(whole, indices)
+    layer = _read(Call(torch.ops.aten.index.Tensor, (whole, indices), {}, expected), labels.numpy())
+    assert layer is not None
+    assert layer.size == shape[channels]
+    assert np.array_equal(np.broadcast_to(layer, expected.shape), expected.numpy())

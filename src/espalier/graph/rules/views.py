@@ -348,20 +348,35 @@ def gather(watch: Watch, call: Call) -> None:
 
 
 def _read(call: Call, layer: Layer) -> Layer | None:
-    """What ``x[indices]`` makes of a layer of ``x``, in full size; ``None`` if its channels lie along what is indexed.
+    """What ``x[indices]`` makes of a layer of ``x``; ``None`` if its channels lie along what is indexed.
 
-    Which rows are read is no matter then; a mask of ``n`` dimensions reads like ``n`` vectors of row numbers.
+    Which rows are read is no matter then.
     """
-    numbers: list[Any] = []
+    places, rows = _indexed(call)
+    layer = align(layer, call.first.ndim)
+    if any(layer.shape[d] > 1 for d in places):
+        return None
+    return layer.reshape(_with_rows(layer.shape, places, (1,) * len(rows)))
+
+
+def _indexed(call: Call) -> tuple[list[int], tuple[int, ...]]:
+    """The dimensions that are read by number, and the shape of the numbers.
+
+    A mask of ``n`` dimensions reads like ``n`` vectors of row numbers.
+    """
+    numbers: list[tuple[int, ...] | None] = []
     for i in call["indices"]:
         masks = i is not None and i.dtype in (torch.bool, torch.uint8)
         numbers += [None] if i is None else [(i.numel(),)] * i.ndim if masks else [tuple(i.shape)]
-    layer = align(layer, call.first.ndim)
-    if any(n > 1 and at is not None for n, at in zip(layer.shape, numbers, strict=False)):
-        return None
-    rows = np.zeros(np.broadcast_shapes(*[at for at in numbers if at is not None]), dtype=np.int64)
-    whole = np.broadcast_to(layer, call.first.shape)
-    return np.asarray(whole[tuple(slice(None) if at is None else rows for at in numbers)])
+    shapes = [at for at in numbers if at is not None]
+    return [d for d, at in enumerate(numbers) if at is not None], np.broadcast_shapes(*shapes)
+
+
+def _with_rows(shape: Sequence[int], places: list[int], rows: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` with ``rows`` in place of the dimensions ``places``: at the first if they are neighbours, else in front."""
+    rest = [n for d, n in enumerate(shape) if d not in places]
+    at = places[0] if places and places[-1] - places[0] + 1 == len(places) else 0
+    return (*rest[:at], *rows, *rest[at:])
 
 
 @rule("index")
@@ -387,9 +402,7 @@ def index_put(watch: Watch, call: Call) -> None:
     """Rows are written: they are combined with what was there, and the others stay."""
     watch.freeze([m for i in call["indices"] if i is not None for m in state(i).layers], "are numbers to select by")
     into, values, known = call.first, call["values"], state(call.first)
-    whole = _read(call, np.zeros((1,) * into.ndim, dtype=np.int64))
-    assert whole is not None  # a layer of one channel lies along nothing
-    rows = values.new_empty(whole.shape)
+    rows = values.new_empty(_with_rows(into.shape, *_indexed(call)))
     watch.put(rows, _readable(watch, call))
     combine(watch, [rows, values], rows.shape)
     watch.put(call.out, [m for m in known.layers if _read(call, m) is not None], derived=derived_from([into, values]))
