@@ -28,6 +28,7 @@ AGREE = 0.05  # halves of the runs whose fastest differ by more are run again
 OPENINGS = (
     6  # of every network in a race, at most: where its memory comes to lie makes it some percent faster or slower
 )
+TURN = 0.02  # seconds of one network in a race, before it is another's turn
 SETTLED = 0.01  # shares that another opening changes by less are believed
 SETTINGS = "settings.json"
 
@@ -83,20 +84,22 @@ def race(
 ) -> list[float]:
     """Milliseconds of several networks, in turns, because the speed of a machine drifts.
 
-    Opened anew, half of ``seconds`` each, until their shares stand: on a busy machine that takes longer.
+    A turn is many runs, of which the first does not count: in service a network runs after itself, with its own weights in the
+    caches.  Opened anew, half of ``seconds`` each, until their shares stand: on a busy machine that takes longer.
     """
     found: list[list[float]] = [[] for _ in contents]
     clock, shares = _clock(threads), np.zeros(len(contents))
     for _ in range(OPENINGS):
         calls = [RUNTIMES[runtime](content, threads, batch, precision)[0] for content in contents]
-        loops = []
+        counts = []
         for call in calls:
             call()
-            loops.append(max(1, round(2e-3 / max(_once(call, threads), 1e-6))))  # short ones several at once
+            counts.append(max(2, round(TURN / max(_once(call, threads), 1e-6))))
         begin, rounds = clock(), 0
         while rounds < 5 or clock() - begin < seconds / 2:
-            for times, call, count in zip(found, calls, loops, strict=True):
-                times.append(_once(call, threads, count))
+            for times, call, count in zip(found, calls, counts, strict=True):
+                call()  # finds the caches as the others left them
+                times += [_once(call, threads) for _ in range(count)]
             rounds += 1
         took = np.array([_fast(times) for times in found])
         before, shares = shares, took / took.sum()
@@ -140,13 +143,12 @@ def _clock(threads: int) -> Clock:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def _once(call: Forward, threads: int, count: int = 1) -> float:
+def _once(call: Forward, threads: int) -> float:
     """Seconds of one call."""
     clock = _clock(threads)
     begin = clock()
-    for _ in range(count):
-        call()
-    return (clock() - begin) / count
+    call()
+    return clock() - begin
 
 
 def _fast(times: list[float]) -> float:
