@@ -165,7 +165,7 @@ def _fastest(seen: Seen) -> Nodes:
 
 def _spread(times: list[float]) -> float:
     one, two = _fast(times[::2]), _fast(times[1::2])
-    return abs(one - two) / min(one, two)
+    return abs(one - two) / max(min(one, two), 1e-9)  # coarse clocks say zero
 
 
 # -- runtimes: how to run a network, and how to ask for the times of its nodes
