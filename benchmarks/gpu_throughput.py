@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     steps: dict[str, dict[str, list[float]]] = {}
     for name in options.networks.split(","):
         model = build_model(name, num_classes=10)
-        macs = cost(trace(model, torch.zeros(1, 3, 32, 32))).macs
+        macs = cost(trace(model, torch.zeros(1, 3, 32, 32), rehearse=False)).macs
         times = {"floor": 3 * macs * IMAGES / speed}  # a backward costs two forwards
         for way, measure in ways(name, options.seeds, options.batch).items():
             if options.ways and not {way, way.split()[0]} & set(options.ways.split(",")):

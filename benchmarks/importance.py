@@ -73,7 +73,7 @@ def cut(
     """A copy of ``model`` cut to ``macs`` in equal ratios, its BatchNorm statistics estimated anew after every step."""
     small = copy.deepcopy(model)
     example = batches[0][0][:1].contiguous()
-    dense = cost(trace(model, example)).macs
+    dense = cost(trace(model, example, rehearse=False)).macs
     for number in range(1, steps + 1):
         graph = trace(small, example)
         worth = score_units(small, graph, score, batches[:SCORING])

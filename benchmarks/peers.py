@@ -53,11 +53,14 @@ def _torch_pruning(pruner_name: str, importance_name: str, *, everywhere: bool =
 
 def tucker(model: nn.Module, example: Tensor, share: float, multiple: int, batches: Sequence[Batch]) -> nn.Module:
     """tensorly's partial Tucker of every 3x3 convolution, ranks one share of the channels, the largest that fits."""
-    whole = cost(trace(model, example)).macs
+    whole = cost(trace(model, example, rehearse=False)).macs
     low, high = 0.0, 1.0
     for _ in range(12):  # ranks are whole numbers: finer than that changes nothing
         middle = (low + high) / 2
-        if cost(trace(_with_tucker(model, middle, multiple, decompose=False), example)).macs <= share * whole:
+        if (
+            cost(trace(_with_tucker(model, middle, multiple, decompose=False), example, rehearse=False)).macs
+            <= share * whole
+        ):
             low = middle
         else:
             high = middle

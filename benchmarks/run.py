@@ -432,7 +432,7 @@ def _course(path: Path) -> dict[str, Any]:
 def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[str, Any]:
     """Plain training, after a peer's cut or none."""
     example = data.example().cpu()
-    whole = cost(trace(dense, example))
+    whole = cost(trace(dense, example, rehearse=False))
     model = copy.deepcopy(dense)
     begun = time.perf_counter()
     if job.method["name"] in PEERS:
@@ -454,7 +454,7 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
         save(model, start_file(job))
     return {
         "dense_accuracy": _tested(copy.deepcopy(dense), data, recipe)["accuracy"],
-        **_costs(whole, cost(trace(model, example))),
+        **_costs(whole, cost(trace(model, example, rehearse=False))),
         "accuracy": tested["accuracy"],
         "loss": tested["loss"],
         "speedup": speed_up(dense, model, example),

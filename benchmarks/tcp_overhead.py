@@ -165,7 +165,7 @@ def whole_run(name: str, method: FadingMethod, *, steps: int, block: int) -> dic
     for label, budget in BUDGETS.items():
         own = copy.deepcopy(model)
         runs[label] = Trainer(own, run=method.start(own, example, budget))
-    dense = es.cost(es.trace(model, example)).macs
+    dense = es.cost(es.trace(model, example, rehearse=False)).macs
     plain.go(counting(0, steps), block)
     at = {label: counting(0, steps) for label in runs}
     ours: dict[str, list[float]] = {label: [] for label in runs}
@@ -194,7 +194,7 @@ def whole_run(name: str, method: FadingMethod, *, steps: int, block: int) -> dic
             "ratio of the last quarter": sum(ours[label][later:]) / sum(theirs[later:]),
             "step": trainer.inside / plain_time,
             "MACs over the run": sum(macs[label]) / len(macs[label]),
-            "MACs at the end": es.cost(es.trace(small, example)).macs / dense,
+            "MACs at the end": es.cost(es.trace(small, example, rehearse=False)).macs / dense,
             "removals": trainer.removals,
             "curve": [{"macs": m, "time": a / b} for m, a, b in zip(macs[label], ours[label], theirs, strict=True)],
         }

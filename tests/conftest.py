@@ -52,7 +52,7 @@ def weights_dir() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def translations_read_once() -> None:
-    """PyTorch's ONNX exporter reads how it translates every operation anew for every file, which takes a second each time."""
+    """PyTorch's exporters read what operations there are, and how ONNX has them, anew for every file, which takes seconds."""
     import torch
 
     export = torch.onnx.export
@@ -61,6 +61,8 @@ def translations_read_once() -> None:
         torch.onnx.export = export
         registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+        utils = importlib.import_module("torch._export.utils")
+        utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
         return export(*arguments, **options)
 
     torch.onnx.export = first_export

@@ -44,7 +44,7 @@ def measured(
     need_here(profile)
     rounds = max(map(len, waiting.values()))
     grain = profile.grain
-    whole = trace(model, batched(example, 1))
+    whole = trace(model, batched(example, 1), rehearse=False)
     own_batch = batched(example, profile.setting.batch)
     dense = Family(model, whole, own_batch, setting=profile.setting).file(Plan.dense(whole))
     for number in range(rounds):
