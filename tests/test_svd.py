@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import espalier as es
 from espalier.forms import find_places, sequential
 from espalier.forms.svd import svd
 from espalier.forms.table import matrix_form
+from espalier.layers import FactorisedConv
 
 LAYERS = {
     "plain": nn.Conv2d(5, 7, 3, padding=1),
@@ -50,3 +52,15 @@ def test_a_matrix_with_nan_is_an_error_that_names_the_layer() -> None:
     matrix[1, 1] = float("nan")
     with pytest.raises(ValueError, match=r"layer3\.conv1: .* NaN or infinite numbers \(1 of 12\)"):
         svd(matrix, name="layer3.conv1")
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("kind", "side"), [(nn.Conv1d, (9,)), (nn.Conv3d, (3, 4, 4))])
+def test_what_series_and_volumes_are_factorised_into_is_proven(kind, side, normed):
+    torch.manual_seed(0)
+    first, second = kind(3, 12, 3, padding=2, dilation=2), kind(12, 16, 3, padding=1, bias=False)
+    model = nn.Sequential(first, nn.ReLU(), nn.utils.parametrizations.weight_norm(second) if normed else second)
+    x = torch.randn(2, 3, *side)
+    found = es.compress(model, x, budget=es.Budget(macs=0.6), method=es.SVDOneShot())
+    assert found.proof.passed
+    assert any(isinstance(layer, FactorisedConv) for layer in found.model.modules())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -285,7 +286,7 @@ def _as_in(
     if not own:
         return {}, {}
     found = small.get_submodule(layer)
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(found, nn.Sequential):
+    if isinstance(module, (_ConvNd, nn.Linear)) and isinstance(found, nn.Sequential):
         weight, bias = composed(found, module)
         return {"weight": weight, "bias": bias}, {}
     part: dict[int, np.ndarray] = {}
