@@ -119,7 +119,7 @@ def judged(folder: Path) -> dict[str, Any]:
             found = export_int8(
                 network, Path(out) / f"{name}.onnx", calibration[:4], data.test_batches(), most_lost=100.0
             )
-            accuracy |= {f"{name} float": found.float_accuracy, f"{name} int8": found.accuracy}
+            accuracy |= {f"{name} float": found.float_metric, f"{name} int8": found.metric}
     return {"milliseconds": times(dense, small, data.example()), "accuracy": accuracy}
 
 

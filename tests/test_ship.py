@@ -139,7 +139,7 @@ def test_eight_bits_are_calibrated_judged_and_refused_where_they_lose_too_much(f
     found = export_int8(net, file, batches, test, most_lost=100.0)
     assert file.exists()
     assert [t.name for t in found.timings] == ["float", "int8"]
-    assert found.float_accuracy == pytest.approx(
+    assert found.float_metric == pytest.approx(
         100 * sum(int((net(x).argmax(1) == y).sum()) for x, y in test) / sum(len(y) for _, y in test), abs=0.3
     )
     refused = tmp_path / "refused.onnx"
@@ -150,6 +150,36 @@ def test_eight_bits_are_calibrated_judged_and_refused_where_they_lose_too_much(f
         export_int8(net, refused, [], test)
     with pytest.raises(ValueError, match="eight bits for runtime 'torch': choose onnxruntime or openvino"):
         export_int8(net, refused, batches, test, runtime="torch")
+
+
+def test_eight_bits_are_judged_as_the_task_judges(tmp_path):
+    pytest.importorskip("onnxruntime")
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            y = self.second(self.first(x).relu())
+            return {"aux": -y, "out": y}
+
+    class Out(es.Regression):
+        def predict(self, model, inputs, targets):
+            return model(inputs)["out"]
+
+    torch.manual_seed(0)
+    net, x = Two(), torch.randn(64, 8)
+    batches = [(x, net(x)["out"].detach() + 1.0)]
+    found = export_int8(net, tmp_path / "int8.onnx", batches, batches, task=Out())
+    assert (found.judged_by.name, found.float_metric) == ("mae", pytest.approx(1.0, abs=1e-4))
+    assert 0 < abs(found.lost) < 0.05
+    with pytest.raises(
+        ValueError, match=r"refused.onnx: was not written: .* mae goes from 1 to .*, by more than -0.5;"
+    ):
+        export_int8(net, tmp_path / "refused.onnx", batches, batches, most_lost=-0.5, task=Out())
+    with pytest.raises(ValueError, match="inputs are one tensor, these are a dict"):
+        export_int8(net, tmp_path / "refused.onnx", [({"x": x}, x)], batches, task=Out())
 
 
 def test_sums_of_eight_bits_stay_inside_sixteen_on_every_processor():

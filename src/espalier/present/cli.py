@@ -244,7 +244,7 @@ def export(
     dynamic: opt.Dynamic = None,
     int8: opt.Int8 = False,
     calibrate: opt.Calibrate = 4,
-    most_lost: opt.MostLost = 1.0,
+    most_lost: opt.MostLost = None,
     runtime: opt.Int8Runtime = "onnxruntime",
     data: opt.Data = None,
     data_dir: opt.DataDir = None,

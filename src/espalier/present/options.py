@@ -246,7 +246,10 @@ Dynamic = Annotated[
 Int8 = Annotated[bool, typer.Option("--int8", help="In eight bits, calibrated and judged on the run's data.")]
 Calibrate = Annotated[int, typer.Option(help="For --int8: batches of 64 images to calibrate with.", metavar="N", min=1)]
 MostLost = Annotated[
-    float, typer.Option(help="For --int8: points of accuracy that may be lost; else nothing is written.")
+    float | None,
+    typer.Option(
+        help="For --int8: how much may be lost; default 1 point of a metric in per cent, else a twentieth of its value."
+    ),
 ]
 Int8Runtime = Annotated[
     str, typer.Option("--runtime", help="For --int8: onnxruntime, or openvino, by NNCF.", metavar="NAME")

@@ -20,6 +20,7 @@ from espalier.present.config import (
     fit_model_to,
     make_data,
     make_model,
+    make_task,
     read_sections,
 )
 from espalier.present.jobs import open_network
@@ -70,7 +71,14 @@ def exported(
 
 
 def exported_int8(
-    path: Path, config: Config, target: Path, *, batches: int, most_lost: float, runtime: str, data_dir: Path | None
+    path: Path,
+    config: Config,
+    target: Path,
+    *,
+    batches: int,
+    most_lost: float | None,
+    runtime: str,
+    data_dir: Path | None,
 ) -> str:
     """The same in eight bits, calibrated and judged on the data of the run."""
     if "name" not in config["data"]:
@@ -88,10 +96,11 @@ def exported_int8(
         source.test_batches(),
         most_lost=most_lost,
         runtime=runtime,
+        task=make_task(config),
     )
     last = found.timings[-1]
     return (
-        f"{target}: {found.accuracy:.2f} % in eight bits, {found.float_accuracy:.2f} % in float; "
+        f"{target}: {found.judged_by.said(found.metric)} in eight bits, {found.judged_by.said(found.float_metric)} in float; "
         f"{last.milliseconds:.3g} ms, {last.speedup:.2f}x as fast"
     )
 
