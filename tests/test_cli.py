@@ -17,7 +17,7 @@ from espalier.plan import Budget
 from espalier.present import demo
 from espalier.present.cli import app
 from espalier.present.config import hyper_parameters
-from espalier.run import timed
+from espalier.run import anatomy, timed
 from espalier.run.evaluate import pick_device
 from espalier.run.loop import TrainingDiverged
 from espalier.run.models import build_model
@@ -25,6 +25,7 @@ from espalier.run.onnx import export_onnx, to_onnx_bytes
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import to_toml
 from espalier.timing import closing, making, on_device
+from tests.steps import export_quickly
 
 
 @pytest.fixture(autouse=True)
@@ -339,10 +340,11 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_run_would_have(tiny,
 def test_the_demo_compresses_what_it_trained_to_a_share_of_its_time(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     quick = {making: {"NETWORKS": 4, "SECONDS": 0.0}, closing: {"ROUNDS": 1, "SECONDS": 0.0}, timed: {"SECONDS": 0.0}}
-    quick[on_device] = {"OPENINGS": 1}
+    quick |= {on_device: {"OPENINGS": 1}, anatomy: {"SECONDS": 0.0}}
     for module, values in quick.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
+    export_quickly(monkeypatch)
     monkeypatch.setattr(demo, "NETWORK", "resnet8")
     monkeypatch.setattr(demo, "BUDGET", {"latency": 0.8})  # of so small a network half cannot be reached everywhere
     for recipe in ("DENSE", "SMALL"):

@@ -14,7 +14,7 @@ import espalier as es
 from benchmarks.vision_ops import torchvision
 from espalier.optional import import_lightning
 from espalier.run.models import CIFAR_MODELS
-from tests.steps import tiny
+from tests.steps import export_quickly, tiny
 
 EXAMPLES = REPOSITORY / "examples"
 ROWS = {
@@ -89,6 +89,7 @@ def test_the_classifier_of_the_command_line_goes_from_pictures_to_a_service(tmp_
                 Image.fromarray(picture).save(tmp_path / "pictures" / split / name / f"{number}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(CIFAR_MODELS, "tiny", tiny)  # a known name, so that nothing has to be trusted
+    export_quickly(monkeypatch)
     said = ""
     for command in commands(EXAMPLES / "classifier.sh", pictures="pictures", model="tiny", epochs="1"):
         found = CliRunner().invoke(app, command)

@@ -25,6 +25,7 @@ from espalier.run.anatomy import layers_of, timed
 from espalier.run.charts import Dot, Line, dot_chart, frontier, line_chart, rank_bars
 from espalier.run.report import summary
 from espalier.run.rundir import add_widths
+from tests.steps import export_quickly
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 RESNET = {"name": "resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8}
@@ -36,17 +37,19 @@ def report(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run of one epoch, with latency and without ONNX to keep it quick."""
+    """A finished run of two epochs."""
     out = tmp_path_factory.mktemp("report") / "a run <&> more"
     recipe = es.Recipe(epochs=2, batch_size=256, lr=0.02, device="cpu", threads=1)
-    es.compress(
-        es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
-        es.load_data("digits"),
-        budget=es.Budget(macs=0.5, params=0.6),
-        recipe=recipe,
-        out=out,
-        config={"model": RESNET, "data": {"name": "digits"}},
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        export_quickly(patch)
+        es.compress(
+            es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
+            es.load_data("digits"),
+            budget=es.Budget(macs=0.5, params=0.6),
+            recipe=recipe,
+            out=out,
+            config={"model": RESNET, "data": {"name": "digits"}},
+        )
     return out
 
 

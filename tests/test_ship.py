@@ -19,7 +19,7 @@ from espalier.run.models import CIFAR_MODELS
 from espalier.run.onnx import to_onnx_bytes
 from espalier.timing.bits import quantised
 from tests.forked import forked
-from tests.steps import tiny
+from tests.steps import export_quickly, tiny
 
 ONE_EPOCH = es.Recipe(epochs=1, batch_size=256, threads=1)
 
@@ -35,18 +35,20 @@ def small_resnet8():
 def folder(small_resnet8, tmp_path_factory):
     """A finished run on the digits, moved to another place."""
     made = tmp_path_factory.mktemp("runs") / "made"
-    es.compress(
-        es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
-        es.load_data("digits"),
-        budget=es.Budget(macs=0.5, multiple_of=4),
-        method=es.MGP(),
-        recipe=ONE_EPOCH,
-        out=made,
-        config={
-            "model": {"name": "resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8},
-            "data": {"name": "digits"},
-        },
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        export_quickly(patch)
+        es.compress(
+            es.build_model("resnet8", num_classes=10, in_channels=1, image_size=8),
+            es.load_data("digits"),
+            budget=es.Budget(macs=0.5, multiple_of=4),
+            method=es.MGP(),
+            recipe=ONE_EPOCH,
+            out=made,
+            config={
+                "model": {"name": "resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8},
+                "data": {"name": "digits"},
+            },
+        )
     moved = made.parent / "elsewhere"
     made.rename(moved)
     return moved
