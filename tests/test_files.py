@@ -271,3 +271,23 @@ def test_further_strings_in_a_file_are_sealed_too(small: nn.Module, tmp_path: Pa
 def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_loading_walks_through_the_model_as_often_whatever_its_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every parameter that is replaced took a walk of its own."""
+    walks = []
+    for depth in (2, 12):
+        base = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(depth)))
+        small = nn.Sequential(nn.Conv2d(4, 3, 1), *(nn.Conv2d(3, 3, 1) for _ in range(depth - 2)), nn.Conv2d(3, 4, 1))
+        es.save(small, tmp_path / "small.safetensors")
+        counted: list[nn.Module] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                base, "modules", lambda *, base=base, to=counted: to.append(base) or nn.Module.modules(base)
+            )
+            es.load(tmp_path / "small.safetensors", base=base)
+        assert all(map(torch.equal, base.parameters(), small.parameters()))
+        walks.append(len(counted))
+    assert walks[0] == walks[1]

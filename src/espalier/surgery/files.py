@@ -167,10 +167,12 @@ def rebuild(base: nn.Module, table: dict[str, Any]) -> nn.Module:
     ``ValueError`` if ``base`` is another architecture, naming the first module that differs; ``base`` is as it was then.
     """
     with untouched_on_error(base):
+        values = {}
         for name, device in _reshape(base, table).items():
             tensor = _tensor(base, name)
             if device.type != "meta":
-                _replace(base, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))
+                values[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        _replace(base, values)
     return base
 
 
@@ -251,6 +253,7 @@ def _reshape(base: nn.Module, table: Mapping[str, Any]) -> dict[str, torch.devic
     if extra:
         raise ValueError(f"structure: the base model has modules the file does not know, for example {extra[0]!r}")
     fresh: dict[str, torch.device] = {}
+    empty = {}
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         shape = table["shapes"].get(name)
         home = made.get(name.rpartition(".")[0])
@@ -262,9 +265,10 @@ def _reshape(base: nn.Module, table: Mapping[str, Any]) -> dict[str, torch.devic
                     f"structure: {name} has {len(shape)} dimensions there and {tensor.ndim} in the base model"
                 )
             fresh[name] = tensor.device
-            _replace(base, name, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+            empty[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         elif home is not None:
             fresh[name] = home
+    _replace(base, empty)
     _check_numbers(base)
     return fresh
 
@@ -392,20 +396,23 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    if key in module._parameters:
-        old = module._parameters[key]
-        new = nn.Parameter(value, requires_grad=old.requires_grad if old is not None else True)
-        for other in model.modules():  # shared parameters stay shared
-            for slot, parameter in other._parameters.items():
-                if parameter is old:
-                    other._parameters[slot] = new
-            if isinstance(other, nn.RNNBase):
-                other._init_flat_weights()  # it holds its parameters a second time
-    else:
-        module._buffers[key] = value
+def _replace(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put ``values`` in the place of parameters and buffers of these names, in one walk; shared parameters stay shared."""
+    new: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for name, value in values.items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if key in module._parameters:
+            old = module._parameters[key]
+            assert old is not None
+            new[id(old)] = old, nn.Parameter(value, requires_grad=old.requires_grad)
+        else:
+            module._buffers[key] = value
+    for module in model.modules():
+        changed = {k: new[id(p)][1] for k, p in module._parameters.items() if id(p) in new}
+        module._parameters.update(changed)
+        if changed and isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # it holds its parameters a second time
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str] | None = None) -> None:
@@ -467,12 +474,13 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
             fresh = _reshape(base, table)
             own = dict([*base.named_parameters(), *base.named_buffers()])
             _check_tensors(own, tensors)
+            values = {}
             for name, tensor in own.items():
                 home = fresh.get(name, tensor.device)
                 if tensor.is_meta:
                     where = "cpu" if home.type == "meta" else home
-                    value = tensors[name].to(where, tensor.dtype, copy=True)  # the file's are not aligned
-                    _replace(base, name, value)
+                    values[name] = tensors[name].to(where, tensor.dtype, copy=True)  # the file's are not aligned
+            _replace(base, values)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     with torch.no_grad():
