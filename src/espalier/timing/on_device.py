@@ -152,8 +152,8 @@ def _once(call: Forward, threads: int) -> float:
 
 
 def _fast(times: list[float]) -> float:
-    """The mean over the fastest quarter: others only add time, and the least of all comes about by chance."""
-    return float(np.mean(sorted(times)[: max(1, len(times) // 4)]))
+    """The mean over the fastest quarter, as others only add time, without the least of all, which come about by chance."""
+    return float(np.mean(sorted(times)[len(times) // 20 : max(1, len(times) // 4)]))
 
 
 Seen = dict[tuple[str, str], list[float]]  # name and operation of a node -> milliseconds of every run
