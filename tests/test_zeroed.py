@@ -65,6 +65,38 @@ def test_a_constant_behind_a_zero_filter_counts():
     assert widths_of(small) == [6, 6] and same(net, small)
 
 
+def test_a_scale_of_zero_in_batchnorm_is_as_good_as_a_zero_filter():
+    """As network slimming leaves it, where the shift is zero as well, or below."""
+    torch.manual_seed(0)
+    net = convs(3, 8, 6, norm=True).eval()
+    net[1].weight.data[:5] = 0
+    net[1].bias.data = torch.tensor([0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    small = es.remove_zeroed(net, X)
+    assert widths_of(small) == [4, 6] and same(net, small)
+
+
+def test_what_is_read_before_batchnorm_scales_it_stays():
+    """The convolution's own output is read too: a scale of zero says nothing of it; nor does a rectifier that is shut."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.one, self.two = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.one(self.norm(x)) + self.two(x)
+
+    torch.manual_seed(0)
+    net = Twice().eval()
+    net.norm.weight.data[:2] = 0
+    assert widths_of(es.remove_zeroed(net, X)) == [4, 2, 2]
+    shut = convs(3, 8, 6)
+    shut[0].bias.data[0] = -100.0  # never open on such inputs, but no filter is zero
+    assert widths_of(es.remove_zeroed(shut, X)) == [8, 6]
+
+
 def test_a_residual_block_that_adds_nothing_goes():
     torch.manual_seed(0)
     net = build_model("resnet20", num_classes=10)

@@ -20,17 +20,18 @@ from espalier.plan import Plan
 from espalier.run.onnx import difference
 from espalier.surgery import shrink
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TOLERANCE = 1e-5  # of the largest output: sums of fewer terms are rounded otherwise
 
 
 def remove_zeroed(model: nn.Module, example: Any) -> nn.Module:
     """A copy of ``model`` without the channels and residual blocks that are zero, as masks leave them; its outputs stay.
 
-    A channel goes if everything that reads it is zero, or if every filter that makes it is zero and what arrives at the layers
-    behind is zero too: a bias or BatchNorm behind a zero filter makes a constant, which counts.  A residual block goes if what
-    it adds is zero.  What goes may make more of it useless, so it is looked again until nothing is left to go; one channel of
-    each group stays.  ``example`` is what ``trace`` takes.  Masks of ``torch.nn.utils.prune`` are made weights first:
-    ``prune.remove(layer, "weight")``.
+    A channel goes if everything that reads it is zero, or if every filter that makes it is zero, or scaled by zero in the
+    BatchNorm behind it, and what arrives at the layers behind is zero too: a bias makes a constant, which counts.  A residual
+    block goes if what it adds is zero.  What goes may make more of it useless, so it is looked again until nothing is left to
+    go; one channel of each group stays.  ``example`` is what ``trace`` takes.  Masks of ``torch.nn.utils.prune`` are made
+    weights first: ``prune.remove(layer, "weight")``.
 
     Raises: TraceError if the network cannot be understood; ValueError if the smaller network computes something else.
 
@@ -73,28 +74,48 @@ def alive(model: nn.Module, graph: Graph, args: tuple[Any, ...]) -> Plan:
 
 def _always_zero(model: nn.Module, units: Units, args: tuple[Any, ...]) -> Tensor:
     """Units whose filters are all zero, so that what they give is the same for every input, and zero where it is read."""
-    filters = [(p, p.energy()) for p in units.producers if p.parameter.dim() > 1]
-    owned = units.sum([(p, torch.ones_like(e)) for p, e in filters]) > 0
-    silent = owned & (units.sum(filters) == 0)
-    if not silent.any():
-        return silent
-    arrives = units.sum(_arriving(model, units.consumers, args))
-    return silent & (arrives == 0)
+    filters = [p for p in units.producers if p.parameter.dim() > 1]
+    owned = units.sum([(p, torch.ones_like(p.owner)) for p in filters]) > 0
+    if not any((p.energy() == 0).any() for p in units.producers):
+        return torch.zeros_like(owned)
+    scales, arriving = _looked_at(model, units.consumers, args)
+    made = units.sum([(p, p.energy() * scales.get(p.tensor, 1.0)) for p in filters])
+    return owned & (made == 0) & (units.sum(arriving) == 0)
 
 
-def _arriving(model: nn.Module, readers: list[Positions], args: tuple[Any, ...]) -> list[tuple[Positions, Tensor]]:
-    """The largest value that reaches every position of the layers that read; infinite where nobody could look."""
+def _looked_at(
+    model: nn.Module, readers: list[Positions], args: tuple[Any, ...]
+) -> tuple[dict[str, Tensor], list[tuple[Positions, Tensor]]]:
+    """One forward: by filters that BatchNorm scales, its squared scales; and the largest value that reaches every position of
+    the layers that read, infinite where nobody could look."""
     found: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    made: dict[
+        int, tuple[str, Tensor]
+    ] = {}  # by the convolution that has made it; kept, so that no other gets its number
     wanted = {r.tensor.removesuffix(".weight") for r in readers}
-    layers = {n: m for n, m in model.named_modules() if n in wanted and _reads_whole_channels(m)}
 
-    def note(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
+    def arrives(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
         seen = given[0].detach().abs()
         others = [d for d in range(seen.dim()) if d != (seen.dim() - 1 if isinstance(layer, nn.Linear) else 1)]
         largest = seen.amax(others)
         found[name] = torch.maximum(found[name], largest) if name in found else largest
 
-    hooks = [m.register_forward_pre_hook(partial(note, n)) for n, m in layers.items()]
+    def makes(name: str, layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        made[id(output)] = name, output
+
+    def scaled(norm: nn.Module, given: tuple[Any, ...]) -> None:
+        if id(given[0]) in made and isinstance(norm.weight, Tensor):
+            scales[f"{made[id(given[0])][0]}.weight"] = norm.weight.detach().square()
+
+    hooks: list[Any] = []
+    for name, layer in model.named_modules():
+        if name in wanted and _reads_whole_channels(layer):
+            hooks.append(layer.register_forward_pre_hook(partial(arrives, name)))
+        if isinstance(layer, CONVOLUTIONS):
+            hooks.append(layer.register_forward_hook(partial(makes, name)))
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            hooks.append(layer.register_forward_pre_hook(scaled))
     try:
         with _evaluating(model), torch.no_grad():
             model(*args)
@@ -102,17 +123,18 @@ def _arriving(model: nn.Module, readers: list[Positions], args: tuple[Any, ...])
         for hook in hooks:
             hook.remove()
     nobody = {r.tensor: torch.full_like(r.owner, torch.inf, dtype=torch.float32) for r in readers}
-    return [
+    arriving = [
         (r, found.get(r.tensor.removesuffix(".weight"), nobody[r.tensor])) if r.dims == (1,) else (r, nobody[r.tensor])
         for r in readers
     ]
+    return scales, arriving
 
 
 def _reads_whole_channels(layer: nn.Module) -> bool:
     """Are the columns of its weight the channels that it is given?"""
     if isinstance(layer, nn.Linear):
         return True
-    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.groups == 1
+    return isinstance(layer, CONVOLUTIONS) and layer.groups == 1
 
 
 @contextmanager
