@@ -291,3 +291,16 @@ def test_loading_walks_through_the_model_as_often_whatever_its_depth(
         assert all(map(torch.equal, base.parameters(), small.parameters()))
         walks.append(len(counted))
     assert walks[0] == walks[1]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_network_with_a_scripted_part_is_loaded(tmp_path: Path) -> None:
+    def built(width: int) -> nn.Module:
+        scripted = torch.jit.script(nn.Conv2d(4, 4, 1))
+        return nn.Sequential(nn.Conv2d(3, width, 1), nn.Conv2d(width, 4, 1), scripted)
+
+    small = built(5)
+    es.save(small, tmp_path / "small.safetensors")
+    loaded = es.load(tmp_path / "small.safetensors", base=built(8))
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(loaded(x), small(x))

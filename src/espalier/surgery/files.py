@@ -410,7 +410,8 @@ def _replace(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             module._buffers[key] = value
     for module in model.modules():
         changed = {k: new[id(p)][1] for k, p in module._parameters.items() if id(p) in new}
-        module._parameters.update(changed)
+        for key, parameter in changed.items():
+            module._parameters[key] = parameter  # of a scripted module it is no dictionary
         if changed and isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # it holds its parameters a second time
 
