@@ -92,6 +92,26 @@ def test_a_factory_of_ones_own_keeps_its_defaults_where_nothing_is_said(tmp_path
     assert (layers["0"]["inputs"], layers["2"]["inputs"], layers["2"]["outputs"]) == (2, 64, 7)
 
 
+def test_a_factory_keeps_its_classes_where_neither_data_nor_task_say_any(tmp_path, monkeypatch):
+    (tmp_path / "own_labels.py").write_text(
+        "import torch\nfrom torch import nn\n\nimport espalier as es\n\n\ndef net(num_classes=4):\n"
+        "    head = nn.Linear(8, num_classes)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)\n"
+        "\n\ndef data():\n    batch = torch.zeros(8, 1, 6, 6), torch.ones(8, 4)\n    return es.Loaders([batch], [batch])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    job = ("--model", "own_labels:net", "--data", "own_labels:data", "--task", "classification:multi_label=true")
+    done = espalier("compress", *job, "--method", "none", "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert es.load_run(tmp_path / "run", trust=True)[4].out_features == 4
+    for method in ("none", "magnitude"):  # without the task these are no labels, and nothing is left behind
+        done = espalier(
+            "compress", *job[:4], "--method", method, "--macs", 0.5, "--batch-size", 8, "--out", tmp_path / "two"
+        )
+        refused(done, "labels are class numbers", "(8, 4)", "classification:multi_label=true")
+        assert not (tmp_path / "two").exists()
+
+
 # -- how it says no
 
 

@@ -211,6 +211,11 @@ class Classification(Task):
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if not self.multi_label:
+            if targets.dim() != 1:
+                raise ValueError(
+                    f"labels are class numbers (images,), these have the shape {tuple(targets.shape)}; for several classes an "
+                    "image give Classification(multi_label=True), --task classification:multi_label=true"
+                )
             return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         soft = _as_map(targets, logits, self.name) * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
         return F.binary_cross_entropy_with_logits(logits, soft)

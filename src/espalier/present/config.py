@@ -24,7 +24,7 @@ from espalier.plan import Budget, amount_of
 from espalier.run.batches import Source
 from espalier.run.data import Loaders, load_data
 from espalier.run.images import Images
-from espalier.run.models import build_model, own_made, runs_code
+from espalier.run.models import build_model, own_defaults, own_made, runs_code
 from espalier.run.recipe import Recipe
 from espalier.run.rundir import CONFIG, check_is_run, read_config
 from espalier.settings import settings_of
@@ -245,11 +245,16 @@ def job_example(data: Source, task: Task) -> Any:
 
 
 def fit_model_to(config: Config, data: Source) -> Config:
-    """``config`` with the data's classes, channels and size in the model's section; those of loaders as a batch has them."""
+    """``config`` with the data's classes, channels and size in the model's section; those of loaders as a batch has them.
+
+    Where neither data nor task say how many classes there are, a factory of the user's own keeps its default.
+    """
     task = make_task(config)
     first = next(t for t in tree_leaves(job_example(data, task)) if isinstance(t, torch.Tensor))
+    name = config["model"].get("name", "")
+    own = own_defaults(name) if runs_code(name) else {}
     shape = {
-        "num_classes": data.num_classes or getattr(task, "classes", 1),
+        "num_classes": data.num_classes or getattr(task, "classes", own.get("num_classes", 1)),
         "in_channels": first.shape[-3] if first.dim() > 2 else first.shape[-1],
         "image_size": first.shape[-1],
     }

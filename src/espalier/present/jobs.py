@@ -32,7 +32,7 @@ from espalier.run.compress import compress
 from espalier.run.data import Data, FolderData
 from espalier.run.evaluate import pick_device
 from espalier.run.loggers import Loggers
-from espalier.run.loop import Epoch, History, OnEpoch, OnStep, train
+from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.models import load_weights
 from espalier.run.processes import held, join
 from espalier.run.recipe import Recipe
@@ -88,6 +88,7 @@ def run_job(
         if method is None:
             with held(out):
                 settled = config
+                check_fit(network, data, recipe, task=task)  # before a folder is made
                 if once(lambda: check_folder(out, resume=resume, force=force)) is None:
                     once(lambda: begin_dense(out, settled, recipe))
                 train_only(
