@@ -17,6 +17,7 @@ from espalier.plan import Budget
 from espalier.present import demo
 from espalier.present.cli import app
 from espalier.present.config import hyper_parameters
+from espalier.present.runs import read_run
 from espalier.run import anatomy, timed
 from espalier.run.evaluate import pick_device
 from espalier.run.loop import TrainingDiverged
@@ -104,6 +105,8 @@ def test_a_factory_keeps_its_classes_where_neither_data_nor_task_say_any(tmp_pat
     done = espalier("compress", *job, "--method", "none", "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     assert es.load_run(tmp_path / "run", trust=True)[4].out_features == 4
+    found = read_run(tmp_path / "run", trust=True)  # a row of a report, as runs that compress are
+    assert (found.metric.name, found.metrics["small"]["mean_ap"]) == ("mean_ap", 100.0)
     for method in ("none", "magnitude"):  # without the task these are no labels, and nothing is left behind
         done = espalier(
             "compress", *job[:4], "--method", method, "--macs", 0.5, "--batch-size", 8, "--out", tmp_path / "two"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from espalier.costs import cost
 from espalier.graph import trace
-from espalier.present.config import Config, make_model, read_sections
+from espalier.present.config import Config, check_runs_no_code, make_model, make_task, read_sections
 from espalier.present.jobs import open_network
 from espalier.run.anatomy import ComparedLayer, layers_from, layers_of
 from espalier.run.latency import size_on_disk
@@ -136,6 +136,8 @@ def read_run(folder: Path, *, trust: bool = False) -> FinishedRun:
         raise unfinished(folder)
     config.setdefault("budget", {})
     dense, small, note = _networks(folder, config, trust=trust)
+    if only_trained and not trust:
+        check_runs_no_code({"task": config["task"]}, folder / CONFIG)  # the log has scores without their unit
     metrics = _dense_metrics(folder, config, small, note) if only_trained else _metrics(folder / METRICS)
     layers: tuple[ComparedLayer, ...] = metrics["layers"]
     if (
@@ -187,10 +189,12 @@ def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note
     if network is None:
         raise ValueError(f"{folder}: the dense network is not there to be counted: {note}")
     log = _log(folder / LOG)
-    judged = {"accuracy": "accuracy", "loss": "test_loss"}
+    metric = make_task(config).metric
+    judged = {metric.name: metric.name, "loss": "test_loss"}
     scores = {name: log[-1][column] for name, column in judged.items() if log and column in log[-1]}
     used = {**cost(trace(network, blank_input(config), rehearse=False)).counts, "bytes": size_on_disk(network)}
     return {
+        "metric": asdict(metric),
         "dense": {**scores, **used}, "small": {**scores, **used}, "fraction": dict.fromkeys(used, 1.0), "limits": {},
         "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),
         "example_batch": 1, "epochs": len(log), "seconds": sum(e["seconds"] for e in log), "seed": config["recipe"].get("seed"),
