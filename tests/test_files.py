@@ -304,3 +304,9 @@ def test_a_network_with_a_scripted_part_is_loaded(tmp_path: Path) -> None:
     loaded = es.load(tmp_path / "small.safetensors", base=built(8))
     x = torch.randn(1, 3, 4, 4)
     assert torch.equal(loaded(x), small(x))
+    other = built(8).append(nn.ReLU())
+    before = {n: p.detach().clone() for n, p in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"small\.safetensors: ") as caught:
+        es.load(tmp_path / "small.safetensors", base=other)
+    assert "clear" not in str(caught.value)
+    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())

@@ -182,7 +182,8 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
 
     Elements that were overwritten in place are not looked after.
     """
-    before = [(m, dict(m.__dict__)) for m in model.modules()]
+    own = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these hold what they are made of
+    before = [(m, dict(m.__dict__)) for m in own]
     values = [(t, t.data) for t in (*model.parameters(), *model.buffers())]
     slots = [(m, {k: dict(m.__dict__[k]) for k in _SLOTS}) for m, _ in before]
     try:

@@ -84,7 +84,7 @@ def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
     return (layer if layer.shape == expanded else np.broadcast_to(layer, expanded)).reshape(final)
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _shared_dimensions(
     layer: tuple[int, ...], shape: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
