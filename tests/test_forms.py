@@ -145,10 +145,12 @@ def test_a_weight_that_the_forward_uses_twice_keeps_its_form_and_says_so() -> No
     assert reasons["w"].startswith("conv2d is called with this parameter")
 
 
-@pytest.mark.parametrize("method", [es.SVDOneShot(), es.DPRP(), es.TTLC(search=0)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [es.SVDOneShot(), es.DPRP(), es.TTLC(search=0), es.MGP(), es.Joint()], ids=lambda m: m.name
+)
 def test_a_budget_out_of_reach_says_which_layers_keep_their_form(method: Any) -> None:
     with pytest.raises(BudgetError, match=r"keep their form: .*a \(the forward uses its weight a second time"):
-        es.attach(Twice(), torch.zeros(1, 3, 8, 8), budget=es.Budget(macs=0.05), method=method)
+        es.attach(Twice(), torch.zeros(1, 3, 8, 8), budget=es.Budget(macs=0.001), method=method)
 
 
 class Indexes(nn.Module):

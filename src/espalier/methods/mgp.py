@@ -39,6 +39,7 @@ from espalier.methods.base import Batches, Removed
 from espalier.methods.blocks import WholeBlocks, takes_blocks
 from espalier.methods.kernels import Kernels
 from espalier.methods.pressure import Fading, FadingMethod
+from espalier.methods.ranks import unreachable
 from espalier.methods.state import WEIGHT_FROZEN, is_frozen
 from espalier.methods.units import Units, upload
 from espalier.plan import Budget, Plan
@@ -98,7 +99,10 @@ class MGPRun(Fading):
         if blocks:
             self.offer_blocks()
         self.know_forms()
-        self.decide({g.name: np.ones(g.size) for g in self.graph.groups})  # unreachable budgets fail now
+        try:
+            self.decide({g.name: np.ones(g.size) for g in self.graph.groups})  # unreachable budgets fail now
+        except BudgetError as error:
+            raise unreachable(error, self.skipped) from error
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         for layer, places in self.kernels.options.items():
@@ -231,7 +235,8 @@ def granularities(
 
     ``places`` and ``left`` are those of ``find_places``.
     """
-    left = {n: r for n, r in left.items() if not isinstance(model.get_submodule(n), nn.Linear)}
+    layers = dict(model.named_modules())  # weights of no layer are among ``left`` too
+    left = {n: r for n, r in left.items() if not isinstance(layers.get(n), nn.Linear)}
     left.update({n: WEIGHT_FROZEN for n, p in places.items() if not p.linear and is_frozen(model, n)})
     if not method.filters:
         graph = hold(graph, [g.name for g in graph.groups], "filters are switched off")
