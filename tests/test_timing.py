@@ -430,6 +430,22 @@ def test_on_the_way_no_more_goes_than_the_last_decision_can_use(paper):
     assert took[False] >= 0.6 >= took[True] >= 0.9 * 0.6
 
 
+def test_a_block_that_is_a_large_step_does_not_lead_below_the_limit_before_the_last_decision(paper):
+    torch.manual_seed(0)
+    model, took = build_model("resnet20", num_classes=10), {False: [], True: []}
+    _, profile = paper(model, lambda share: share)
+    run = es.attach(model, X, budget=es.Budget(latency=0.6, profile=profile), method=es.TCP(blocks=True, chunk=0.01))
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05)
+    for step in range(40):
+        loss = run.model(torch.randn(4, *X.shape[1:])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step(progress=(step + 1) / 40, optimizer=optimizer)
+        took[run.settled].append(profile.predict(run.graph) / profile.dense)
+    assert min(took[False]) >= 1.05 * 0.6 and 0.96 * 0.6 <= took[True][-1] <= 0.6
+
+
 def test_one_call_brings_a_network_to_a_fraction_of_its_time(profile, monkeypatch):
     measure_little(monkeypatch, networks=2)
     torch.manual_seed(0)

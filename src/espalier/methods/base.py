@@ -234,11 +234,27 @@ class Run(ABC):
             self.graph = self.budget.timed(self.graph)
             return plan
         rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(now), "per_cost": per_cost}
-        plan = solve(now, worth, limits, **rules)
+        plan = self._not_too_far(now, worth, limits, rules)
         while here and _latency(now, plan) < FALLEN * self._known:  # what goes does not come back
             self.budget = once(partial(self._corrected, now, plan, worth, rules))
             self.graph, now = self.budget.timed(self.graph), self.budget.timed(now)
-            self._known, plan = _latency(now, plan), solve(now, worth, limits, **rules)
+            self._known, plan = _latency(now, plan), self._not_too_far(now, worth, limits, rules)
+        return plan
+
+    def _not_too_far(
+        self, graph: Graph, worth: Mapping[str, np.ndarray], limits: Mapping[str, float], rules: Mapping[str, Any]
+    ) -> Plan:
+        """A plan inside ``limits``; on the way to one on time, where one step would lead too near to it, less goes."""
+        plan = solve(graph, worth, limits, **rules)
+        near = LEAST_ROOM * self.limits.get(LATENCY, 0.0)
+        if LATENCY not in limits or limits[LATENCY] <= near:
+            return plan
+        now = dict(limits)
+        for _ in range(MOST_WIDER):
+            if _latency(graph, plan) >= near:
+                break
+            now[LATENCY] *= WIDER
+            plan = solve(graph, worth, now, **rules)
         return plan
 
     def _family(self, graph: Graph) -> Family:
@@ -497,6 +513,8 @@ class Run(ABC):
 STATE = "espalier-run/2"
 NEAR = 1.25  # of a limit on time: from here on plans are measured
 FALLEN = 0.95  # of what the last one took: the next is measured
+LEAST_ROOM = 1.05  # of a limit on time: what a plan on the way leaves by prediction, for the last one is measured
+WIDER, MOST_WIDER = 1.04, 8  # so much, and so often, a limit is raised that a plan on the way has fallen too far below
 
 Process = Run  # its old name, for methods written outside
 
