@@ -234,18 +234,23 @@ class Run(ABC):
             self.graph = self.budget.timed(self.graph)
             return plan
         rules |= {"multiple_of": self.budget.multiple_of, "protect": self.budget.protected(now), "per_cost": per_cost}
-        plan = self._not_too_far(now, worth, limits, rules)
+        plan = self._not_too_far(solve(now, worth, limits, **rules), now, worth, limits, rules)
         while here and _latency(now, plan) < FALLEN * self._known:  # what goes does not come back
             self.budget = once(partial(self._corrected, now, plan, worth, rules))
             self.graph, now = self.budget.timed(self.graph), self.budget.timed(now)
-            self._known, plan = _latency(now, plan), self._not_too_far(now, worth, limits, rules)
+            self._known, plan = _latency(now, plan), solve(now, worth, limits, **rules)
+            plan = self._not_too_far(plan, now, worth, limits, rules)
         return plan
 
     def _not_too_far(
-        self, graph: Graph, worth: Mapping[str, np.ndarray], limits: Mapping[str, float], rules: Mapping[str, Any]
+        self,
+        plan: Plan,
+        graph: Graph,
+        worth: Mapping[str, np.ndarray],
+        limits: Mapping[str, float],
+        rules: Mapping[str, Any],
     ) -> Plan:
-        """A plan inside ``limits``; on the way to one on time, where one step would lead too near to it, less goes."""
-        plan = solve(graph, worth, limits, **rules)
+        """``plan``; on the way to a limit on time, where it comes too near to that by one step, one by which less goes."""
         near = LEAST_ROOM * self.limits.get(LATENCY, 0.0)
         if LATENCY not in limits or limits[LATENCY] <= near:
             return plan
