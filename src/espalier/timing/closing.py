@@ -19,8 +19,7 @@ from espalier.timing.profile import Profile
 
 ROUNDS = 8  # networks measured, at most
 SOLVES = 20  # plans made, at most
-SURE = 0.98  # of a limit is aimed at: measured anew, networks take some percent more or less
-CLOSE = 0.96  # of that: a plan that is measured between here and there is left as it is
+CLOSE = 0.96  # of the limit: a plan that is measured between here and the limit is left as it is
 STEP = 0.003  # of the limit: predictions that differ by less lead to the same plan
 SECONDS = 1.0  # of measuring one plan and the dense network in turns, at least
 
@@ -31,7 +30,7 @@ class Settled:
 
     plan: Plan
     budget: Budget
-    limit: float  # milliseconds aimed at: a little less than the budget's
+    limit: float  # milliseconds
     predicted: float  # by the profile as it was before
     measured: float  # milliseconds where the dense network takes what the profile says it takes
     rounds: int
@@ -95,8 +94,7 @@ class _Search:
         assert isinstance(budget.profile, Profile) and budget.latency is not None
         self.family, self.reference, self.importance, self.budget = family, reference, importance, budget
         self.per_cost, self.profile = per_cost, budget.profile
-        limit = milliseconds_of(budget.latency, self.profile.dense)
-        self.limit = limit if limit >= self.profile.dense else SURE * limit
+        self.limit = milliseconds_of(budget.latency, self.profile.dense)
         self.timed = self.profile.on(family.graph)
         self.model = CostModel(self.timed)
         self.tried: list[Settled] = []
