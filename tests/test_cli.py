@@ -363,7 +363,7 @@ def test_ctrl_c_says_how_to_go_on_and_resume_ends_where_the_run_would_have(tiny,
 def test_the_demo_compresses_what_it_trained_to_a_share_of_its_time(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     quick = {making: {"NETWORKS": 4, "SECONDS": 0.0}, closing: {"ROUNDS": 1, "SECONDS": 0.0}, timed: {"SECONDS": 0.0}}
-    quick |= {on_device: {"OPENINGS": 1}, anatomy: {"SECONDS": 0.0}}
+    quick |= {on_device: {"OPENINGS": 1, "TURN": 0.0}, anatomy: {"SECONDS": 0.0}}
     for module, values in quick.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)

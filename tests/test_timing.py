@@ -191,6 +191,85 @@ def test_programs_of_pytorch_say_whose_operations_they_hold(monkeypatch):
     assert found["whole"] > 0
 
 
+class Machine:
+    """A processor that is shared: it goes at its full speed now and then, and at two thirds of it the rest of the time.
+
+    ``slow`` says so at a time; a network is its milliseconds on a machine at rest, and loses what ``loses`` says of it.
+    """
+
+    def __init__(self, monkeypatch, slow, loses=lambda ms: 1.5):
+        self.now, self.slow, self.loses = 0.0, slow, loses
+        monkeypatch.setattr(on_device, "_clock", lambda threads: lambda: self.now)
+        monkeypatch.setitem(on_device.RUNTIMES, "paper", self.opened)
+
+    def opened(self, content, threads, batch, precision):
+        ms, seen = float(content), []
+
+        def run():
+            self.now += 1e-3 * ms * (self.loses(ms) if self.slow(self.now) else 1.0)
+
+        def watched():
+            begin = self.now
+            run()
+            seen.append(1e3 * (self.now - begin))
+
+        return run, watched, lambda: [("only", "Conv", on_device._fast(seen))]
+
+
+ON_PAPER = {"runtime": "paper", "threads": 1, "batch": 1, "precision": "f32"}
+
+
+def busy_first(seconds):
+    return lambda now: now < seconds
+
+
+def at_rest_now_and_then(now):
+    return now % 1.0 > 0.3
+
+
+@pytest.mark.parametrize("slow", [at_rest_now_and_then, busy_first(1.5)])
+def test_networks_are_compared_as_on_a_machine_at_rest(monkeypatch, slow):
+    Machine(monkeypatch, slow, loses=lambda ms: 1.2 if ms > 0.8 else 1.6)
+    took = on_device.race([b"1.0", b"0.6"], **ON_PAPER, seconds=1.0, pace=1.0)
+    assert took == pytest.approx([1.0, 0.6], rel=1e-6)
+
+
+def test_a_machine_that_is_never_at_rest_is_measured_as_it_is(monkeypatch):
+    machine = Machine(monkeypatch, lambda now: True)
+    assert on_device.race([b"1.0", b"0.6"], **ON_PAPER, seconds=1.0, pace=1.0) == pytest.approx([1.5, 0.9])
+    assert machine.now <= on_device.OPENINGS
+    machine.now = 0.0
+    found = on_device.measure(b"0.6", **ON_PAPER, seconds=0.3, beside=b"1.0", pace=1.0)
+    assert (found["whole"], found["beside"]) == pytest.approx((0.9, 1.5)) and machine.now < 2 * on_device.WAIT
+
+
+def test_nodes_are_timed_while_the_network_beside_is_as_fast_as_on_a_machine_at_rest(monkeypatch):
+    Machine(monkeypatch, at_rest_now_and_then, loses=lambda ms: 1.2 if ms > 0.8 else 1.6)
+    for pace in (1.0, 0.0):  # known, and looked for
+        found = on_device.measure(b"0.6", **ON_PAPER, seconds=0.3, beside=b"1.0", pace=pace)
+        assert (found["whole"], found["beside"]) == pytest.approx((0.6, 1.0))
+        assert found["nodes"] == [("only", "Conv", pytest.approx(0.6))]
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again_once_that_is_known(monkeypatch):
+    paces = []
+    took = iter([1.5, 0.9, 0.6, 1.0, 0.6])  # the dense network, two others, then the first two again
+    besides = iter([1.5, 1.0, 1.0])
+
+    def measure(content, *, beside=None, pace=0.0, **_):
+        paces.append(pace)
+        times = {"whole": next(took), "spread": 0.0, "nodes": []}
+        return times if beside is None else {**times, "beside": next(besides)}
+
+    monkeypatch.setattr(on_device, "measure", measure)
+    monkeypatch.setattr(on_device, "version", lambda runtime: "1")
+    monkeypatch.setattr(making, "need_runtime", lambda runtime: runtime)
+    monkeypatch.setattr(making, "find_grain", lambda *_: 8)
+    found = es.profile(Small().eval(), X, networks=3)
+    assert [n.whole for n in found.networks] == pytest.approx([1.0, 0.6, 0.6])
+    assert paces == [0.0, 1.5, 1.5, 1.0, 1.0]
+
+
 # -- profiles
 
 
@@ -209,11 +288,11 @@ def test_the_grain_is_the_smallest_at_which_a_runtime_is_as_fast_as_at_any(profi
     graph = graph_of_small()
     costs = CostModel(graph)
 
-    def measure(plan, **_):
+    def took(plan):
         blocks = -(-np.array(plan.counts(graph)) // block) * block
-        return {"whole": costs.cost(np.minimum(blocks, graph.sizes)).macs}
+        return costs.cost(np.minimum(blocks, graph.sizes)).macs
 
-    monkeypatch.setattr(on_device, "measure", measure)
+    monkeypatch.setattr(on_device, "race", lambda plans, **_: [took(plan) for plan in plans])
     assert making.find_grain(SimpleNamespace(file=lambda plan: plan), graph, profile.setting) == block
 
 
@@ -225,6 +304,7 @@ def test_a_profile_that_was_stored_is_the_same(profile, tmp_path):
 def test_an_interrupted_profile_goes_on(profile, tmp_path, monkeypatch):
     file = tmp_path / "p.json"
     es.save_profile(replace(profile, networks=profile.networks[:7]), file)
+    measure_little(monkeypatch, networks=8)
     monkeypatch.setattr(making, "SECONDS", 0.0)
     measured = []
     whole = es.profile(Small().eval(), X, networks=8, to=file, progress=lambda done, of: measured.append(done))
@@ -325,6 +405,7 @@ def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, mon
 
 def test_the_command_makes_a_profile_and_checks_it(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
+    measure_little(monkeypatch, networks=3)
     monkeypatch.setattr(making, "SECONDS", 0.0)
     monkeypatch.setattr(making, "NETWORKS", 3)
     monkeypatch.setattr("espalier.present.cli.make_model", lambda config: Small())
@@ -355,8 +436,8 @@ def test_plans_are_measured_until_the_time_is_right_however_wrong_the_profile_is
         return planned[-1]
 
     def race(contents, **_):
-        assert len(contents) == 2
-        return [really(profile.predict(graph, planned[-1].counts(graph)) / profile.dense), 1.0]
+        assert len(contents) == 2 and contents[0] == b"dense"
+        return [1.0, really(profile.predict(graph, planned[-1].counts(graph)) / profile.dense)]
 
     monkeypatch.setattr(closing, "solve", watched)
     monkeypatch.setattr(on_device, "race", race)
@@ -457,7 +538,7 @@ def test_a_budget_of_time_in_pytorch_is_measured_in_pytorch(monkeypatch):
     measure_little(monkeypatch, networks=2)
     monkeypatch.setattr(making, "find_grain", lambda *_: 8)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.setattr(at_the_end, "SECONDS", 0.01)
+    monkeypatch.setattr(making, "SECONDS", 0.0)
     torch.manual_seed(0)
     model = Small()
     budget = es.Budget(latency=0.95, profile=es.profile(model, X, runtime="torch", networks=3))
@@ -488,6 +569,8 @@ def measure_little(monkeypatch, *, networks):
         (closing, "ROUNDS", 1),
         (at_the_end, "SECONDS", 0.0),
         (on_device, "OPENINGS", 1),
+        (on_device, "TURN", 0.0),
+        (on_device, "PACE", 1e9),  # whatever else the machine does
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -513,7 +596,7 @@ def test_the_last_ranks_are_built_and_measured(profile, monkeypatch):
 
     def race(contents, **_):
         files.append(contents)
-        return [0.5, 1.0]
+        return [1.0, 0.5]
 
     monkeypatch.setattr(on_device, "race", race)
     torch.manual_seed(0)
@@ -525,6 +608,7 @@ def test_the_last_ranks_are_built_and_measured(profile, monkeypatch):
 
 def test_everything_is_measured_beside_the_dense_network_because_the_machine_may_be_slower_now(profile, monkeypatch):
     measure_little(monkeypatch, networks=2)
+    monkeypatch.setattr(making, "SECONDS", 0.0)
     really, took = on_device.measure, []
 
     def measured(content, *, beside=None, **options):

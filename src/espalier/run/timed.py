@@ -45,7 +45,7 @@ def time_kept(
     if budget.latency is None or not isinstance(profile, Profile):
         return None
     files = [delivered(model, example, profile.setting) for model in (dense, small)]
-    whole, left = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
+    whole, left = on_device.race(files, seconds=SECONDS, pace=profile.dense, **asked(profile.setting))
     step = None if above is None else above * whole / profile.dense
     return TimeKept(budget.latency, milliseconds_of(budget.latency, whole), whole, left, profile.setting, step)
 

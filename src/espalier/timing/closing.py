@@ -151,9 +151,10 @@ def _held(graph: Graph, plan: Plan, rules: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measured(file: bytes, reference: bytes | None, profile: Profile) -> float:
     """Milliseconds of a network where the dense one takes what the profile says it takes."""
-    files = [file, *([] if reference is None else [reference])]
-    small, *dense = on_device.race(files, seconds=SECONDS, **asked(profile.setting))
-    return small * (profile.dense / dense[0] if dense else 1.0)
+    if reference is None:
+        return on_device.race([file], seconds=SECONDS, **asked(profile.setting))[0]
+    dense, small = on_device.race([reference, file], seconds=SECONDS, pace=profile.dense, **asked(profile.setting))
+    return small * profile.dense / dense
 
 
 def _same(one: Plan, two: Plan) -> bool:

@@ -57,7 +57,8 @@ def measured(
         by_layer = {graph.group(g).layer: form for g, (form, _) in chosen.items()}
         rows = []
         for count, plan in enumerate(sample(own, NETWORKS, grain, seed=number)):
-            times = on_device.measure(family.file(plan), seconds=SECONDS, beside=dense, **asked(profile.setting))
+            file, how = family.file(plan), asked(profile.setting)
+            times = on_device.measure(file, seconds=SECONDS, beside=dense, pace=profile.dense, **how)
             rows.append(attributed(times, family, own, plan, speed=profile.dense / times["beside"]))
             if progress is not None:
                 progress(number * NETWORKS + count + 1, rounds * NETWORKS)

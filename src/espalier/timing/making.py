@@ -67,16 +67,34 @@ def profile(
         found = replace(found, grain=find_grain(family, graph, setting))
     plans = sample(graph, networks or NETWORKS, found.grain)
     dense = family.file(plans[0])
-    for number, plan in enumerate(plans):
+    seen: dict[int, dict[str, Any]] = {}
+
+    def look(number: int, pace: float) -> None:
+        beside = dense if number else None
+        file, how = family.file(plans[number]), asked(setting)
+        seen[number] = on_device.measure(file, seconds=SECONDS, beside=beside, pace=pace, **how)
+
+    def with_seen() -> Profile:
+        whole = seen[0]["whole"] if 0 in seen else found.dense
+        rows = dict(enumerate(found.networks))
+        for number, times in seen.items():
+            rows[number] = attributed(times, family, graph, plans[number], speed=whole / _of_dense(times))
+        return replace(found, networks=tuple(rows.values()))
+
+    for number in range(len(plans)):
         if number >= len(found.networks):
-            beside = dense if number else None
-            times = on_device.measure(family.file(plan), seconds=SECONDS, beside=beside, **asked(setting))
-            speed = found.dense / times["beside"] if number else 1.0
-            found = replace(found, networks=(*found.networks, attributed(times, family, graph, plan, speed=speed)))
+            look(number, found.dense if number else 0.0)
+            found = with_seen()
             if to is not None:
                 save_profile(found, to)
         if progress is not None:
             progress(number + 1, len(plans))
+    pace = min(map(_of_dense, seen.values()), default=0.0)
+    for number in [n for n, times in seen.items() if _of_dense(times) > (1 + on_device.PACE) * pace]:
+        look(number, pace)  # the machine was busy then, as is known now
+    found = with_seen()
+    if to is not None:
+        save_profile(found, to)
     if found.spread > NOISY:
         warnings.warn(f"profile: {found.describe()}; measure again when it is quiet", stacklevel=2)
     return found
@@ -89,7 +107,8 @@ def check_profile(profile: Profile, model: nn.Module, example: Any, *, networks:
     dense = family.file(plans[0])
     found = []
     for plan in plans[1:]:
-        small, whole = on_device.race([family.file(plan), dense], seconds=2 * SECONDS, **asked(profile.setting))
+        files = [dense, family.file(plan)]
+        whole, small = on_device.race(files, seconds=2 * SECONDS, pace=profile.dense, **asked(profile.setting))
         found.append((profile.predict(graph, plan.counts(graph)), small * profile.dense / whole))
     return found
 
@@ -202,13 +221,18 @@ def find_grain(family: Family, graph: Graph, setting: ProfileSetting) -> int:
     for share in (0.4, 0.6):
         random = np.random.default_rng(0)
         wanted = [float(share * random.uniform(0.7, 1.3) * g.size) for g in graph.groups]
-        for grain in grains:
-            counts = [_nearest(timed_counts(g, grain), w) for g, w in zip(graph.groups, wanted, strict=True)]
-            plan = Plan({g.name: np.arange(c) for g, c in zip(graph.groups, counts, strict=True)})
-            times = on_device.measure(family.file(plan), seconds=SECONDS, **asked(setting))
-            ratios[grain].append(times["whole"] / max(model.cost(np.array(counts)).macs, 1))
+        counts = [[_nearest(timed_counts(g, n), w) for g, w in zip(graph.groups, wanted, strict=True)] for n in grains]
+        plans = [Plan({g.name: np.arange(c) for g, c in zip(graph.groups, own, strict=True)}) for own in counts]
+        times = on_device.race([family.file(plan) for plan in plans], seconds=2 * SECONDS, **asked(setting))
+        for grain, own, took in zip(grains, counts, times, strict=True):
+            ratios[grain].append(took / max(model.cost(np.array(own)).macs, 1))
     found = {grain: float(np.mean(np.log(r))) for grain, r in ratios.items()}
     return min(grain for grain, level in found.items() if level <= min(found.values()) + LEVEL)
+
+
+def _of_dense(times: Mapping[str, Any]) -> float:
+    """Milliseconds of the dense network in a measurement of it, or beside it."""
+    return float(times.get("beside", times["whole"]))
 
 
 def attributed(times: Mapping[str, Any], family: Family, graph: Graph, plan: Plan, *, speed: float = 1.0) -> Measured:

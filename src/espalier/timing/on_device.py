@@ -25,11 +25,12 @@ WARM_UP = 2
 LEAST, MOST = 8, 400  # runs of one network
 BURST = 4  # runs in a row
 AGREE = 0.05  # halves of the runs whose fastest differ by more are run again
-OPENINGS = (
-    6  # of every network in a race, at most: where its memory comes to lie makes it some percent faster or slower
-)
-TURN = 0.02  # seconds of one network in a race, before it is another's turn
+TURN = 0.02  # seconds of one network in turns with others
+OPENINGS = 10  # of every network in a race, at most
 SETTLED = 0.01  # shares that another opening changes by less are believed
+FEW = 3  # turns at a network's best that have to be alike
+PACE = 0.08  # turns that differ by less were of a machine at the same speed
+WAIT = 1.5  # seconds for a machine to be as fast as it can be, at most
 SETTINGS = "settings.json"
 
 Forward = Callable[[], None]
@@ -48,24 +49,32 @@ def measure(
     precision: str,
     seconds: float,
     beside: bytes | None = None,
+    pace: float = 0.0,
 ) -> dict[str, Any]:
     """Milliseconds of the whole network and of every node, and how far two halves of the runs differ.
 
     Alone and watched in turns, because what else the machine does then meets both; some runs at a time, because the other one
     leaves the caches cold.  So is another network ``beside``, if one is given: what it takes says how fast the machine is now.
+
+    A processor that is shared goes at one speed while its other half rests and at two thirds of it while it does not, for
+    tenths of seconds to seconds at a time, and not every network loses as much.  So runs count while ``beside`` takes about
+    its ``pace``, the milliseconds that it takes on a machine at rest; what is not known is looked for first.
     """
     alone, watched, nodes = RUNTIMES[runtime](content, threads, batch, precision)
     other = None if beside is None else RUNTIMES[runtime](beside, threads, batch, precision)[0]
-    calls = [alone, watched, *([] if other is None else [other])]
     for _ in range(WARM_UP):
-        for call in calls:
+        for call in (alone, watched, *([] if other is None else [other])):
             call()
+    clock, judge = _clock(threads), other or alone
+    best = 1e-3 * pace or _pace(judge, threads, 4 * seconds)
+    waits = clock() + min(WAIT, 5 * seconds)
     times: list[float] = []
     others: list[float] = []
-    clock = _clock(threads)
     for _ in range(3):
         begin, runs = clock(), 0
         while runs < LEAST or (runs < MOST and clock() - begin < seconds):
+            while _turn(judge, threads) > (1 + PACE) * best and clock() < waits:
+                begin = clock()
             times += [_once(alone, threads) for _ in range(BURST)]
             for _ in range(BURST):
                 watched()
@@ -80,30 +89,28 @@ def measure(
 
 
 def race(
-    contents: list[bytes], *, runtime: str, threads: int, batch: int, precision: str, seconds: float
+    contents: list[bytes], *, runtime: str, threads: int, batch: int, precision: str, seconds: float, pace: float = 0.0
 ) -> list[float]:
-    """Milliseconds of several networks, in turns, because the speed of a machine drifts.
+    """Milliseconds of several networks, in turns, because the speed of a machine drifts (see ``measure``).
 
     A turn is many runs, of which the first does not count: in service a network runs after itself, with its own weights in the
-    caches.  Opened anew, half of ``seconds`` each, until their shares stand: on a busy machine that takes longer.
+    caches.  Of all turns a network's best ones count, once there are some that are alike: they are those of a machine at rest.
+    Opened anew, half of ``seconds`` each, until that is so, their shares stand, and the first network takes about its
+    ``pace``, milliseconds on a machine at rest, if that is known: on a busy machine that takes longer.
     """
-    found: list[list[float]] = [[] for _ in contents]
+    turns: list[list[float]] = [[] for _ in contents]
     clock, shares = _clock(threads), np.zeros(len(contents))
     for _ in range(OPENINGS):
         calls = [RUNTIMES[runtime](content, threads, batch, precision)[0] for content in contents]
-        counts = []
-        for call in calls:
-            call()
-            counts.append(max(2, round(TURN / max(_once(call, threads), 1e-6))))
         begin, rounds = clock(), 0
         while rounds < 5 or clock() - begin < seconds / 2:
-            for times, call, count in zip(found, calls, counts, strict=True):
-                call()  # finds the caches as the others left them
-                times += [_once(call, threads) for _ in range(count)]
+            for own, call in zip(turns, calls, strict=True):
+                own.append(_turn(call, threads))
             rounds += 1
-        took = np.array([_fast(times) for times in found])
+        took = np.array([_level(own) for own in turns])
         before, shares = shares, took / took.sum()
-        if np.abs(before / shares - 1.0).max() <= SETTLED:
+        at_rest = all(_alike(own) for own in turns) and (not pace or 1e3 * took[0] <= (1 + PACE) * pace)
+        if at_rest and np.abs(before / shares - 1.0).max() <= SETTLED:
             break
     return [1e3 * float(t) for t in took]
 
@@ -149,6 +156,34 @@ def _once(call: Forward, threads: int) -> float:
     begin = clock()
     call()
     return clock() - begin
+
+
+def _turn(call: Forward, threads: int) -> float:
+    """Seconds of one call, after itself: the median of a turn."""
+    call()  # finds the caches as others left them
+    times = [_once(call, threads)]
+    while sum(times) < TURN or len(times) < 2:
+        times.append(_once(call, threads))
+    return float(np.median(times))
+
+
+def _pace(call: Forward, threads: int, seconds: float) -> float:
+    """Seconds of one call on a machine at rest, as far as ``seconds`` show it."""
+    clock, turns = _clock(threads), [_turn(call, threads)]
+    begin = clock()
+    while len(turns) < FEW or clock() - begin < seconds:
+        turns.append(_turn(call, threads))
+    return _level(turns)
+
+
+def _level(turns: list[float]) -> float:
+    """Of a network's turns the mean of the best few."""
+    return float(np.mean(sorted(turns)[:FEW]))
+
+
+def _alike(turns: list[float]) -> bool:
+    best = sorted(turns)[:FEW]
+    return best[-1] <= (1 + AGREE) * best[0]
 
 
 def _fast(times: list[float]) -> float:
@@ -315,16 +350,18 @@ def main(folder: Path) -> None:
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     asked = {key: settings[key] for key in ("runtime", "threads", "batch", "precision", "seconds")}
     files = sorted(folder.glob(f"*{ENDINGS[asked['runtime']]}"))
-    dense = files[0].read_bytes() if files else b""
+    dense, pace = files[0].read_bytes() if files else b"", 0.0
     for number, file in enumerate(files):
         target = file.with_suffix(".json")
         if target.exists():
+            pace = pace or json.loads(target.read_text(encoding="utf-8"))["whole"]
             continue
-        found = measure(file.read_bytes(), **asked, beside=dense if number else None)
+        found = measure(file.read_bytes(), **asked, beside=dense if number else None, pace=pace)
         found |= {"version": version(asked["runtime"]), "processor": processor()}
         beside = target.with_suffix(".part")
         beside.write_text(json.dumps(found), encoding="utf-8")
         beside.replace(target)
+        pace = pace or found["whole"]
         sys.stdout.write(f"{number + 1} of {len(files)}: {found['whole']:.3f} ms\n")
 
 
