@@ -131,6 +131,39 @@ def cut_where_joined(net: Any, x: Tensor) -> Tensor:
     return net.b(both[:, : y.shape[1]]) + net.d(both[:, y.shape[1] :])
 
 
+def rolled(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x).roll(1, 1).relu())
+
+
+def every_other(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x)[:, ::2].relu())
+
+
+def padded(net: Any, x: Tensor) -> Tensor:
+    """With constants as wide as itself, as a shortcut of ResNet for CIFAR is."""
+    y = net.a(x)
+    return net.b(torch.cat([y, torch.zeros(1, y.size(1), *y.shape[2:], dtype=y.dtype)], 1))
+
+
+def joined_to_itself(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    rest = y.split([net.first, y.shape[1] - net.first], 1)[1]
+    return net.b(torch.cat([rest, y], 1)[:, rest.shape[1] :])
+
+
+def mirrored(net: Any, x: Tensor) -> Tensor:
+    weight = net.c.weight
+    return net.b(F.conv2d(net.a(x), weight - weight.flip(-1), padding=1))
+
+
+def literal_groups(net: Any, x: Tensor) -> Tensor:
+    return net.b(F.conv2d(net.a(x), net.c.weight, padding=1, groups=4))
+
+
+def of_ones(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x.new_ones(1, 2, 8, 8)))
+
+
 STEPS = {"scale": torch.rand(16) / 50 + 0.01, "zero": torch.zeros(16)}
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
@@ -167,6 +200,20 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     "cut where it was joined": (
         cut_where_joined, {"a": conv(3, 6), "c": conv(3, 8), "b": conv(6, 4), "d": conv(8, 4)}, {"a": 6, "c": 8},
     ),
+    "channels that are rolled": (rolled, {"a": conv(3, 8), "b": conv(8, 5)}, {"a": 7}),
+    "every other channel": (every_other, {"a": conv(3, 16), "b": conv(8, 5)}, {"a": 8}),
+    "constants as wide as what they are joined to": (padded, {"a": conv(3, 8), "b": conv(16, 5)}, {"a": 8}),
+    "cut where it was joined to itself": (joined_to_itself, {"a": conv(3, 8), "b": conv(8, 5), "first": 2}, {"a": 2, "a~2": 6}),
+    "a weight and the same turned round": (
+        mirrored, {"a": conv(3, 9), "c": conv(9, 8, bias=False), "b": conv(8, 5)}, {"a": 9, "c": 8},
+    ),
+    "several filters for each channel of a picture": (
+        lambda net, x: net.b(net.a(x)), {"a": conv(3, 12, groups=3), "b": conv(12, 5)}, {"a": 4},
+    ),
+    "a number of groups that is written down": (
+        literal_groups, {"a": conv(3, 4), "c": conv(4, 12, groups=4, bias=False), "b": conv(12, 5)}, {"c": 3},
+    ),
+    "what reads a pair of constants": (of_ones, {"a": conv(2, 4), "b": conv(4, 5)}, {"a": 4}),
     "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
 }  # fmt: skip
 
@@ -180,12 +227,12 @@ def test_is_cut_and_proven(name: str) -> None:
 
 
 def test_a_constant_that_is_only_joined_keeps_its_width() -> None:
-    """Its width follows other channels: as a group of its own it would be cut apart from them."""
+    """Nothing says what its width follows: as a group of its own it would be cut apart from that."""
 
     def run(net: Any, x: Tensor) -> Tensor:
         y = net.a(x)
-        return net.b(torch.cat([y, y.new_zeros(y.shape)], 1))
+        return net.c(net.b(torch.cat([y, y.new_zeros(1, 2 * y.shape[1], 8, 8)], 1)))
 
     torch.manual_seed(0)
-    graph, _, _ = prove(Net(run, a=conv(3, 2), b=conv(4, 4)), IMAGE, macs=0.9)
+    graph, _, _ = prove(Net(run, a=conv(3, 2), b=conv(6, 4), c=conv(4, 5)), IMAGE, macs=0.9)
     assert "..made" not in str([s.tensor for g in graph.groups for s in g.slices])

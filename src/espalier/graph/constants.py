@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from espalier.graph.numbers import numbers_in
+from espalier.graph.numbers import numbers_in, sizes_in
 from espalier.graph.reasons import is_users
 
 LARGEST = 1024  # elements: what is larger is compared by what it was made of
@@ -41,28 +41,42 @@ class NumbersMadeTensors(TorchFunctionMode):
 
     MAKE = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
 
-    def __init__(self, note: Any, say: Any) -> None:
+    def __init__(self, note: Any, say: Any, width: Any) -> None:
         super().__init__()
         self.note = note  # called with the tensor and its value
         self.say = say  # called with the numbers of modules that a call gets, and with none after it
+        self.width = (
+            width  # of a tensor, a dimension and its size: what the user's code sees of it, if it is told otherwise
+        )
         self.sizes_read = False  # the user's code has asked a tensor for its size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SIZE_GETTERS and not self.sizes_read:
-            self.sizes_read = is_users(sys._getframe(1).f_code.co_filename)
-        said = list(numbers_in((*args, *kwargs.values())))
-        if said:
-            self.say(said)
+        if func in SIZE_GETTERS:
+            if not is_users(sys._getframe(1).f_code.co_filename):
+                return func(*args, **kwargs)
+            self.sizes_read = True
+            if self.width is not None and func is not Tensor.numel:
+                return self._size(args[0], func(*args, **kwargs), *args[1:], *kwargs.values())
+        given = (*args, *kwargs.values())
+        said, sizes = list(numbers_in(given)), sizes_in(given)
+        if said or sizes:
+            self.say(said, sizes)
         try:
             out = func(*args, **kwargs)
         finally:
-            if said:
+            if said or sizes:
                 self.say([])
         if func in self.MAKE and isinstance(out, Tensor) and out.is_meta:
             data = args[1:] if func in (Tensor.new_tensor, Tensor.new) else args
             self.note(out, _value_of_numbers(data[0] if data else kwargs.get("data"), out))
         return out
+
+    def _size(self, tensor: Tensor, size: Any, dim: int | None = None) -> Any:
+        """``tensor.shape``, ``tensor.size()`` or ``tensor.size(dim)``, as ``width`` says."""
+        if isinstance(size, torch.Size):
+            return torch.Size([self.width(tensor, d, n) for d, n in enumerate(size)])
+        return self.width(tensor, dim, size)
 
 
 def _value_of_numbers(data: Any, like: Tensor) -> Value:

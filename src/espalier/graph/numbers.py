@@ -317,6 +317,36 @@ def _counting(tensor: str, dim: int, value: int, note: Note) -> int:
     )
 
 
+class Width(int):
+    """The size of a tensor along its channels, in a watch: as many as ``labels``; what is computed of it is any number."""
+
+    labels: np.ndarray
+
+    @staticmethod
+    def of(value: int, labels: np.ndarray) -> Width:
+        width = Width(value)
+        width.labels = labels
+        return width
+
+    __hash__ = int.__hash__
+
+
+def _as_int(op: Callable[[Any, Any], Any]) -> Callable[[Width, Any], Any]:
+    """So that a ``Number`` on the other side is asked, as it would be by any ``int``: Python asks the left one first."""
+    return lambda self, other: op(int(self), other)
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Width, f"__{_name}__", _as_int(getattr(operator, f"__{_name}__")))
+
+
+def sizes_in(args: Any) -> list[int] | None:
+    """The whole numbers among the arguments of a call of torch's, one after the other; none if nobody knows what they count."""
+    found = [n for value in args for n in (value if isinstance(value, (tuple, list)) else (value,))]
+    known = any(type(n) in (Number, Width) for n in found)
+    return [n for n in found if type(n) in (int, Number, Width)] if known else None
+
+
 def numbers_in(args: Any) -> Iterator[Number]:
     """The numbers among the arguments of a call of torch's, in slices and lists as well."""
     for value in args:

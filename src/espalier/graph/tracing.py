@@ -51,7 +51,8 @@ from espalier.graph.watch import (
 from espalier.graph.watchdog import watchdog
 
 MANY = 8  # layers found out one by one before all that are called from the same line are fixed
-_TRIED_OUT = ("view", "_unsafe_view", "split", "slice", "chunk")
+_TRIED_OUT = {"view": 2, "_unsafe_view": 2, "split": 2, "slice": 2, "chunk": 2, "roll": 1, "convolution": 1}
+"""Operations of which something else is tried before all of it is fixed: how often."""
 
 
 def trace(
@@ -103,7 +104,8 @@ def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, t
         )
         lessons.modules = dict.fromkeys(taught_by.fixed_modules, reason)
         lessons.plain = dict.fromkeys(n.rpartition(".")[0] for n in taught_by.baked_new)
-        lessons.positions = {n for n, _ in model.named_modules()} - taught_by.group_width.keys()
+        names = {*named_modules(model), *named_tensors(model)[0]}
+        lessons.positions = names - taught_by.group_width.keys()
     with torch.inference_mode(False):
         return _watched(model, example, lessons, math.inf, "meta", {}, training=training)
 
@@ -138,7 +140,7 @@ def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
     normed = stage.watch.normed.keys() - lessons.plain.keys()
     lessons.plain |= dict.fromkeys(n for n in stage.watch.normed if n in normed)
     moving = {(s.tensor, s.dim) for g in stage.graph.groups if g.size > 1 for s in g.slices}
-    stuck = {n for n in stage.watch.divided if (f"{n}.weight", 0) not in moving} - lessons.positions
+    stuck = {n for n in stage.watch.divided if not moving & {(f"{n}.weight", 0), (n, 0)}} - lessons.positions
     lessons.positions |= stuck
     return bool(views or stuck or normed)
 
@@ -337,7 +339,7 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     culprits = _culprits(found, stage) if key is None or level >= FROZEN or mismatch.reason == NUMBER else []
     least = _least(culprits[0], found, stage) if len(culprits) == 1 and not found.rehearsed.every else None
     if least is None and key is not None and level < FROZEN and not found.rehearsed.every:
-        tried = any(f"aten.{op}." in key[1] for op in _TRIED_OUT) and level < 2
+        tried = level < max((n for op, n in _TRIED_OUT.items() if f"aten.{op}." in key[1]), default=0)
         lessons.lines[key] = level + 1 if tried else FROZEN
         lessons.reasons[key] = mismatch.reason
         if sum(op == key[1] for _, op in lessons.lines) > MANY:  # one rehearsal each would take too long
@@ -364,6 +366,10 @@ def _learn(lessons: Lessons, notes: dict[Any, Reason], found: Found, stage: Trac
     if slices:
         if not single and least is None:
             notes[mismatch.place, mismatch.text] = Reason(f"the forward {text}", mismatch.place)
+        return
+    if key is not None and level < FROZEN:  # that two units stay of every group was no help
+        lessons.lines[key], lessons.reasons[key] = FROZEN, mismatch.reason
+        notes[key] = Reason(f"{key[1]} {text}", mismatch.place)
         return
     name = mismatch.place.module
     while name in lessons.modules and name:

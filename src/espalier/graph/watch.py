@@ -41,7 +41,7 @@ from espalier.graph.constants import (
     copied_value,
     own_value,
 )
-from espalier.graph.numbers import Comparing, Number, install
+from espalier.graph.numbers import Comparing, Number, Width, install
 from espalier.graph.reasons import OUTPUT, WITH_FIXED, CallPlace, Reason, is_users
 from espalier.graph.standins import stand_in
 
@@ -332,6 +332,9 @@ class Watch(TorchDispatchMode):
         self.said: dict[
             int, list[Number]
         ] = {}  # size in the present call of torch's -> numbers of modules that it comes from
+        self.said_sizes: list[
+            int
+        ] = []  # all numbers in a call of torch's that gets one that is known to count something
         self.staying: set[str] = set()  # such numbers that count what stays
         self.counted: dict[tuple[str, int], Axis] = {}  # number -> what it would count, see ``_note``
         self._recent: deque[Tensor] = deque(maxlen=RECENT)  # in a rehearsal
@@ -549,6 +552,27 @@ class Watch(TorchDispatchMode):
                 self.tie(counted, labels)
         return True
 
+    def made_axis(self, name: str, out: Tensor, dim: int) -> np.ndarray:
+        """Labels of a dimension that was made in the forward: tied to what its size counts, if the size of a tensor says that.
+
+        Where nothing says what it counts, they are among ``made_labels``: in a rehearsal as in the first watch.
+        """
+        like, size = f"{name}.like", out.shape[dim]
+        said = self.said_sizes[: out.ndim]
+        given = (
+            said[dim] if all(n in (-1, m) for n, m in zip(said, out.shape, strict=False)) and dim < len(said) else None
+        )
+        counted = given.labels if isinstance(given, Width) else None
+        if (like, 0) in self._axis_of or (counted is not None and counted[-1] not in self.made_labels):
+            labels = self.axis_labels(like, 0, size)
+            if counted is not None:
+                self.tie(counted, labels)
+            return labels
+        labels = self.axis_labels(name, 0, size)
+        if type(given) is int or not self.follow(size, labels):
+            self.made_labels.update(labels[-1:].tolist())
+        return labels
+
     def _note(self, tensor: str, dim: int, value: int, other: int) -> None:
         """A number, of a module, is not as large as what it is compared with: does that belong to a tensor made just now?"""
         for made in reversed(self._recent):
@@ -564,10 +588,17 @@ class Watch(TorchDispatchMode):
         if self.rehearsal is None:
             self.staying.update(number.leaf for number in self.said.get(size, ()))
 
-    def _say(self, numbers: Iterable[Number]) -> None:
-        self.said = {}
+    def _say(self, numbers: Iterable[Number], sizes: list[int] | None = None) -> None:
+        self.said, self.said_sizes = {}, sizes or []
         for number in numbers:
             self.said.setdefault(abs(number), []).append(number)
+
+    def _width(self, tensor: Tensor, dim: int, size: int) -> int:
+        """``size`` of ``tensor`` along ``dim``, which knows the channels that it counts."""
+        for layer in state(tensor).layers:
+            if layer.ndim == tensor.ndim and layer.shape[dim] == layer.size == size > 1:
+                return Width.of(size, layer.reshape(-1))
+        return size
 
     def consume(self, labels: np.ndarray) -> None:
         self.consumers.append(labels.reshape(-1))
@@ -622,7 +653,7 @@ class Watch(TorchDispatchMode):
         for module in self._modules.values():
             module.__dict__["_compiled_call_impl"] = partial(self._call, module)
         try:
-            numbers = NumbersMadeTensors(_note_numbers, self._say)
+            numbers = NumbersMadeTensors(_note_numbers, self._say, self._width if self.rehearsal is None else None)
             with torch.no_grad(), uncompiled(), self, numbers, Comparing() as comparing:
                 output = model(*args, **kwargs)
             self.looks_at_sizes = numbers.sizes_read or comparing.heard

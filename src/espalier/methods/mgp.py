@@ -264,7 +264,8 @@ def streams(graph: Graph) -> list[str]:
     """Groups whose channels come from several layers; a grouped convolution only passes on what it is given."""
     found = []
     for group in graph.groups:
-        makers = {s.tensor.rpartition(".")[0] for s in group.producers if s.dim == 0 and _is_weight(graph, s.tensor)}
+        weights = {s.tensor for s in group.producers if s.dim == 0 and _is_weight(graph, s.tensor)}
+        makers = {name.rpartition(".")[0] for name in weights - graph.group_width.keys()}
         if len(makers - graph.group_width.keys()) > 1:
             found.append(group.name)
     return found

@@ -125,11 +125,12 @@ def _cut(proto: Any, kept: Any, graph: Graph) -> Any:
     for node in small.graph.node:
         if node.op_type not in LAYERS or len(node.input) < 2:
             continue
-        width = graph.group_width.get(node.input[1].rpartition(".")[0])
-        if width and node.input[1] in lengths:
+        weight = node.input[1]  # of a functional convolution, which has no name but this
+        width = graph.group_width.get(weight, graph.group_width.get(weight.rpartition(".")[0]))
+        if width and weight in lengths:
             for attribute in node.attribute:
                 if attribute.name == "group":
-                    attribute.i = lengths[node.input[1]][0] // width
+                    attribute.i = lengths[weight][0] // width
     return small
 
 

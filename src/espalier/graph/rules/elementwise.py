@@ -80,11 +80,15 @@ KEEPS_ZERO = {
     )
 }  # fmt: skip
 """Operations that make zero of a parameter that is zero (of a quotient: of its first operand)."""
+SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
 
 
 def computed(call: Call, operands: Sequence[Tensor]) -> bool:
     """Could the result be other than zero where a parameter among ``operands`` is zero?"""
     packet = call.packet
+    if packet in SUMS and len(operands) == 2:  # of one parameter twice, seen otherwise
+        one, other = (state(t).layers for t in operands)
+        return len(one) != len(other) or not all(map(np.array_equal, one, other))
     quotient = packet in (aten.div, aten.div_)
     return packet not in KEEPS_ZERO or (quotient and any(state(t).layers for t in operands[1:]))
 
@@ -195,9 +199,7 @@ def new_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> None:
     for dim in dims:
         size = out.shape[dim]
         if size > 1:
-            labels = watch.axis_labels(number_name(watch.module_name, f"made{watch.made}.{dim}"), 0, size)
-            if not watch.follow(size, labels):
-                watch.made_labels.update(labels[-1:].tolist())
+            labels = watch.made_axis(number_name(watch.module_name, f"made{watch.made}.{dim}"), out, dim)
             if len(labels) == size:  # in a rehearsal it may be another than was predicted
                 layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
     watch.put_all(out, layers)

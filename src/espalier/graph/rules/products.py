@@ -41,7 +41,7 @@ def convolution(watch: Watch, call: Call) -> None:
         watch.freeze([rows if transposed else cols], "belongs to a weight that is computed")
     made = cols if transposed else rows
     if groups > 1:
-        made = grouped(watch, channels, rows, cols, groups, transposed)
+        made = grouped(watch, channels, rows, cols, groups, transposed, known.source)
     else:
         consumed = rows if transposed else cols
         watch.tie(channels, consumed)
@@ -83,12 +83,19 @@ def baked_columns(watch: Watch, module: nn.Module, cols: np.ndarray) -> np.ndarr
 
 
 def grouped(
-    watch: Watch, channels: np.ndarray, rows: np.ndarray, cols: np.ndarray, groups: int, transposed: bool
+    watch: Watch,
+    channels: np.ndarray,
+    rows: np.ndarray,
+    cols: np.ndarray,
+    groups: int,
+    transposed: bool,
+    source: str | None,
 ) -> np.ndarray:
     """Tie what a grouped convolution needs to stay one; returns the labels of its output channels.
 
     Many groups (depthwise, ResNeXt): a unit is a whole group, inputs and outputs together, and ``groups`` shrinks.
-    Few groups (ResNeSt's 2): a unit is one position in every group, ``groups`` stays.
+    Few groups (ResNeSt's 2), and those whose inputs stay: a unit is one position in every group, ``groups`` stays.
+    A convolution is known by its module, a functional one by its weight, ``source``.
     """
     inside = channels.size // groups
     outside = (cols.size * groups if transposed else rows.size) // groups
@@ -98,18 +105,21 @@ def grouped(
         module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     )
     owned = owned and bool(module.groups == groups)
+    name = watch.module_name if owned or source is None else source
     if watch.rehearsal is None:
-        many = owned and groups >= GROUPS_TAKEN_WHOLE and watch.module_name not in watch.lessons.positions
-        whole = inside == 1 or many
+        many = inside == 1 or (owned and groups >= GROUPS_TAKEN_WHOLE)
+        whole = many and name not in watch.lessons.positions and not watch.level()
     else:
-        whole = watch.module_name in watch.rehearsal.whole_groups
+        whole = name in watch.rehearsal.whole_groups
+    if watch.level() and max(inside, outside) == 1:
+        watch.freeze([channels, rows], watch.reason())
     if whole:
         watch.tie(x, x[:, :1])
         if not owned:  # ``groups`` follows a width, or a rehearsal shows that it does not
             watch.follow(groups, x[:, 0])
-        watch.whole_groups[watch.module_name] = outside
-        if inside > 1:
-            watch.divided.add(watch.module_name)
+        watch.whole_groups[name] = outside
+        if max(inside, outside) > 1:
+            watch.divided.add(name)
         if transposed:  # weight (I, O/g): rows follow the inputs, columns stay
             watch.tie(rows.reshape(groups, inside), x)
             watch.freeze([cols], "is shared by all groups of a transposed convolution")

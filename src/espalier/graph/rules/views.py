@@ -35,7 +35,22 @@ def executed(watch: Watch, call: Call) -> None:
     watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
-rule("squeeze", "flip", "repeat", "unfold", "roll")(executed)
+rule("squeeze", "flip", "repeat", "unfold")(executed)
+
+
+@rule("roll")
+def roll(watch: Watch, call: Call) -> None:
+    """Channels in another order; if a rehearsal shows that neighbours go apart, those stay that are taken round the end."""
+    executed(watch, call)
+    if watch.level():
+        shifts, dims = (v if isinstance(v, (list, tuple)) else [v] for v in (call["shifts"], call["dims"]))
+        for shift, dim in zip(shifts, dims, strict=False):
+            for layer in state(call.first).layers:
+                size = layer.shape[dim]
+                if size > 1:
+                    ends = range(max(size - shift, 0), size) if shift > 0 else range(min(-shift, size))
+                    stay = ends if len(ends) < size - 1 else range(size)
+                    watch.freeze([layer.take(stay, dim)], "is rolled round the end of its channels")
 
 
 @rule("permute", "transpose", "t", "unsqueeze", "movedim", "transpose_", "t_")
@@ -184,6 +199,14 @@ def line(layer: Layer, dim: int) -> np.ndarray:
 MOST_PIECES = 16  # that a width is taken to be made of, where no number says how it is cut
 
 
+def _seam(watch: Watch, labels: np.ndarray, at: int) -> bool:
+    """Do two tensors seem to have been joined before position ``at``?  Another axis begins there, or the order breaks."""
+    if watch.axis_at(labels[at - 1]) != watch.axis_at(labels[at]):
+        return True
+    steps = np.diff(labels[max(at - 2, 0) : at + 2])
+    return len(steps) > 1 and steps[min(at - 1, 1)] not in np.delete(steps, min(at - 1, 1))
+
+
 def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str) -> None:
     """``layer`` is cut along ``dim`` at ``ends``, of which no number says why: are the pieces shares of the width?
 
@@ -192,7 +215,7 @@ def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str)
     """
     size, level = math.gcd(*ends, layer.shape[dim]), watch.level()
     labels = line(layer, dim)
-    if all(watch.axis_at(labels[n - 1]) != watch.axis_at(labels[n]) for n in ends):
+    if all(_seam(watch, labels, n) for n in ends):
         if level == 0:
             return
         level -= 1
@@ -220,6 +243,9 @@ def slice_(watch: Watch, call: Call) -> None:
                 ends = [n for n in (start, start + size) if 0 < n < total]
                 if not all(watch.follow(n, labels[:n]) or watch.follow(total - n, labels[n:]) for n in ends):
                     shares(watch, layer, dim, ends, "is sliced at a fixed index")
+            elif start == 0 and size and size * call["step"] == total and not watch.level():
+                every = np.moveaxis(layer, dim, 0).reshape(size, call["step"], -1)  # of a few neighbours the first
+                watch.tie(every, every[:, :1])
             else:
                 watch.mix(layer, [dim], "is sliced at a fixed index")
             layer = on_labels(call, layer)
