@@ -87,7 +87,8 @@ def eight_bits() -> str:
     content = read_results(int8.NAME)
     if not content:
         return "*not run*"
-    return int8.as_table(content) + "\n\n" + _by("int8", next(iter(content.values())))
+    where = [_by("int8", next(iter(rows.values()))) for rows in content.values()]
+    return "\n\n".join([int8.as_table(content), *where])
 
 
 def times() -> str:

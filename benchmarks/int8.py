@@ -4,7 +4,8 @@
 
 Small is half of the MACs in multiples of 16, by ``es.Magnitude()``.  Times need no training.  With ``--data-dir`` the ResNet-20
 of the published weights (``D/weights``) is cut to half of its MACs by ``es.SVDOneShot()`` on 1024 training images, and all four
-are judged by the whole test set.  Networks that are in the results already are measured again; others stay.
+are judged by the whole test set.  Every processor has rows of its own, since not all have instructions for eight bits (VNNI);
+its networks that are in the results already are measured again, others stay.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from espalier.timing.bits import quantised
 
 NAME = "int8"
 NETWORKS: dict[str, tuple[str, int, int]] = {
-    "ResNet-18, 224": ("torchvision:resnet18", 1000, 224),
-    "MobileNetV2, 224": ("torchvision:mobilenet_v2", 1000, 224),
-    "ResNet-20, CIFAR": ("resnet20", 10, 32),
+    "resnet18": ("torchvision:resnet18", 1000, 224),
+    "mobilenet_v2": ("torchvision:mobilenet_v2", 1000, 224),
+    "cifar:resnet20": ("resnet20", 10, 32),
 }
 VARIANTS = ("dense float", "dense int8", "small float", "small int8")
 KINDS = {"safetensors": ".safetensors", "ONNX": ".onnx", "torch.export": ".pt2", "TorchScript": ".pt"}
@@ -45,12 +46,23 @@ def main() -> None:
     for label in options.networks or NETWORKS:
         record(label, timed(*NETWORKS[label]))
     if options.data_dir:
-        record("ResNet-20, CIFAR, judged", judged(Path(options.data_dir)))
+        record("cifar:resnet20, judged", judged(Path(options.data_dir)))
     print(as_table(read_results(NAME)))
 
 
 def record(label: str, found: dict[str, Any]) -> None:
-    write_results(NAME, {**read_results(NAME), label: {**rounded(found), "environment": environment()}})
+    results, here = read_results(NAME), environment()
+    own = results.setdefault(f"{here['hardware']['cpu']}, {'with' if has_vnni() else 'without'} VNNI", {})
+    own[label] = {**rounded(found), "environment": here}
+    write_results(NAME, results)
+
+
+def has_vnni() -> bool:
+    """Does this processor add products of eight bits in 32?"""
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def timed(name: str, classes: int, side: int) -> dict[str, Any]:
@@ -126,13 +138,16 @@ def judged(folder: Path) -> dict[str, Any]:
 def as_table(results: dict[str, Any]) -> str:
     """Milliseconds, and accuracy where there is one; then files."""
     lines, sizes = [], []
-    for label, found in results.items():
-        ms, accuracy = found["milliseconds"], found.get("accuracy", {})
-        lines.append([label, *(f"{ms[v]:.3g}" + (f" ({accuracy[v]:.2f} %)" if accuracy else "") for v in VARIANTS)])
-        lines[-1].append(f"{ms['dense float'] / ms['small int8']:.2f}x")
+    for processor, rows in results.items():
+        for label, found in rows.items():
+            ms, accuracy = found["milliseconds"], found.get("accuracy", {})
+            cells = [f"{ms[v]:.3g}" + (f" ({accuracy[v]:.2f} %)" if accuracy else "") for v in VARIANTS]
+            faster = (f"{ms[one] / ms[two]:.2f}x" for one, two in (VARIANTS[2:], (VARIANTS[0], VARIANTS[3])))
+            lines.append([processor, label, *cells, *faster])
+    for label, found in next(iter(results.values()), {}).items():
         for kind, file in found.get("files", {}).items():
             sizes.append([f"{label}: {kind}", f"{file['bytes'] / 1e6:.2f}", f"{file['load_ms']:.0f}"])
-    first = table(["network, ms", *VARIANTS, "both"], lines)
+    first = table(["processor", "network, ms", *VARIANTS, "int8 after pruning", "both"], lines)
     return first + ("\n\n" + table(["file of the small network", "MB", "ms to load"], sizes) if sizes else "")
 
 

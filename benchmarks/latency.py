@@ -95,7 +95,7 @@ def halves(
     """Real speed-up where half of the MACs are left and the plan knows what time is: least time within the MACs."""
     timed = profile.on(graph)
     least, plan = 1.0, None
-    for share in np.arange(0.9, 0.25, -0.05):
+    for share in np.arange(0.9, 0.25, -0.02):
         try:
             wanted = es.Budget(macs=MACS, latency=float(share), profile=profile)
             found = es.solve(timed, importance, wanted, **block_rules(graph))
@@ -118,7 +118,7 @@ def afresh(model: nn.Module, small: nn.Module, x: torch.Tensor, profile: es.Prof
     with tempfile.TemporaryDirectory() as folder:
         for name, network in (("dense", model), ("small", small)):
             (Path(folder) / name).write_bytes(delivered(network, x, profile.setting))
-        settings = json.dumps({**asked(profile.setting), "seconds": 2.0})
+        settings = json.dumps({**asked(profile.setting), "seconds": 2.0, "pace": profile.dense})
         command = [sys.executable, "-m", "benchmarks.latency", "--race", folder, settings]
         for _ in range(AFRESH):
             found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=common.ROOT).stdout
