@@ -1,7 +1,8 @@
 """``python -m tests.soak_programs N [FIRST] [--record]``: prove N random programs, of seeds FIRST, ...; exit code 1 if not.
 
 Three plans each - about a quarter of the units gone, half of what the MACs can lose, one unit left of every group - in eval and
-in train mode.  ``--record`` adds what came of it to ``benchmarks/results/soak_programs.json``.
+in train mode.  ``--record`` adds what came of it to ``benchmarks/results/soak_programs.json``; where that
+ends with programs of the same revision, whose seeds go on here, as one run with them.
 """
 
 from __future__ import annotations
@@ -184,10 +185,31 @@ def soak(count: int, first: int, *, show: bool = True, full: bool = True, longes
         "first": first,
         **{kind: kinds[kind] for kind in ("proven", "rigid", "whole", "wrong", "crash", "cost", "invalid")},
         "median removable": median(removable),
+        "removable": dict(sorted(Counter(f"{share:.2f}" for share in removable).items())),  # of how many programs
         "failed": failed,
         "why whole": dict(reasons.most_common(12)),
         "seconds": round(time.monotonic() - begun),
     }
+
+
+def together(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """Two runs as one."""
+    added = ("programs", "proven", "rigid", "whole", "wrong", "crash", "cost", "invalid", "seconds")
+    removable, why = (Counter(one[key]) + Counter(two[key]) for key in ("removable", "why whole"))
+    return {
+        **two,
+        **{key: one[key] + two[key] for key in added},
+        "first": one["first"],
+        "median removable": median(Counter({float(share): n for share, n in removable.items()}).elements()),
+        "removable": dict(sorted(removable.items())),
+        "failed": one["failed"] + two["failed"],
+        "why whole": dict(why.most_common(12)),
+    }
+
+
+def goes_on(last: dict[str, Any], found: dict[str, Any]) -> bool:
+    same = last["environment"]["revision"] == found["environment"]["revision"]
+    return same and last["first"] + last["programs"] == found["first"] and "removable" in last
 
 
 def main() -> int:
@@ -204,7 +226,10 @@ def main() -> int:
 
         path = RESULTS / "soak_programs.json"
         before = json.loads(path.read_text())["runs"] if path.exists() else []
-        write_results("soak_programs", {"runs": [*before, {**found, "environment": environment()}]})
+        found |= {"environment": environment()}
+        if before and goes_on(before[-1], found):
+            found = together(before.pop(), found)
+        write_results("soak_programs", {"runs": [*before, found]})
     return bool(found["failed"])
 
 

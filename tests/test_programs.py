@@ -4,7 +4,7 @@ import random
 
 import pytest
 from programs import Program, random_program
-from soak_programs import judge, soak
+from soak_programs import goes_on, judge, soak, together
 
 from espalier.costs import cost
 from espalier.graph import trace
@@ -42,3 +42,14 @@ def test_costs_are_the_same_without_rehearsals():
         program = random_program(random.Random(seed).choice, longest=10)
         network, example = program.build(), program.example()
         assert cost(trace(network, example)) == cost(trace(network, example, rehearse=False)), seed
+
+
+def test_two_runs_of_the_soak_are_recorded_as_one():
+    one, two, whole = (soak(n, first, show=False, full=False, longest=7) for n, first in ((5, 0), (7, 5), (12, 0)))
+    of = {"environment": {"revision": "a"}}
+    assert goes_on({**one, **of}, {**two, **of}) and not goes_on({**two, **of}, {**one, **of})
+    assert not goes_on({**one, **of}, {**two, "environment": {"revision": "b"}})
+    found = together(one, two)
+    rough = {"seconds", "median removable", "environment"}
+    assert {k: v for k, v in found.items() if k not in rough} == {k: v for k, v in whole.items() if k not in rough}
+    assert found["median removable"] == pytest.approx(whole["median removable"], abs=0.01)
