@@ -360,6 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help="all by default")
     parser.add_argument("--steps", type=int, default=0, help="of every method, instead of the cut")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the steps; all by default"
+    )
     parser.add_argument("--again", action="store_true", help="those in the results, too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -369,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = (read_results(NAME) or {"rows": {}})["rows"]
     packages: dict[str, list[str]] = {}
     for name in options.networks:
-        for method in METHODS if options.steps else ("",):
+        for method in options.methods if options.steps else ("",):
             if options.again or (method or "cut") not in rows.get(name, {}):
                 packages.setdefault(name.partition(":")[0], []).append(f"{name}|{method}" if method else name)
     for jobs in packages.values():
