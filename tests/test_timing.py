@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import espalier as es
+from espalier import solver
 from espalier.costs import CostModel
 from espalier.forms import dense_sequence, find_places, sequence
 from espalier.graph.alternatives import with_alternatives
@@ -125,6 +126,40 @@ def test_units_go_in_steps_that_save_time_and_a_step_is_filled(milliseconds):
     plan = solve(graph, importance, {"latency": milliseconds})
     assert CostModel(graph).cost(plan.counts(graph)).latency <= milliseconds
     assert all(n % 16 == 0 for n in plan.counts(graph)), "a step that is paid for is used to its end"
+
+
+@cache
+def resnet20_with_blocks():
+    model = build_model("resnet20", num_classes=10).eval()
+    graph, _ = offer_blocks(model, timed(es.trace(model, X)), X)
+    return graph
+
+
+def kept_worth(graph, importance, plan):
+    """Importance of what stays; nothing of what goes with its block."""
+    gone = {b.group for b in graph.blocks if len(plan.keep[b.group]) < 2}
+    inside = {graph.groups[i].name for b in graph.blocks if b.group in gone for i in graph.inner(b)}
+    return sum(float(importance[n][units].sum()) for n, units in plan.keep.items() if n not in inside)
+
+
+def test_a_large_last_step_is_taken_back_where_others_make_room_for_it(monkeypatch):
+    graph = resnet20_with_blocks()
+    dense, shares = CostModel(graph).cost(graph.sizes).latency, np.linspace(0.3, 0.9, 7)
+    used, worth, some = {}, {}, solver.EXCHANGES
+    for tried in (0, some):
+        monkeypatch.setattr(solver, "EXCHANGES", tried)
+        for seed in range(4):
+            random = np.random.default_rng(seed)
+            scores = worth_of_blocks(graph, {g.name: random.random(g.size) for g in graph.groups})
+            for share in shares:
+                plan = solve(graph, scores, {"latency": share * dense}, **block_rules(graph))
+                used[tried, seed, share] = CostModel(graph).cost(plan.counts(graph)).latency / (share * dense)
+                worth[tried, seed, share] = kept_worth(graph, scores, plan)
+    without, exchanged = ([v for (t, *_), v in used.items() if t == n] for n in (0, some))
+    assert max(exchanged) <= 1 + 1e-9
+    assert 1 - np.mean(exchanged) < 0.85 * (1 - np.mean(without))
+    gained = [worth[some, s, x] - w for (t, s, x), w in worth.items() if t == 0]
+    assert min(gained) > -1e-9 and max(gained) > 10
 
 
 def test_other_limits_hold_together_with_latency():

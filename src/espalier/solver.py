@@ -50,7 +50,9 @@ def solve(
     gets back what a step holds for nothing.
 
     Greedy on importance per exact marginal cost with lazy updates (removing units only makes other units cheaper to keep,
-    so an old key is a lower bound), then a fill pass that gives back, best first, every block that still fits.
+    so an old key is a lower bound), then a fill pass that gives back, best first, every block that still fits.  Where steps
+    are large, as those of time, the last one may have saved far more than was needed: a step is taken back as long as others,
+    which give up less in all, make room for it.
 
     Raises: BudgetError (a ValueError) with the smallest reachable cost if the budget cannot be met.
     """
@@ -96,6 +98,8 @@ def solve(
     state = model.at(highest, metrics=limits)
     _remove(state, graph.groups, values, blocks, lowest, steps, limits, per_cost, timed)
     _fill(state, graph.groups, values, blocks, steps, highest, limits, timed)
+    if LATENCY in limits and "activation_memory" not in limits:
+        _exchange(state, graph.groups, values, blocks, lowest, steps, highest, limits, timed)
     for number in range(len(graph.groups)):
         if blocks.is_gone(number, state.keep):
             state.keep[number] = highest[number]  # gone with its block, and no decision
@@ -353,6 +357,70 @@ def _fill(
         consider(blocks.inner.get(number, ()))
         if state.keep[number] < highest[number]:
             heapq.heappush(heap, (fresh, number))
+
+
+EXCHANGES = 16  # steps that are tried to take back, the best first
+UNUSED = 0.01  # of the time: where less is left, nothing is exchanged
+
+
+def _exchange(
+    state: CostState,
+    groups: Sequence[Group],
+    sums: list[np.ndarray],
+    blocks: _Inside,
+    lowest: np.ndarray,
+    steps: np.ndarray,
+    highest: np.ndarray,
+    limits: dict[str, float],
+    timed: Sequence[np.ndarray | None],
+) -> None:
+    """Take a step back that does not fit, and make room with what gives up less, as long as there is such a step."""
+
+    def gain(group: int) -> tuple[float, int]:
+        """Importance by the next step up, and its units."""
+        keep = int(state.keep[group])
+        upper = int(np.min(_higher(groups[group], keep, int(steps[group]), int(highest[group]), timed[group])))
+        return float(sums[group][upper] - sums[group][keep] + blocks.worth(group, state.keep, sums)), upper - keep
+
+    def make_room(but: int, most: float) -> list[tuple[int, int]] | None:
+        """Units of other groups that go for ``most`` importance at most; ``None``, and nothing moved, where that is too little."""
+        moved: list[tuple[int, int]] = []
+        while over := {m: state.value(m) - limit for m, limit in limits.items() if state.value(m) > limit}:
+            best: tuple[float, float, int, int] = (math.inf, math.inf, 0, 0)
+            for group in range(len(groups)):
+                if group in kin[but] or state.keep[group] <= lowest[group] or blocks.is_gone(group, state.keep):
+                    continue
+                keep = int(state.keep[group])
+                lower = np.atleast_1d(_lower(groups[group], keep, int(steps[group]), int(lowest[group]), timed[group]))
+                worth = sums[group][keep] - sums[group][lower] + blocks.worth(group, state.keep, sums)
+                useful = sum(np.minimum(-state.change(m, group, lower - keep), x) / x for m, x in over.items())
+                keys = np.divide(worth, useful, out=np.full(len(lower), math.inf), where=useful > TINY)
+                least = int(keys.argmin())
+                best = min(best, (float(keys[least]), float(worth[least]), group, int(lower[least]) - keep))
+            key, worth_of_best, group, units = best
+            most -= worth_of_best
+            if key == math.inf or most <= 0:
+                for number, went in reversed(moved):
+                    state.move(number, -went)
+                return None
+            state.move(group, units)
+            moved.append((group, units))
+        return moved
+
+    kin = {g: {g, blocks.around.get(g, g), *blocks.inner.get(g, ())} for g in range(len(groups))}
+    found = True
+    while found and state.value(LATENCY) < (1.0 - UNUSED) * limits[LATENCY]:
+        able = [g for g in range(len(groups)) if state.keep[g] < highest[g] and not blocks.is_gone(g, state.keep)]
+        steps_up = sorted(((*gain(g), g) for g in able), reverse=True)
+        found = False
+        for worth, units, group in steps_up[:EXCHANGES]:
+            state.move(group, units)
+            if make_room(group, worth) is None:
+                state.move(group, -units)
+                continue
+            _fill(state, groups, sums, blocks, steps, highest, limits, timed)
+            found = True
+            break
 
 
 def _growth(state: CostState, group: int, units: Any, limits: Mapping[str, float]) -> tuple[Any, Any]:
