@@ -397,23 +397,33 @@ def _least(group: Group, found: Found, stage: Tracing) -> int | None:
 
 
 def _culprits(found: Found, stage: Tracing) -> list[Group]:
-    """Groups that, cut alone, bring a mismatch: as few as a search by halves finds, none if it takes more than ``MANY``."""
+    """Groups that, cut alone, bring a mismatch: as few as ``_fewest`` finds, those first that reach the module around it."""
     forward = next(f for f in stage.forwards if f.training == found.training)
     units = found.rehearsed.units
+    known: dict[frozenset[str], bool] = {}
+    inside = f"{found.mismatch.place.module}."
 
     def fails(some: list[Group]) -> bool:
-        cut = {g.name for g in some}
-        tried = {g.name: units[g.name] if g.name in cut else np.arange(g.size) for g in stage.graph.groups}
-        return stage.rehearse(Rehearsed(tried, found.rehearsed.single), forward) is not None
+        cut = frozenset(g.name for g in some)
+        if cut not in known:
+            tried = {g.name: units[g.name] if g.name in cut else np.arange(g.size) for g in stage.graph.groups}
+            known[cut] = stage.rehearse(Rehearsed(tried, found.rehearsed.single), forward) is not None
+        return known[cut]
 
-    return _fewest([g for g in stage.graph.groups if len(units[g.name]) < g.size], fails)
+    cut = [g for g in stage.graph.groups if len(units[g.name]) < g.size]
+    return _fewest(sorted(cut, key=lambda g: not any(s.tensor.startswith(inside) for s in g.slices)), fails)
 
 
 def _fewest(rest: list[Group], enough: Callable[[list[Group]], bool]) -> list[Group]:
-    """Of ``rest`` as few as are ``enough``, as far as a search by halves finds them; none if it takes more than ``MANY``."""
+    """Of ``rest`` as few as are ``enough``, as far as a search by halves finds them; none if it takes more than ``MANY``.
+
+    The first of them are taken to be the likely ones.
+    """
     chosen: list[Group] = []
     while len(chosen) < MANY and not (chosen and enough(chosen)):
-        low, high = 0, len(rest)  # the shortest beginning of the rest that is enough together with the chosen
+        low, high = 0, min(1, len(rest))  # the shortest beginning of the rest that is enough together with the chosen
+        while high < len(rest) and not enough([*chosen, *rest[:high]]):
+            low, high = high + 1, min(4 * high, len(rest))
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if enough([*chosen, *rest[:middle]]) else (middle + 1, high)

@@ -10,6 +10,7 @@ Label 0 means "fixed": an element that nobody may remove (an image channel, a co
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import re
@@ -416,7 +417,7 @@ class Watch(TorchDispatchMode):
 
     def axis_at(self, label: int) -> int:
         """Number of the axis that a label is of; -1 of what is fixed."""
-        return int(np.searchsorted([a.start for a in self.axes], label, side="right")) - 1
+        return bisect.bisect_right(self.axes, label, key=lambda axis: axis.start) - 1
 
     def axis_of(self, labels: np.ndarray) -> Axis | None:
         """The axis of which ``labels`` are all that there are; ``None`` where they are not those of one."""
