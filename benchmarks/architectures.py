@@ -284,7 +284,8 @@ def steps(name: str, method: str, count: int) -> dict[str, Any]:
     graph = es.trace(model, x)
     costs = CostModel(graph)
     smallest = costs.cost(np.ones_like(graph.sizes)).macs / costs.cost(graph.sizes).macs
-    share = max(0.6, (1 + smallest) / 2)
+    # Where no channel can go, half of what can go would be all of it, held without a step: then the question is whether ranks can.
+    share = max(0.6, (1 + smallest) / 2) if smallest < NOTHING_GOES else 0.6
     run = es.attach(model, x, budget=es.Budget(macs=share), method=METHODS[method])
     optimizer = torch.optim.SGD(run.model.parameters(), lr=1e-4, momentum=0.9)
     target = {"boxes": torch.tensor([[8.0, 8.0, 64.0, 64.0]]), "labels": torch.tensor([1])}
