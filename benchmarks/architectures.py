@@ -284,7 +284,7 @@ def steps(name: str, method: str, count: int) -> dict[str, Any]:
     graph = es.trace(model, x)
     costs = CostModel(graph)
     smallest = costs.cost(np.ones_like(graph.sizes)).macs / costs.cost(graph.sizes).macs
-    # Where no channel can go, half of what can go would be all of it, held without a step: then the question is whether ranks can.
+    # Where no channel can go this would ask for all MACs, which any method holds: the question there is what ranks can do.
     share = max(0.6, (1 + smallest) / 2) if smallest < NOTHING_GOES else 0.6
     run = es.attach(model, x, budget=es.Budget(macs=share), method=METHODS[method])
     optimizer = torch.optim.SGD(run.model.parameters(), lr=1e-4, momentum=0.9)
@@ -329,7 +329,7 @@ def child(jobs: Sequence[str], count: int) -> None:
         except ModuleNotFoundError as error:
             found = {"missing": str(error)}
         except Exception as error:  # whatever happens belongs into the table
-            found = {"proven": False, "held": False, "error": f"{type(error).__name__}: {first_line(error)}"}
+            found = {"proven": False, "held": False, "error": first_line(error)}
         signal.alarm(0)
         found["seconds"] = time.perf_counter() - begun
         print("\n" + json.dumps({"job": job, **rounded(found, 4)}), flush=True)
