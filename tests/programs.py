@@ -8,7 +8,6 @@ every decision; the program is its source text, which is all that is needed to r
 
 from __future__ import annotations
 
-import ast
 import linecache
 import re
 import zlib
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rigid import is_rigid
 from torch import Tensor, nn
 
 Pick = Callable[[Sequence[Any]], Any]
@@ -56,22 +56,8 @@ class Program:
 
     @property
     def rigid(self) -> bool:
-        """Can nothing go, as every channel is of an input or of an output?  Seen from the statements alone.
-
-        So it is where only what is returned has parameters, once, and nothing else is made in the forward.
-        """
-        owners = {name.partition(".")[0] for name, _ in self.build().named_parameters()}
-        *before, last = self.forward
-        given = ast.parse(last.removeprefix("return "), mode="eval").body
-        parts = [ast.unparse(part) for part in (given.elts if isinstance(given, ast.Tuple) else [given])]
-        counts = [
-            sum(name in owners for name in re.findall(r"self\.(\w+)", text)) for text in ("".join(before), *parts)
-        ]
-        return (
-            counts[0] == 0
-            and max(counts) <= 1
-            and not re.search("zeros|ones|full|new_|empty|rand", "".join(self.forward))
-        )
+        """Can nothing go?  By the proof of ``rigid.py``."""
+        return is_rigid(self)
 
     def example(self, batch: int = 1) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(batch, *shape) for shape in self.inputs)

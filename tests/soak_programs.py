@@ -94,6 +94,8 @@ def judge(program: Program, seed: int, *, full: bool = True) -> Outcome:
         return Outcome("cost", f"dense: planned {dense.macs}, counted {count_macs(model, example)}")
     why = [str(w) for w in (*(f.reason for f in graph.frozen), *graph.notes, *graph.unknown)]
     free = [g for g in graph.groups if g.size > 1]
+    if free and program.rigid:
+        return Outcome("wrong", f"{free[0].name} can go, although nothing can by the statements", why=why)
     if not free:
         return Outcome("rigid" if program.rigid else "whole", why=why)
     least = CostModel(graph).cost(np.ones_like(graph.sizes))

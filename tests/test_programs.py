@@ -24,6 +24,36 @@ def test_what_has_a_maker_and_a_reader_of_channels_is_not_taken_to_be_rigid():
     assert not Program((first, second), ("v0 = self.p0(x0)", "return self.p1(v0)"), ((4,),)).rigid
     assert not Program((first, second), ("return self.p1(self.p0(x0))",), ((4,),)).rigid
     assert not Program((second,), (made, "return self.p1(v0)"), ((4,),)).rigid
+    normed = ("v0 = self.p0(x0)", "v1 = F.layer_norm(v0, (6,))", "return self.p1(v1)")
+    assert not Program((first, second), normed, ((4,),)).rigid, "a proof knows the module alone"
+
+
+@pytest.mark.parametrize(
+    ("statements", "rigid"),
+    [
+        (
+            ("v0 = self.a(x0)", "v1 = self.b(v0)", "return torch.cat([v1.relu(), v0.tanh()], 1)"),
+            True,
+        ),  # all is returned
+        (("v0 = self.a(x0)", "v1 = self.b(v0.relu())", "return v1"), False),
+        (("v0 = self.a(x0)", "v1 = self.b(v0 + x0)", "return v1"), True),  # what is made is added to what is given
+        (("v0 = self.a(x0)", "v1 = self.b(v0 + x0[:, :1])", "return v1"), False),  # to one channel of it, broadcast
+        (
+            ("v0 = self.a(x0)", "v1 = self.a(v0)", "v2 = self.b(v1)", "return v2"),
+            True,
+        ),  # reads what is given, makes as much
+        (("v0 = self.a(x0)", "v1 = self.b(self.n(v0))", "return v1"), True),  # statistics over what is made
+        (("v0 = self.a(x0)", "v1 = v0 * self.s", "return self.b(v1)"), False),
+        (("v0 = self.a(x0)", "v0.add_(x0)", "return self.b(v0)"), False),  # not understood
+        (("v0 = torch.cat([x0, torch.zeros(x0.shape[0], 2)], 1)", "return v0 * 2"), True),
+    ],
+)
+def test_a_program_is_rigid_where_all_that_is_made_is_held(statements, rigid):
+    layers = ("self.a = nn.Linear(4, 4)", "self.b = nn.Linear(4, 4)", "self.n = nn.LayerNorm(4)")
+    program = Program((*layers, "self.s = nn.Parameter(torch.rand(4))"), statements, ((4,),))
+    assert program.rigid == rigid
+    free = [g for g in trace(program.build(), program.example()).groups if g.size > 1]
+    assert bool(free) != rigid or "add_" in statements[1]
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def _exchange(
         return float(sums[group][upper] - sums[group][keep] + blocks.worth(group, state.keep, sums)), upper - keep
 
     def make_room(but: int, most: float) -> list[tuple[int, int]] | None:
-        """Units of other groups that go for ``most`` importance at most; ``None``, and nothing moved, where that is too little."""
+        """Units of other groups that go for less than ``most`` importance; where that is too little, none, and ``None``."""
         moved: list[tuple[int, int]] = []
         while over := {m: state.value(m) - limit for m, limit in limits.items() if state.value(m) > limit}:
             best: tuple[float, float, int, int] = (math.inf, math.inf, 0, 0)
