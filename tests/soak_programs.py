@@ -83,7 +83,7 @@ def judge(program: Program, seed: int, *, full: bool = True) -> Outcome:
     model = randomise(program.build()).eval()
     try:
         outputs(model, example, training=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return Outcome("invalid", _last(error))
     try:
         graph = trace(model, example)

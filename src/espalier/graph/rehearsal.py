@@ -20,7 +20,7 @@ from espalier.graph.constants import Value, same_value
 from espalier.graph.graph import Graph
 from espalier.graph.watch import Key, Layer, Mismatch, Record, State, Watch, compact, state, varying
 
-SLICE = torch.ops.aten.slice.Tensor
+SLICE, ALIAS = torch.ops.aten.slice.Tensor, torch.ops.aten.alias.default
 NUMBER = "is computed with a number that follows the widths"
 
 StayingUnits = dict[str, np.ndarray]  # group -> units that stay
@@ -40,16 +40,18 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
     *All different*, primes where there are any near two thirds: a size that belongs to another tensor of equal width, or
     that is written down as a number, shows.  *Two units* each: widths that differed are equal, numbers that saturate
     (``min(c, 8)``) do not, and branches on a width turn.  *One unit* each: ``squeeze`` takes away what is no dimension of
-    size one.  Where there are pairs, one unit of *every other group*: a pair has no width between.  *As wide as what is
-    fixed*: so that a shape may equal that of the input, or of channels that stay; ``stuck`` are widths that earlier rehearsals
-    fixed.
+    size one.  Where there are pairs, one unit of *every other group*, and then of the rest: a pair has no width between, and
+    what holds for one unit of it has to hold for the other.  *As wide as what is fixed*: so that a shape may equal that of the
+    input, or of channels that stay; ``stuck`` are widths that earlier rehearsals fixed.
     """
     yield Rehearsed(spread(graph, distinct(graph.sizes)))
     yield Rehearsed(spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
     yield Rehearsed(spread(graph, np.ones_like(graph.sizes)), single=True, every=True)
     if (graph.sizes == 2).any():
-        odd = np.arange(len(graph.sizes)) % 2
-        yield Rehearsed(spread(graph, np.where(odd, distinct(graph.sizes), np.minimum(graph.sizes, 1))), single=True)
+        for rest in (1, 0):
+            cut = np.arange(len(graph.sizes)) % 2 != rest
+            counts = np.where(cut, np.minimum(graph.sizes, 1), distinct(graph.sizes))
+            yield Rehearsed(spread(graph, counts, from_the_end=True), single=True)
     for fixed in dict.fromkeys((*stuck, *_fixed_widths(graph))):
         yield Rehearsed(spread(graph, np.minimum(graph.sizes, fixed)))
 
@@ -62,7 +64,7 @@ def spread(graph: Graph, counts: Sequence[int] | np.ndarray, *, from_the_end: bo
     units = {}
     for number, (group, keep) in enumerate(zip(graph.groups, counts, strict=True)):
         if keep == 1:
-            units[group.name] = np.array([number % group.size])
+            units[group.name] = np.array([(number + from_the_end) % group.size])
         else:
             stay = (np.arange(keep) * group.size) // keep
             units[group.name] = group.size - 1 - stay[::-1] if from_the_end else stay
@@ -180,8 +182,9 @@ class Rehearsal:
             return True
         if differs:
             raise Mismatch(watch.key(), "computes with a number that is another one", watch.place(), reason=NUMBER)
+        key = watch.key() if record.op is expected.op else (expected.asked[1], str(expected.op))
         for tensor, (was, known, _) in zip(outs, expected.outputs, strict=True):
-            self._check_output(watch, tensor, was, known)
+            self._check_output(watch, tensor, was, known, key)
         return True
 
     def _expected(self, record: Record) -> Record | None:
@@ -196,8 +199,8 @@ class Rehearsal:
             self.position += asked.index(record.asked) if record.asked in asked else len(asked)
         if self.astray is None and self.position < len(self.records):
             due = self.records[self.position]
-            if due.op is record.op:
-                self.position += 1
+            if due.op is record.op or (due.op is SLICE and record.op is ALIAS and due.asked == record.asked):
+                self.position += 1  # a slice that takes everything is an alias
                 return due
             if due.asked == record.asked:
                 self.astray = record.asked
@@ -210,7 +213,7 @@ class Rehearsal:
             return None
         return due.asked[1], str(SLICE)
 
-    def _check_output(self, watch: Watch, tensor: Tensor, was: tuple[int, ...], known: State) -> None:
+    def _check_output(self, watch: Watch, tensor: Tensor, was: tuple[int, ...], known: State, key: Key) -> None:
         shape, layers = tuple(tensor.shape), state(tensor).layers
         if not layers and not known.layers and (shape == was or self.loose):
             return
@@ -219,16 +222,16 @@ class Rehearsal:
         survivors = [p.layer for p in predictions if p.layer.size > 1]
         predicted = self._shape(was, predictions)
         if predicted != shape:
-            raise Mismatch(watch.key(), _unexpected(shape, predicted), watch.place())
+            raise Mismatch(key, _unexpected(shape, predicted), watch.place())
         if self.single and (len(layers) != len(survivors) or any(m.size < 2 for m in layers)):
             return
         if len(layers) != len(survivors):
-            raise Mismatch(watch.key(), "loses track of its channels", watch.place())
+            raise Mismatch(key, "loses track of its channels", watch.place())
         for one, other in zip(layers, survivors, strict=True):
             if one.shape != other.shape:
                 one, other = np.broadcast_arrays(one, other)
             if (one != other).any():
-                raise Mismatch(watch.key(), "arranges the remaining channels differently", watch.place())
+                raise Mismatch(key, "arranges the remaining channels differently", watch.place())
 
     def ended(self, watch: Watch) -> None:
         """The forward is over: is everything there that was recorded?"""
