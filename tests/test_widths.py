@@ -242,14 +242,16 @@ def test_a_width_that_has_to_be_large_enough_is_cut_to_that(act: Callable[[Tenso
     assert sizes(graph) == {"a": 8, "b": 16 - least + 1}  # the last of a group stays as well
 
 
-def test_what_roll_takes_round_the_end_may_go_or_stay() -> None:
+def test_what_roll_takes_round_the_end_stays_and_the_rest_may_go() -> None:
+    """Channels go by twos, four apart: those of the last one stay."""
+
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.a(x)
         return m.c(m.b(x.roll(1, 1) * m.scale) * x.sigmoid())
 
     model = Net(run, a=conv(3, 8), b=conv(8, 8), c=nn.Conv2d(8, 4, 1, groups=2))
     model.scale = nn.Parameter(torch.rand(8, 1, 1))
-    assert "scale" not in sizes(prove_every_width(model, IMAGE))
+    assert sizes(prove_every_width(model, IMAGE)) == {"scale": 3}
 
 
 def test_a_flip_follows() -> None:
