@@ -78,7 +78,8 @@ def distinct(sizes: np.ndarray) -> list[int]:
     for size in sizes.tolist():
         target = max(size - 1, min(size, 2)) if size <= 6 else 2 * size // 3
         free = [n for n in range(2, size) if n not in taken]
-        best = min(free, key=lambda n: (abs(n - target) > size // 4, not _is_prime(n), abs(n - target)), default=target)
+        left = size if target in taken else target  # whole, rather than as many as in another group
+        best = min(free, key=lambda n: (abs(n - target) > size // 4, not _is_prime(n), abs(n - target)), default=left)
         taken.add(best)
         counts.append(best)
     return counts
