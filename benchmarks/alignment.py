@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in chosen.networks:
         rows.append(one_network(name, seconds=chosen.seconds, device=chosen.device, size=chosen.size))
         print(as_table(rows[-1:]), flush=True)
-    content = {"environment": common.environment(), "macs": MACS, "rows": rows}
+    content = {"environment": common.environment(), "processor": common.processor(), "macs": MACS, "rows": rows}
     path = common.write_results(chosen.name, common.rounded(content))
     print(as_table(rows))
     print(f"written to {path.relative_to(common.ROOT)}")

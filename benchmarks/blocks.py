@@ -93,8 +93,9 @@ def eight_bits() -> str:
 
 def times() -> str:
     """How good predictions of time are and how well budgets of time are held: ``benchmarks.latency``."""
-    content = read_results("latency")
-    return f"{latency.as_table(content['rows'])}\n\n{_by('latency', content)}"
+    rows = read_results("latency")["rows"]
+    where = dict.fromkeys(_by("latency", row) for row in rows)
+    return "\n\n".join([latency.as_table(rows), *where])
 
 
 def settings(method: str) -> str:

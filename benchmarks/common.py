@@ -155,6 +155,16 @@ def _revision() -> str:
     return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
 
 
+def processor() -> str:
+    """Name and instructions of the processor: one name stands for several generations, and times differ by the instructions."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return _cpu()
+    wide = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
+    return f"{_cpu()}, {wide}, {'with' if flags & {'avx512_vnni', 'avx_vnni'} else 'without'} VNNI"
+
+
 def _cpu() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import espalier as es
-from benchmarks.common import environment, read_results, rounded, table, write_results
+from benchmarks.common import environment, processor, read_results, rounded, table, write_results
 from espalier.deploy.int8 import export_int8
 from espalier.run.models import load_weights
 from espalier.run.onnx import to_onnx_bytes
@@ -51,18 +51,9 @@ def main() -> None:
 
 
 def record(label: str, found: dict[str, Any]) -> None:
-    results, here = read_results(NAME), environment()
-    own = results.setdefault(f"{here['hardware']['cpu']}, {'with' if has_vnni() else 'without'} VNNI", {})
-    own[label] = {**rounded(found), "environment": here}
+    results = read_results(NAME)
+    results.setdefault(processor(), {})[label] = {**rounded(found), "environment": environment()}
     write_results(NAME, results)
-
-
-def has_vnni() -> bool:
-    """Does this processor add products of eight bits in 32?"""
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def timed(name: str, classes: int, side: int) -> dict[str, Any]:

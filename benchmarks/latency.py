@@ -6,7 +6,7 @@
 One thread.  Profiles lie in ``--profiles`` and are used again.  Importance is drawn by chance: structure is what takes time.
 Residual blocks may go as a whole, as by default where time is limited.
 What is planned is measured afterwards in processes of their own, exported as it is delivered, in turns with the dense
-network.
+network.  Every processor has rows of its own.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def one(name: str, runtime: str, batch: int, profiles: Path) -> dict[str, Any]:
         model, x, runtime=runtime, batch=batch, to=profiles / f"{name.replace(':', '_')}.{runtime}.{batch}.json"
     )
     row: dict[str, Any] = {
-        "network": name, "runtime": f"{runtime} {profile.setting.version}", "batch": batch, "dense ms": profile.dense,
-        "spread": profile.spread, "grain": profile.grain, "seconds of profiling": time.monotonic() - begun,
+        "network": name, "runtime": f"{runtime} {profile.setting.version}", "batch": batch, "processor": common.processor(),
+        "environment": common.environment(), "dense ms": profile.dense, "spread": profile.spread, "grain": profile.grain, "seconds of profiling": time.monotonic() - begun,
     }  # fmt: skip
     row["prediction"] = [(p / m - 1) for p, m in check_profile(profile, model, x)]
     graph, _ = offer_blocks(model, es.trace(model, x), x)
@@ -129,7 +129,7 @@ def afresh(model: nn.Module, small: nn.Module, x: torch.Tensor, profile: es.Prof
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """One line per network, runtime and batch size."""
-    head = ["network", "runtime", "batch", "dense, ms", "prediction off by: median, at most"]
+    head = ["network", "runtime", "batch", "processor", "dense, ms", "prediction off by: median, at most"]
     head += [f"asked {b:.0%}" for b in BUDGETS] + ["half of the MACs", "solver, s", "planning, s"]
     lines = []
     for row in rows:
@@ -140,7 +140,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         slowest = [max((b[k] for b in reached), default=0.0) for k in ("seconds of solving", "seconds of planning")]
         lines.append(
             [
-                row["network"], row["runtime"], str(row["batch"]), f"{row['dense ms']:.3g}",
+                row["network"], row["runtime"], str(row["batch"]), row["processor"], f"{row['dense ms']:.3g}",
                 f"{median(off):.1%}, {max(off):.1%}", *held, f"{half['speed-up']:.2f}x at {half['macs']:.0%}" if half else "",
                 *(f"{s:.1f}" for s in slowest),
             ]
@@ -165,16 +165,15 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     file = common.RESULTS / f"{chosen.name}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    done = {(r["network"], r["runtime"].partition(" ")[0], r["batch"]) for r in rows}
+    here = common.processor()
+    done = {(r["network"], r["runtime"].partition(" ")[0], r["batch"]) for r in rows if r["processor"] == here}
     for name in chosen.networks:
         for runtime in chosen.runtimes:
             for batch in chosen.batches:
                 if (name, runtime, batch) in done or chosen.show:
                     continue
                 rows.append(one(name, runtime, batch, chosen.profiles))
-                common.write_results(
-                    chosen.name, common.rounded({"environment": common.environment(), "macs": MACS, "rows": rows})
-                )
+                common.write_results(chosen.name, common.rounded({"macs": MACS, "rows": rows}))
                 print(as_table(rows[-1:]), flush=True)
     print(as_table(rows))
 

@@ -22,6 +22,7 @@ from benchmarks.alignment import as_table as alignment_table
 from benchmarks.blocks import BLOCK, families, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
 from benchmarks.gpu_throughput import PLACES
+from benchmarks.int8 import NETWORKS
 from benchmarks.peers import PEERS
 from benchmarks.recipe import read_recipes
 from benchmarks.run import results
@@ -242,10 +243,11 @@ def budget_table(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> str:
 
 
 def speed_table() -> str:
-    """By network: multiples of widths, budgets of time, eight bits."""
-    lines: dict[str, dict[str, str]] = {}
-    for row in read_results("alignment").get("rows", []):
-        own = lines.setdefault(row["network"], {})
+    """By network and processor: multiples of widths, budgets of time, eight bits."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    aligned = read_results("alignment")
+    for row in aligned.get("rows", []):
+        own = lines.setdefault((row["network"], aligned["processor"]), {})
         for r in row["rows"]:
             column = f"multiples of {r['multiple_of']}" if r["multiple_of"] > 1 else "half of the MACs, any width"
             own[column] = f"{r['speed-up']['1']:.2f}x"
@@ -254,12 +256,15 @@ def speed_table() -> str:
             for budget in row["budgets"]:
                 if share := budget.get("measured afresh"):
                     column = f"asked for {100 * budget['asked']:.0f} % of the time"
-                    lines.setdefault(row["network"], {})[column] = f"{1 / share:.2f}x"
-    for label, row in next(iter(read_results("int8").values()), {}).items():
-        times = row["milliseconds"]
-        lines.setdefault(label, {})["half of the MACs, int8"] = f"{times['dense float'] / times['small int8']:.2f}x"
+                    lines.setdefault((row["network"], row["processor"]), {})[column] = f"{1 / share:.2f}x"
+    for processor, rows in read_results("int8").items():
+        for label, row in rows.items():
+            if label in NETWORKS:
+                ms, column = row["milliseconds"], "half of the MACs, int8"
+                lines.setdefault((label, processor), {})[column] = f"{ms['dense float'] / ms['small int8']:.2f}x"
     columns = list(dict.fromkeys(column for own in lines.values() for column in own))
-    return table(["network", *columns], [[name, *map(own.get, columns)] for name, own in lines.items()])
+    ordered = sorted(lines.items(), key=lambda line: line[0][1])
+    return table(["network", "processor", *columns], [[*name, *map(own.get, columns)] for name, own in ordered])
 
 
 def proof_table() -> str:
