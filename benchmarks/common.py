@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from espalier.timing import on_device
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -156,13 +158,13 @@ def _revision() -> str:
 
 
 def processor() -> str:
-    """Name and instructions of the processor: one name stands for several generations, and times differ by the instructions."""
+    """Name, generation and instructions of the processor, by which times differ."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return _cpu()
     wide = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
-    return f"{_cpu()}, {wide}, {'with' if flags & {'avx512_vnni', 'avx_vnni'} else 'without'} VNNI"
+    return f"{on_device.processor()}, {wide}, {'with' if flags & {'avx512_vnni', 'avx_vnni'} else 'without'} VNNI"
 
 
 def _cpu() -> str:

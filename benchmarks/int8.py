@@ -129,12 +129,12 @@ def judged(folder: Path) -> dict[str, Any]:
 def as_table(results: dict[str, Any]) -> str:
     """Milliseconds, and accuracy where there is one; then files."""
     lines, sizes = [], []
-    for processor, rows in results.items():
+    for where, rows in results.items():
         for label, found in rows.items():
             ms, accuracy = found["milliseconds"], found.get("accuracy", {})
             cells = [f"{ms[v]:.3g}" + (f" ({accuracy[v]:.2f} %)" if accuracy else "") for v in VARIANTS]
             faster = (f"{ms[one] / ms[two]:.2f}x" for one, two in (VARIANTS[2:], (VARIANTS[0], VARIANTS[3])))
-            lines.append([processor, label, *cells, *faster])
+            lines.append([where, label, *cells, *faster])
     for label, found in next(iter(results.values()), {}).items():
         for kind, file in found.get("files", {}).items():
             sizes.append([f"{label}: {kind}", f"{file['bytes'] / 1e6:.2f}", f"{file['load_ms']:.0f}"])

@@ -53,8 +53,9 @@ def one(name: str, runtime: str, batch: int, profiles: Path) -> dict[str, Any]:
         model, x, runtime=runtime, batch=batch, to=profiles / f"{name.replace(':', '_')}.{runtime}.{batch}.json"
     )
     row: dict[str, Any] = {
-        "network": name, "runtime": f"{runtime} {profile.setting.version}", "batch": batch, "processor": common.processor(),
-        "environment": common.environment(), "dense ms": profile.dense, "spread": profile.spread, "grain": profile.grain, "seconds of profiling": time.monotonic() - begun,
+        "network": name, "runtime": f"{runtime} {profile.setting.version}", "batch": batch,
+        "processor": common.processor(), "environment": common.environment(), "dense ms": profile.dense,
+        "spread": profile.spread, "grain": profile.grain, "seconds of profiling": time.monotonic() - begun,
     }  # fmt: skip
     row["prediction"] = [(p / m - 1) for p, m in check_profile(profile, model, x)]
     graph, _ = offer_blocks(model, es.trace(model, x), x)

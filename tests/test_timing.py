@@ -230,25 +230,31 @@ class Machine:
     """A processor that is shared: it goes at its full speed now and then, and at two thirds of it the rest of the time.
 
     ``slow`` says so at a time; a network is its milliseconds on a machine at rest, and loses what ``loses`` says of it.
+    So many runs after another's are ``cold``: they take twice as long, as their weights have left the caches.
     """
 
-    def __init__(self, monkeypatch, slow, loses=lambda ms: 1.5):
-        self.now, self.slow, self.loses = 0.0, slow, loses
+    def __init__(self, monkeypatch, slow, loses=lambda ms: 1.5, cold=0):
+        self.now, self.slow, self.loses, self.cold = 0.0, slow, loses, cold
+        self.ran, self.runs = None, 0
         monkeypatch.setattr(on_device, "_clock", lambda threads: lambda: self.now)
         monkeypatch.setitem(on_device.RUNTIMES, "paper", self.opened)
 
     def opened(self, content, threads, batch, precision):
         ms, seen = float(content), []
 
-        def run():
-            self.now += 1e-3 * ms * (self.loses(ms) if self.slow(self.now) else 1.0)
+        def run(who):
+            self.ran, self.runs = who, self.runs + 1 if self.ran is who else 1
+            self.now += 1e-3 * ms * (self.loses(ms) if self.slow(self.now) else 1.0) * (1 + (self.runs <= self.cold))
+
+        def alone():
+            run(alone)
 
         def watched():
             begin = self.now
-            run()
+            run(watched)
             seen.append(1e3 * (self.now - begin))
 
-        return run, watched, lambda: [("only", "Conv", on_device._fast(seen))]
+        return alone, watched, lambda: [("only", "Conv", on_device._fast(seen))]
 
 
 ON_PAPER = {"runtime": "paper", "threads": 1, "batch": 1, "precision": "f32"}
@@ -284,6 +290,14 @@ def test_nodes_are_timed_while_the_network_beside_is_as_fast_as_on_a_machine_at_
         found = on_device.measure(b"0.6", **ON_PAPER, seconds=0.3, beside=b"1.0", pace=pace)
         assert (found["whole"], found["beside"]) == pytest.approx((0.6, 1.0))
         assert found["nodes"] == [("only", "Conv", pytest.approx(0.6))]
+
+
+def test_what_a_network_takes_after_itself_counts_however_long_the_caches_remember_another(monkeypatch):
+    Machine(monkeypatch, lambda now: False, cold=8)
+    found = on_device.measure(b"0.6", **ON_PAPER, seconds=0.3, beside=b"1.0", pace=1.0)
+    assert (found["whole"], found["beside"], found["spread"]) == pytest.approx((0.6, 1.0, 0.0))
+    assert found["nodes"] == [("only", "Conv", pytest.approx(0.6))]
+    assert on_device.race([b"1.0", b"0.6"], **ON_PAPER, seconds=1.0, pace=1.0) == pytest.approx([1.0, 0.6])
 
 
 def test_what_was_measured_on_a_busy_machine_is_measured_again_once_that_is_known(monkeypatch):

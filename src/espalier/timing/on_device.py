@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 WARM_UP = 2
-LEAST, MOST = 8, 400  # runs of one network
-BURST = 4  # runs in a row
+LEAST, MOST = 8, 4000  # runs of one network
+BURST = 4  # runs in a row whose node times OpenVINO tells apart from those before
 AGREE = 0.05  # halves of the runs whose fastest differ by more are run again
 TURN = 0.02  # seconds of one network in turns with others
 OPENINGS = 10  # of every network in a race, at most
@@ -53,8 +53,9 @@ def measure(
 ) -> dict[str, Any]:
     """Milliseconds of the whole network and of every node, and how far two halves of the runs differ.
 
-    Alone and watched in turns, because what else the machine does then meets both; some runs at a time, because the other one
-    leaves the caches cold.  So is another network ``beside``, if one is given: what it takes says how fast the machine is now.
+    Alone and watched in turns, because what else the machine does then meets both.  So is another network ``beside``, if one
+    is given: what it takes says how fast the machine is now.  A turn is many runs: in service a network runs after itself, and
+    caches that another one has filled take more than a few runs to forget it (VGG-16's hold its weights after some ten).
 
     A processor that is shared goes at one speed while its other half rests and at two thirds of it while it does not, for
     tenths of seconds to seconds at a time, and not every network loses as much.  So runs count while ``beside`` takes about
@@ -73,14 +74,13 @@ def measure(
     for _ in range(3):
         begin, runs = clock(), 0
         while runs < LEAST or (runs < MOST and clock() - begin < seconds):
-            while _turn(judge, threads) > (1 + PACE) * best and clock() < waits:
-                begin = clock()
-            times += [_once(alone, threads) for _ in range(BURST)]
-            for _ in range(BURST):
+            now = _runs(judge, threads)
+            while _warm(now) > (1 + PACE) * best and clock() < waits:
+                begin, now = clock(), _runs(judge, threads)
+            own = _runs(alone, threads)
+            for _ in range(max(len(own) + 1, BURST)):
                 watched()
-            if other is not None:
-                others += [_once(other, threads) for _ in range(BURST)]
-            runs += BURST
+            times, others, runs = times + own, others + now, runs + len(own)
         spread = _spread(times)
         if spread <= AGREE:
             break
@@ -93,8 +93,8 @@ def race(
 ) -> list[float]:
     """Milliseconds of several networks, in turns, because the speed of a machine drifts (see ``measure``).
 
-    A turn is many runs, of which the first does not count: in service a network runs after itself, with its own weights in the
-    caches.  Of all turns a network's best ones count, once there are some that are alike: they are those of a machine at rest.
+    A turn is many runs, of which the first half does not count: in service a network runs after itself, with its own weights
+    in the caches.  Of all turns a network's best ones count, once there are some that are alike: they are those of a machine at rest.
     Opened anew, half of ``seconds`` each, until that is so, their shares stand, and the first network takes about its
     ``pace``, milliseconds on a machine at rest, if that is known: on a busy machine that takes longer.
     """
@@ -131,15 +131,19 @@ def version(runtime: str) -> str:
 
 
 def processor() -> str:
-    """Name of this machine's processor."""
+    """This machine's processor, with family and model where they are told: clouds have one name for several generations."""
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith(("model name", "Hardware", "Model")):
-                    return line.partition(":")[2].strip()
+                key, _, value = line.partition(":")
+                facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    names = (facts.get(key) for key in ("model name", "Hardware", "Model"))
+    name = next(filter(None, names), platform.processor() or platform.machine())
+    marks = (("cpu family", "family"), ("model", "model"), ("CPU part", "part"))
+    return ", ".join([name, *(f"{what} {facts[key]}" for key, what in marks if key in facts)])
 
 
 Clock = Callable[[], float]
@@ -158,13 +162,23 @@ def _once(call: Forward, threads: int) -> float:
     return clock() - begin
 
 
-def _turn(call: Forward, threads: int) -> float:
-    """Seconds of one call, after itself: the median of a turn."""
-    call()  # finds the caches as others left them
+def _runs(call: Forward, threads: int) -> list[float]:
+    """Seconds of every call of a turn, but for the first."""
+    call()
     times = [_once(call, threads)]
     while sum(times) < TURN or len(times) < 2:
         times.append(_once(call, threads))
-    return float(np.median(times))
+    return times
+
+
+def _turn(call: Forward, threads: int) -> float:
+    """Seconds of one call in a turn."""
+    return _warm(_runs(call, threads))
+
+
+def _warm(times: list[float]) -> float:
+    """Of the calls of a turn the median of the later half: the first ones find the caches as others left them."""
+    return float(np.median(times[len(times) // 2 :]))
 
 
 def _pace(call: Forward, threads: int, seconds: float) -> float:
