@@ -94,9 +94,9 @@ def race(
     """Milliseconds of several networks, in turns, because the speed of a machine drifts (see ``measure``).
 
     A turn is many runs, of which the first half does not count: in service a network runs after itself, with its own weights
-    in the caches.  Of all turns a network's best ones count, once there are some that are alike: they are those of a machine at rest.
-    Opened anew, half of ``seconds`` each, until that is so, their shares stand, and the first network takes about its
-    ``pace``, milliseconds on a machine at rest, if that is known: on a busy machine that takes longer.
+    in the caches.  Of all turns a network's best ones count, once there are some that are alike: they are those of a machine
+    at rest.  Opened anew, half of ``seconds`` each, until that is so, their shares stand, and the first network takes about
+    its ``pace``, milliseconds on a machine at rest, if that is known: on a busy machine that takes longer.
     """
     turns: list[list[float]] = [[] for _ in contents]
     clock, shares = _clock(threads), np.zeros(len(contents))
