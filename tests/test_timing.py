@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -292,6 +293,23 @@ def test_nodes_are_timed_while_the_network_beside_is_as_fast_as_on_a_machine_at_
         assert found["nodes"] == [("only", "Conv", pytest.approx(0.6))]
 
 
+def test_less_than_a_block_may_be_computed_channel_by_channel():
+    """As ONNX Runtime does with AVX-512: 3 to 16 inputs one by one, 24 as if they were 32."""
+
+    def read(inputs):
+        return inputs if inputs < 16 else 16 * math.ceil(inputs / 16)
+
+    random = np.random.default_rng(0)
+    rows = [
+        (o, i, (1.0 + 0.01 * 16 * math.ceil(o / 16) * read(i)) * random.normal(1.0, 0.01))
+        for o in (8, 16, 24, 32, 48, 64) for i in (2, 4, 8, 16, 24, 32, 40, 64)
+    ]  # fmt: skip
+    table = staircases({"layer": np.array(rows)}, {"layer": "Conv"}, grain=8)["layer"]
+    assert table.edges[1].tolist() == [4, 8, 12, 16, 32, 48, 64] and table.edges[0].tolist() == [16, 32, 48, 64]
+    assert table.at((32, 24)) == table.at((32, 32)) > 1.3 * table.at((32, 16))
+    assert table.at((32, 8)) == pytest.approx(1.0 + 0.01 * 32 * 8, rel=0.1)
+
+
 def test_what_a_network_takes_after_itself_counts_however_long_the_caches_remember_another(monkeypatch):
     Machine(monkeypatch, lambda now: False, cold=8)
     found = on_device.measure(b"0.6", **ON_PAPER, seconds=0.3, beside=b"1.0", pace=1.0)
@@ -493,13 +511,13 @@ def test_plans_are_measured_until_the_time_is_right_however_wrong_the_profile_is
     budget = es.Budget(latency=0.8, profile=profile)
     found = closing.settle(Family(model, graph, (X,)), b"dense", importance, budget)
     assert found.limit == pytest.approx(0.8 * profile.dense)
-    assert found.measured <= found.limit < found.above
+    assert found.measured <= found.limit < (found.above or math.inf)  # where blocks are wide, the first plan may be close
     for share in np.linspace(0.4, 0.9, 30):  # a better one there is not
         plan = solve(profile.on(graph), importance, es.Budget(latency=float(share), profile=profile))
         took = really(profile.predict(graph, plan.counts(graph)) / profile.dense) * profile.dense
         assert took > found.limit or took <= found.measured or found.measured >= closing.CLOSE * found.limit
     assert found.budget.profile.correction == pytest.approx(profile.correction * found.measured / found.predicted)
-    assert 1 < found.rounds <= closing.ROUNDS and len(planned) <= 2 * closing.SOLVES  # once more with blocks held
+    assert found.rounds <= closing.ROUNDS and len(planned) <= 2 * closing.SOLVES  # once more with blocks held
 
 
 class Paper:

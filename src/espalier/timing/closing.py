@@ -17,7 +17,7 @@ from espalier.timing.family import Family
 from espalier.timing.making import asked
 from espalier.timing.profile import Profile
 
-ROUNDS = 8  # networks measured, at most
+ROUNDS = 12  # networks measured, at most
 SOLVES = 20  # plans made, at most
 CLOSE = 0.96  # of the limit: a plan that is measured between here and the limit is left as it is
 STEP = 0.003  # of the limit: predictions that differ by less lead to the same plan
@@ -112,7 +112,8 @@ class _Search:
     def enclose(self, rules: Mapping[str, Any], *, start: Settled | None = None) -> None:
         """Until a plan is close, or nothing lies between those that are too small and too large; from ``start`` downwards."""
         high = (start.predicted if start else self.model.cost(self.timed.sizes).latency) or self.limit
-        aim, low = self.limit if start is None else start.predicted * BETWEEN * self.limit / start.measured, 0.0
+        aim = self.limit if start is None else start.predicted * BETWEEN * self.limit / start.measured
+        low, last = (self.best.predicted, False) if start and self.best.fits else (0.0, None)
         for _ in range(SOLVES):
             wanted = replace(self.budget, latency=f"{aim:.9f} ms")
             try:
@@ -130,7 +131,10 @@ class _Search:
             low, high = (max(low, aim), high) if found.fits else (low, min(high, found.predicted))
             if found.is_close or high - low <= STEP * self.limit:
                 return
-            margin = (high - low) / 4
+            margin = (high - low) / (
+                2 if found.fits == last else 4
+            )  # twice on one side: halves come to the other sooner
+            last = found.fits
             most = high if self.above is None else high - margin  # that all of it is too large has to be seen
             aim = min(max(found.predicted * BETWEEN * self.limit / found.measured, low + margin), most)
 

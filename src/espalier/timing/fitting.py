@@ -1,14 +1,16 @@
 """From times that were measured to staircases: what layers of one kind take at any lengths.
 
-A layer takes ``a + b [o] + c [i] + d [o] [i]`` milliseconds, lengths rounded up to the runtime's blocks; how large these are is
-found by what fits best.  What is left over (caches, other algorithms for other sizes) is added as a smooth surface over the
-logarithms of the lengths.  Noise only ever adds time, so times above the fit weigh less than times below.
+A layer takes ``a + b [o] + c [i] + d [o] [i]`` milliseconds, lengths rounded up to the runtime's blocks; how large these are,
+and whether less than one of them is computed channel by channel, is found by what fits best.  What is left over (caches, other
+algorithms for other sizes) is added as a smooth surface over the logarithms of the lengths.  Noise only ever adds time, so
+times above the fit weigh less than times below.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +27,27 @@ Times = np.ndarray
 """Rows of (length, ..., milliseconds)."""
 
 
+@dataclass(frozen=True, order=True)
+class Block:
+    """So many channels are computed as one block; those of less than one ``whole``, or one by one.
+
+    ONNX Runtime with AVX-512 reads 3 to 16 channels one by one and 24 as if they were 32.
+    """
+
+    size: int
+    whole: bool = True
+
+    def round_up(self, lengths: np.ndarray) -> np.ndarray:
+        rounded = np.ceil(lengths / self.size) * self.size
+        return rounded if self.whole else np.where(lengths < self.size, lengths, rounded)
+
+    def edges(self, longest: int, finest: int) -> np.ndarray:
+        """Lengths from which another one takes another block; where blocks are smaller than ``finest``, multiples of that."""
+        step = max(self.size, finest)
+        below = np.arange(finest, 1 if self.whole else min(step, longest), finest)
+        return np.unique(np.concatenate([below, np.arange(step, longest + 1, step), [longest]]))
+
+
 def staircases(
     times: Mapping[str, Times], kinds: Mapping[str, str], *, grain: int, of: Sequence[int] = BLOCKS
 ) -> dict[str, Staircase]:
@@ -32,13 +55,21 @@ def staircases(
     blocks = {}
     for kind in sorted(set(kinds.values())):
         alike = [_merged(times[s]) for s in times if kinds[s] == kind]
-        varies = [any(len(set(rows[:, d])) > 2 for rows in alike) for d in range(alike[0].shape[1] - 1)]
         errors = {}
-        for sizes in itertools.product(*(of if v else of[:1] for v in varies)):
+        for sizes in itertools.product(*(_possible(alike, dim, of) for dim in range(alike[0].shape[1] - 1))):
             errors[sizes] = sum(_error(rows, sizes) for rows in alike)
         best = min(errors.values())
         blocks[kind] = max(sizes for sizes, error in errors.items() if error <= 1.02 * best + 1e-9)
     return {s: _table(_merged(rows), blocks[kinds[s]], grain) for s, rows in times.items()}
+
+
+def _possible(alike: Sequence[Times], dim: int, of: Sequence[int]) -> list[Block]:
+    """Blocks in which a length may be computed, as far as the lengths that were measured tell them apart."""
+    lengths = np.unique(np.concatenate([rows[:, dim] for rows in alike]))
+    if all(len(set(rows[:, dim])) <= 2 for rows in alike):
+        return [Block(of[0])]
+    parts = [Block(size, whole=False) for size in of if (lengths < size).sum() > 1 and (lengths > size).any()]
+    return [*map(Block, of), *parts]
 
 
 def _merged(rows: Times) -> Times:
@@ -48,16 +79,16 @@ def _merged(rows: Times) -> Times:
     return np.column_stack([lengths, took])
 
 
-def _terms(lengths: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+def _terms(lengths: np.ndarray, sizes: Sequence[Block]) -> np.ndarray:
     """``[1, o, i, o i]`` with lengths rounded up to blocks; ``(rows, terms)``."""
-    rounded = np.ceil(lengths / np.array(sizes)) * np.array(sizes)
+    rounded = np.stack([block.round_up(lengths[:, dim]) for dim, block in enumerate(sizes)], axis=1)
     columns = [np.ones(len(lengths))]
     for picked in range(1, 2 ** len(sizes)):
         columns.append(np.prod([rounded[:, d] for d in range(len(sizes)) if picked >> d & 1], axis=0))
     return np.column_stack(columns)
 
 
-def _coefficients(rows: Times, sizes: Sequence[int]) -> np.ndarray:
+def _coefficients(rows: Times, sizes: Sequence[Block]) -> np.ndarray:
     """Not negative, least in relative squares, times above the fit weighing ``ABOVE``."""
     from scipy.optimize import nnls
 
@@ -71,18 +102,16 @@ def _coefficients(rows: Times, sizes: Sequence[int]) -> np.ndarray:
     return found / scale
 
 
-def _error(rows: Times, sizes: Sequence[int]) -> float:
+def _error(rows: Times, sizes: Sequence[Block]) -> float:
     fit = _terms(rows[:, :-1], sizes) @ _coefficients(rows, sizes)
     off = (fit - rows[:, -1]) / np.maximum(rows[:, -1], 1e-6)
     return float((np.where(off < 0, ABOVE, 1.0) * np.minimum(off**2, 1.0)).sum())
 
 
-def _table(rows: Times, sizes: Sequence[int], grain: int) -> Staircase:
+def _table(rows: Times, sizes: Sequence[Block], grain: int) -> Staircase:
     coefficients = _coefficients(rows, sizes)
-    edges = []
-    for dim, size in enumerate(sizes):
-        longest, step = int(rows[:, dim].max()), max(size, min(grain, FINEST))
-        edges.append(np.unique(np.append(np.arange(step, longest + 1, step), longest)))
+    finest = min(grain, FINEST)
+    edges = [block.edges(int(rows[:, dim].max()), finest) for dim, block in enumerate(sizes)]
     mesh = np.stack([m.ravel() for m in np.meshgrid(*edges, indexing="ij")], axis=1).astype(float)
     fit = _terms(mesh, sizes) @ coefficients
     left = rows[:, -1] / np.maximum(_terms(rows[:, :-1], sizes) @ coefficients, 1e-9) - 1.0
