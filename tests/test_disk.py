@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import espalier as es
+from espalier.run.checkpoint import read_checkpoint, write_checkpoint
+from espalier.run.rundir import begin_folder
+from espalier.surgery.writing import append_lines
+from tests.forked import forked
 
 X, Y = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 10
 pytestmark = pytest.mark.usefixtures("unmeasured")
@@ -75,6 +81,86 @@ def test_a_folder_that_may_not_be_written_is_named_before_training(tmp_path: Pat
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(OSError, match=r"locked.*(cannot be made|cannot be written)"):
         compress(tmp_path / "locked" / "run")
+
+
+@pytest.mark.parametrize("step", ["tempfile.mkstemp", "pathlib.Path.mkdir", "os.fsync"])
+def test_wherever_a_write_fails_the_file_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(step, full)
+        said = r"new/small\.safetensors: cannot be written \(No space left on device\); make room there, or choose another .*$"
+        with pytest.raises(OSError, match=said) as caught:
+            es.save(network(), tmp_path / "new" / "small.safetensors")
+    assert caught.value.errno == 28 and not list(tmp_path.iterdir())
+
+
+def limited(act: Any) -> None:
+    """No file may become larger than 3000 bytes: the part of a write that fits is written, and then it fails."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    try:
+        act()
+    except OSError as error:
+        sys.stdout.write(f"{error}\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize("size", [10, 1000])
+def test_a_checkpoint_that_did_not_fit_says_why(tmp_path: Path, size: int) -> None:
+    """torch's writer says "unexpected pos" of it."""
+    write_checkpoint(tmp_path / "c.pt", {"epoch": 1})
+    content = {f"w{n}": torch.zeros(size) for n in range(20)}
+    said = forked(lambda: limited(lambda: write_checkpoint(Path("c.pt"), content)), folder=tmp_path).stdout
+    assert (
+        said
+        == "c.pt: cannot be written (File too large); make room there, or choose another place; what was there is untouched\n"
+    )
+    assert read_checkpoint(tmp_path / "c.pt")["epoch"] == 1 and os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    journal, whole = tmp_path / "journal", b"x" * 2000 + b"\n"
+    journal.write_bytes(whole + b"half")  # a program was killed there
+    said = forked(lambda: limited(lambda: append_lines(Path("journal"), whole)), folder=tmp_path).stdout
+    assert said.startswith("journal: cannot be written (File too large); make room")
+    assert journal.read_bytes() == whole
+    append_lines(journal, b"next\n")
+    assert journal.read_bytes() == whole + b"next\n"
+
+
+def test_begun_anew_on_a_full_disk_the_old_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compress(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with monkeypatch.context() as broken:
+        broken.setattr("tempfile.mkstemp", lambda **_: os.open(tmp_path / "no" / "where", os.O_RDONLY))
+        with pytest.raises(OSError, match=r"config\.toml: cannot be written"):
+            begin_folder(tmp_path, {"recipe": {"epochs": 1}})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Any, *_: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock._acquire", none)
+    with pytest.raises(OSError, match=r"run: cannot be written \(FileSystem .* flock\); choose another place"):
+        compress(tmp_path / "run")
+    monkeypatch.undo()
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match=r"run: cannot be written \(No space .*; make room"):
+        compress(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_fifty_runs_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -447,6 +447,27 @@ def test_a_profile_in_eight_bits_times_the_files_that_are_shipped(monkeypatch):
     assert len(seen) > measured
 
 
+def test_a_full_disk_leaves_no_half_of_a_network_to_be_measured(tmp_path, monkeypatch):
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match=r"there/000\.onnx: cannot be written .*; make room there"):
+        making.export_networks(Small().eval(), X, tmp_path / "there", networks=3, grain=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_for_a_profile_is_looked_at_before_anything_is_measured(tmp_path, monkeypatch):
+    def too_early(*_, **__):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(on_device, "measure", too_early)
+    with pytest.raises(ValueError, match="is a folder; give the name of a file"):
+        making.profile(Small().eval(), X, to=tmp_path)
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
 def test_networks_go_to_another_machine_and_come_back_as_a_profile(tmp_path, monkeypatch, runtime):
     pytest.importorskip(runtime)

@@ -19,8 +19,9 @@ from espalier.methods.scoring import modes_kept
 from espalier.optional import import_optional
 from espalier.run.evaluate import evaluate
 from espalier.run.latency import Timing, latency
-from espalier.run.onnx import check_place, onnx_session, to_onnx_bytes
+from espalier.run.onnx import onnx_session, to_onnx_bytes
 from espalier.run.rundir import write_file
+from espalier.surgery.writing import check_place
 from espalier.tasks import Classification, Metric, Task
 from espalier.timing.bits import quantised
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from espalier.graph.watch import first_line
-from espalier.run.onnx import check_place, difference, positional, resized
+from espalier.run.onnx import difference, positional, resized
 from espalier.run.rundir import write_file
+from espalier.surgery.writing import check_place
 
 
 def export_torch(model: nn.Module, path: str | os.PathLike[str], example: Any, *, tolerance: float = 1e-5) -> float:

@@ -24,6 +24,7 @@ from espalier.run.progress import short
 from espalier.run.report import UNTRAINED, basis, places, points, proven, scores, slow_sentence
 from espalier.run.rundir import REPORT, to_toml, write_file
 from espalier.run.timed import time_sentence
+from espalier.surgery.writing import check_place
 
 COST_NAMES = {
     "macs": "multiply-adds (MACs)",
@@ -51,12 +52,15 @@ def write_report(
     ``table`` receives a row of numbers per run, as CSV.  Without ``trust`` no code runs that a folder names: layers of such
     networks are drawn, and not timed.
 
-    Raises: ValueError for a folder without a finished, undamaged run, runs that are judged by different metrics, and a
-    ``runtime`` that not all of them were timed in.
+    Raises: ValueError for a folder without a finished, undamaged run, runs that are judged by different metrics, a
+    ``runtime`` that not all of them were timed in, and a place that cannot be written.
     """
     runs = [read_run(folder, trust=trust) for folder in folders]
-    content = page(runs, timing=timing, runtime=runtime)
     target = out or folders[0] / REPORT
+    for place in (target, table):
+        if place is not None:
+            check_place(place)
+    content = page(runs, timing=timing, runtime=runtime)
     write_file(target, content.encode())
     if table is not None:
         write_file(table, as_csv(runs).encode())

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from espalier.graph.watch import first_line
 from espalier.seals import DAMAGED, SEAL, seal
-from espalier.surgery.files import rebuild, structure, untouched_on_error, write_beside
+from espalier.surgery.files import rebuild, structure, untouched_on_error
+from espalier.surgery.writing import write_tensors
 
 FORMAT = "espalier-checkpoint/2"
 
@@ -29,13 +30,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     _check_plain(content, "checkpoint")
     content = {**content, "format": FORMAT}
     content[SEAL] = seal({k: v for k, v in content.items() if k != SEAL})
-    try:
-        write_beside(path, lambda temporary: torch.save(content, temporary))
-    except RuntimeError as error:  # torch's writer reports a full disk like this
-        raise OSError(
-            f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}); "
-            "what was there before is untouched"
-        ) from error
+    write_tensors(path, content)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

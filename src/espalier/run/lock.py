@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from espalier.surgery.writing import cannot_write
+
 LOCK, OWNER = "run.lock", "run.owner"
 
 
@@ -33,15 +35,18 @@ def owned(folder: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise _taken(folder) from None
-        except OSError as error:
-            raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+            raise cannot_write(folder, error) from error
         stack.callback(lock.release)
         stack.callback((folder / LOCK).unlink, missing_ok=True)  # before it is let go
         owner = _read(folder)
         if owner and platform.node() != owner.get("host") and not (_boot() and owner.get("boot") == _boot()):
             raise _taken(folder)
         stack.callback((folder / OWNER).unlink, missing_ok=True)
-        (folder / OWNER).write_text(json.dumps(_me()), encoding="utf-8")
+        try:
+            (folder / OWNER).write_text(json.dumps(_me()), encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(folder, error) from error
         yield
 
 
@@ -55,7 +60,7 @@ def _make(folder: Path) -> list[Path]:
     except NotADirectoryError as error:
         raise ValueError(f"{folder}: lies in a file; give a folder for the run") from error
     except OSError as error:
-        raise OSError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+        raise cannot_write(folder, error, what="cannot be made") from error
     return absent
 
 

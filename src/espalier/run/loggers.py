@@ -79,7 +79,11 @@ class Loggers:
         for epoch in history.epochs[self.written :]:
             metrics = {n: v for n, v in asdict(epoch).items() if n != "epoch" and v is not None}
             for logger in self.made:
-                logger.log_metrics(metrics, epoch.epoch)
+                try:
+                    logger.log_metrics(metrics, epoch.epoch)
+                except OSError as error:
+                    name = type(logger).__name__.strip("_")
+                    raise OSError(f"log={name}: cannot be written ({error}); make room, or go on without it") from error
         self.written = len(history.epochs)
 
     def close(self) -> None:

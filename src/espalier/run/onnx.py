@@ -28,6 +28,7 @@ from espalier.graph.watch import first_line, tensors_in
 from espalier.optional import import_optional
 from espalier.run.merging import merge_linear
 from espalier.run.rundir import write_file
+from espalier.surgery.writing import check_place
 from espalier.timing.on_device import session as session_of
 
 FREE = ("batch", "height", "width")
@@ -102,17 +103,6 @@ def read_onnx(path: Path) -> bytes:
     except Exception as error:  # protobuf and the checker have errors of their own
         raise ValueError(f"{path}: is no ONNX file ({first_line(error)})") from error
     return content
-
-
-def check_place(path: Path) -> None:
-    """An export takes long; that its file cannot be written is said before."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give the name of a file")
-    folder = next(p for p in path.absolute().parents if p.exists())  # those below it will be made
-    if not folder.is_dir():
-        raise ValueError(f"{path}: {folder} is a file, not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: the folder {folder} may not be written; choose another")
 
 
 def to_onnx_bytes(model: nn.Module, example: Any) -> bytes:

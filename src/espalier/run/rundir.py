@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -36,7 +37,7 @@ from typing import Any
 
 from espalier.methods.search import JOURNAL
 from espalier.seals import opened_json, seal, sealed_json
-from espalier.surgery.files import write_beside
+from espalier.surgery.writing import cannot_write, write_beside
 
 CONFIG, CHECKPOINT, LOG, METRICS, SUMMARY = ("config.toml", "checkpoint.pt", "log.csv", "metrics.json", "summary.md")
 MODEL, ONNX, PLAN, HISTORY = "model.safetensors", "model.onnx", "plan.json", "history.json"
@@ -78,6 +79,14 @@ def check_is_run(folder: Path) -> None:
         raise ValueError(f"{folder}: {what}; give a folder that espalier compress or es.compress(out=...) wrote")
 
 
+def written_at(folder: Path) -> tuple[int, int] | None:
+    """What tells the run in ``folder`` from an older one there; ``None`` if none has begun."""
+    with contextlib.suppress(OSError):
+        file = (folder / CONFIG).stat()
+        return file.st_ino, file.st_mtime_ns
+    return None
+
+
 def unfinished(folder: Path) -> ValueError:
     """What to say where the results of a run are wanted and not there yet."""
     return ValueError(f"{folder}: this run has not finished; go on with: espalier compress --out {folder} --resume")
@@ -91,13 +100,21 @@ def begin_folder(folder: Path, config: Mapping[str, Any]) -> None:
     """
     text = to_toml(config)
     folder.mkdir(parents=True, exist_ok=True)
-    present = _present(folder)
-    if present:
-        aside = next(p for n in range(1, 10**6) if not (p := folder / f"old-{n}").exists())
-        aside.mkdir()
+    present, moved = _present(folder), []
+    aside = next(p for n in range(1, 10**6) if not (p := folder / f"old-{n}").exists())
+    try:
+        if present:
+            aside.mkdir()
         for name in present:
             (folder / name).rename(aside / name)
-    write_file(folder / CONFIG, text.encode())
+            moved.append(name)
+        write_file(folder / CONFIG, text.encode())
+    except OSError as error:  # the older run stays where it was
+        with contextlib.suppress(OSError):
+            for name in moved:
+                (aside / name).rename(folder / name)
+            aside.rmdir()
+        raise error if error.filename is None else cannot_write(folder, error) from error
 
 
 def _present(folder: Path) -> list[str]:

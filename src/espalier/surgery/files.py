@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from espalier.graph.blocks import LEFT
 from espalier.graph.watch import first_line
 from espalier.layers import ChannelPad, FactorisedConv, FactorisedLinear, PaddedConv2d, PartConv2d
 from espalier.seals import DAMAGED, SEAL, seal
+from espalier.surgery.writing import write_beside
 
 FORMAT = "espalier/1"
 
@@ -435,30 +435,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str
     metadata = {"espalier": json.dumps({**structure(model), "sealed": True}), **(extra or {})}
     metadata[SEAL] = seal([metadata, tensors])
     write_beside(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def write_beside(path: Path, write: Callable[[str], None]) -> None:
-    """Let ``write`` make a temporary file in the folder of ``path``, then rename it there; clean up after a failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        Path(temporary).unlink(missing_ok=True)
-        before = "; what was there is untouched" if path.exists() else ""
-        raise OSError(f"{path}: cannot be written ({error}){before}") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from espalier.costs import CostModel
 from espalier.graph import Graph, trace
 from espalier.plan import Plan
 from espalier.solver import timed_counts
+from espalier.surgery.writing import check_place, write_beside
 from espalier.timing import on_device
 from espalier.timing.bits import check_precision
 from espalier.timing.family import Family
@@ -56,10 +57,13 @@ def profile(
     ``precision="int8"`` profiles the network as ``export_int8`` writes it for that runtime: a budget of half of the time
     is then half of what the dense network takes in eight bits.
 
-    Raises: ValueError for a runtime that is unknown or not installed, or a precision that is not profiled there.
+    Raises: ValueError for a runtime that is unknown or not installed, a precision that is not profiled there, or a file that
+    cannot be written.
     """
     version = on_device.version(need_runtime(runtime))
     check_precision(runtime, precision)
+    if to is not None:
+        check_place(Path(to))
     setting = ProfileSetting(runtime, version, on_device.processor(), threads, batch, precision)
     graph, family = _family(model, example, setting)
     found = _begun(to, setting, family, graph)
@@ -133,14 +137,18 @@ def export_networks(
     check_precision(runtime, precision)
     graph, family = _family(model, example, ProfileSetting(runtime, "", "", threads, batch, precision))
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    check_place(place / on_device.SETTINGS)
     for number, plan in enumerate(sample(graph, networks, grain)):
-        (place / f"{number:03d}{on_device.ENDINGS[runtime]}").write_bytes(family.file(plan))
+        _write(place / f"{number:03d}{on_device.ENDINGS[runtime]}", family.file(plan))
     asked_for = {"runtime": runtime, "threads": threads, "batch": batch, "precision": precision, "seconds": SECONDS}
     settings = {**asked_for, "networks": networks, "grain": grain}
-    (place / on_device.SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    (place / "measure.py").write_text(inspect.getsource(on_device), encoding="utf-8")
+    _write(place / "measure.py", inspect.getsource(on_device).encode())
+    _write(place / on_device.SETTINGS, json.dumps(settings, indent=1).encode())
     return place
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_beside(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
 def collect(model: nn.Module, example: Any, folder: str | Path) -> Profile:

@@ -17,7 +17,7 @@ import numpy as np
 from espalier.costs import CostModel
 from espalier.graph import Graph
 from espalier.graph.times import Staircase
-from espalier.surgery.files import write_beside
+from espalier.surgery.writing import write_beside
 from espalier.timing.fitting import BLOCKS, INT8_BLOCKS, staircases, whole_from_parts
 
 FORMAT = "espalier-profile/2"

@@ -11,6 +11,7 @@ from torch import nn
 from espalier.methods.base import Method, attach
 from espalier.optional import import_transformers
 from espalier.plan import Budget
+from espalier.surgery.writing import write_tensors
 from espalier.trainers.attached import Attached
 
 TrainerCallback: Any = import_transformers().TrainerCallback
@@ -68,7 +69,7 @@ class Compression(Attached, TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
         if self.run is not None and self.small is None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(self.saved(_inner(optimizer)), folder / FILE)
+            write_tensors(folder / FILE, self.saved(_inner(optimizer)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.small = self.running.finish()
