@@ -14,9 +14,10 @@ import espalier as es
 from espalier.present import sweep as room
 from espalier.present.cli import app
 from espalier.present.sweep import as_markdown, numbers, points_of, rows_of, sweep
-from espalier.run.ledger import SWEEP_JOURNAL, Ledger
+from espalier.run.ledger import SWEEP_JOURNAL, Ledger, StorageLost
 from espalier.run.loop import TrainingDiverged
 from espalier.run.rundir import write_sealed
+from espalier.run.stopping import TrainingStopped
 
 pytest.importorskip("optuna")
 
@@ -152,6 +153,34 @@ def test_an_interrupted_point_is_free_again_and_goes_on(tmp_path, monkeypatch, j
     assert [r["state"] for r in rows] == ["complete"] * 2 and jobs[0][:2] == ("mgp-macs0.3-seed0", True)
 
 
+def test_a_full_disk_is_no_fault_of_a_point(tmp_path, monkeypatch, jobs):
+    """It would be recorded as failed, and so would all the others, and never be tried again."""
+
+    def full(config, *, out, **_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "run_job", full)
+        with pytest.raises(OSError, match="No space left"):
+            sweep(points(methods=["mgp"], seeds=1), out=tmp_path, storage=None)
+    rows = sweep(points(methods=["mgp"], seeds=1), out=tmp_path, storage=None)
+    assert [r["state"] for r in rows] == ["complete"] * 2
+
+
+def test_a_point_stopped_while_something_is_imported_has_not_failed(tmp_path, monkeypatch, jobs):
+    """An extension that is stopped as it is imported raises an ImportError."""
+
+    def stopped(config, *, out, **_):
+        raise ImportError("initialization failed") from TrainingStopped("stopped by SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "run_job", stopped)
+        with pytest.raises(TrainingStopped):
+            sweep(points(methods=["mgp"], seeds=1), out=tmp_path, storage=None)
+    rows = sweep(points(methods=["mgp"], seeds=1), out=tmp_path, storage=None)
+    assert [r["state"] for r in rows] == ["complete"] * 2
+
+
 # -- the ledger --------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +238,42 @@ def test_a_worker_on_another_machine_is_given_time(tmp_path, monkeypatch):
 def test_a_storage_that_cannot_be_opened_says_so(tmp_path):
     with pytest.raises(ValueError, match="cannot be opened"):
         Ledger(f"sqlite:///{tmp_path / 'nowhere' / 'sweep.db'}", "s")
+
+
+def pages(ledger, most):
+    """How many SQLite may write; those that are there stay."""
+    with ledger._storage.engine.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count={most}")
+
+
+def test_a_storage_that_is_lost_on_the_way_is_named(storage, tmp_path, monkeypatch):
+    ledger = Ledger(storage, "s")
+    ledger.add(["a"])
+    entry = ledger.take(["a"])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        if "sqlite" in storage:
+            pages(ledger, 1)
+        with pytest.raises(StorageLost, match=r"^storage .*sweep\.(journal|db): cannot be .*(No space|disk is full)"):
+            ledger.note(entry, words="long " * 10_000)
+    if "sqlite" in storage:
+        pages(ledger, 10_000)
+    ledger.note(entry, seconds=2.0)
+    assert Ledger(storage, "s").entries()[0].facts["seconds"] == 2.0
+
+
+def test_the_lock_of_a_journal_is_found_again_from_anywhere(tmp_path, monkeypatch):
+    """It is a link; where its target is not there, a lock that a killed worker left is waited for without end."""
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger("runs/sweep.journal", "s")
+    lock = ledger._storage._backend.lock
+    lock.acquire()
+    assert Path("runs/sweep.journal.lock").is_symlink() and Path("runs/sweep.journal.lock").exists()
+    lock.release()
 
 
 def test_the_command_sweeps_and_goes_on(tmp_path, unmeasured):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from espalier.forms.transfer import moved
 from espalier.seals import DAMAGED, SEAL, seal
+from espalier.surgery.writing import append_lines, cannot_write, cut_torn_line
 
 JOURNAL = "search.journal"  # in the folder of a run
 
@@ -95,10 +96,11 @@ def _study(journal: Path | None, name: str) -> Any:
             return optuna.create_study()
         journals = optuna.storages.journal
         try:
-            _cut_torn_line(journal)
+            if journal.exists():
+                cut_torn_line(journal)
             # An open file as a lock works on every system, a symbolic link does not.
-            backend = journals.JournalFileBackend(str(journal), lock_obj=journals.JournalFileOpenLock(str(journal)))
-            storage = optuna.storages.JournalStorage(_Sealed(backend, journal))
+            backend = Journal(journal, journals.JournalFileOpenLock)
+            storage = optuna.storages.JournalStorage(_Sealed(backend))
             study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -110,14 +112,42 @@ def _study(journal: Path | None, name: str) -> Any:
         return study
 
 
+class Journal:
+    """A backend of Optuna's journal to whose file lines are added whole or not at all, however full the disk is."""
+
+    def __init__(self, file: Path, lock: Callable[[str], Any]) -> None:
+        import optuna
+
+        self.file = file.absolute()  # the link that locks it points there from wherever it lies
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.backend = optuna.storages.journal.JournalFileBackend(str(self.file))
+        except OSError as error:
+            raise cannot_write(file, error) from error
+        self.lock = lock(str(self.file))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            self.lock.acquire()
+        except OSError as error:
+            raise cannot_write(self.file, error) from error
+        try:
+            append_lines(self.file, "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
+        finally:
+            self.lock.release()
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        return iter(self.backend.read_logs(log_number_from))
+
+
 class _Sealed:
     """A backend of Optuna's journal that adds a checksum to every line, over it and the one before, and compares it later.
 
     Lines from before there were checksums, at the beginning, have none.
     """
 
-    def __init__(self, backend: Any, journal: Path) -> None:
-        self.backend, self.journal = backend, journal
+    def __init__(self, backend: Journal) -> None:
+        self.backend = backend
         self.chain = [""]  # checksum of every line, after that of none
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -139,16 +169,6 @@ class _Sealed:
             self.chain.append(written)
             if number >= log_number_from:
                 yield log
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """A program killed while it wrote leaves half a line, and the next line would be added to it."""
-    if journal.exists():
-        content = journal.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with journal.open("r+b") as file:
-                file.truncate(whole)
 
 
 def _finished(study: Any) -> Trials:

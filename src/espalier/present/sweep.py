@@ -11,6 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -38,6 +39,7 @@ from espalier.run.charts import Dot, dot_chart
 from espalier.run.ledger import SWEEP_JOURNAL, Entry, Ledger
 from espalier.run.report import dense_score, metric_of, places
 from espalier.run.rundir import CONFIG, METRICS, PROFILE, read_config, read_sealed, to_toml, write_file
+from espalier.run.stopping import stop_within
 from espalier.tasks import Metric, to_device
 
 AXES = {"time": "measured time", "macs": "MACs", "params": "parameters"}
@@ -151,7 +153,6 @@ def _same_as_before(folder: Path, point: SweepPoint) -> None:
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ValueError(f"{file}: this point was begun with other settings; choose another --out")
     if not file.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, text.encode())
 
 
@@ -172,7 +173,14 @@ def _work(
                 beat=lambda: ledger.beat(entry),
             )
         metrics, config = read_sealed(folder / METRICS), read_config(folder / CONFIG)
+    except OSError:  # a full disk is no fault of this point, and the next would fail as well
+        with suppress(OSError):  # where the ledger is full too, the point is free as soon as this process is gone
+            ledger.release(entry)
+        raise
     except Exception as error:  # it diverged, cannot meet its budget, or fills the memory: the rest goes on
+        if (stop := stop_within(error)) is not None:
+            ledger.release(entry)
+            raise stop from error
         text = str(error).strip() or type(error).__name__
         ledger.fail(entry, text)
         stderr.print(f"{point.name}: {text}", markup=False, soft_wrap=True)
@@ -294,7 +302,6 @@ def with_shared_profile(config: Config, *, out: Path, download: bool) -> Config:
     network = starting_network(fit_model_to(config, data), seed=recipe.seed)
     budget = dict(config["budget"])
     runtime, file = budget.pop("runtime", "onnxruntime"), (out / PROFILE).resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
     found = measured_profile(network, to_device(job_example(data, make_task(config)), "cpu"), to=file, runtime=runtime)
     stdout.print(f"profile: {found.describe()}", markup=False, soft_wrap=True)
     return {**config, "budget": {**budget, "profile": str(file)}}

@@ -10,11 +10,17 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from espalier.methods.search import Journal
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SILENT = 3600.0  # seconds without an epoch after which a point on another machine is given to somebody else
 SWEEP_JOURNAL = "sweep.journal"
@@ -30,10 +36,38 @@ class Entry:
     facts: Mapping[str, Any]  # what its worker has written down: results, or the ``error``
 
 
+class StorageLost(OSError):
+    """The storage of a sweep can no longer be read or written; what is in it stays."""
+
+
+def _named(act: Callable[Concatenate[Ledger, P], R]) -> Callable[Concatenate[Ledger, P], R]:
+    """Every database has errors of its own: they become one that names the storage."""
+
+    @wraps(act)
+    def told(self: Ledger, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return act(self, *args, **kwargs)
+        except StorageLost:
+            raise
+        except OSError as error:  # of the journal, which is named in it
+            raise StorageLost(f"storage {error}") from error
+        except Exception as error:
+            raise StorageLost(f"storage {self.storage}: cannot be used any longer ({_reason(error)})") from error
+
+    return told
+
+
+def _reason(error: BaseException) -> str:
+    """What was at the root of it, in its first line: Optuna says of any failure that it was invalid data."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Ledger:
     """``storage`` is a database URL (``sqlite:///sweep.db``, ``postgresql://...``) or a file of Optuna's journal.
 
-    Raises: ValueError if it cannot be opened.
+    Raises: ValueError if it cannot be opened; StorageLost, from all methods, if it cannot be used any longer.
     """
 
     def __init__(self, storage: str, name: str, *, maximize: bool = True) -> None:
@@ -41,19 +75,25 @@ class Ledger:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._states = optuna.trial.TrialState
+        self.storage = storage
         try:
             if "://" in storage:
                 backend = optuna.storages.RDBStorage(storage)
             else:
-                Path(storage).parent.mkdir(parents=True, exist_ok=True)
-                backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+                journal = Journal(Path(storage), optuna.storages.journal.JournalFileSymlinkLock)
+                backend = optuna.storages.JournalStorage(journal)
             self.study = optuna.create_study(
                 study_name=name, storage=backend, direction="maximize" if maximize else "minimize", load_if_exists=True
             )
+        except OSError as error:  # of the journal, which is named in it
+            raise ValueError(f"storage {error}") from error
         except Exception as error:  # every database has errors of its own
-            raise ValueError(f"storage {storage}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
+            raise ValueError(
+                f"storage {storage}: cannot be opened ({_reason(error)}); mend that, or name another with --storage"
+            ) from error
         self._storage = backend
 
+    @_named
     def add(self, points: Iterable[str]) -> None:
         """Enqueue those that are not there yet."""
         there = {e.point for e in self.entries()}
@@ -61,6 +101,7 @@ class Ledger:
             if point not in there:
                 self.study.enqueue_trial({"point": point}, user_attrs={"point": point})
 
+    @_named
     def entries(self) -> list[Entry]:
         """Every point once, in the order in which they were added: of two workers that added it the first one's counts."""
         found: dict[str, Entry] = {}
@@ -71,6 +112,7 @@ class Ledger:
                 found[point] = Entry(point, trial.state.name.lower(), trial.number, facts)
         return list(found.values())
 
+    @_named
     def take(self, points: Iterable[str]) -> Entry | None:
         """The next of ``points`` that nobody is at work on, now ours; ``None`` if there is none."""
         mine = set(points)
@@ -89,24 +131,29 @@ class Ledger:
         if self._move(entry, self._states.FAIL):
             self.study.enqueue_trial({"point": entry.point}, user_attrs={"point": entry.point})
 
+    @_named
     def beat(self, entry: Entry) -> None:
         """Say that we are still at it."""
         self.note(entry, worker=_me())
 
+    @_named
     def note(self, entry: Entry, **facts: Any) -> None:
         """Write something down about a point that has not ended: plain values."""
         with suppress(RuntimeError):  # it ended meanwhile
             for name, value in facts.items():
                 self._storage.set_trial_user_attr(self._id(entry), name, value)
 
+    @_named
     def complete(self, entry: Entry, score: float) -> None:
         self._storage.set_trial_state_values(self._id(entry), self._states.COMPLETE, [score])
 
+    @_named
     def fail(self, entry: Entry, error: str) -> None:
         """Recorded, and not tried again."""
         self.note(entry, error=error)
         self._storage.set_trial_state_values(self._id(entry), self._states.FAIL)
 
+    @_named
     def release(self, entry: Entry) -> None:
         """Let somebody else go on with it."""
         self._move(entry, self._states.WAITING)

@@ -19,6 +19,17 @@ def stop_now(number: int, frame: FrameType | None) -> None:
     raise TrainingStopped("stopped by SIGTERM")
 
 
+def stop_within(error: BaseException | None) -> BaseException | None:
+    """The stop that ``error`` comes from, if it does: an extension that is stopped while it is imported raises ImportError."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, (KeyboardInterrupt, TrainingStopped)):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def sigterm_noticed() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM ends nothing; what is yielded tells whether it has come.
