@@ -646,7 +646,47 @@ def test_a_folder_without_a_network_is_refused(tiny, tmp_path):
     refused(espalier("evaluate", tmp_path / "empty"), "config.toml")
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_a_disk_that_became_full_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+    def full(self, history):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("espalier.present.progress.RunProgress.on_epoch", full)
+    done = begin(tiny, tmp_path / "run")
+    assert done.exit_code == 2
+    assert (
+        "No space left" in done.stderr and f"then go on with: espalier compress --out {tmp_path / 'run'}" in done.stderr
+    )
+    monkeypatch.setattr("espalier.run.rundir.write_file", full)
+    done = begin(tiny, tmp_path / "other")
+    assert done.exit_code == 2 and "go on with" not in done.stderr  # nothing has begun
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (es.TrainingStopped, 143)])
+def test_a_stop_that_an_import_turned_into_an_error_is_a_stop(tiny, tmp_path, monkeypatch, stop, code):
+    def imported(self, history):
+        raise ImportError("initialization failed") from stop("stopped by somebody")
+
+    monkeypatch.setattr("espalier.present.progress.RunProgress.on_epoch", imported)
+    done = begin(tiny, tmp_path / "run")
+    assert done.exit_code == code and "initialization" not in done.stderr
+    assert f"go on with: espalier compress --out {tmp_path / 'run'} --resume" in done.stderr
+
+
 # -- errors
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "resnet8"], ["inspect", "resnet8", "--json"]])
+def test_no_room_for_what_is_printed_is_said(arguments, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rich.console.Console._write_buffer", full)
+    said = []
+    monkeypatch.setattr("espalier.present.edge.say_error", said.append)
+    assert espalier(*arguments).exit_code == 2
+    assert str(said[0]).startswith("what is printed: cannot be written (No space left on device); make room")
 
 
 @pytest.mark.parametrize("kind", [ValueError, PenaltyDiverged, TrainingDiverged])

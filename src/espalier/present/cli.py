@@ -43,7 +43,7 @@ from espalier.run.evaluate import evaluate as evaluate_model, pick_device
 from espalier.run.images import Images
 from espalier.run.models import load_weights, runs_code
 from espalier.run.recipe import Recipe
-from espalier.run.rundir import ONNX, PROFILE, SUMMARY
+from espalier.run.rundir import ONNX, PROFILE, SUMMARY, written_at
 from espalier.timing.making import collect as collect_profile, export_networks
 from espalier.timing.profile import save_profile
 
@@ -98,7 +98,8 @@ def compress(
     wanted |= {"method": {**given(name=method), **hyper_parameters(set or [])}}
     out: Path = job["out"]
     own = f" --model {job['model']}" if job["model"] and runs_code(job["model"]) else " --trust" if job["trust"] else ""
-    with stopped(f"go on with: espalier compress --out {out} --resume{own}"):
+    older = None if resume else written_at(out)
+    with stopped(f"go on with: espalier compress --out {out} --resume{own}", begun=lambda: written_at(out) != older):
         merged = merged_settings(wanted, config=job["config"], out=out, resume=resume, trust=job["trust"])
         run_job(
             merged,
@@ -193,7 +194,7 @@ def inspect(
         load_weights(network, weights)
     summary = overview(trace(network, inputs))
     if as_json:
-        typer.echo(json.dumps(asdict(summary), indent=1))
+        stdout.print(json.dumps(asdict(summary), indent=1), markup=False, emoji=False, soft_wrap=True)
     else:
         show_summary(summary, stdout)
 
@@ -320,7 +321,7 @@ def profile(
         found = collect_profile(network, inputs, collect)
         save_profile(found, out)
     else:
-        with stopped(f"go on with the same command, {out} keeps what was measured"):
+        with stopped(f"go on with the same command, {out} keeps what was measured", begun=out.exists):
             found = measured_profile(network, inputs, to=out, **how)
     stdout.print(f"{out}: {found.describe()}", markup=False, soft_wrap=True)
     if check:
