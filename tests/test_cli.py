@@ -260,8 +260,10 @@ def test_a_run_from_python_is_exported_once_its_network_and_input_are_said(tiny,
     network = build_model(tiny, num_classes=10, in_channels=1)
     run = tmp_path / "run"
     es.compress(network, torch.zeros(1, 1, 8, 8), budget=Budget(macs=0.5), method=es.Magnitude(), out=run)
-    for options in ((), ("--model", tiny), ("--input", "1,1,8,8")):
-        refused(espalier("export", run, *options), str(run), "does not say", "--model and --input")
+    where = f"{run / 'config.toml'}: [model] has no "
+    refused(espalier("export", run), where + "name, in_channels, image_size; give --model and --input")
+    refused(espalier("export", run, "--model", tiny), where + "in_channels, image_size; give --input")
+    refused(espalier("export", run, "--input", "1,1,8,8"), where + "name; give --model")
     done = espalier("export", run, "--model", tiny, "--input", "1,1,8,8")
     assert done.exit_code == 0, done.output
     assert (run / "model.onnx").stat().st_size > 0
@@ -539,6 +541,33 @@ def test_what_is_missing_is_named(missing, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(espalier("compress", *given), f"{missing} is missing")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_a_runs_configuration_lacks_is_named_with_file_and_section(tiny, tmp_path):
+    """These commands have no --config that could hold it."""
+    run, file = tmp_path / "run", tmp_path / "run" / "config.toml"
+    begin(tiny, run, "--method", "none")
+    whole = file.read_text()
+    for section, lacks in (("model", f'name = "{tiny}"'), ("data", 'name = "digits"')):
+        file.write_text(whole.replace(lacks, "", 1))
+        words = f"{file}: [{section}] has no name; say it with --{section}"
+        refused(espalier("evaluate", run, "--trust"), words)
+        refused(espalier("export", run, "--int8", "--trust"), words)
+        refused(espalier("compress", "--resume", "--out", run, "--trust"), words)
+        assert "--config" not in espalier("evaluate", run, "--trust").stderr
+    file.write_text(whole.replace("image_size = 8", "", 1))
+    refused(espalier("time", run, "--trust"), f"{file}: [model] has no image_size; build that network")
+    refused(espalier("export", run, "--trust"), f"{file}: [model] has no image_size; give --input")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_what_a_file_of_weights_does_not_say_is_asked_for(command, tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
+    done = espalier(command, tmp_path / "w.pt")
+    refused(done, "error: --model is missing: give it\n")
+    if command == "evaluate":
+        refused(espalier(command, tmp_path / "w.pt", "--model", "resnet8"), "error: --data is missing: give it\n")
 
 
 def test_an_unknown_method_is_refused_with_what_there_is(tmp_path):

@@ -532,7 +532,9 @@ def test_plans_are_measured_until_the_time_is_right_however_wrong_the_profile_is
     budget = es.Budget(latency=0.8, profile=profile)
     found = closing.settle(Family(model, graph, (X,)), b"dense", importance, budget)
     assert found.limit == pytest.approx(0.8 * profile.dense)
-    assert found.measured <= found.limit < (found.above or math.inf)  # where blocks are wide, the first plan may be close
+    assert (
+        found.measured <= found.limit < (found.above or math.inf)
+    )  # where blocks are wide, the first plan may be close
     for share in np.linspace(0.4, 0.9, 30):  # a better one there is not
         plan = solve(profile.on(graph), importance, es.Budget(latency=float(share), profile=profile))
         took = really(profile.predict(graph, plan.counts(graph)) / profile.dense) * profile.dense

@@ -194,7 +194,8 @@ def _frozen_too(frozen: Sequence[Frozen]) -> str:
         held[channels.reason] = held.get(channels.reason, 0) + channels.count
     most = max(held, key=lambda reason: held[reason])
     first = next(c.tensor for c in frozen if c.reason == most)
-    return f". Frozen are channels of {len({c.tensor for c in frozen})} tensors, most of them, {first} first, because: {most}"
+    held_in = len({c.tensor for c in frozen})
+    return f". Channels of {held_in} tensors are frozen, most for this reason, {first} first: {most}"
 
 
 def block_size(group: Group, multiple_of: int) -> int:

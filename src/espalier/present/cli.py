@@ -71,6 +71,9 @@ def main(
     """Options of the program itself."""
 
 
+BOTH = ("model", "data")
+
+
 @app.command()
 @opt.with_settings(shared=opt.JOB, data=(Images,), recipe=(Recipe,))
 def compress(
@@ -100,7 +103,9 @@ def compress(
     own = f" --model {job['model']}" if job["model"] and runs_code(job["model"]) else " --trust" if job["trust"] else ""
     older = None if resume else written_at(out)
     with stopped(f"go on with: espalier compress --out {out} --resume{own}", begun=lambda: written_at(out) != older):
-        merged = merged_settings(wanted, config=job["config"], out=out, resume=resume, trust=job["trust"])
+        merged = merged_settings(
+            wanted, config=job["config"], out=out, resume=resume, trust=job["trust"], needs=BOTH, has_config=True
+        )
         run_job(
             merged,
             out=out,
@@ -149,7 +154,9 @@ def sweep_points(
 ) -> None:
     """Run methods at several budgets and seeds: a run folder for each, a table, pictures. Started again, it goes on."""
     wanted, out = _wanted(job, settings, budget=given(profile=profile, runtime=runtime)), job["out"]
-    merged = merged_settings(wanted, config=job["config"], out=None, resume=False, trust=job["trust"])
+    merged = merged_settings(
+        wanted, config=job["config"], out=None, resume=False, trust=job["trust"], needs=BOTH, has_config=True
+    )
     limits = {"macs": macs, "params": params, "activation_memory": activation_memory}
     texts = {n: text for n, text in limits.items() if text is not None}
     budgets: dict[str, Sequence[float | str]] = {
@@ -217,7 +224,7 @@ def evaluate(
         "data": {**given(name=data, dir=data_dir), **settings["data"]},
         "recipe": settings["recipe"],
     }
-    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust)
+    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust, needs=BOTH)
     recipe = make_recipe(merged)
     source, task = make_data(merged, device=pick_device(recipe.device)), make_task(merged)
     network = open_network(path, fit_model_to(merged, source)).to(pick_device(recipe.device))
@@ -254,7 +261,8 @@ def export(
     """Write the network in a run folder, or in a file with --model, for another program, and compare it with PyTorch."""
     _check_exists(path)
     wanted: Config = {"model": given(name=model), "data": given(name=data)}
-    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust)
+    needs = BOTH if int8 else () if path.is_dir() else ("model",)  # of a folder, input_of_run says what is missing
+    merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust, needs=needs)
     target = to or (path / ONNX if path.is_dir() else path.with_suffix(".onnx"))
     if int8:
         target = to or target.with_suffix(".int8.onnx")

@@ -125,10 +125,20 @@ def read_sections(file: Path) -> Config:
     return tables
 
 
-def merged_settings(options: Config, *, config: Path | None, out: Path | None, resume: bool, trust: bool) -> Config:
+def merged_settings(
+    options: Config,
+    *,
+    config: Path | None,
+    out: Path | None,
+    resume: bool,
+    trust: bool,
+    needs: Sequence[str] = (),
+    has_config: bool = False,
+) -> Config:
     """``options`` over ``config``, a file or a run's folder, or over the configuration of the run to resume.
 
-    Raises: ValueError if the file, which anybody may have written, names code to run, unless ``trust``.
+    Raises: ValueError if the file, which anybody may have written, names code to run, unless ``trust``; or if a section that
+    the command ``needs`` has no name, in words for a command that ``has_config``, the option of that name, or not.
     """
     file = config if config is not None else out if resume else None
     if config is None and file is not None:
@@ -143,6 +153,11 @@ def merged_settings(options: Config, *, config: Path | None, out: Path | None, r
     merged = merge({name: dict(below.get(name, {})) for name in SECTIONS}, options)
     if resume and merged["method"].get("name") != below.get("method", {}).get("name"):
         raise ValueError(f"{file}: cannot resume with another method; leave --method out")
+    for section in needs:
+        if "name" not in merged[section]:
+            if file is not None:
+                raise ValueError(f"{file}: [{section}] has no name; say it with --{section}")
+            raise ValueError(f"--{section} is missing: give it{', or a --config that holds it' if has_config else ''}")
     return merged
 
 
@@ -176,10 +191,9 @@ def merge(below: Config, above: Config) -> Config:
 
 
 def required(config: Config, section: str, name: str) -> Any:
-    """The value, or a ``ValueError`` that says which option gives it."""
+    """The value, or a ``ValueError``; a command that may lack one says so before, where the file is known."""
     if name not in config[section]:
-        option = f"--{section}" if name == "name" else f"--{name}"
-        raise ValueError(f"{option} is missing: give it, or a --config that holds it")
+        raise ValueError(f"the configuration has no {name} in its section [{section}]")
     return config[section][name]
 
 

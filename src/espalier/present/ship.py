@@ -44,9 +44,10 @@ def load_run(folder: str | os.PathLike[str], *, trust: bool = False) -> nn.Modul
     path = Path(folder)
     check_is_run(path)
     config = read_sections(path / CONFIG)
-    if not config["model"].keys() >= {"name", "num_classes", "in_channels", "image_size"}:
+    if missing := [n for n in ("name", *SIZES) if n not in config["model"]]:
+        given = " (it was given in Python)" if "name" in missing else ""
         raise ValueError(
-            f"{path}: does not say which network it was, as it was given in Python; build that one and load into it: "
+            f"{path / CONFIG}: [model] has no {', '.join(missing)}{given}; build that network and load into it: "
             f"es.load({str(path / 'model.safetensors')!r}, base=your_model)"
         )
     if not trust:
@@ -81,10 +82,6 @@ def exported_int8(
     data_dir: Path | None,
 ) -> str:
     """The same in eight bits, calibrated and judged on the data of the run."""
-    if "name" not in config["data"]:
-        raise ValueError(
-            f"{path}: does not say what data it was trained on; give --data, to calibrate and to judge with"
-        )
     if data_dir is not None:
         config = {**config, "data": {**config["data"], "dir": str(data_dir)}}
     source = make_data(config, device=pick_device("cpu"))
@@ -176,8 +173,10 @@ def times_table(timings: Sequence[Timing]) -> str:
 
 def input_of_run(path: Path, section: Mapping[str, Any], given_input: list[str] | None) -> list[str]:
     """What was given, or the shape of the run's images, as ``--input`` has it."""
-    if not section.keys() >= ({"name"} if given_input else {"name", "in_channels", "image_size"}):
-        raise ValueError(f"{path}: this run does not say its network and input: give --model and --input")
+    needed = {"name": "--model", **({} if given_input else {"in_channels": "--input", "image_size": "--input"})}
+    if missing := {name: option for name, option in needed.items() if name not in section}:
+        options = " and ".join(dict.fromkeys(missing.values()))
+        raise ValueError(f"{path / CONFIG}: [model] has no {', '.join(missing)}; give {options}")
     return given_input or ["1,{in_channels},{image_size},{image_size}".format(**section)]
 
 
