@@ -201,6 +201,27 @@ def test_two_workers_never_get_the_same_point(storage):
     assert [(e.point, e.state) for e in two.entries()] == [("a", "complete"), ("b", "fail"), ("c", "running")]
 
 
+def test_workers_that_begin_at_the_same_moment_share_a_new_storage(storage):
+    processes = multiprocessing.get_context("fork")
+    together, opened = processes.Barrier(4), processes.Queue()
+
+    def work():
+        together.wait()
+        try:
+            Ledger(storage, "s").add(["a", "b"])
+            opened.put("")
+        except Exception as error:
+            opened.put(repr(error))
+
+    workers = [processes.Process(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [opened.get(timeout=60) for _ in workers] == [""] * 4
+    for worker in workers:
+        worker.join()
+    assert [e.point for e in Ledger(storage, "s").entries()] == ["a", "b"]
+
+
 def test_what_a_killed_worker_held_is_taken_over_once(storage):
     processes = multiprocessing.get_context("fork")
     at_work = processes.Event()

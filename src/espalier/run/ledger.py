@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -78,7 +79,7 @@ class Ledger:
         self.storage = storage
         try:
             if "://" in storage:
-                backend = optuna.storages.RDBStorage(storage)
+                backend = _database(storage)
             else:
                 journal = Journal(Path(storage), optuna.storages.journal.JournalFileSymlinkLock)
                 backend = optuna.storages.JournalStorage(journal)
@@ -166,6 +167,24 @@ class Ledger:
             return bool(self._storage.set_trial_state_values(self._id(entry), state))
         except RuntimeError:  # finished by somebody meanwhile
             return False
+
+
+def _database(url: str) -> Any:
+    """Of workers that begin together on a new database, as an array of jobs does, each makes the tables that are not there:
+    all but one fail, and find them there when they look again."""
+    import optuna
+
+    for attempt in range(1, TRIES + 1):
+        try:
+            return optuna.storages.RDBStorage(url)
+        except Exception as error:  # in the words of SQLite, PostgreSQL and MySQL
+            if attempt == TRIES or not re.search("already exists|duplicate|unique|locked", _reason(error), re.IGNORECASE):
+                raise
+        time.sleep(0.1 * attempt + os.getpid() % 10 / 50)  # not all at once again
+    raise AssertionError
+
+
+TRIES = 8
 
 
 def _me() -> dict[str, Any]:
