@@ -135,6 +135,23 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
     assert journal.read_bytes() == whole + b"next\n"
 
 
+def test_half_a_checkpoint_of_a_killed_program_is_cleared_away(tmp_path: Path) -> None:
+    """Every kill would leave one, of the network's size, until the disk is full."""
+
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def act() -> None:
+        os.replace = killed  # type: ignore[assignment]
+        write_checkpoint(Path("checkpoint.pt"), {"epoch": 1})
+
+    (tmp_path / ".checkpoint.pt.mine").touch()
+    forked(act, folder=tmp_path)
+    assert len(list(tmp_path.glob(".checkpoint.pt.*"))) == 2
+    compress(tmp_path)
+    assert [p.name for p in tmp_path.glob(".*")] == [".checkpoint.pt.mine"]
+
+
 def test_begun_anew_on_a_full_disk_the_old_run_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compress(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -178,7 +178,7 @@ def _database(url: str) -> Any:
         try:
             return optuna.storages.RDBStorage(url)
         except Exception as error:  # in the words of SQLite, PostgreSQL and MySQL
-            if attempt == TRIES or not re.search("already exists|duplicate|unique|locked", _reason(error), re.IGNORECASE):
+            if attempt == TRIES or not re.search("(?i)already exists|duplicate|unique|locked", _reason(error)):
                 raise
         time.sleep(0.1 * attempt + os.getpid() % 10 / 50)  # not all at once again
     raise AssertionError

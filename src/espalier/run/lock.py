@@ -14,7 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from espalier.surgery.writing import cannot_write
+from espalier.run.rundir import CHECKPOINT
+from espalier.surgery.writing import cannot_write, clear
 
 LOCK, OWNER = "run.lock", "run.owner"
 
@@ -43,6 +44,7 @@ def owned(folder: Path) -> Iterator[None]:
         if owner and platform.node() != owner.get("host") and not (_boot() and owner.get("boot") == _boot()):
             raise _taken(folder)
         stack.callback((folder / OWNER).unlink, missing_ok=True)
+        clear(folder / CHECKPOINT)  # the largest file, and nobody else writes it
         try:
             (folder / OWNER).write_text(json.dumps(_me()), encoding="utf-8")
         except OSError as error:

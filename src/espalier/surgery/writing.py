@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def write_beside(path: Path, write: Callable[[str], object]) -> None:
         kept = "; what was there is untouched" if _is_there(path) else ""
         said.args = (f"{said}{kept}",)
         raise said from error
+
+
+def clear(path: Path) -> None:
+    """Remove what a program that was killed left half written beside ``path``.  Nobody may be writing it."""
+    for left in path.parent.glob(f".{escape(path.name)}.????????"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def write_tensors(path: Path, content: Any) -> None:
