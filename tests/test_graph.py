@@ -738,3 +738,20 @@ def test_a_layer_is_read_by_number_where_torch_reads_it_and_not_written_out(data
     assert layer is not None
     assert layer.size == shape[channels]
     assert np.array_equal(np.broadcast_to(layer, expected.shape), expected.numpy())
+
+
+class WrittenMap(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.t = nn.Linear(16, 64 * 16), nn.ConvTranspose2d(64, 3, 4, 2, 1)
+
+    def forward(self, z):
+        return self.t(self.l(z).relu().view(-1, 64, 4, 4))
+
+
+def test_a_map_whose_channels_are_written_down_is_frozen_with_its_line() -> None:
+    """Both guesses of what the view leaves fixed are wrong; one unit of all channels would stay without a word."""
+    graph = trace(WrittenMap(), torch.zeros(1, 16))
+    assert not graph.groups
+    [reason] = {f.reason for f in graph.frozen if (f.tensor, f.dim) in (("l.weight", 0), ("t.weight", 0))}
+    assert "a view" in reason and "test_graph.py:" in reason

@@ -135,11 +135,15 @@ def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
     A view may have split channels so that the dimension that shrinks is none that a layer takes for channels; and where a
     channel shuffle lies between convolutions of many groups, whole groups hang together and only positions in all can go.
     """
-    views = {key for key in stage.watch.wrong_guesses if not lessons.lines.get(key)}
-    lessons.lines |= dict.fromkeys(views, 1)
+    moving = {(s.tensor, s.dim) for g in stage.graph.groups if g.size > 1 for s in g.slices}
+    views = {key: 1 for key in stage.watch.wrong_guesses if not lessons.lines.get(key)}
+    for key, axes in stage.watch.wrong_guesses.items():
+        split = {(stage.watch.axes[n].tensor, stage.watch.axes[n].dim) for n in axes}
+        if lessons.lines.get(key) == 1 and not split & moving:  # the other guess was wrong too: the line is to be told
+            views[key] = 2
+    lessons.lines |= views
     normed = stage.watch.normed.keys() - lessons.plain.keys()
     lessons.plain |= dict.fromkeys(n for n in stage.watch.normed if n in normed)
-    moving = {(s.tensor, s.dim) for g in stage.graph.groups if g.size > 1 for s in g.slices}
     stuck = {n for n in stage.watch.divided if not moving & {(f"{n}.weight", 0), (n, 0)}} - lessons.positions
     lessons.positions |= stuck
     return bool(views or stuck or normed)

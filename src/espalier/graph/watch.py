@@ -325,7 +325,7 @@ class Watch(TorchDispatchMode):
         self.clock = 0
         self._guesses: dict[bytes, tuple[Key, int]] = {}  # layer that a view split -> where, which dimension shrinks
         self._splits: dict[bytes, tuple[int, ...]] = {}  # of the same, its shape without the dimensions of size one
-        self.wrong_guesses: set[Key] = set()
+        self.wrong_guesses: dict[Key, set[int]] = {}  # and the axes whose channels were split
         self.divided: set[str] = set()  # convolutions that lose whole groups of several channels
         self.made = 0  # constants that this forward has made
         self.looks_at_sizes = False  # the user's code reads sizes, or compares numbers that count channels
@@ -507,7 +507,7 @@ class Watch(TorchDispatchMode):
             )
             found = place[rows]
             if (found != found[:, :1]).any():
-                self.wrong_guesses.add(key)
+                self.wrong_guesses.setdefault(key, set()).update(self.axis_at(int(n)) for n in rows[:, 0] if n)
 
     def guessed(self, layer: Layer) -> tuple[Key, int] | None:
         """Where ``layer``, which changes along several dimensions, was split, and the dimension that shrinks."""
