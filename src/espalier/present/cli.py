@@ -167,7 +167,7 @@ def sweep_points(
         merged = with_shared_profile(merged, out=out, download=job["download"])
     methods = (method or merged["method"].get("name", TCP.name)).split(",")
     points = points_of({**merged, "method": {}}, methods=methods, budgets=budgets, seeds=seeds)
-    with stopped("go on with the same command"):
+    with stopped("go on with the same command", begun=out.exists):
         rows = sweep(points, out=out, storage=storage, download=job["download"])
     show_markdown(as_markdown(rows, judged_by(points)), stdout)
     stdout.print(f"{out}", markup=False, soft_wrap=True)
