@@ -93,9 +93,10 @@ def eight_bits() -> str:
 
 def times() -> str:
     """How good predictions of time are and how well budgets of time are held: ``benchmarks.latency``."""
-    rows = read_results("latency")["rows"]
-    where = dict.fromkeys(_by("latency", row) for row in rows)
-    return "\n\n".join([latency.as_table(rows), *where])
+    parts = []
+    for processor, rows in latency.by_processor(read_results("latency")["rows"]).items():
+        parts += [f"On {processor}:", latency.as_table(rows), _by("latency", *rows)]
+    return "\n\n".join(parts)
 
 
 def settings(method: str) -> str:
@@ -272,12 +273,17 @@ def options(command: str) -> str:
     return table([f"`espalier {command}`", ""], lines)
 
 
-def _by(command: str, content: Mapping[str, Any]) -> str:
-    where = content["environment"]
-    hardware = where["hardware"]
+def _by(command: str, *content: Mapping[str, Any]) -> str:
+    where = [part["environment"] for part in content]
+    hardware = where[-1]["hardware"]
+    loads = sorted(w["hardware"]["load_average"] for w in where)
+    load = f"{loads[0]}" if loads[0] == loads[-1] else f"{loads[0]} to {loads[-1]}"
+    versions, revisions = (", ".join(dict.fromkeys(every)) for every in (
+        (w["versions"]["torch"] for w in where), (w["revision"] for w in where)
+    ))  # fmt: skip
     return (
-        f"*`python -m benchmarks.{command}`; {hardware['cpu']}, {hardware['cores']} cores, load {hardware['load_average']}; "
-        f"PyTorch {where['versions']['torch']}; revision {where['revision']}.*"
+        f"*`python -m benchmarks.{command}`; {hardware['cpu']}, {hardware['cores']} cores, load {load}; "
+        f"PyTorch {versions}; revision {revisions}.*"
     )
 
 

@@ -128,9 +128,15 @@ def afresh(model: nn.Module, small: nn.Module, x: torch.Tensor, profile: es.Prof
     return median(shares)
 
 
+def by_processor(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The newest processor first."""
+    names = dict.fromkeys(row["processor"] for row in reversed(rows))
+    return {name: [row for row in rows if row["processor"] == name] for name in names}
+
+
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """One line per network, runtime and batch size."""
-    head = ["network", "runtime", "batch", "processor", "dense, ms", "prediction off by: median, at most"]
+    """One line per network, runtime and batch size, of one processor."""
+    head = ["network", "runtime", "batch", "dense, ms", "prediction off by: median, at most"]
     head += [f"asked {b:.0%}" for b in BUDGETS] + ["half of the MACs", "solver, s", "planning, s"]
     lines = []
     for row in rows:
@@ -141,7 +147,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         slowest = [max((b[k] for b in reached), default=0.0) for k in ("seconds of solving", "seconds of planning")]
         lines.append(
             [
-                row["network"], row["runtime"], str(row["batch"]), row["processor"], f"{row['dense ms']:.3g}",
+                row["network"], row["runtime"], str(row["batch"]), f"{row['dense ms']:.3g}",
                 f"{median(off):.1%}, {max(off):.1%}", *held, f"{half['speed-up']:.2f}x at {half['macs']:.0%}" if half else "",
                 *(f"{s:.1f}" for s in slowest),
             ]
@@ -176,7 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append(one(name, runtime, batch, chosen.profiles))
                 common.write_results(chosen.name, common.rounded({"macs": MACS, "rows": rows}))
                 print(as_table(rows[-1:]), flush=True)
-    print(as_table(rows))
+    for processor, own in by_processor(rows).items():
+        print(f"{processor}\n\n{as_table(own)}\n")
 
 
 if __name__ == "__main__":
