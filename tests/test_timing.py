@@ -206,6 +206,29 @@ def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
     assert found["whole"] > 0
 
 
+def test_a_runtime_that_others_slow_down_is_measured_in_a_process_of_its_own(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    family = Family(Small().eval(), graph_of_small(), (X,))
+    file = family.file(es.Plan.dense(family.graph))
+    monkeypatch.setattr(on_device, "APART", ("onnxruntime",))
+    opened_here = []
+    monkeypatch.setitem(on_device.RUNTIMES, "onnxruntime", lambda *a: opened_here.append(a))
+    how = {"runtime": "onnxruntime", "threads": 1, "batch": 1, "precision": "f32", "seconds": 0.0}
+    found = on_device.measure(file, **how, beside=file)
+    assert {layer_of(name) for name, _, _ in found["nodes"]} >= {0, 1, 2, 3} and found["beside"] > 0
+    assert len(on_device.race([file, file], **how)) == 2
+    first = on_device._apart().child
+    with pytest.raises(RuntimeError, match=r"onnxruntime: .*(?i:protobuf)"):
+        on_device.race([b"no network"], **how)
+    assert on_device._apart().child is first, "it lives on"
+    first.kill()
+    first.wait()
+    assert len(on_device.race([file], **how)) == 1, "and is replaced"
+    assert not opened_here
+    on_device._apart().child.kill()
+
+
 def test_programs_of_pytorch_say_whose_operations_they_hold(monkeypatch):
     torch.manual_seed(0)
     model, graph = Small().eval(), graph_of_small()
