@@ -206,6 +206,32 @@ def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
     assert found["whole"] > 0
 
 
+class WithBlock(nn.Module):
+    """What comes after the block is there still when the block has gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(i, 8, 3, padding=1, bias=False) for i in (3, 8, 8))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (x + self.two(self.one(x).relu())).relu()
+        return self.last(nn.functional.max_pool2d(x, 2)[:, :, ::2].mean((2, 3)))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_what_comes_after_a_block_belongs_to_the_layer_before_it(runtime):
+    if runtime == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    model = WithBlock().eval()
+    family = Family(model, es.trace(model, X), (X,), setting=ProfileSetting(runtime, "", "", 1, 1, "f32"))
+    tails = [layer.signature.partition(" > ")[2].lower().split() for layer in family.layers]
+    stem, one, two, _ = tails
+    assert stem[0] == "relu" and any("pool" in kind for kind in stem) and "slice" in stem
+    assert one == ["relu"] and two == ["add", "relu"]
+
+
 def test_a_runtime_that_others_slow_down_is_measured_in_a_process_of_its_own(monkeypatch):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

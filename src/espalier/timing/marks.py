@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from espalier.graph import Graph
 
 _MARK = re.compile(r"_L(\d+)_")
+SUMS = ("Add", "add")
+ACTIVATIONS = ("Relu", "Clip", "relu", "hardtanh", "clamp")  # those that do nothing when they come twice
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ def marks_of(
 ) -> tuple[list[int | None], tuple[FileLayer, ...]]:
     """The mark of every node: its layer's number from 1 on, that of the last layer before it that it depends on, or none.
 
+    What comes after a residual block belongs to the layer that the block's input belongs to: it is there still when the block
+    has gone.  The addition itself, and an activation on it, go with the block.
+
     ``given`` are the names of the network's inputs, ``weights`` those of what it has learnt; what follows from weights alone is
     computed when the file is loaded and belongs to no layer.
     """
@@ -65,6 +70,8 @@ def marks_of(
     found: list[int | None] = []
     heads: list[tuple[int, str]] = []
     tails: list[list[str]] = [[]]
+    before: dict[str, int] = {name: 1 << n for n, name in enumerate(owner)}  # what a tensor depends on, a bit for each
+    ends: dict[str, tuple[int, int]] = {}  # the sum at the end of a block -> marks of its last layer, and of its input
     for node in nodes:
         live = [owner[i] for i in node.inputs if i in owner]
         if not live:
@@ -79,14 +86,38 @@ def marks_of(
             heads.append((site_number, f"{node.kind} {node.settings}".rstrip()))
             tails.append([])
         else:
+            skipped = _skipped(node, before) if node.kind in SUMS else None
+            if skipped is not None:
+                ends.update(dict.fromkeys(node.outputs, (mark, owner[skipped])))
+            elif node.kind in ACTIVATIONS and node.inputs[0] in ends:
+                ends.update(dict.fromkeys(node.outputs, ends[node.inputs[0]]))
+                mark = ends[node.inputs[0]][0]
             tails[mark].append(node.kind)
-        owner.update(dict.fromkeys(node.outputs, mark))
+        own = 0
+        for name in node.inputs:
+            own |= before.get(name, 0)
+        for name in node.outputs:
+            before[name] = own | 1 << len(before)
+            owner[name] = ends[name][1] if name in ends else mark
         found.append(mark)
     layers = (
         FileLayer(site, _signature(graph, site, head, tail))
         for (site, head), tail in zip(heads, tails[1:], strict=True)
     )
     return found, tuple(layers)
+
+
+def _skipped(node: FileNode, before: dict[str, int]) -> str | None:
+    """The input of a sum from which the other one is made: what a residual block reads."""
+    if len(node.inputs) != 2 or not all(name in before for name in node.inputs):
+        return None
+    one, two = node.inputs
+    bits = before[one], before[two]
+    if bits[0] == bits[1]:
+        return None
+    if bits[0] & bits[1] == bits[0]:
+        return one
+    return two if bits[0] & bits[1] == bits[1] else None
 
 
 def _site_of(roots: set[str], waiting: dict[str, list[int]]) -> int | None:
