@@ -95,7 +95,7 @@ def times() -> str:
     """How good predictions of time are and how well budgets of time are held: ``benchmarks.latency``."""
     parts = []
     for processor, rows in latency.by_processor(read_results("latency")["rows"]).items():
-        parts += [f"On {processor}:", latency.as_table(rows), _by("latency", *rows)]
+        parts += [f"On {processor}: {latency.kept(rows)}", latency.as_table(rows), _by("latency", *rows)]
     return "\n\n".join(parts)
 
 

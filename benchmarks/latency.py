@@ -41,6 +41,8 @@ NETWORKS = {
 }  # fmt: skip
 BUDGETS = (0.7, 0.5, 0.3)
 MACS = 0.5
+NEAR = 0.1  # predictions that are off by less are near
+BELOW, ABOVE = 0.08, 0.03  # how far from what was asked a budget of time is met
 AFRESH = 3  # processes that measure what was planned
 
 
@@ -134,6 +136,17 @@ def by_processor(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [row for row in rows if row["processor"] == name] for name in names}
 
 
+def kept(rows: list[dict[str, Any]]) -> str:
+    """How many predictions and budgets were near."""
+    off = [abs(e) for row in rows for e in row["prediction"]]
+    over = [b["measured afresh"] / b["asked"] - 1 for row in rows for b in row["budgets"] if "measured afresh" in b]
+    near, held = sum(e <= NEAR for e in off), sum(-BELOW <= e <= ABOVE for e in over)
+    return (
+        f"{near} of {len(off)} networks that are in no profile were predicted within {NEAR:.0%}; {held} of {len(over)} budgets "
+        f"were met, measured afresh between {BELOW:.0%} below and {ABOVE:.0%} above."
+    )
+
+
 def as_table(rows: list[dict[str, Any]]) -> str:
     """One line per network, runtime and batch size, of one processor."""
     head = ["network", "runtime", "batch", "dense, ms", "prediction off by: median, at most"]
@@ -183,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
                 common.write_results(chosen.name, common.rounded({"macs": MACS, "rows": rows}))
                 print(as_table(rows[-1:]), flush=True)
     for processor, own in by_processor(rows).items():
-        print(f"{processor}\n\n{as_table(own)}\n")
+        print(f"{processor}: {kept(own)}\n\n{as_table(own)}\n")
 
 
 if __name__ == "__main__":
