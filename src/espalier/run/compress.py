@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from espalier import __version__
 from espalier.copies import check_sound, copy_model, device_of, unwrapped
-from espalier.costs import Cost, cost
+from espalier.costs import LATENCY, Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.graph.watch import TraceError, TraceTimeout
 from espalier.methods.agreement import check_run, once, share, take_from_first
@@ -30,6 +30,7 @@ from espalier.run.batches import Batch, Source
 from espalier.run.checkpoint import fingerprint, read_checkpoint, seeded, take_over
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, pick_device
+from espalier.run.latency import ms_said
 from espalier.run.loggers import Log, Loggers
 from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.processes import held, is_shared, join, tested
@@ -95,7 +96,11 @@ class Result:
         share = self.cost.fraction_of(self.dense)
         parts = [f"{self.cost.macs:,} MACs ({share['macs']:.1%} of {self.dense.macs:,})"]
         parts += [f"{self.cost.params:,} parameters ({share['params']:.1%})"]
-        parts += [f"{name} limit {limit:,}" for name, limit in self.limits.items()]
+        parts += [f"{name} limit {limit:,.0f}" for name, limit in self.limits.items() if name != LATENCY]
+        if self.time is not None:
+            parts.append(
+                f"{ms_said(self.time.small)} of {ms_said(self.time.dense)} ms, limit {ms_said(self.time.limit)} ms"
+            )
         if self.judged_by is not None and self.metric is not None:
             before = "" if self.dense_metric is None else f" (dense {self.judged_by.said(self.dense_metric)})"
             parts.append(f"{self.judged_by.said(self.metric)}{before}")
