@@ -252,7 +252,7 @@ def speed_table() -> str:
             column = f"multiples of {r['multiple_of']}" if r["multiple_of"] > 1 else "half of the MACs, any width"
             own[column] = f"{r['speed-up']['1']:.2f}x"
     for row in read_results("latency").get("rows", []):
-        if row["batch"] == 1:
+        if row["batch"] == 1 and row["runtime"].startswith("onnxruntime"):
             for budget in row["budgets"]:
                 if share := budget.get("measured afresh"):
                     column = f"asked for {100 * budget['asked']:.0f} % of the time"
