@@ -39,18 +39,23 @@ def widths(graph: Graph, stuck: Iterable[int] = ()) -> Iterator[Rehearsed]:
 
     *All different*, primes where there are any near two thirds: a size that belongs to another tensor of equal width, or
     that is written down as a number, shows.  *Two units* each: widths that differed are equal, numbers that saturate
-    (``min(c, 8)``) do not, and branches on a width turn.  *One unit* each: ``squeeze`` takes away what is no dimension of
+    (``min(c, 8)``) do not, and branches on a width turn.  Two of those for which there was *no number left*: so that of every
+    group the last unit has gone while others stay.  *One unit* each: ``squeeze`` takes away what is no dimension of
     size one.  Where there are pairs, one unit of *every other group*, and then of the rest: a pair has no width between, and
     what holds for one unit of it has to hold for the other.  *As wide as what is fixed*: so that a shape may equal that of the
     input, or of channels that stay; ``stuck`` are widths that earlier rehearsals fixed.
     """
-    yield Rehearsed(spread(graph, distinct(graph.sizes)))
+    different = np.array(distinct(graph.sizes), dtype=np.int64)
+    yield Rehearsed(spread(graph, different))
     yield Rehearsed(spread(graph, np.minimum(graph.sizes, 2), from_the_end=True))
+    whole = (different == graph.sizes) & (graph.sizes > 2)
+    if whole.any():
+        yield Rehearsed(spread(graph, np.where(whole, 2, different)))
     yield Rehearsed(spread(graph, np.ones_like(graph.sizes)), single=True, every=True)
     if (graph.sizes == 2).any():
         for rest in (1, 0):
             cut = np.arange(len(graph.sizes)) % 2 != rest
-            counts = np.where(cut, np.minimum(graph.sizes, 1), distinct(graph.sizes))
+            counts = np.where(cut, np.minimum(graph.sizes, 1), different)
             yield Rehearsed(spread(graph, counts, from_the_end=True), single=True)
     for fixed in dict.fromkeys((*stuck, *_fixed_widths(graph))):
         yield Rehearsed(spread(graph, np.minimum(graph.sizes, fixed)))
