@@ -116,7 +116,7 @@ ON_THE_COMMAND_LINE = {
     "--macs 1.5": ([*RUN, "--macs", "1.5"], r"a fraction is at most 1\.0"),
     "--macs x": ([*RUN, "--macs", "x"], r"--macs x: give a fraction \(0\.4 or 40%\) or a count"),
     "a folder for data": (
-        ["compress", "--data", "pictures", "--macs", "0.5", "--out", "o"],
+        ["compress", "--model", "resnet8", "--data", "pictures", "--macs", "0.5", "--out", "o"],
         r"give imagefolder:pictures",
     ),
     "evaluate an onnx": (["evaluate", "model.onnx", "--model", "resnet8", "--data", "digits"], r"is an ONNX file"),
