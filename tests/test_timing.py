@@ -206,6 +206,12 @@ def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
     assert found["whole"] > 0
 
 
+def test_node_times_are_told_apart_from_means_over_all_runs_even_of_nodes_that_come_later():
+    conv, reorder = ("conv", "Convolution"), ("conv_acdb", "Reorder")
+    found = on_device._between({conv: 2.0}, {conv: 1.2, reorder: 0.8}, first=2, last=10)
+    assert found == {conv: pytest.approx(1.0), reorder: pytest.approx(1.0)}
+
+
 class WithBlock(nn.Module):
     """What comes after the block is there still when the block has gone."""
 

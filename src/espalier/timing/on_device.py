@@ -216,6 +216,7 @@ def _fast(times: list[float]) -> float:
     return float(np.mean(sorted(times)[len(times) // 20 : max(1, len(times) // 4)]))
 
 
+Mean = dict[tuple[str, str], float]
 Seen = dict[tuple[str, str], list[float]]  # name and operation of a node -> milliseconds of every run
 
 
@@ -274,6 +275,14 @@ def _onnxruntime(content: bytes, threads: int, batch: int, precision: str) -> Op
     return lambda: plain.run(None, inputs), watch, nodes
 
 
+def _between(early: Mean, late: Mean, first: int, last: int) -> Mean:
+    """Mean milliseconds of the runs after ``first`` up to ``last``, from the means over all runs up to either.
+
+    A reordering of data may be there in later runs only.
+    """
+    return {n: max(last * mean - first * early.get(n, 0.0), 0.0) / (last - first) for n, mean in late.items()}
+
+
 def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opened:
     import openvino
 
@@ -311,10 +320,8 @@ def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opene
                       for n in watched.get_profiling_info() if n.status == n.Status.EXECUTED})  # fmt: skip
         if len(means) == 2 + 2 * BURST:
             for first, last in ((2, 2 + BURST), (2 + BURST, 2 + 2 * BURST)):
-                for node, mean in means[last - 1].items():
-                    seen.setdefault(node, []).append(
-                        max(last * mean - first * means[first - 1][node], 0.0) / (last - first)
-                    )
+                for node, took in _between(means[first - 1], means[last - 1], first, last).items():
+                    seen.setdefault(node, []).append(took)
             fresh.clear()
 
     return lambda: plain.infer(inputs), watch, lambda: _fastest(seen)
