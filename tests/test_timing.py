@@ -257,8 +257,13 @@ def test_a_runtime_that_others_slow_down_is_measured_in_a_process_of_its_own(mon
     first.kill()
     first.wait()
     assert len(on_device.race([file], **how)) == 1, "and is replaced"
+    asked = on_device._apart()
+    monkeypatch.setattr(on_device.json, "dumps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        on_device.race([file], **how)
+    monkeypatch.undo()
+    assert asked.child.wait() != 0, "whoever is interrupted does not leave an answer behind"
     assert not opened_here
-    on_device._apart().child.kill()
 
 
 def test_programs_of_pytorch_say_whose_operations_they_hold(monkeypatch):

@@ -131,9 +131,8 @@ class _Search:
             low, high = (max(low, aim), high) if found.fits else (low, min(high, found.predicted))
             if found.is_close or high - low <= STEP * self.limit:
                 return
-            margin = (high - low) / (
-                2 if found.fits == last else 4
-            )  # twice on one side: halves come to the other sooner
+            parts = 2 if found.fits == last else 4  # twice on one side: halves come to the other sooner
+            margin = (high - low) / parts
             last = found.fits
             most = high if self.above is None else high - margin  # that all of it is too large has to be seen
             aim = min(max(found.predicted * BETWEEN * self.limit / found.measured, low + margin), most)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -380,15 +381,14 @@ ENDINGS = {"onnxruntime": ".onnx", "openvino": ".onnx", "torch": ".pt2"}  # of t
 # -- a process of its own
 
 
-APART = (
-    "openvino",
-)  # with ONNX Runtime in the same process, every call of OpenVINO takes 0.05 ms more (2026.4, glibc 2.36)
+# With ONNX Runtime in the same process, every call of OpenVINO takes 0.05 ms more (2026.4, glibc 2.36).
+APART = ("openvino",)
 
 
 class _Apart:
     """A process that has loaded nothing but the runtime, as a service would; it ends when this one does."""
 
-    serves = False  # is this that process?
+    serves = False  # is this that process, or one that has loaded as little?
 
     def __init__(self) -> None:
         self.owner, self._lock = os.getpid(), threading.Lock()
@@ -411,6 +411,9 @@ class _Apart:
                 line = back.readline()
             except BrokenPipeError:
                 line = b""
+            except BaseException:  # interrupted: the next question must not get the answer to this one
+                self.child.kill()
+                raise
         if not line:
             raise RuntimeError(f"{options['runtime']}: the process that measures ended with {self.child.wait()}")
         answer = json.loads(line)
@@ -421,6 +424,7 @@ class _Apart:
     @classmethod
     def serve(cls) -> None:
         cls.serves = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks hears it
         answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # what a runtime prints is no answer
         while line := sys.stdin.buffer.readline():
@@ -472,4 +476,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         _Apart.serve()
     else:
+        _Apart.serves = True
         main(Path(sys.argv[1]))
