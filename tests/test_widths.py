@@ -475,3 +475,20 @@ def test_a_training_that_computes_with_another_constant_is_another(in_training: 
         lambda m, x: m.b(m.a(x) * torch.tensor(in_training if m.training else 1.0)), a=conv(3, 12), b=conv(12, 2)
     )
     assert tracing.observe(model.eval(), IMAGE).trains_alike is alike
+
+
+def test_a_buffer_that_activations_are_written_into_is_no_constant() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.b(m.a(x).relu())
+        rows = 2 + int((y.mean() > 0).item()) + int(y.shape[1] == 0)
+        page, empty = torch.zeros(8, 8), torch.empty(1, 1).fill_(0.5)  # a watch that asks for values runs on the CPU
+        page[:rows, 1:4] = y[0, 0, :rows, 1:4]
+        page[rows:, 1:4] += y[0, 0, rows:, 1:4]
+        return torch.stack([page, page * empty])
+
+    torch.manual_seed(0)
+    model = Net(run, a=conv(3, 16), b=conv(16, 2)).eval()
+    graph = trace(model, torch.randn(1, 3, 8, 8))
+    assert sizes(graph) == {"a": 16}
+    plan = Plan({"a": np.arange(0, 16, 3)})
+    verify(model, graph, plan, torch.randn(1, 3, 8, 8)).require()

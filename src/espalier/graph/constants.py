@@ -33,6 +33,7 @@ aten = torch.ops.aten
 SIZE_GETTERS = (Tensor.shape.__get__, Tensor.size, Tensor.numel)  # type: ignore[attr-defined]
 MAKERS = {aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_empty_strided}
 """Operations that take dtype and device from their operand, and no value."""
+OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}
 EMPTY = {aten.empty, aten.new_empty, aten.new_empty_strided, aten.empty_strided}
 
 

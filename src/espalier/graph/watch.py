@@ -33,8 +33,10 @@ from espalier.copies import named_modules, tensors_of_modules
 from espalier.graph import shapes
 from espalier.graph.call import Call, tensors_of
 from espalier.graph.constants import (
+    EMPTY,
     ITSELF,
     MAKERS,
+    OVERWRITING,
     UNKNOWN,
     NumbersMadeTensors,
     Value,
@@ -144,6 +146,19 @@ def value_of(tensor: Tensor) -> Value:
     """Of a constant its value, as far as it is known."""
     known = state(tensor)
     return own_value(tensor) if known is NOTHING or known.value is ITSELF else known.value
+
+
+def _values_of(tensors: list[Tensor], *, overwritten: bool = False) -> tuple[Value, ...]:
+    """Of each its value, which may still be written to; of none if none is a constant.
+
+    Of the first it does not count if it is ``overwritten`` whole.
+    """
+    if all(state(t).value is None for t in tensors):
+        return ()
+    values = [copied_value(value_of(t)) for t in tensors]
+    if overwritten and values[0] is not None:
+        values[0] = UNKNOWN
+    return tuple(values)
 
 
 def state(tensor: Tensor) -> State:
@@ -707,6 +722,9 @@ class Watch(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         self._func = func
         self.clock += 1
+        tensors, scalars = parted(args, kwargs)
+        writes = func._schema.is_mutable
+        values = _values_of(tensors, overwritten=func._overloadpacket in OVERWRITING) if writes else None  # before it
         if time.thread_time() > self.deadline:
             raise TraceTimeout(
                 f"tracing exceeded its time limit at {func} in {self.place()}; "
@@ -727,7 +745,6 @@ class Watch(TorchDispatchMode):
         if func is DETACH:  # torch calls it by itself, and not every time
             self._hand_on(args[0], out)
             return out
-        tensors, scalars = parted(args, kwargs)
         outs = [t for t in tensors_of(out) if t.numel()]  # batch norm makes several tensors of no elements in eval mode
         if not tensors and not outs:
             return out
@@ -738,18 +755,22 @@ class Watch(TorchDispatchMode):
         if rehearsal is not None and rule in FLOWING and rehearsal.follows(self, func, origins, scalars, outs):
             position = rehearsal.position - 1
         else:
-            values: tuple[Value, ...] = ()
-            if any(known.value is not None for known in operands):
-                values = tuple([copied_value(value_of(t)) for t in tensors])
+            values = _values_of(tensors) if values is None else values
             constant = func._overloadpacket in MAKERS or (len(values) == len(tensors) and None not in values)
             # before the rule, which describes anew what is written in place
             computed = computed_values(func, args, kwargs, outs, value_of) if constant else [None] * len(outs)
             self._apply(rule, func, args, kwargs, out)
             made = [self._known(t) for t in outs]
-            for known, value in zip(made, computed, strict=True):
+            for tensor, known, value in zip(outs, made, computed, strict=True):
                 if constant:
                     known.value = value
-            states = [(tuple(t.shape), k, copied_value(value_of(t))) for t, k in zip(outs, made, strict=True)]
+                elif writes and tensor._base is not None:  # so is what this is a view of
+                    self._known(tensor._base).value = None
+            empty = func._overloadpacket in EMPTY  # its values are whatever lay there
+            states = [
+                (tuple(t.shape), k, UNKNOWN if empty else copied_value(value_of(t)))
+                for t, k in zip(outs, made, strict=True)
+            ]
             asked = (self.module_name, *user_call())
             record = Record(
                 func,
