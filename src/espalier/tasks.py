@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -104,6 +104,10 @@ class Task(ABC):
         """In eval mode; ``targets`` are for networks that are judged by their losses."""
         return called(model, inputs)
 
+    def quiet(self, model: nn.Module) -> None:
+        """Set the mode in which ``forward`` and ``loss`` go without noise: eval mode, where the network has a loss in it."""
+        model.eval()
+
     def follow(self, output: Any, teacher: Any, temperature: float) -> Tensor:
         """How far ``output`` is from what the teacher returned on the same inputs, mean over the batch; a scalar."""
         raise ValueError(f"{self.name} follows no teacher: give Recipe(distill=0)")
@@ -136,6 +140,22 @@ class Task(ABC):
             [(f.name, getattr(self, f.name)) for f in fields(self)] if is_dataclass(self) else []
         )
         return {"name": self.name, **{key: v for key, v in own if isinstance(v, (bool, int, float, str))}}
+
+
+@dataclass(frozen=True)
+class TaskBatches:
+    """Inputs and targets as ``task`` takes ``batches`` apart, for methods that measure; to be gone through again and again."""
+
+    batches: Iterable[Any]
+    task: Task
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return map(self.task.split, self.batches)
+
+
+def task_of(batches: Iterable[Any]) -> Task:
+    """What ``batches`` are for; plain pairs are a classifier's."""
+    return batches.task if isinstance(batches, TaskBatches) else Classification()
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
@@ -504,11 +524,14 @@ class Detection(Task):
     def forward(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
         return model(inputs, targets)
 
+    def quiet(self, model: nn.Module) -> None:
+        for module in model.modules():  # losses are those of train mode, statistics and dropout those of eval mode
+            module.training = not isinstance(module, (_BatchNorm, _DropoutNd))
+
     def predict(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
         if not self.by_loss:
             return model(inputs)
-        for module in model.modules():  # losses are those of train mode, statistics and dropout those of eval mode
-            module.training = not isinstance(module, (_BatchNorm, _DropoutNd))
+        self.quiet(model)
         try:
             with torch.random.fork_rng():  # which boxes are counted is drawn
                 torch.manual_seed(0)

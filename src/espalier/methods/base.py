@@ -28,13 +28,14 @@ from espalier.settings import Settings
 from espalier.solver import BudgetError, solve
 from espalier.surgery import rebuild, shrink_, structure
 from espalier.surgery.shrink import bake
+from espalier.tasks import Classification, Task, TaskBatches
 from espalier.timing.closing import calibrated, settle
 from espalier.timing.family import Family
 from espalier.timing.forms import measured as with_forms
 from espalier.timing.making import batched, is_here, need_here
 from espalier.timing.profile import Profile, from_json, to_json
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # inputs and labels
+Batches = Iterable[tuple[Any, Any]]  # inputs and targets; ``TaskBatches`` unless they are a classifier's
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,6 @@ class Method(Settings, ABC):
     def withholds(self) -> int:
         """Training images to keep out of training, for decisions on images that were not trained on; at most a tenth of all."""
         return 0
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether it measures cross-entropy by itself, which only classifiers have."""
-        return self.withholds > 0
 
     @abstractmethod
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> Run:
@@ -595,12 +591,14 @@ def attach(
     batches: Batches | None = None,
     held_out: Batches | None = None,
     state: Mapping[str, Any] | None = None,
+    task: Task | None = None,
 ) -> Run:
     """Compress ``model`` by ``method`` inside your own training loop; it is trained and shrunk in place.
 
-    Methods that find the size by themselves take no ``budget``.  ``batches`` are a few training batches, inputs and labels, for
-    methods that measure something before they begin or search (``Magnitude(score="taylor")``, ``TTLC``); ``held_out`` are
-    training images that are not trained on, for methods that choose by them, to go through again and again.
+    Methods that find the size by themselves take no ``budget``.  ``batches`` are a few training batches for methods that
+    measure something before they begin or search (``Magnitude(score="taylor")``, ``TTLC``); ``held_out`` are batches that are
+    not trained on, for methods that choose by them, to go through again and again.  ``task`` takes both apart and says what
+    their loss is: ``Classification()`` unless given.
 
     To go on with an interrupted run give ``model`` as it was when the run began, or one like it, and ``run.state_dict()`` as
     ``state``: structure, weights, plan and history are those of then.  The loop itself saves its optimiser and where it was.
@@ -625,7 +623,8 @@ def attach(
     check_sound(model, who="attach")
     take_from_first(model)
     wanted = budget_for(method, budget)
-    given = None if batches is None else list(batches)
+    task = task or Classification()
+    given = None if batches is None else TaskBatches(list(batches), task)
     check_same("batches=", _digest(given))
     if state is None:
         run = method.start(model, example, wanted, batches=given)
@@ -641,7 +640,7 @@ def attach(
             method.start(model, example, absolute, batches=given) if method.trains else AtOnce(model, example, absolute)
         )
         run.load_state_dict(state)
-    run.held_out = held_out
+    run.held_out = None if held_out is None else TaskBatches(held_out, task)
     check_run(run)
     return run
 

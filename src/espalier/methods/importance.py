@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from espalier.copies import named_modules
+from espalier.copies import device_of, named_modules
 from espalier.graph import Graph
 from espalier.methods.agreement import average_
-from espalier.methods.scoring import modes_kept
+from espalier.methods.scoring import modes_kept, training_loss, without_noise
 from espalier.methods.units import Gate, Units, upload
 from espalier.settings import Fraction, OneOf, described
+from espalier.tasks import called, task_of, to_device
 
 Score = Callable[[nn.Module, Units], Tensor]
 
@@ -354,11 +355,12 @@ def _all_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def score_units(
-    model: nn.Module, graph: Graph, kind: str, batches: Iterable[tuple[Tensor, Tensor]] | None = None
+    model: nn.Module, graph: Graph, kind: str, batches: Iterable[tuple[Any, Any]] | None = None
 ) -> dict[str, np.ndarray]:
     """Score every unit of ``graph`` once; ``kind`` is a name in ``SCORES``.
 
-    ``taylor`` and ``share`` need ``batches`` of inputs and labels; ``taylor`` uses cross-entropy.  The model is not changed.
+    ``taylor`` and ``share`` need ``batches`` of inputs and targets; ``taylor`` uses the loss of their task, cross-entropy
+    unless they are ``TaskBatches``.  The model is not changed.
     """
     units = Units(model, graph)
     if kind in BY_WEIGHT:
@@ -369,24 +371,24 @@ def score_units(
         raise ValueError(
             f"importance {kind!r} is measured on data; give batches, or choose one of {', '.join(BY_WEIGHT)}"
         )
-    with modes_kept(model):
-        model.eval()
-        if kind == "share":
-            moments = Moments(model, units)
-            with moments.watching(), torch.no_grad():
-                for x, _ in batches:
-                    model(x)
-            return units.by_group(moments.share())
-        with _all_gradients(model):
-            sensitivity = Sensitivity(units, smoothing=1.0)
-            try:
-                for x, y in batches:
-                    model.zero_grad()
-                    nn.functional.cross_entropy(model(x), y).backward()
-                    sensitivity.batch_done()
-            finally:
-                sensitivity.close()
-        return units.by_group(sensitivity.value)
+    if kind == "share":
+        moments = Moments(model, units)
+        with modes_kept(model), moments.watching(), torch.no_grad():
+            model.eval()
+            for x, _ in batches:
+                called(model, to_device(x, device_of(model)))
+        return units.by_group(moments.share())
+    task = task_of(batches)
+    with without_noise(model, task), _all_gradients(model):
+        sensitivity = Sensitivity(units, smoothing=1.0)
+        try:
+            for x, y in batches:
+                model.zero_grad()
+                training_loss(model, x, y, task).backward()
+                sensitivity.batch_done()
+        finally:
+            sensitivity.close()
+    return units.by_group(sensitivity.value)
 
 
 TAYLOR = "taylor"

@@ -41,10 +41,6 @@ class Magnitude(Method):
         super().__post_init__()
         need_comparable("Magnitude", "score", self.score, self.blocks)
 
-    @property
-    def needs_labels(self) -> bool:
-        return self.score == "taylor"
-
     def start(self, model: nn.Module, example: Any, budget: Budget, *, batches: Batches | None = None) -> OneShot:
         return OneShot(model, example, budget, self, batches)
 

@@ -6,17 +6,18 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from espalier.copies import device_of
 from espalier.forms.transfer import moved
+from espalier.tasks import Task, called, image_count, task_of, to_device
 
-Batch = tuple[Tensor, Tensor]
-"""Inputs and labels; of classifiers normalised float32 images ``(n, c, h, w)`` and int64 labels ``(n,)``, on one device."""
+Batch = tuple[Any, Any]
+"""Inputs and targets; of classifiers normalised float32 images ``(n, c, h, w)`` and int64 labels ``(n,)``, on one device."""
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], n: int) ->
                 norm.reset_running_stats()
                 norm.train()
             for x, _ in chain([first], chosen):
-                model(x.to(device))
+                called(model, to_device(x, device))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -125,22 +126,35 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
 
 
+@contextmanager
+def without_noise(model: nn.Module, task: Task) -> Iterator[None]:
+    """Inside, the loss of ``task`` is the same every time: no dropout, no statistics of a batch, the same draws."""
+    with modes_kept(model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        task.quiet(model)
+        yield
+
+
+def training_loss(model: nn.Module, x: Any, y: Any, task: Task) -> Tensor:
+    """Of one batch, mean over its images, where the model is."""
+    x, y = to_device((x, y), device_of(model))
+    return task.loss(task.forward(model, x, y), y)
+
+
 @torch.no_grad()
 def loss_on(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy in eval mode, where the model is; of a network with several outputs, that of the first.
+    """Mean over the images of what training minimises, without noise, where the model is.
 
     Raises: ValueError if there are no images, or the loss is not finite.
     """
-    device = device_of(model)
+    task = task_of(batches)
     losses: list[Tensor] = []
     images = 0
-    with modes_kept(model):
-        model.eval()
+    with without_noise(model, task):
         for x, y in batches:
-            output = model(x.to(device))
-            logits = output[0] if isinstance(output, (tuple, list)) else output
-            losses.append(F.cross_entropy(logits.float(), y.to(device), reduction="sum"))
-            images += len(y)
+            count = image_count(x)
+            losses.append(training_loss(model, x, y, task) * count)
+            images += count
     if not images:
         raise ValueError("there are no images to score on")
     total = sum(torch.stack(losses).tolist())  # one wait for the device

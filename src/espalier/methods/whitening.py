@@ -24,6 +24,7 @@ from espalier.forms import Place
 from espalier.forms.sequences import Stage, stages
 from espalier.forms.svd import svd
 from espalier.methods.scoring import modes_kept
+from espalier.tasks import called, to_device
 
 
 def input_moments(
@@ -57,7 +58,7 @@ def input_moments(
         with modes_kept(model), torch.no_grad():
             model.eval()
             for x, _ in batches:
-                model(x.to(device))
+                called(model, to_device(x, device))
     finally:
         for hook in hooks:
             hook.remove()

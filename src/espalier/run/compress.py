@@ -55,7 +55,7 @@ from espalier.run.rundir import (
 )
 from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof, verify as proof_of
-from espalier.tasks import Classification, Metric, Task, example_of, to_device
+from espalier.tasks import Classification, Metric, Task, TaskBatches, example_of, to_device
 from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -347,22 +347,17 @@ class _Job:
             return
         self.run, run.folder = run, self.folder
         if self.method.withholds and self.source is not None and self.source.has_holdout:
-            run.held_out = _HeldOut(self.source, self.device)
+            run.held_out = TaskBatches(_HeldOut(self.source, self.device), self.task)
 
-    def few_batches(self) -> list[Batch] | None:
+    def few_batches(self) -> TaskBatches | None:
         """A few training batches on the device, for methods that measure before they cut."""
         if self.source is None:
-            return self.calibration and [(x.to(self.home), y.to(self.home)) for x, y in self.calibration]
+            return None if self.calibration is None else TaskBatches(to_device(self.calibration, self.home), self.task)
         source, recipe = self.source, self.recipe
         chosen = source.calibration_batches(batch_size=recipe.batch_size, batches=8, seed=recipe.seed)
         if is_shared(source):  # everybody measures on the same
             chosen = iter(once(lambda: list(chosen)))
-        if _is_plain(self.source, self.task):
-            return [(x.to(self.device), y.to(self.device)) for x, y in chosen]
-        pairs = [self.task.split(batch)[0] for batch in chosen]
-        if not all(isinstance(x, Tensor) for x in pairs):
-            return None  # methods put tensors through the network
-        return [(x.to(self.device), torch.empty(0, dtype=torch.int64)) for x in pairs]
+        return TaskBatches(to_device(list(chosen), self.device), self.task)
 
     def describe(self, earlier: Mapping[str, Any] | None, more: Mapping[str, Mapping[str, Any]]) -> None:
         """Say what is going to be done, and see that it is what was done so far."""
@@ -527,8 +522,8 @@ class _HeldOut:
         self.source, self.device = source, device
 
     def __iter__(self) -> Iterator[Batch]:
-        for x, y in self.source.holdout_batches():
-            yield x.to(self.device), y.to(self.device)
+        for batch in self.source.holdout_batches():
+            yield to_device(batch, self.device)
 
 
 def _data_or_example(data: Any, method: Method, task: Task) -> tuple[Source | None, Any, list[Batch] | None]:
@@ -542,16 +537,16 @@ def _data_or_example(data: Any, method: Method, task: Task) -> tuple[Source | No
             )
         if not batches:
             return None, data, None
-        calibration = [_pair(item, number) for number, item in enumerate(islice(data, CALIBRATION))]
+        calibration = [_pair(item, number, task) for number, item in enumerate(islice(data, CALIBRATION))]
         if not calibration:
             raise ValueError("compress: there are no calibration batches; give one or more, or an example input")
-        return None, calibration[0][0][:1], calibration
+        return None, example_of(calibration[0][0]), calibration
     if isinstance(data, (str, os.PathLike)):
         name = os.fspath(data)
         name = f"imagefolder:{name}" if Path(name).is_dir() else name
         raise ValueError(f"compress: data is not a name; give load_data({name!r})")
     try:
-        return data, data.example(1) if _is_plain(data, task) else _example(data, method, task), None
+        return data, data.example(1) if _is_plain(data, task) else _example(data, task), None
     except AttributeError as error:
         raise ValueError(
             f"compress: data is a {type(data).__name__}; give load_data(...), Loaders(...), calibration batches (a list or a "
@@ -559,10 +554,12 @@ def _data_or_example(data: Any, method: Method, task: Task) -> tuple[Source | No
         ) from error
 
 
-def _pair(item: Any, number: int) -> Batch:
-    """Inputs and labels; none where the batch is of inputs only."""
+def _pair(item: Any, number: int, task: Task) -> Batch:
+    """Inputs and targets; none where the batch is of inputs only."""
     if isinstance(item, Tensor):
         return item, torch.empty(0, dtype=torch.int64)
+    if task != Classification():
+        return task.split(item)
     if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(t, Tensor) for t in item):
         return item[0], item[1]
     raise ValueError(
@@ -579,13 +576,8 @@ def _is_plain(source: Source, task: Task) -> bool:
     return source.num_classes is not None and task == Classification()
 
 
-def _example(source: Source, method: Method, task: Task) -> Any:
+def _example(source: Source, task: Task) -> Any:
     """The first input of the first training batch, as the task takes it apart."""
-    if method.needs_labels:
-        raise ValueError(
-            f"{method.name}, as it is set, measures cross-entropy by itself, which goes with Loaders(..., num_classes=...) "
-            f"and no task; for {task.name} choose other settings or another method"
-        )
     batch = next(iter(source.calibration_batches(batch_size=1, batches=1)))
     return example_of(task.split(batch)[0])
 
