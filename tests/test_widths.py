@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from espalier.costs import cost
 from espalier.forms.places import find_places
 from espalier.graph import Graph, hold, selectable, trace, tracing
-from espalier.plan import Plan
+from espalier.methods.base import attach
+from espalier.methods.svd_oneshot import SVDOneShot
+from espalier.plan import Budget, Plan
 from espalier.surgery import shrink, verify
 from espalier.surgery.verify import count_macs
 
@@ -295,6 +297,41 @@ def test_what_only_training_computes_is_compared_in_training() -> None:
     assert "small equals masked in training" in [c.name for c in wrong.checks if not c.passed]
 
 
+def test_what_attention_was_given_in_training_is_compared() -> None:
+    attention = nn.functional.scaled_dot_product_attention
+
+    def run(factor: float) -> Callable[[Any, Tensor], Tensor]:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            y = m.a(x).relu() * (factor if m.training else 1.0)
+            q = m.q(y).flatten(2).transpose(1, 2)
+            return m.c(attention(q, q, q))
+
+        return forward
+
+    model = randomise(Net(run(0.5), a=conv(3, 16), q=conv(16, 8), c=nn.Linear(8, 5))).eval()
+    graph = trace(model, IMAGE)
+    plan = Plan({"a": np.arange(7)}, {"a": 16})
+    verify(model, graph, plan, IMAGE).require()
+    small = shrink(model, graph, plan)
+    small.run = run(0.7)
+    wrong = verify(model, graph, plan, IMAGE, small=small, fresh=lambda: model)
+    assert "small equals masked in training" in [c.name for c in wrong.checks if not c.passed]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda y: nn.functional.dropout(y, 0.5, training=True),
+        lambda y: y + torch.randn_like(y),
+        lambda y: nn.functional.rrelu(y, training=True),
+        lambda y: y * random.random(),
+    ],
+)
+def test_a_network_that_draws_random_numbers_in_evaluation_is_proven(draw: Callable[[Tensor], Tensor]) -> None:
+    model = Net(lambda m, x: m.b(draw(m.a(x))), a=conv(3, 16), b=conv(16, 5))
+    assert sizes(prove_every_width(model, IMAGE)) == {"a": 16}
+
+
 def test_an_output_that_is_not_a_number_on_the_example_is_no_difference() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
@@ -390,6 +427,14 @@ def test_a_linear_layer_over_positions_costs_what_its_channels_cost(mix: Callabl
 
     model = Net(run, a=conv(3, 16), mix=nn.Linear(64, 64), b=nn.Linear(16, 5))
     assert sizes(prove_every_width(model, IMAGE)) == {"a": 16}
+
+
+def test_a_linear_layer_over_positions_stays_dense_where_ranks_are_sought() -> None:
+    model = Net(
+        lambda m, x: m.b(m.mix(m.a(x).flatten(2)).mean(2)), a=conv(3, 64), mix=nn.Linear(64, 64), b=nn.Linear(64, 5)
+    )
+    run = attach(model, IMAGE, budget=Budget(macs=0.95), method=SVDOneShot())
+    assert "among the rows" in run.skipped["mix"]
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import espalier as es
 from espalier.copies import copy_model
@@ -147,6 +149,27 @@ def test_normalised_weights_are_cut_as_what_they_compute(norm: Callable[..., Any
     assert result.model[0].weight.shape[0] == result.model[2].weight.shape[1] < 8
     graph = es.trace(model, X)
     es.verify(model, graph, es.Plan.dense(graph), X).require()
+
+
+@pytest.mark.parametrize("method", [es.Magnitude(), es.TCP()], ids=["magnitude", "tcp"])
+def test_masks_of_torchs_pruning_are_cut_with_their_weights(method: es.Method) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)]
+        for layer in layers[:3:2]:
+            prune.random_unstructured(layer, "weight", 0.3)
+        return nn.Sequential(*layers).eval()
+
+    model = made()
+    run = es.attach(made(), X, budget=BUDGET, method=method)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.01)
+    run.step(progress=1.0, optimizer=optimizer)
+    small = run.finish()
+    assert small[2].weight_orig.shape == small[2].weight_mask.shape == small[2].weight.shape
+    assert small[2].in_channels == small[2].weight.shape[1] < 8
+    graph = es.trace(model, X)
+    plan = es.solve(graph, {g.name: np.arange(g.size) for g in graph.groups}, BUDGET)
+    es.verify(model, graph, plan, X, fresh=made).require()
 
 
 def test_a_scripted_part_takes_its_tensors_with_it() -> None:

@@ -178,13 +178,8 @@ def computes_weight(module: nn.Module) -> bool:
 
 def plain_layer(module: Any) -> nn.Module:
     """A plain layer of the same kind with the weight that ``module`` computes at present."""
-    training = module.training
+    _compute_weight(module)
     with torch.no_grad():
-        module.eval()  # in training a spectral norm goes on estimating
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):
-                hook(module, ())
-        module.train(training)
         weight, bias = module.weight, module.bias
         kind = next(k for k in type(module).__mro__ if k in _PLAIN)
         sizes = (module.in_features, module.out_features) if kind is nn.Linear else (
@@ -195,7 +190,20 @@ def plain_layer(module: Any) -> nn.Module:
         plain.weight.copy_(weight)
         if bias is not None:
             plain.bias.copy_(bias)
-    return plain.train(training)
+    return plain.train(module.training)
+
+
+def _compute_weight(module: nn.Module) -> None:
+    """Let hooks of torch's do what they do before every call."""
+    hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
+    if not hooks:
+        return
+    training = module.training
+    with torch.no_grad():
+        module.eval()  # in training a spectral norm goes on estimating
+        for hook in hooks:
+            hook(module, ())
+    module.train(training)
 
 
 def make_plain(model: nn.Module, names: Iterable[str]) -> None:
@@ -283,6 +291,7 @@ REFRESH: dict[type, Refresh] = {
 
 def refresh(module: nn.Module, name: str, kept: Kept, width: int | None) -> None:
     """Bring ``in_channels`` and the like in line with the tensors; modules of other types hold no such numbers we know."""
+    _compute_weight(module)
     for kind in type(module).__mro__:
         if kind in REFRESH:
             REFRESH[kind](module, name, kept, width)

@@ -49,6 +49,10 @@ class _Build:
         number, site = self._site(layer)
         weight = f"{layer}.weight"
         shape = self.base.shapes.get(weight)
+        if len(site.term.extents) > 2:
+            raise ValueError(
+                f"alternatives of {layer!r}: channels lie among the rows it runs over; it has to stay dense"
+            )
         if shape is None or len(site.term.extents) != 2 or site.kind not in ("convolution", "matrix product"):
             raise ValueError(f"alternatives of {layer!r}: not a convolution or linear layer with a weight of its own")
         outputs, inputs = site.term.extents

@@ -175,11 +175,16 @@ def rank_alternatives(
     alternatives: dict[str, list[ConvSequence]] = {}
     for name, place in places.items():
         sequences = rank_options(place, forms[name], multiple_of)
-        if sequences:
-            alternatives[name] = [*sequences, dense_sequence(place)]
-            ranks[name] = tuple(c.widths[0] for c in sequences)
-        else:
+        if not sequences:
             left[name] = f"too small: rank {multiple_of} costs as much as the layer itself"
+            continue
+        try:
+            with_alternatives(graph, {name: [dense_sequence(place)]})
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        alternatives[name] = [*sequences, dense_sequence(place)]
+        ranks[name] = tuple(c.widths[0] for c in sequences)
     whole = with_alternatives(graph, alternatives)
     for group, held in zip(whole.groups, budget.protected(whole), strict=True):
         if held and group.options:

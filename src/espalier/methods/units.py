@@ -82,7 +82,7 @@ class Units:
         self.triplets: dict[str, slice] = {}  # layer -> its singular triplets, where somebody adds them
         first = next(iter(parameters.values()), None)
         self.device = torch.device("cpu") if first is None else first.device
-        reads = self._owners(lambda s: s.consumed)
+        reads = self._owners(lambda s: s.consumed and s.tensor in parameters)
         makes = self._owners(lambda s: not s.consumed and s.tensor in parameters)
         silencers = [(n, self.offsets[graph.index[b.group]] + 1) for b in graph.blocks for n in b.silent]
         self.read = [*reads.values(), *(np.arange(own.start, own.stop) for own in rows)]  # owners, on the host

@@ -24,9 +24,10 @@ from espalier.costs import CostModel, cost
 from espalier.forms import composed
 from espalier.forms.shapes import rectangle_of
 from espalier.graph import Graph
+from espalier.graph.call import Call
 from espalier.graph.graph import FORM
 from espalier.graph.standins import StandIns
-from espalier.graph.tracing import call_arguments, mode, observe, private_copy
+from espalier.graph.tracing import call_arguments, mode, observe, private_copy, same_random_numbers
 from espalier.graph.watch import first_line, tensors_in
 from espalier.plan import Budget, Plan, need_budget
 from espalier.solver import unused_blocks
@@ -132,10 +133,13 @@ def verify(
     records = [record for run in watched.forwards for record in run.records]
     selects = any(record.by_values for record in records)
     ranks = any(record.op._schema.name in RANKING for record in records)
+    draws = any(torch.Tag.nondeterministic_seeded in record.op.tags for record in records)
+    still = NothingRandom if draws else nullcontext
 
     def same_bits(one: nn.Module, other: nn.Module, text: str) -> tuple[bool, str]:
-        given = forward(copy_model(one, {}), example, inside=selects)
-        return _compare_bits(given, forward(other, example, inside=selects), text)
+        with still():
+            given = forward(copy_model(one, {}), example, inside=selects)
+            return _compare_bits(given, forward(other, example, inside=selects), text)
 
     def identity() -> tuple[bool, str]:
         dense = shrink(model, graph, Plan.dense(graph))
@@ -145,7 +149,7 @@ def verify(
 
     def equal(training: bool) -> tuple[bool, str]:
         whole = _whole(model, graph, plan, built, own.baked) if itself else mask(model, graph, plan)
-        with RankedRoughly() if ranks else nullcontext():
+        with still(), RankedRoughly() if ranks else nullcontext():
             error, scale = difference(whole, built, example, training=training, inside=selects)
             text = f"largest difference {error:.2e} of {scale:.2e} in float64"
             text += ", also of what modules give, since values decide what comes out" if selects else ""
@@ -344,22 +348,28 @@ def forward(model: nn.Module, example: Any, *, training: bool = False, inside: b
 
     hooks = [m.register_forward_hook(functools.partial(note, n)) for n, m in model.named_modules() if inside and n]
     try:
-        with torch.no_grad(), mode(model, training=training), _NothingRandom() if training else nullcontext():
+        quiet = NothingRandom() if training else nullcontext()
+        with torch.no_grad(), mode(model, training=training), same_random_numbers(), quiet:
             return Seen(list(tensors_in(model(*args, **kwargs))), seen)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-class _NothingRandom(TorchDispatchMode):
-    """Networks of two widths draw different numbers: let all of them be one."""
+class NothingRandom(TorchDispatchMode):
+    """Networks of two widths draw different numbers: let all of them be one, and nothing be dropped."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        made = op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in op.tags:
-            return made
+            return op(*args, **kwargs)
+        if "rrelu_with_noise" in op.name():
+            return op(*args[:4], False)  # with the mean slope, as in evaluation
+        made = op(*args, **kwargs)
         if op is torch.ops.aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(made[1])
+        if Call(op, args, kwargs, made).get("dropout_p", 1.0) == 0:  # attention, in which nothing else is random
+            return made
         return tree_map_only(Tensor, lambda t: t.fill_(0.75 if t.is_floating_point() else 0), made)
 
 

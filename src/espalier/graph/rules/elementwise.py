@@ -104,6 +104,8 @@ def pointwise(watch: Watch, call: Call) -> None:
         for o in outs:
             watch.put(o, known.layers, derived=derived, pending=known.pending)
         return
+    if derived:  # of a parameter times a mask the parameter says more
+        operands.sort(key=lambda t: state(t).source in watch.buffers)
     layers = combine(watch, operands, shape)
     pending = pending_of(operands)
     if not derived:
