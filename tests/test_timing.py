@@ -178,6 +178,16 @@ def test_time_out_of_reach_is_refused_with_the_least_that_is():
         solve(graph, importance, {"latency": 0.1})
 
 
+def test_what_can_be_reached_is_said_as_a_share_of_the_time_that_was_measured(profile):
+    """As the budget is, whatever predictions have been put right by."""
+    wrong = profile.corrected(10.0)
+    budget = es.Budget(latency=0.5, profile=wrong)
+    graph = wrong.on(graph_of_small())
+    with pytest.raises(es.BudgetError, match=f"% of {profile.dense:.3g} ms") as caught:
+        solve(graph, {g.name: np.ones(g.size) for g in graph.groups}, budget)
+    assert caught.value.smallest.latency > 0.5 * profile.dense
+
+
 @pytest.mark.parametrize("latency", [0.0, 1.5, True, "2", "2 m", "-1 ms", "0 ms", "fast"])
 def test_a_budget_of_time_is_a_fraction_or_an_amount_with_its_unit(latency):
     with pytest.raises(ValueError, match="latency"):
@@ -696,6 +706,35 @@ def test_a_budget_of_time_in_pytorch_is_measured_in_pytorch(monkeypatch):
     assert result.cost.macs < result.dense.macs
     kept = at_the_end.time_kept(model, result.model, X, budget)
     assert kept.setting.runtime == "torch" and kept.small > 0 and kept.limit == pytest.approx(0.95 * kept.dense)
+
+
+class Described(nn.Module):
+    """Takes what detectors and language models take: images in a list, a scale by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Small()
+
+    def forward(self, images, scale=None):
+        return {"logits": self.body(scale * torch.stack(images))}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_networks_that_take_lists_and_keywords_are_held_to_a_time(monkeypatch, runtime):
+    pytest.importorskip(runtime)
+    measure_little(monkeypatch, networks=2)
+    monkeypatch.setattr(making, "find_grain", lambda *_: 8)
+    monkeypatch.setattr(making, "SECONDS", 0.0)
+    torch.manual_seed(0)
+    model, example = (
+        Described().eval(),
+        {"scale": torch.ones(1), "images": [X[0]]},
+    )  # in another order than it takes them
+    budget = es.Budget(latency="1 s", profile=es.profile(model, example, runtime=runtime, networks=3))
+    result = es.compress(model, example, budget=budget, method=es.Magnitude())
+    assert result.time.small > 0 and result.proof.passed
+    with pytest.raises(ValueError, match=r"profile\(batch=2\): the example has a list of tensors"):
+        es.profile(model, example, runtime=runtime, batch=2)
 
 
 # -- other forms of layers

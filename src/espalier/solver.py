@@ -165,6 +165,10 @@ def _check_reachable(
         reached = getattr(smallest, metric)
         if reached > limit:
             total = getattr(dense, metric)
+            if metric == LATENCY and isinstance(budget, Budget) and budget.profile is not None:
+                total = (
+                    budget.profile.dense
+                )  # limits are shares of what was measured, predictions are put right by plans
             given = budget.get(metric) if isinstance(budget, Mapping) else getattr(budget, metric)
             count = type(given) is int and (
                 isinstance(budget, Budget) or given < 0.01 * total

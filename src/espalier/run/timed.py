@@ -54,7 +54,7 @@ def delivered(model: nn.Module, example: Any, setting: ProfileSetting) -> bytes:
     """The file that the runtime of ``setting`` is given."""
     if setting.runtime == "torch":
         plain = copy_model(model, {}).cpu().eval()
-        return saved(exported(plain, batched(positional(example), setting.batch)))
+        return saved(exported(plain, batched(example, setting.batch)))
     return in_precision(to_onnx_bytes(model, example), setting, [x.numpy() for x in positional(example)])
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from espalier.copies import copy_model
 from espalier.graph import Graph
@@ -16,7 +16,7 @@ from espalier.plan import Plan
 from espalier.surgery import shrink
 from espalier.timing.bits import in_precision
 from espalier.timing.marks import FileLayer
-from espalier.timing.onnx_files import OnnxFiles
+from espalier.timing.onnx_files import OnnxFiles, arguments_in_order
 from espalier.timing.profile import ProfileSetting
 from espalier.timing.torch_programs import TorchPrograms
 
@@ -40,14 +40,15 @@ class Family:
         self,
         model: nn.Module,
         graph: Graph,
-        example: Sequence[torch.Tensor],
+        example: Any,
         *,
         put: Callable[[nn.Module, Mapping[str, int]], None] | None = None,
         setting: ProfileSetting | None = None,
     ) -> None:
-        """``put`` gives layers the forms that a plan has chosen among ``graph.alternatives``; files are for ``setting``."""
+        """``example`` is what ``batched`` returns; ``put`` gives layers the forms that a plan has chosen among
+        ``graph.alternatives``; files are for ``setting``."""
         self._put, self._setting = put, setting
-        self._model, self._graph, self._example = copy_model(model, {}).cpu().eval(), graph, tuple(example)
+        self._model, self._graph, self._example = copy_model(model, {}).cpu().eval(), graph, example
         files = TorchPrograms if setting is not None and setting.runtime == "torch" else OnnxFiles
         self._files: Files = files(self._model, graph, self._example)
 
@@ -64,11 +65,12 @@ class Family:
     @property
     def batch(self) -> int:
         """Of the inputs."""
-        return len(self._example[0])
+        return len(tree_leaves(self._example)[0])
 
     def file(self, plan: Plan) -> bytes:
         """The network of ``plan``: its weights mean nothing, its nodes are marked by layer (``layer_of``)."""
-        return in_precision(self._plain(plan), self._setting, [x.numpy() for x in self._example])
+        inputs = tree_leaves(arguments_in_order(self._model, self._example))
+        return in_precision(self._plain(plan), self._setting, [x.numpy() for x in inputs])
 
     def _plain(self, plan: Plan) -> bytes:
         kept = self._graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from espalier.costs import CostModel
 from espalier.graph import Graph, trace
+from espalier.graph.tracing import call_arguments
 from espalier.plan import Plan
 from espalier.solver import timed_counts
 from espalier.surgery.writing import check_place, write_beside
@@ -51,8 +53,9 @@ def profile(
     what its layers take.
 
     Weights do not matter, structure does: widths of all groups of channels are spread evenly, from few to all.  ``example`` is
-    what ``trace`` takes, tensors with the batch first.  With a file ``to``, every network is stored as soon as it is
-    measured, and a profile that was interrupted goes on.  ``progress`` is called with networks measured and in all.
+    what ``trace`` takes, tensors with the batch first, or lists of images where ``batch`` is 1.  With a file ``to``, every
+    network is stored as soon as it is measured, and a profile that was interrupted goes on.  ``progress`` is called with
+    networks measured and in all.
 
     ``precision="int8"`` profiles the network as ``export_int8`` writes it for that runtime: a budget of half of the time
     is then half of what the dense network takes in eight bits.
@@ -268,12 +271,29 @@ def attributed(times: Mapping[str, Any], family: Family, graph: Graph, plan: Pla
     return Measured(lengths, right, tuple(nodes), round(speed * rest, 6), speed * times["whole"], times["spread"])
 
 
-def batched(example: Any, batch: int) -> tuple[Tensor, ...]:
-    """The example's tensors on the CPU, with another batch size.  Raises: ValueError for what is not tensors."""
-    tensors = example if isinstance(example, (tuple, list)) else (example,)
-    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
-        raise ValueError("profile: takes a tensor or a tuple of tensors as example")
-    return tuple(t.detach().cpu().repeat(-(-batch // len(t)), *[1] * (t.dim() - 1))[:batch] for t in tensors)
+def batched(example: Any, batch: int) -> Any:
+    """The arguments, or keywords, that ``example`` stands for, on the CPU, with another batch size.
+
+    Raises: ValueError for what is not tensors, and for lists and tables of tensors where the batch is not one.
+    """
+    odd = sorted({type(leaf).__name__ for leaf in tree_leaves(example) if not isinstance(leaf, Tensor)})
+    if odd or not tree_leaves(example):
+        raise ValueError(
+            f"profile: takes tensors, also in lists and tables; the example has {', '.join(odd) or 'none'}"
+        )
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat(-(-batch // len(value)), *[1] * (value.dim() - 1))[:batch]
+        if batch != 1:
+            raise ValueError(
+                f"profile(batch={batch}): the example has a {type(value).__name__} of tensors, in which it is not known what a "
+                "batch is; give batch=1"
+            )
+        return value
+
+    args, kwargs = call_arguments(example, "cpu")
+    return {name: resized(v) for name, v in kwargs.items()} if kwargs else tuple(map(resized, args))
 
 
 def _family(model: nn.Module, example: Any, setting: ProfileSetting) -> tuple[Graph, Family]:

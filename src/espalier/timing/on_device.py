@@ -331,10 +331,12 @@ def _openvino(content: bytes, threads: int, batch: int, precision: str) -> Opene
 def _torch(content: bytes, threads: int, batch: int, precision: str) -> Opened:
     """A program of ``torch.export``, operation by operation, on the CPU; its batch stands in it."""
     import torch
+    from torch.utils import _pytree as pytree
 
     program = torch.export.load(io.BytesIO(content))
-    module, (given, _) = program.module(), program.example_inputs
-    inputs = [torch.from_numpy(_input(list(x.shape), x.numpy().dtype, batch)) for x in given]
+    module, example = program.module(), program.example_inputs
+    args, kwargs = pytree.tree_map(lambda x: torch.from_numpy(_input(list(x.shape), x.numpy().dtype, batch)), example)
+    inputs = pytree.tree_leaves((args, kwargs))
     seen: Seen = {}
     clock = _clock(threads)
 
@@ -360,7 +362,11 @@ def _torch(content: bytes, threads: int, batch: int, precision: str) -> Opened:
 
         return run
 
-    return with_threads(lambda: module(*inputs)), with_threads(lambda: watched.run(*inputs)), lambda: _fastest(seen)
+    return (
+        with_threads(lambda: module(*args, **kwargs)),
+        with_threads(lambda: watched.run(*inputs)),
+        lambda: _fastest(seen),
+    )
 
 
 def _input(shape: list[Any], kind: Any, batch: int) -> np.ndarray:

@@ -6,15 +6,18 @@ network is cut in PyTorch and exported by itself.
 
 from __future__ import annotations
 
+import inspect
 import io
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from espalier.graph import Graph
 from espalier.graph.graph import CHANNELS
+from espalier.graph.tracing import call_arguments
 from espalier.plan import Plan
 from espalier.surgery import shrink
 from espalier.timing.marks import FileNode, Written, marked, marks_of
@@ -26,7 +29,7 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 class OnnxFiles:
     """All networks of one model as ONNX files."""
 
-    def __init__(self, model: nn.Module, graph: Graph, example: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, example: Any) -> None:
         self._model, self._graph, self._example = model, graph, example
         self._dense = _exported(model, example)
         self.layers = _mark(self._dense, graph).layers
@@ -50,37 +53,50 @@ class OnnxFiles:
         plan = Plan(half)
         try:
             content = _cut(self._dense, self._graph.kept(half), self._graph).SerializeToString()
-            found = _run(content, self._example)
+            args, kwargs = arguments_in_order(self._model, self._example)
+            found = _run(content, tree_leaves((args, kwargs)))
         except Exception:  # whatever the runtime dislikes: the slow way will do
             return False
         with torch.inference_mode():
             small = shrink(self._model, self._graph, plan).eval()
-            ours = small(*self._example)
+            ours = small(*args, **kwargs)
         if not isinstance(ours, torch.Tensor):
             return len(found) > 0
         scale = float(ours.abs().max()) or 1.0
         return found[0].shape == tuple(ours.shape) and float(np.abs(found[0] - ours.numpy()).max()) <= 1e-3 * scale
 
 
-def _run(content: bytes, example: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
+def _run(content: bytes, inputs: list[torch.Tensor]) -> list[np.ndarray]:
     opened = session(content)
     names = [i.name for i in opened.get_inputs()]
-    return opened.run(None, {n: t.numpy() for n, t in zip(names, example, strict=True)})
+    return opened.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
 
 
-def _exported(model: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+def arguments_in_order(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of a call with ``example``, in the order of the signature, in which the exporter puts them."""
+    args, kwargs = call_arguments(example, "cpu")
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return bound.args, bound.kwargs
+
+
+def _exported(model: nn.Module, example: Any) -> Any:
     """With BatchNorm and names of weights as they are in the model: the runtime folds them when it loads the file."""
     import warnings
 
     import onnx
 
     file = io.BytesIO()
-    names = [f"input{i}" for i in range(len(example))]
+    args, kwargs = arguments_in_order(model, example)
+    given = [*args, *kwargs.values()]
+    names = {f"input{i}": tensor for i, tensor in enumerate(tree_leaves(given))}
+    batches = [
+        n for n, tensor in names.items() if any(tensor is g for g in given)
+    ]  # what stands in lists keeps its size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, example, file, dynamo=False, do_constant_folding=False, input_names=names,  # type: ignore[arg-type]
-            dynamic_axes={name: {0: "batch"} for name in names},
+            model, args, file, kwargs=kwargs, dynamo=False, do_constant_folding=False,  # type: ignore[arg-type]
+            input_names=list(names), dynamic_axes={name: {0: "batch"} for name in batches},
         )  # fmt: skip
     proto = onnx.load_from_string(file.getvalue())
     _own_copies(proto)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from espalier.graph import Graph
+from espalier.graph.tracing import call_arguments
 from espalier.timing.marks import FileNode, Written, marked, marks_of
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
@@ -22,7 +23,7 @@ SETTINGS = ("stride", "padding", "dilation")
 class TorchPrograms:
     """All networks of one model as programs, each exported by itself."""
 
-    def __init__(self, model: nn.Module, graph: Graph, example: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, example: Any) -> None:
         self._graph, self._example = graph, example
         self.layers = _mark(exported(model, example), graph).layers
 
@@ -35,11 +36,11 @@ class TorchPrograms:
         return
 
 
-def exported(model: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+def exported(model: nn.Module, example: Any) -> Any:
     """The program of ``model`` in eval mode, for the batch of ``example``.  Raises: what PyTorch's exporter raises."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.export.export(model, example)
+        return torch.export.export(model, *call_arguments(example, "cpu"))
 
 
 def saved(program: Any) -> bytes:
