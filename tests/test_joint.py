@@ -90,6 +90,18 @@ def test_a_rank_gives_up_less_than_the_sum_of_its_triplets_beside_kernel_positio
     assert given_up == pytest.approx(9.0 * 0.125)
 
 
+def test_a_plan_is_measured_with_the_rectangles_that_it_leads_to():
+    kernel = Rectangle(0, 2, 0, 2)
+    lower, middle, upper = ([Rectangle(top, top, 0, 2)] for top in (2, 1, 0))
+    forms = Kernels({"layer": [[*upper, *middle, *lower], [kernel]]})
+    assert [forms.place("layer", 0)] == middle, "nothing was heard yet"
+    taps = np.arange(9.0)
+    forms.scores({"layer": taps}, {})
+    measured = forms.place("layer", 0)
+    forms.choose({alternatives_name("layer"): np.arange(1)})
+    assert [measured] == lower == [forms.chosen["layer"]]
+
+
 def test_a_pace_that_leaves_ranks_no_time_is_refused():
     with pytest.raises(ValueError, match="ranks fall after channels"):
         es.Joint(fade=0.3)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import espalier as es
 from espalier import solver
 from espalier.costs import CostModel
-from espalier.forms import dense_sequence, find_places, sequence
+from espalier.forms import Rectangle, cut_kernel, dense_sequence, find_places, sequence
 from espalier.graph.alternatives import with_alternatives
 from espalier.graph.times import Staircase
 from espalier.methods import base
@@ -32,6 +32,7 @@ from espalier.timing import closing, forms, making, on_device
 from espalier.timing.family import Family
 from espalier.timing.fitting import staircases
 from espalier.timing.marks import layer_of
+from espalier.timing.onnx_files import OnnxFiles
 from espalier.timing.profile import ProfileSetting, _sum_of as sum_of, from_json, to_json
 
 
@@ -214,6 +215,20 @@ def test_files_are_cut_to_what_the_plan_keeps_and_say_whose_nodes_they_hold():
     )
     assert {layer_of(name) for name, _, _ in found["nodes"]} >= {0, 1, 2, 3}
     assert found["whole"] > 0
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (1, 2), (1, 1)])
+def test_a_kernel_off_the_centre_is_measured_as_it_is_delivered(rows):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, graph = Small().eval(), graph_of_small()
+    cut_kernel(model, "two.0", Rectangle(*rows, 0, 1))
+    x = torch.randn(1, 3, 16, 16)
+    content = OnnxFiles(Small().eval(), graph, (x,)).written(model)
+    assert "Pad" not in {node.op_type for node in onnx.load_from_string(content).graph.node}
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.allclose(found, model(x).detach().numpy(), atol=1e-5)
 
 
 def test_node_times_are_told_apart_from_means_over_all_runs_even_of_nodes_that_come_later():

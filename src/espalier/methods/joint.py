@@ -143,12 +143,10 @@ class JointRun(MGPRun):
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         for layer, ranks in self.kernels.ranks.items():
             taken = options.get(alternatives_name(layer), len(ranks)) - 1
-            places = self.kernels.options[layer][taken]
             if ranks[taken]:
                 put_layer(model, layer, self._factorised(model, layer, ranks[taken]))
             elif taken < len(ranks) - 1:
-                shape = self.kernels.chosen.get(layer)
-                cut_kernel(model, layer, shape if shape in places else places[len(places) // 2])
+                cut_kernel(model, layer, self.kernels.place(layer, taken))
 
     def _factorised(self, model: nn.Module, layer: str, rank: int) -> nn.Sequential:
         """Two layers of ``rank`` that come closest to one."""

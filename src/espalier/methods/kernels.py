@@ -30,6 +30,7 @@ class Kernels:
     ranks: dict[str, list[int]] = field(default_factory=dict)  # layer -> rank of every option; 0: a rectangle, or dense
     layouts: dict[str, str] = field(default_factory=dict)  # layer -> form of its factors
     aims: dict[str, int] = field(default_factory=dict)  # layer -> rank that the keep-set of now gives it
+    best: dict[str, list[Rectangle]] = field(default_factory=dict)  # layer -> of every option the place worth most
 
     def __post_init__(self) -> None:
         self.ranks = self.ranks or {n: [0] * len(options) for n, options in self.options.items()}
@@ -53,7 +54,17 @@ class Kernels:
         return self.options[layer][-1][0]
 
     def scores(self, taps: Mapping[str, np.ndarray], triplets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What each option adds, as ``solve`` takes it, from what kernel positions, ``(kh * kw,)``, and triplets are worth."""
+        """What each option adds, as ``solve`` takes it, from what kernel positions, ``(kh * kw,)``, and triplets are worth.
+
+        From here on each option of a kernel stands for the place in it that is worth most.
+        """
+        self.best = {
+            n: [
+                max(places, key=lambda r: self._inside(n, r, taps[n]), default=self._whole(n))
+                for places in self.options[n]
+            ]
+            for n in taps
+        }
         held = {n: self._held(n, taps.get(n), triplets.get(n)) for n in self.ranks}
         return {alternatives_name(n): np.diff(np.maximum.accumulate([0.0, *some])) for n, some in held.items()}
 
@@ -65,7 +76,6 @@ class Kernels:
         """
         views = [v for v in (taps, triplets) if v is not None]
         whole = float(views[0].sum()) if views else 0.0
-        rectangles = [h for h, _ in self._best(layer, taps)] if taps is not None else None
         held = []
         for number, rank in enumerate(self.ranks[layer][:-1]):
             if rank:
@@ -73,26 +83,26 @@ class Kernels:
                 lost = 1.0 - float(triplets[:rank].sum()) / max(float(triplets.sum()), 1e-30)
                 held.append(whole * (1.0 - max(lost, 0.0) ** LOST))
             else:
-                assert rectangles is not None
-                held.append(rectangles[number])
+                assert taps is not None
+                held.append(self._inside(layer, self.best[layer][number], taps))
         return [*held, whole]
 
-    def choose(self, taps: Mapping[str, np.ndarray], keep: Mapping[str, np.ndarray]) -> None:
+    def _inside(self, layer: str, place: Rectangle, taps: np.ndarray) -> float:
+        """What of ``taps`` lies in ``place``."""
+        kernel = taps.reshape(self._whole(layer).size)
+        return float(kernel[place.top : place.bottom + 1, place.left : place.right + 1].sum())
+
+    def choose(self, keep: Mapping[str, np.ndarray]) -> None:
         """Of every layer the rank, or the best rectangle, of the option that ``keep`` takes."""
         taken = {n: len(keep[alternatives_name(n)]) - 1 for n in self.ranks}
         self.aims = {n: self.ranks[n][t] for n, t in taken.items() if self.ranks[n][t]}
         cut = {n: t for n, t in taken.items() if t < len(self.ranks[n]) - 1 and n not in self.aims}
-        self.chosen = {n: self._best(n, taps[n])[t][1] for n, t in cut.items()}
+        self.chosen = {n: self.place(n, t) for n, t in cut.items()}
 
-    def _best(self, layer: str, worth: np.ndarray) -> list[tuple[float, Rectangle]]:
-        """By option what its best rectangle holds, and this."""
-        whole = self._whole(layer)
-        taps = worth.reshape(whole.size)
-        found = []
-        for places in self.options[layer]:
-            held = [float(taps[r.top : r.bottom + 1, r.left : r.right + 1].sum()) for r in places]
-            found.append((max(held), places[int(np.argmax(held))]) if places else (0.0, whole))
-        return found
+    def place(self, layer: str, option: int) -> Rectangle:
+        """What the kernel of ``layer`` is cut to by an option that is no rank; before anything is heard, around the middle."""
+        places = self.options[layer][option]
+        return self.best[layer][option] if layer in self.best else places[len(places) // 2]
 
     def going(self, ready: Collection[str]) -> dict[str, np.ndarray]:
         """Options that the layers ``ready`` are cut to, by group."""
@@ -111,5 +121,5 @@ class Kernels:
 
     def forget(self, layers: Collection[str]) -> None:
         """There is nothing to decide about ``layers`` any more."""
-        for table in ("options", "chosen", "ranks", "layouts", "aims"):
+        for table in ("options", "chosen", "ranks", "layouts", "aims", "best"):
             setattr(self, table, {n: v for n, v in getattr(self, table).items() if n not in layers})

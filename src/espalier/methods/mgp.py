@@ -106,10 +106,9 @@ class MGPRun(Fading):
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         for layer, places in self.kernels.options.items():
-            taken = places[options.get(alternatives_name(layer), len(places)) - 1]
-            if taken is not places[-1]:
-                chosen = self.kernels.chosen.get(layer)
-                cut_kernel(model, layer, chosen if chosen in taken else taken[len(taken) // 2])
+            taken = options.get(alternatives_name(layer), len(places)) - 1
+            if taken < len(places) - 1:
+                cut_kernel(model, layer, self.kernels.place(layer, taken))
 
     def _units(self) -> Units:
         return Units(self.model, self.graph, taps=self.kernels.spatial)
@@ -132,7 +131,7 @@ class MGPRun(Fading):
         else:
             plan = self.decide(scores, limits, measured=bool(scores))
         plan = self._reviewed(plan)
-        self.kernels.choose(taps, plan.keep)
+        self.kernels.choose(plan.keep)
         self.record("kernel", self.kernels.areas, progress=progress)
         self._chosen(progress)
         return plan

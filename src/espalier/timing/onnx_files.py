@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.graph import Graph
 from espalier.graph.graph import CHANNELS
 from espalier.graph.tracing import call_arguments
+from espalier.layers import PartConv2d
 from espalier.plan import Plan
 from espalier.surgery import shrink
 from espalier.timing.marks import FileNode, Written, marked, marks_of
@@ -100,7 +102,41 @@ def _exported(model: nn.Module, example: Any) -> Any:
         )  # fmt: skip
     proto = onnx.load_from_string(file.getvalue())
     _own_copies(proto)
+    _fold_padding(proto, model)
     return proto
+
+
+def _fold_padding(proto: Any, model: nn.Module) -> None:
+    """Into convolutions whose kernel sits off the centre, in place: the file that is delivered has no node for it either."""
+    used = Counter([o.name for o in proto.graph.output] + [name for node in proto.graph.node for name in node.input])
+    made = {o: n for n in proto.graph.node for o in n.output}
+    modules = dict(model.named_modules())
+    for conv in (n for n in proto.graph.node if n.op_type == "Conv"):
+        part, pad = modules.get(conv.input[1].rpartition(".")[0]), made.get(conv.input[0])
+        if not isinstance(part, PartConv2d) or pad is None or pad.op_type != "Pad" or used[conv.input[0]] > 1:
+            continue
+        left, right, top, bottom = part.shift
+        if min(part.shift) < 0:  # cropped
+            continue
+        for attribute in (a for a in conv.attribute if a.name == "pads"):
+            both = [a + b for a, b in zip(attribute.ints, (top, left, bottom, right), strict=True)]
+            del attribute.ints[:]
+            attribute.ints.extend(both)
+            conv.input[0] = pad.input[0]
+    _sweep(proto.graph)
+
+
+def _sweep(graph: Any) -> None:
+    """Take out what nothing reads."""
+    read, live = {o.name for o in graph.output}, []
+    for node in reversed(graph.node):
+        if read.intersection(node.output):
+            live.append(node)
+            read.update(node.input)
+    if len(live) < len(graph.node):
+        kept = [type(n).FromString(n.SerializeToString()) for n in reversed(live)]
+        del graph.node[:]
+        graph.node.extend(kept)
 
 
 def _own_copies(proto: Any) -> None:
