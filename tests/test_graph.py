@@ -365,12 +365,6 @@ def split_equal(m: Any, x: Tensor) -> Tensor:
     return m.c(one - two)
 
 
-def assign_fixed(m: Any, x: Tensor) -> Tensor:
-    y = m.a(x)
-    y[:, :8] += m.b(x)
-    return m.c(y)
-
-
 def preallocate(m: Any, x: Tensor) -> Tensor:
     both = torch.zeros(x.shape[0], 16, *x.shape[2:], dtype=x.dtype, device=x.device)
     both[:, :8] = m.a(x)
@@ -423,7 +417,6 @@ def view_net() -> nn.Module:
         (slice_net, slice_fixed),
         (view_net, view_fixed),
         (lambda: Net(split_equal, a=conv(3, 16), c=pair(8)), split_equal),
-        (lambda: Net(assign_fixed, a=conv(3, 16), b=conv(3, 8), c=pair(16)), assign_fixed),
         (lambda: Net(preallocate, a=conv(3, 8), b=conv(3, 8), c=pair(16)), preallocate),
         (lambda: Net(asserts, a=conv(3, 16), c=pair(16)), asserts),
         (lambda: Net(chosen, a=conv(3, 8), c=pair(4)), chosen),

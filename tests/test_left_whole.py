@@ -164,6 +164,46 @@ def of_ones(net: Any, x: Tensor) -> Tensor:
     return net.b(net.a(x.new_ones(1, 2, 8, 8)))
 
 
+def partly(net: Any, x: Tensor) -> Tensor:
+    """FasterNet: a convolution of the first few channels, and a gate made of the last."""
+    y = net.a(x)
+    first = net.c(y[:, :4])
+    y = torch.cat([first, y[:, 4:]], 1)
+    return net.b(y * y[:, -1:].sigmoid())
+
+
+def written_over(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    y[:, :8] = net.c(x)
+    return net.b(y.relu())
+
+
+def maxout(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.b(y.view(len(y), -1, 2, 8, 8).amax(2))
+
+
+def normed_by_hand(net: Any, x: Tensor) -> Tensor:
+    """A group norm: whole groups can go."""
+    y = net.a(x)
+    z = y.reshape(len(y), net.groups, -1)
+    z = (z - z.mean(2, keepdim=True)) / (z.var(2, keepdim=True) + 1e-5).sqrt()
+    return net.b(z.view(y.shape))
+
+
+def padded_to_match(net: Any, x: Tensor) -> Tensor:
+    """A shortcut of ResNet for CIFAR, whose width is a difference of two."""
+    y = net.a(x)
+    z = net.c(y)
+    return net.b(z + F.pad(y, (0, 0, 0, 0, 0, z.shape[1] - y.shape[1])))
+
+
+def joined_to_match(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    z = net.c(y)
+    return net.b(z + torch.cat([y, y.new_zeros(1, z.shape[1] - y.shape[1], 8, 8)], 1))
+
+
 STEPS = {"scale": torch.rand(16) / 50 + 0.01, "zero": torch.zeros(16)}
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
@@ -214,6 +254,28 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
         literal_groups, {"a": conv(3, 4), "c": conv(4, 12, groups=4, bias=False), "b": conv(12, 5)}, {"c": 3},
     ),
     "what reads a pair of constants": (of_ones, {"a": conv(2, 4), "b": conv(4, 5)}, {"a": 4}),
+    "the first few channels and the last": (
+        partly, {"a": conv(3, 16), "c": conv(4, 4), "b": conv(16, 5)}, {"c": 4, "a": 11},
+    ),
+    "the first half written over": (
+        written_over, {"a": conv(3, 16), "c": conv(3, 8), "b": conv(16, 5)}, {"a": 8},
+    ),
+    "the larger of two neighbours": (maxout, {"a": conv(3, 16), "b": conv(8, 5)}, {"a": 8}),
+    "a group norm by hand": (normed_by_hand, {"a": conv(3, 16), "b": conv(16, 5), "groups": 4}, {"a": 4}),
+    "channels padded by a difference of widths": (
+        padded_to_match, {"a": conv(3, 6), "c": conv(6, 16), "b": conv(16, 5)}, {"a": 6, "c": 10},
+    ),
+    "constants as wide as a difference": (
+        joined_to_match, {"a": conv(3, 6), "c": conv(6, 16), "b": conv(16, 5)}, {"a": 6, "c": 10},
+    ),
+    "a vector as long as a number of channels times others": (
+        lambda net, x: net.b(net.a(x).view(-1, net.a.out_channels * 8 * 8)),
+        {"a": conv(3, 16), "b": nn.Linear(1024, 5)},
+        {"a": 16},
+    ),
+    "a number of pieces that is as large as they are": (
+        lambda net, x: net.b(sum(net.a(x).chunk(net.pieces, 1))), {"a": conv(3, 16), "b": conv(4, 5), "pieces": 4}, {"a": 4},
+    ),
     "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ Value = Tensor | Unknown | None
 
 aten = torch.ops.aten
 SIZE_GETTERS = (Tensor.shape.__get__, Tensor.size, Tensor.numel)  # type: ignore[attr-defined]
+PIECES = (torch.chunk, Tensor.chunk)  # the number that they get says how many, not how wide
 MAKERS = {aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_empty_strided}
 """Operations that take dtype and device from their operand, and no value."""
 OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}
@@ -60,7 +61,7 @@ class NumbersMadeTensors(TorchFunctionMode):
             if self.width is not None and func is not Tensor.numel:
                 return self._size(args[0], func(*args, **kwargs), *args[1:], *kwargs.values())
         given = (*args, *kwargs.values())
-        said, sizes = list(numbers_in(given)), sizes_in(given)
+        said, sizes = ([], None) if func in PIECES else (list(numbers_in(given)), sizes_in(given))
         if said or sizes:
             self.say(said, sizes)
         try:

@@ -195,6 +195,9 @@ class Graph:
     ] = ()  # per moment of ``activations``: the module without which it would not be; none further
     spans: tuple[Span, ...] = ()  # calls that could be left out, as far as shapes tell
     fixed_lines: tuple[tuple[str, str, int], ...] = ()  # source line, operation, how much of it rehearsals have fixed
+    turned_views: tuple[
+        tuple[str, str], ...
+    ] = ()  # source line, operation: another dimension shrinks than is guessed first
     fixed_modules: tuple[str, ...] = ()  # whose channels all stay, because a rehearsal refuted them
     reread: tuple[str, ...] = ()  # parameters that one forward reads more than once: their layers take no other form
     blocks: tuple[Block, ...] = ()  # that may be left out (``graph.blocks``)

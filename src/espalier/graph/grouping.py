@@ -34,11 +34,11 @@ def _frozen_components(watch: Watch, component: np.ndarray) -> dict[int, Reason]
     for labels, reason in watch.freezes:
         for root in np.unique(component[labels]):
             reasons.setdefault(int(root), reason)
-    for rows, reason in watch.mixes:
+    for rows, held, reason in watch.mixes:
         roots = component[rows]
         bad = (roots != roots[:, :1]).any(1)
         if bad.any():
-            for root in np.unique(roots[bad]):
+            for root in np.unique(roots[bad][:, held]):
                 reasons.setdefault(int(root), reason)
     reasons.setdefault(0, FIXED)
     return reasons
@@ -80,6 +80,7 @@ def build(watch: Watch, component: np.ndarray, notes: tuple[Reason, ...]) -> Gra
         unknown=tuple(watch.unknown),
         notes=notes,
         fixed_lines=tuple((*key, level) for key, level in watch.lessons.lines.items()),
+        turned_views=tuple(sorted(watch.lessons.turned)),
         fixed_modules=tuple(watch.lessons.modules),
         reread=tuple(name for name in watch.parameters if watch.reads[name] > 1),
     )

@@ -318,7 +318,10 @@ def _counting(tensor: str, dim: int, value: int, note: Note) -> int:
 
 
 class Width(int):
-    """The size of a tensor along its channels, in a watch: as many as ``labels``; what is computed of it is any number."""
+    """The size of a tensor along its channels, in a watch: as many as ``labels``.
+
+    What is left of it after that of another follows; what else is computed of it is any number.
+    """
 
     labels: np.ndarray
 
@@ -330,13 +333,17 @@ class Width(int):
 
     __hash__ = int.__hash__
 
+    def __sub__(self, other: Any) -> Any:
+        left = int(self) - other
+        return Width.of(left, self.labels[other:]) if isinstance(other, Width) and left > 0 else left
+
 
 def _as_int(op: Callable[[Any, Any], Any]) -> Callable[[Width, Any], Any]:
     """So that a ``Number`` on the other side is asked, as it would be by any ``int``: Python asks the left one first."""
     return lambda self, other: op(int(self), other)
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge"):
+for _name in ("add", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Width, f"__{_name}__", _as_int(getattr(operator, f"__{_name}__")))
 
 

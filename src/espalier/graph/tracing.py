@@ -99,6 +99,7 @@ def observe(model: nn.Module, example: Any, *, taught_by: Graph | None = None, t
     lessons.plain = {n: None for n, m in named_modules(model).items() if computes_weight(m)}  # as it is planned
     if taught_by is not None:
         lessons.lines = {(line, op): level for line, op, level in taught_by.fixed_lines}
+        lessons.turned = set(taught_by.turned_views)
         reason = Reason(
             "the module around these channels works for one size only", CallPlace("", type(model).__name__, "")
         )
@@ -132,21 +133,31 @@ def _understood(model: nn.Module, example: Any, deadline: float, rehearse: bool)
 def _guesses_anew(lessons: Lessons, stage: Tracing) -> bool:
     """Did a guess of the watch leave channels whole that another may set free?  Then that one is next, once each.
 
-    A view may have split channels so that the dimension that shrinks is none that a layer takes for channels; and where a
-    channel shuffle lies between convolutions of many groups, whole groups hang together and only positions in all can go.
+    A view may have split channels so that the dimension that shrinks is none that a layer takes for channels; pieces that a
+    slice cuts off may be no shares of what stays; and where a channel shuffle lies between convolutions of many groups, whole
+    groups hang together and only positions in all can go.
     """
     moving = {(s.tensor, s.dim) for g in stage.graph.groups if g.size > 1 for s in g.slices}
-    views = {key: 1 for key in stage.watch.wrong_guesses if not lessons.lines.get(key)}
-    for key, axes in stage.watch.wrong_guesses.items():
-        split = {(stage.watch.axes[n].tensor, stage.watch.axes[n].dim) for n in axes}
-        if lessons.lines.get(key) == 1 and not split & moving:  # the other guess was wrong too: the line is to be told
-            views[key] = 2
-    lessons.lines |= views
+
+    def stay(axes: set[int]) -> bool:
+        return moving.isdisjoint((stage.watch.axes[n].tensor, stage.watch.axes[n].dim) for n in axes)
+
+    tried = {key: lessons.lines.get(key, 0) + (key in lessons.turned) for key in stage.watch.wrong_guesses}
+    views = {key for key, times in tried.items() if times == 0}
+    lessons.turned |= views
+    # where the other guess was wrong too, the line is to be told
+    told = {key: 2 for key, axes in stage.watch.wrong_guesses.items() if tried[key] == 1 and stay(axes)}
+    told |= {
+        key: lessons.lines.get(key, 0) + 1
+        for key, axes in stage.watch.shared.items()
+        if stay(axes) and axes & stage.watch.held
+    }
+    lessons.lines |= told
     normed = stage.watch.normed.keys() - lessons.plain.keys()
     lessons.plain |= dict.fromkeys(n for n in stage.watch.normed if n in normed)
     stuck = {n for n in stage.watch.divided if not moving & {(f"{n}.weight", 0), (n, 0)}} - lessons.positions
     lessons.positions |= stuck
-    return bool(views or stuck or normed)
+    return bool(views or told or stuck or normed)
 
 
 def _watched(

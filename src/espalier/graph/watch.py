@@ -102,6 +102,9 @@ PLAIN, COMPUTED = 1, 2  # made of parameters: zero wherever its parameter is zer
 Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the operation, of its output); None: nobody saw
 
 
+ALL = slice(None)
+
+
 class State:
     """What is known of one tensor: its label layers and, for what is made of parameters only, where it comes from."""
 
@@ -247,6 +250,7 @@ class Lessons:
 
     lines: dict[Key, int] = field(default_factory=dict)  # how much of it is fixed
     reasons: dict[Key, str] = field(default_factory=dict)  # of the same, once all of it is fixed
+    turned: set[Key] = field(default_factory=set)  # views of which another dimension shrinks than is guessed first
     channels: dict[tuple[str, int], tuple[np.ndarray, Reason]] = field(default_factory=dict)  # positions that stay
     ties: list[tuple[TensorPositions, TensorPositions]] = field(
         default_factory=list
@@ -325,7 +329,7 @@ class Watch(TorchDispatchMode):
         self.rehearsal = rehearsal
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
         self.freezes: list[tuple[np.ndarray, Reason]] = []
-        self.mixes: list[tuple[np.ndarray, Reason]] = []
+        self.mixes: list[tuple[np.ndarray, slice, Reason]] = []
         self.consumers: list[np.ndarray] = []
         self.sites: list[RawSite] = []
         self.records: list[Record] = []
@@ -341,6 +345,10 @@ class Watch(TorchDispatchMode):
         self._guesses: dict[bytes, tuple[Key, int]] = {}  # layer that a view split -> where, which dimension shrinks
         self._splits: dict[bytes, tuple[int, ...]] = {}  # of the same, its shape without the dimensions of size one
         self.wrong_guesses: dict[Key, set[int]] = {}  # and the axes whose channels were split
+        self.shared: dict[
+            Key, set[int]
+        ] = {}  # slices whose pieces are taken to be shares of the width, and of which axes
+        self.held: set[int] = set()  # axes of which some positions stay because others are counted from there
         self.divided: set[str] = set()  # convolutions that lose whole groups of several channels
         self.made = 0  # constants that this forward has made
         self.looks_at_sizes = False  # the user's code reads sizes, or compares numbers that count channels
@@ -434,6 +442,10 @@ class Watch(TorchDispatchMode):
         """Number of the axis that a label is of; -1 of what is fixed."""
         return bisect.bisect_right(self.axes, label, key=lambda axis: axis.start) - 1
 
+    def axes_in(self, labels: np.ndarray) -> set[int]:
+        """Numbers of the axes that ``labels`` are of."""
+        return {self.axis_at(int(n)) for n in np.unique(labels) if n}
+
     def axis_of(self, labels: np.ndarray) -> Axis | None:
         """The axis of which ``labels`` are all that there are; ``None`` where they are not those of one."""
         if not len(labels) or not labels.min():
@@ -468,14 +480,27 @@ class Watch(TorchDispatchMode):
         for layer in layers:
             self.freeze_labels(layer, text)
 
-    def mix(self, layer: Layer, dims: Iterable[int], text: str) -> None:
-        """A statistic over ``dims``: harmless only if everything along them lives or dies together (judged at the end)."""
+    def hold(self, layer: Layer, text: str) -> None:
+        """What lies in ``layer`` stays, because others are counted from there."""
+        self.held |= self.axes_in(layer)
+        self.freeze([layer], text)
+
+    def mix(self, layer: Layer, dims: Iterable[int], text: str, *, held: slice = ALL) -> None:
+        """A statistic over ``dims``: harmless only if everything along them lives or dies together (judged at the end).
+
+        Otherwise what lies at the positions ``held`` stays.
+        """
         dims = [d for d in dims if layer.shape[d] > 1]
         if not dims:
             return
+        guess = self.guessed(layer)
+        if guess is not None and guess[1] in dims and len(dims) < len(varying(layer)):
+            self.wrong_guesses.setdefault(guess[0], set()).update(self.axes_in(layer))
+        if held != ALL:
+            self.held |= self.axes_in(layer)
         rest = [d for d in range(layer.ndim) if d not in dims]
         rows = layer.transpose(*rest, *dims).reshape(-1, math.prod([layer.shape[d] for d in dims]))
-        self.mixes.append((rows, Reason(text, self.place())))
+        self.mixes.append((rows, held, Reason(text, self.place())))
 
     def vector(self, tensor: Tensor, dim: int) -> np.ndarray:
         """Labels along one dimension, shape ``(size,)``; 0 where it is fixed.
@@ -522,7 +547,7 @@ class Watch(TorchDispatchMode):
             )
             found = place[rows]
             if (found != found[:, :1]).any():
-                self.wrong_guesses.setdefault(key, set()).update(self.axis_at(int(n)) for n in rows[:, 0] if n)
+                self.wrong_guesses.setdefault(key, set()).update(self.axes_in(rows[:, 0]))
 
     def guessed(self, layer: Layer) -> tuple[Key, int] | None:
         """Where ``layer``, which changes along several dimensions, was split, and the dimension that shrinks."""
@@ -565,7 +590,7 @@ class Watch(TorchDispatchMode):
         if self.rehearsal is None:
             counted = number.labels(self)
             if counted is not None and len(counted) == len(labels):
-                self.tie(counted, labels)
+                self.tie(_in_order_of(counted, labels), labels)
         return True
 
     def made_axis(self, name: str, out: Tensor, dim: int) -> np.ndarray:
@@ -573,20 +598,28 @@ class Watch(TorchDispatchMode):
 
         Where nothing says what it counts, they are among ``made_labels``: in a rehearsal as in the first watch.
         """
-        like, size = f"{name}.like", out.shape[dim]
+        size = out.shape[dim]
         said = self.said_sizes[: out.ndim]
         given = (
             said[dim] if all(n in (-1, m) for n, m in zip(said, out.shape, strict=False)) and dim < len(said) else None
         )
-        counted = given.labels if isinstance(given, Width) else None
-        if (like, 0) in self._axis_of or (counted is not None and counted[-1] not in self.made_labels):
-            labels = self.axis_labels(like, 0, size)
-            if counted is not None:
-                self.tie(counted, labels)
-            return labels
+        alike = self.like_axis(name, given, size)
+        if alike is not None:
+            return alike
         labels = self.axis_labels(name, 0, size)
         if type(given) is int or not self.follow(size, labels):
             self.made_labels.update(labels[-1:].tolist())
+        return labels
+
+    def like_axis(self, name: str, given: int | None, size: int) -> np.ndarray | None:
+        """Labels of a new dimension, if ``given`` is the size of a tensor that says what it counts."""
+        like = f"{name}.like"
+        counted = given.labels if isinstance(given, Width) else None
+        if (like, 0) not in self._axis_of and (counted is None or counted[-1] in self.made_labels):
+            return None
+        labels = self.axis_labels(like, 0, size)
+        if counted is not None:
+            self.tie(counted, labels)
         return labels
 
     def _note(self, tensor: str, dim: int, value: int, other: int) -> None:
@@ -878,6 +911,17 @@ class Watch(TorchDispatchMode):
 def _note_numbers(tensor: Tensor, value: Value) -> None:
     if state(tensor) is NOTHING:
         tensor._espalier = State(value=value)  # type: ignore[attr-defined]
+
+
+def _in_order_of(counted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What a multiple of a number counts: one part after the other, or with all positions of a channel in a row."""
+    changes = np.flatnonzero(np.diff(labels))
+    times = int(changes[0]) + 1 if len(changes) else len(labels)
+    if len(labels) % times:
+        return counted
+    parts, rows = counted.reshape(times, -1), labels.reshape(-1, times)
+    alike = (parts == parts[:1]).all() and (rows == rows[:, :1]).all()
+    return parts[0].repeat(times) if alike else counted
 
 
 @functools.cache

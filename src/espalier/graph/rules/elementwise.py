@@ -126,7 +126,8 @@ rule(
 
 @rule("clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout", "empty_like",
       "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli_", "bernoulli", "fill_", "zero_",
-      "uniform_", "normal_", "fill", "_reshape_alias_copy", "positive")  # fmt: skip
+      "uniform_", "normal_", "exponential_", "cauchy_", "log_normal_", "geometric_", "random_", "fill", "_reshape_alias_copy",
+      "positive")  # fmt: skip
 def same(watch: Watch, call: Call) -> None:
     """The result has the channels of the first operand."""
     known = state(call.first)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
-from espalier.graph.watch import Layer, Watch, state
+from espalier.graph.watch import ALL, Layer, Watch, state
 
 aten = torch.ops.aten
 Rule = Callable[[Watch, Call], None]
@@ -61,4 +61,4 @@ def settle(watch: Watch, operands: Sequence[Tensor]) -> None:
     """Weights whose inputs were mixed by a statistic meet an activation other than as a weight: freeze what was mixed."""
     for tensor in operands:
         for labels, reason in state(tensor).pending:
-            watch.mixes.append((labels, reason))
+            watch.mixes.append((labels, ALL, reason))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from espalier.carving import number_name
 from espalier.graph.call import Call
+from espalier.graph.numbers import Width
 from espalier.graph.rules.elementwise import combine, new_widths
 from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
-from espalier.graph.watch import Layer, State, Watch, compact, narrowed, state, varying
+from espalier.graph.watch import ALL, Layer, State, Watch, compact, narrowed, state, varying
 from espalier.layers import ChannelPad
 
 # -- views: executed on the labels -------------------------------------------------------------------------------------
@@ -131,10 +132,11 @@ def view(watch: Watch, call: Call) -> None:
         if level and len(dims) <= 1:
             watch.freeze([result], "a view fixes the number of channels")
         elif len(dims) > max(1, len(varying(layer))):
-            if level >= 2:
+            tried = level + (watch.key() in watch.lessons.turned)
+            if tried >= 2:
                 watch.freeze([result], "a view splits the channels in a way that does not follow their number")
             else:
-                shrinking = dims[-1] if (level == 0) == (len(dims) == 2) else dims[0]
+                shrinking = dims[-1] if (tried == 0) == (len(dims) == 2) else dims[0]
                 watch.guess(result, shrinking)
                 for dim in dims:
                     if dim != shrinking:
@@ -207,11 +209,11 @@ def _seam(watch: Watch, labels: np.ndarray, at: int) -> bool:
     return len(steps) > 1 and steps[min(at - 1, 1)] not in np.delete(steps, min(at - 1, 1))
 
 
-def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str) -> None:
+def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str, *, held: slice = ALL) -> None:
     """``layer`` is cut along ``dim`` at ``ends``, of which no number says why: are the pieces shares of the width?
 
     First guess where two tensors were joined there: the cut is where they meet; then: yes, so that equal pieces lose the same;
-    then: no.  A rehearsal decides.
+    then: no, and what is ``held`` stays.  A rehearsal decides.
     """
     size, level = math.gcd(*ends, layer.shape[dim]), watch.level()
     labels = line(layer, dim)
@@ -220,13 +222,22 @@ def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str)
             return
         level -= 1
     if layer.shape[dim] // size > MOST_PIECES or size < min(4, *np.diff([0, *ends, layer.shape[dim]])) or size == 1:
-        watch.mix(layer, [dim], text)
+        watch.mix(layer, [dim], text, held=held)
     elif level >= 1:
-        watch.freeze([layer], "is cut at a fixed width")
+        watch.hold(layer[(slice(None),) * dim + (held,)], "is cut at a fixed width")
     else:
+        if held != ALL:
+            watch.shared.setdefault(watch.key(), set()).update(watch.axes_in(labels))
         first, *others = np.split(layer, range(size, layer.shape[dim], size), dim)
         for piece in others:
             watch.tie(first, piece)
+
+
+def _counted_off(total: int, *places: int | None) -> slice:
+    """The positions that have to stay for ``places`` to be the same ones: those before, or of negative numbers behind."""
+    inside = [n for n in places if n is not None and -total < n < total]
+    front, back = max([0, *inside]), max([0, *(-n for n in inside)])
+    return slice(0, front) if not back else slice(total - back, total) if not front else ALL
 
 
 @rule("slice", "narrow")
@@ -242,7 +253,8 @@ def slice_(watch: Watch, call: Call) -> None:
                 labels = line(layer, dim)
                 ends = [n for n in (start, start + size) if 0 < n < total]
                 if not all(watch.follow(n, labels[:n]) or watch.follow(total - n, labels[n:]) for n in ends):
-                    shares(watch, layer, dim, ends, "is sliced at a fixed index")
+                    held = _counted_off(total, call["start"] or 0, call["end"])
+                    shares(watch, layer, dim, ends, "is sliced at a fixed index", held=held)
             elif start == 0 and size and size * call["step"] == total and not watch.level():
                 every = np.moveaxis(layer, dim, 0).reshape(size, call["step"], -1)  # of a few neighbours the first
                 watch.tie(every, every[:, :1])
@@ -295,11 +307,12 @@ def split(watch: Watch, call: Call) -> None:
 @rule("select")
 def select(watch: Watch, call: Call) -> None:
     tensor, known = call.first, state(call.first)
-    dim = call["dim"] % tensor.ndim
+    dim, index = call["dim"] % tensor.ndim, call["index"]
     layers = []
     for layer in known.layers:
-        watch.mix(layer, [dim], "is selected by a fixed index")
-        layers.append(compact(np.asarray(np.broadcast_to(layer, tensor.shape).take(call["index"], dim))))
+        held = slice(0, index + 1) if index >= 0 else slice(tensor.shape[dim] + index, None)
+        watch.mix(layer, [dim], "is selected by a fixed index", held=held)
+        layers.append(compact(np.asarray(np.broadcast_to(layer, tensor.shape).take(index, dim))))
     watch.put(call.out, layers, derived=known.derived, pending=known.pending)
 
 
@@ -438,6 +451,7 @@ def index_put(watch: Watch, call: Call) -> None:
 def pad(watch: Watch, call: Call) -> None:
     """Spatial padding belongs to its channel; new channels are known only where a ``ChannelPad`` makes them."""
     tensor, amounts, known = call.first, call["pad"], state(call.first)
+    watch.made += 1
     layers = []
     for layer in known.layers:
         amount = {tensor.ndim - 1 - i: tuple(amounts[2 * i : 2 * i + 2]) for i in range(len(amounts) // 2)}
@@ -458,15 +472,21 @@ def pad(watch: Watch, call: Call) -> None:
 
 
 def _padding(watch: Watch, layer: Layer, dims: list[int], amount: tuple[int, int]) -> Layer | None:
-    """``layer`` with new channels before and after it, as many as numbers of modules say; ``None`` where they do not."""
-    if dims != [1] or varying(layer) != (1,):
+    """``layer`` with new channels before and after it, as many as numbers of modules or sizes say; ``None`` where none do."""
+    if dims != [1] or varying(layer) != (1,) or watch.level():
         return None
-    sides = []
-    for size in amount:
-        numbers = [] if watch.level() else watch.said.get(size, [])
-        labels = numbers[0].labels(watch) if numbers else np.zeros(0, dtype=np.int64)
-        if size < 0 or labels is None or len(labels) != size:
-            return None
-        sides.append(labels)
-    vec = np.concatenate([sides[0], layer.reshape(-1), sides[1]])
+    before, after = (_new_channels(watch, size, f"made{watch.made}.{side}") for side, size in enumerate(amount))
+    if before is None or after is None or (len(before), len(after)) != amount:
+        return None
+    vec = np.concatenate([before, layer.reshape(-1), after])
     return vec.reshape([1, -1] + [1] * (layer.ndim - 2))
+
+
+def _new_channels(watch: Watch, size: int, name: str) -> np.ndarray | None:
+    """As many as a number of a module says, or what is left of a tensor's size after another's; ``None`` where neither does."""
+    if size <= 0:
+        return np.zeros(0, dtype=np.int64)
+    if numbers := watch.said.get(size):
+        return numbers[0].labels(watch)
+    given = next((n for n in watch.said_sizes if type(n) is Width and n == size), None)
+    return watch.like_axis(number_name(watch.module_name, name), given, size)
