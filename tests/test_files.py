@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,20 +28,23 @@ class Net(nn.Module):
     def __init__(
         self, *, eps: float = 1e-3, slope: float = 0.1, stride: int = 2, scale: float = 0.5, act: Any = F.relu,
         skip: bool = True, mode: str = "nearest", step: int = 2, ceil: bool = False, drop: float = 0.1,
-        leaky: type[nn.Module] = nn.LeakyReLU,
+        leaky: type[nn.Module] = nn.LeakyReLU, gain: float = 1.0, floor: float = 0.0, bend: float = 0.1,
     ) -> None:  # fmt: skip
         super().__init__()
         self.a, self.n = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16, eps=eps)
         self.l, self.p = leaky(slope), nn.MaxPool2d(2, stride, ceil_mode=ceil)
         self.b, self.d = nn.Conv2d(16, 8, 3, padding=1), nn.Dropout(drop)
         self.scale, self.act, self.skip, self.mode, self.step = scale, act, skip, mode, step
+        self.gains, self.config = {"of b": gain}, SimpleNamespace(floor=floor)
+        self.bent = functools.partial(F.leaky_relu, negative_slope=bend)
         self.calls = 0
         self.log_path = "/home/somebody/log"
+        self.training_args = {"epochs": random.randint(0, 10**9)}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         x = self.act(self.p(self.l(self.n(self.a(x)))))[:, :, :: self.step]
-        y = self.d(self.b(x)) * self.scale
+        y = self.bent(self.d(self.b(x)) * self.scale * self.gains["of b"] - self.config.floor)
         return F.interpolate(y, scale_factor=2, mode=self.mode) if self.skip else y
 
 
@@ -65,7 +71,8 @@ def file(small: nn.Module, tmp_path: Path) -> Path:
 OTHER: dict[str, dict[str, Any]] = {
     "eps": {"eps": 1e-5}, "slope": {"slope": 0.3}, "stride": {"stride": 1}, "a number of one's own": {"scale": 1.0},
     "a function": {"act": F.gelu}, "a switch": {"skip": False}, "a word": {"mode": "bilinear"}, "ceil": {"ceil": True},
-    "another activation": {"leaky": nn.ELU},
+    "another activation": {"leaky": nn.ELU}, "a number in a table": {"gain": 2.0},
+    "a number in a configuration": {"floor": 1.0}, "a function's own number": {"bend": 0.3},
 }  # fmt: skip
 
 
@@ -85,9 +92,9 @@ def test_a_base_that_differs_in_nothing_that_is_computed_loads(
     """Dropout is for training; a whole number comes from the file, like every number that may follow a width."""
     base = Net(**other)
     base.calls, base.log_path = 7, "/elsewhere"
-    random = torch.get_rng_state()
+    before = torch.get_rng_state()
     again = es.load(file, base=base).eval()
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again(X), small(X))
 
 

@@ -323,7 +323,7 @@ def plain_settings(module: nn.Module) -> list[tuple[str, Any]]:
 
     What begins with "drop" is for training alone.
     """
-    written = _written(type(module))  # type: ignore[arg-type]
+    written = in_forward(type(module), "STORE_ATTR")  # type: ignore[arg-type]
     return [
         (k, v)
         for k, v in vars(module).items()
@@ -344,8 +344,8 @@ def _is_whole(value: Any) -> bool:
 
 
 @functools.cache
-def _written(kind: type) -> frozenset[str]:
-    """Attributes that ``forward``, or a method that it calls, writes."""
+def in_forward(kind: type, instruction: str) -> frozenset[str]:
+    """Attributes that ``forward``, or a method that it calls, writes (``STORE_ATTR``) or reads (``LOAD_ATTR``)."""
     methods: dict[str, types.CodeType] = {}
     for base in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
         methods |= {k: v.__code__ for k, v in vars(base).items() if isinstance(v, types.FunctionType)}
@@ -355,7 +355,7 @@ def _written(kind: type) -> frozenset[str]:
         code = methods.get(waiting.pop())
         if code is None:
             continue
-        found |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
+        found |= {i.argval for i in dis.get_instructions(code) if i.opname == instruction}
         waiting += [n for n in code.co_names if n in methods and n not in seen]
         seen.update(code.co_names)
     return frozenset(found)

@@ -10,6 +10,9 @@ before its sizes are those of the tensors in the file; and a model that it does 
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -27,7 +30,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from espalier.carving import computes_weight, is_own, plain_settings, put_in_place, refresh, whole_numbers
+from espalier.carving import computes_weight, in_forward, is_own, plain_settings, put_in_place, refresh, whole_numbers
 from espalier.copies import check_names, unwrapped
 from espalier.forms import LowRank
 from espalier.graph.blocks import LEFT
@@ -129,7 +132,10 @@ def _compared(module: nn.Module) -> dict[str, Any]:
     """What decides on outputs and never follows the widths: numbers, words and functions that a module keeps."""
     unseen = next((names for kind, names in _TRAINING_ONLY.items() if isinstance(module, kind)), ())
     own = whole_numbers(module)
-    found = {k: _said(v) for k, v in plain_settings(module) if k not in unseen and k not in own}
+    reads = in_forward(type(module), "LOAD_ATTR")  # type: ignore[arg-type]
+    settings = [(k, v) for k, v in plain_settings(module) if k not in unseen and k not in own]
+    # a table may be about training, or where the weights came from
+    found = {k: _said(v) for k, v in settings if k in reads or not _is_table(v)}
     return {k: v for k, v in found.items() if v is not _NOTHING}
 
 
@@ -152,7 +158,18 @@ def _said(value: Any) -> Any:
         return str(value)
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        return _said([value.func, value.args, value.keywords])
+    if _is_table(value):
+        value = value if isinstance(value, dict) else vars(value)
+        named = {k: _said(v) for k, v in value.items() if isinstance(k, str)}
+        return _NOTHING if len(named) < len(value) or any(v is _NOTHING for v in named.values()) else named
     return _NOTHING
+
+
+def _is_table(value: Any) -> bool:
+    kinds = (dict, types.SimpleNamespace, argparse.Namespace)
+    return isinstance(value, kinds) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 # -- onto a fresh model -----------------------------------------------------------------------------------------------
