@@ -239,17 +239,17 @@ def cut(name: str) -> dict[str, Any]:
         "params": sum(p.numel() for p in model.parameters()),
         "trace_s": time.process_time() - begun,
     }
-    random = np.random.default_rng(0)
-    scores = {g.name: random.random(g.size) for g in graph.groups}
-    costs = CostModel(graph)
-    dense = costs.cost(graph.sizes).macs
-    smallest = costs.cost(np.ones_like(graph.sizes)).macs / dense
-    found |= {"macs": dense, "smallest": smallest}
+    if least(graph) > NOTHING_GOES:
+        graph = es.with_blocks(graph, es.find_blocks(model, x).found)
+    smallest = least(graph)
+    found |= {"macs": es.cost(graph).macs, "smallest": smallest}
     if smallest > NOTHING_GOES:
         kept = Counter[str]()
         for frozen in graph.frozen:
             kept[f"{frozen.reason.text} ({frozen.reason.line})"] += frozen.count
         return found | {"proven": False, "why": f"stays whole: {kept.most_common(1)[0][0]}"}
+    random = np.random.default_rng(0)
+    scores = {g.name: random.random(g.size) for g in graph.groups}
     budget = es.Budget(macs=0.5 if smallest < NEARLY_HALF else (1 + smallest) / 2)
     begun = time.process_time()
     plan = es.solve(graph, scores, budget)
@@ -262,6 +262,12 @@ def cut(name: str) -> dict[str, Any]:
         | {"proven": proof.passed, "verify_s": time.process_time() - begun}
         | ({"error": failed[0]} if failed else {})
     )
+
+
+def least(graph: es.Graph) -> float:
+    """The share of the MACs that is left if of everything one is."""
+    costs = CostModel(graph)
+    return costs.cost(np.ones_like(graph.sizes)).macs / costs.cost(graph.sizes).macs
 
 
 METHODS = {"tcp": es.TCP(), "mgp": es.MGP(), "dprp": es.DPRP(), "tt-lc": es.TTLC(search=0)}
@@ -281,9 +287,7 @@ def steps(name: str, method: str, count: int) -> dict[str, Any]:
     model, x = NETWORKS[name]()
     detects = isinstance(x, list)
     model.eval()
-    graph = es.trace(model, x)
-    costs = CostModel(graph)
-    smallest = costs.cost(np.ones_like(graph.sizes)).macs / costs.cost(graph.sizes).macs
+    smallest = least(es.trace(model, x))
     # Where no channel can go this would ask for all MACs, which any method holds: the question there is what ranks can do.
     share = max(0.6, (1 + smallest) / 2) if smallest < NOTHING_GOES else 0.6
     run = es.attach(model, x, budget=es.Budget(macs=share), method=METHODS[method])

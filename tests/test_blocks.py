@@ -405,21 +405,56 @@ def test_a_score_that_cannot_weigh_blocks_is_refused(make):
         make()
 
 
-def test_blocks_may_go_by_default_where_time_is_limited():
+class Response(nn.Module):
+    """As in ConvNeXt V2: a mean over the channels, which therefore stay."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = x.square().sum((2, 3), keepdim=True).sqrt()
+        return x * norms / (norms.mean(1, keepdim=True) + 1e-6)
+
+
+def responding() -> nn.Module:
+    def block(width: int, inner: int) -> nn.Module:
+        return Residual(nn.Sequential(*conv(width, inner), Response(), *conv(inner, width, act=False)))
+
+    model = randomise(Net(block))
+    model.stem.append(Response())
+    model.down.append(Response())
+    return model
+
+
+def test_blocks_may_go_by_default_where_time_is_limited_or_nothing_else_is_enough():
     class Clock:
         dense = 1.0
 
         def on(self, graph):
             return graph
 
+    graph, stiff = graph_of(randomise(Net(basic))), trace(responding(), EXAMPLE)
     by_time, by_macs = Budget(latency=0.5, profile=Clock()), Budget(macs=0.5)
-    assert takes_blocks(None, by_time) and not takes_blocks(None, by_macs)
-    assert not takes_blocks(False, by_time) and takes_blocks(True, by_macs)
-    assert not takes_blocks(None, by_time, score="scale")
+    assert takes_blocks(None, by_time, graph) and not takes_blocks(None, by_macs, graph)
+    assert takes_blocks(None, by_macs, stiff) and not takes_blocks(None, Budget(macs=1.0), stiff)
+    assert not takes_blocks(False, by_time, graph) and takes_blocks(True, by_macs, graph)
+    assert not takes_blocks(None, by_time, graph, score="scale")
 
 
-def test_frozen_weights_keep_their_block():
-    model = randomise(Net(basic))
-    model.stage[0].branch[1].weight.requires_grad_(False)
-    run = es.TCP(blocks=True).start(model, EXAMPLE, Budget(macs=0.9))
-    assert [b.module for b in run.graph.blocks] == ["stage.1", "last"] and "stage.0" in run.skipped
+@pytest.mark.parametrize(
+    "method", [es.TCP(), es.MGP(inputs=False, shapes=False), es.Magnitude(score="taylor")], ids=lambda m: m.name
+)
+def test_a_network_of_which_no_channel_can_go_gives_up_blocks(method):
+    model, x = responding(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batches = [(x, torch.arange(8) % 4)]
+    run = method.start(model, EXAMPLE, Budget(macs=0.6), batches=batches)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(40):
+        loss = F.cross_entropy(model(x), batches[0][1]) + run.penalty()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step(progress=(step + 1) / 40, optimizer=optimizer)
+    run.finish()
+    assert run.cost.macs <= run.limits["macs"] and run.dense_graph.absent(run.plan.keep)
+    with pytest.raises(es.BudgetError):
+        type(method)(**{**vars(method), "blocks": False}).start(
+            responding(), EXAMPLE, Budget(macs=0.6), batches=batches
+        )

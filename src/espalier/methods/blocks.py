@@ -19,11 +19,13 @@ from espalier.graph.graph import CHANNELS
 from espalier.methods.state import WEIGHT_FROZEN
 from espalier.plan import Budget
 from espalier.settings import described
+from espalier.solver import BudgetError, solve
 
 WholeBlocks = Annotated[
     bool | None,
     described(
-        "let residual blocks go as a whole, where that gives up less than their channels; by default where time is limited"
+        "let residual blocks go as a whole, where that gives up less than their channels; by default where time is limited, "
+        "or nothing else reaches the budget"
     ),
 ]
 
@@ -50,9 +52,20 @@ def need_comparable(where: str, name: str, score: str, blocks: bool | None) -> N
         )
 
 
-def takes_blocks(wanted: bool | None, budget: Budget, *, score: str = COMPARABLE) -> bool:
-    """Whether blocks may go: as asked, else where time is limited - launching layers costs time - and the score can tell."""
-    return (budget.latency is not None and score == COMPARABLE) if wanted is None else wanted
+def takes_blocks(wanted: bool | None, budget: Budget, graph: Graph, *, score: str = COMPARABLE) -> bool:
+    """Whether blocks may go: as asked; else, if the score can tell, where time is limited - launching layers costs time -
+    or what ``graph`` has without them is not enough."""
+    if wanted is not None:
+        return wanted
+    return score == COMPARABLE and (budget.latency is not None or not _reaches(graph, budget))
+
+
+def _reaches(graph: Graph, budget: Budget) -> bool:
+    try:
+        solve(graph, {g.name: np.ones(g.size) for g in graph.groups}, budget)
+    except BudgetError:
+        return False
+    return True
 
 
 def worth_of_blocks(graph: Graph, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -52,7 +52,7 @@ class OneShot(AtOnce):
         self, model: nn.Module, example: Any, budget: Budget, method: Magnitude, batches: Batches | None
     ) -> None:
         super().__init__(model, example, budget)
-        if takes_blocks(method.blocks, budget, score=method.score):
+        if takes_blocks(method.blocks, budget, self.graph, score=method.score):
             self.offer_blocks()
         importance = score_units(model, self.graph, method.score, batches)
         importance = {n: diminishing(w, method.share_exponent) for n, w in importance.items()}

@@ -90,7 +90,7 @@ class MGPRun(Fading):
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: MGP) -> None:
         super().__init__(model, example, budget, method)
         self.graph, options, self.skipped = granularities(model, self.graph, method, *find_places(model, example))
-        self._offer(Kernels(options), blocks=takes_blocks(method.blocks, budget))
+        self._offer(Kernels(options), blocks=takes_blocks(method.blocks, budget, self.graph))
         self._begin()
 
     def _offer(self, kernels: Kernels, *, blocks: bool) -> None:

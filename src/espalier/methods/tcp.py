@@ -86,7 +86,7 @@ class TCPRun(Fading):
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: TCP) -> None:
         super().__init__(model, example, budget, method)
-        if takes_blocks(method.blocks, budget, score=method.importance):
+        if takes_blocks(method.blocks, budget, self.graph, score=method.importance):
             self.offer_blocks()
         self.floor = {g.name: math.ceil(method.floor * g.size) for g in self.graph.groups if g.kind == CHANNELS}
         even = {g.name: np.ones(g.size) for g in self.graph.groups}
