@@ -52,17 +52,22 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
 
 def roi_align(x: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool) -> Tensor:
-    """``ratio`` x ``ratio`` bilinear samples a bin, averaged, (rois, channels, height, width): a product along either side."""
-    assert ratio > 0, "torchvision's detectors give the number of samples"
+    """``ratio`` x ``ratio`` bilinear samples a bin, averaged, (rois, channels, height, width): a product along either side.
+
+    With a ``ratio`` of 0 or less as many as a bin has positions.
+    """
     begin, end = (rois[:, 1:] * scale - 0.5 * aligned).reshape(-1, 2, 2).unbind(1)  # (rois, xy)
     size = end - begin if aligned else (end - begin).clamp(min=1)
-    across = _weights(begin[:, 0], size[:, 0], width, ratio, x.shape[3])
-    down = _weights(begin[:, 1], size[:, 1], height, ratio, x.shape[2])
+    samples = (size.detach() / size.new_tensor([width, height])).ceil().clamp(min=1).long()
+    samples = samples if ratio <= 0 else torch.full_like(samples, ratio)
     made = x.new_empty(len(rois), x.shape[1], height, width)
-    for image in range(len(x)):
-        for some in (rois[:, 0] == image).nonzero().flatten().split(64):
-            rows = torch.einsum("kph,chw->kcpw", down[some], x[image])
-            made[some] = torch.einsum("kcpw,kqw->kcpq", rows, across[some])
+    for image, wide, high in torch.cat([rois[:, :1].long(), samples], 1).unique(dim=0).tolist():
+        alike = (rois[:, 0] == image) & (samples == samples.new_tensor([wide, high])).all(1)
+        for some in alike.nonzero().flatten().split(64):
+            across = _weights(begin[some, 0], size[some, 0], width, wide, x.shape[3])
+            down = _weights(begin[some, 1], size[some, 1], height, high, x.shape[2])
+            rows = torch.einsum("kph,chw->kcpw", down, x[image])
+            made[some] = torch.einsum("kcpw,kqw->kcpq", rows, across)
     return made
 
 
