@@ -752,6 +752,43 @@ def test_networks_that_take_lists_and_keywords_are_held_to_a_time(monkeypatch, r
         es.profile(model, example, runtime=runtime, batch=2)
 
 
+@torch.jit.script
+def brighter(x):
+    if bool(x.mean() < 0):
+        x = x + 1
+    return x
+
+
+class Branching(nn.Module):
+    """One of its branches reads by name what a layer around it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x):
+        return self.two(brighter(self.one(x)))
+
+
+def test_networks_with_branches_in_their_file_are_profiled(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    measure_little(monkeypatch, networks=2)
+    monkeypatch.setattr(making, "find_grain", lambda *_: 8)
+    monkeypatch.setattr(making, "SECONDS", 0.0)
+    assert len(es.profile(Branching().eval(), X, networks=2).layers) == 2
+
+
+def test_a_network_that_cannot_be_written_for_a_runtime_is_refused_in_one_line():
+    pytest.importorskip("onnxruntime")
+
+    class Unheard(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvalsh(x)
+
+    with pytest.raises(ValueError, match=r"cannot be exported to ONNX by tracing: .*eigvalsh.*; runtime='torch'"):
+        es.profile(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), Unheard()), X)
+
+
 # -- other forms of layers
 
 

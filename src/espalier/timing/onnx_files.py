@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.graph import Graph
 from espalier.graph.graph import CHANNELS
 from espalier.graph.tracing import call_arguments
+from espalier.graph.watch import first_line
 from espalier.layers import PartConv2d
 from espalier.plan import Plan
 from espalier.surgery import shrink
@@ -82,7 +84,10 @@ def arguments_in_order(model: nn.Module, example: Any) -> tuple[tuple[Any, ...],
 
 
 def _exported(model: nn.Module, example: Any) -> Any:
-    """With BatchNorm and names of weights as they are in the model: the runtime folds them when it loads the file."""
+    """With BatchNorm and names of weights as they are in the model: the runtime folds them when it loads the file.
+
+    Raises: ValueError where PyTorch does not export it.
+    """
     import warnings
 
     import onnx
@@ -91,15 +96,18 @@ def _exported(model: nn.Module, example: Any) -> Any:
     args, kwargs = arguments_in_order(model, example)
     given = [*args, *kwargs.values()]
     names = {f"input{i}": tensor for i, tensor in enumerate(tree_leaves(given))}
-    batches = [
-        n for n, tensor in names.items() if any(tensor is g for g in given)
-    ]  # what stands in lists keeps its size
+    batches = [name for name, tensor in names.items() if any(tensor is g for g in given)]  # lists keep their sizes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, args, file, kwargs=kwargs, dynamo=False, do_constant_folding=False,  # type: ignore[arg-type]
-            input_names=list(names), dynamic_axes={name: {0: "batch"} for name in batches},
-        )  # fmt: skip
+        try:
+            torch.onnx.export(
+                model, args, file, kwargs=kwargs, dynamo=False, do_constant_folding=False,  # type: ignore[arg-type]
+                input_names=list(names), dynamic_axes={name: {0: "batch"} for name in batches},
+            )  # fmt: skip
+        except Exception as error:
+            raise ValueError(
+                f"profile: the model cannot be exported to ONNX by tracing: {first_line(error)}; runtime='torch' needs no ONNX"
+            ) from error
     proto = onnx.load_from_string(file.getvalue())
     _own_copies(proto)
     _fold_padding(proto, model)
@@ -108,7 +116,7 @@ def _exported(model: nn.Module, example: Any) -> Any:
 
 def _fold_padding(proto: Any, model: nn.Module) -> None:
     """Into convolutions whose kernel sits off the centre, in place: the file that is delivered has no node for it either."""
-    used = Counter([o.name for o in proto.graph.output] + [name for node in proto.graph.node for name in node.input])
+    used = _uses(proto.graph)
     made = {o: n for n in proto.graph.node for o in n.output}
     modules = dict(model.named_modules())
     for conv in (n for n in proto.graph.node if n.op_type == "Conv"):
@@ -132,7 +140,7 @@ def _sweep(graph: Any) -> None:
     for node in reversed(graph.node):
         if read.intersection(node.output):
             live.append(node)
-            read.update(node.input)
+            read.update(_reads(node))
     if len(live) < len(graph.node):
         kept = [type(n).FromString(n.SerializeToString()) for n in reversed(live)]
         del graph.node[:]
@@ -204,9 +212,7 @@ def fold_batchnorm(proto: Any) -> None:
     from onnx import helper, numpy_helper
 
     stored = {i.name: i for i in proto.graph.initializer}
-    used: dict[str, int] = {}
-    for name in [o.name for o in proto.graph.output] + [i for n in proto.graph.node for i in n.input]:
-        used[name] = used.get(name, 0) + 1
+    used = _uses(proto.graph)
     made = {o: n for n in proto.graph.node for o in n.output}
     for norm in [n for n in proto.graph.node if n.op_type == "BatchNormalization"]:
         conv = made.get(norm.input[0])
@@ -249,7 +255,7 @@ def _mark(proto: Any, graph: Graph) -> Written:
         for place, output in enumerate(node.output):
             renamed[output] = marked(f"{number}_{place}", mark)
         node.name = marked(f"{number}", mark)
-    for node in own.graph.node:
+    for node in _everywhere(own.graph):
         for names in (node.input, node.output):
             for place, name in enumerate(names):
                 if name in renamed:
@@ -266,4 +272,29 @@ def _node(node: Any) -> FileNode:
         for attribute in sorted(node.attribute, key=lambda a: a.name)
         if attribute.name in ("kernel_shape", "strides", "dilations", "pads")
     ]
-    return FileNode(node.op_type, tuple(i for i in node.input if i), tuple(node.output), weight, " ".join(settings))
+    return FileNode(node.op_type, tuple(i for i in _reads(node) if i), tuple(node.output), weight, " ".join(settings))
+
+
+def _uses(graph: Any) -> Counter[str]:
+    """How often every tensor is read, or is an output."""
+    return Counter([o.name for o in graph.output] + [name for node in graph.node for name in _reads(node)])
+
+
+def _reads(node: Any) -> list[str]:
+    """What a node reads; branches and loops inside of it read by name what lies around them."""
+    return [*node.input, *(name for graph in _branches(node) for inner in _everywhere(graph) for name in inner.input)]
+
+
+def _everywhere(graph: Any) -> Iterator[Any]:
+    """The nodes of a graph, and those inside of its branches and loops."""
+    for node in graph.node:
+        yield node
+        for inner in _branches(node):
+            yield from _everywhere(inner)
+
+
+def _branches(node: Any) -> Iterator[Any]:
+    """The graphs that a node of control flow runs."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from espalier.graph import Graph
 from espalier.graph.tracing import call_arguments
+from espalier.graph.watch import first_line
 from espalier.timing.marks import FileNode, Written, marked, marks_of
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
@@ -37,10 +38,16 @@ class TorchPrograms:
 
 
 def exported(model: nn.Module, example: Any) -> Any:
-    """The program of ``model`` in eval mode, for the batch of ``example``.  Raises: what PyTorch's exporter raises."""
+    """The program of ``model`` in eval mode, for the batch of ``example``.
+
+    Raises: ValueError where PyTorch does not export it.
+    """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.export.export(model, *call_arguments(example, "cpu"))
+        try:
+            return torch.export.export(model, *call_arguments(example, "cpu"))
+        except Exception as error:
+            raise ValueError(f"profile: torch.export cannot export the model: {first_line(error)}") from error
 
 
 def saved(program: Any) -> bytes:
