@@ -178,6 +178,16 @@ def written_over(net: Any, x: Tensor) -> Tensor:
     return net.b(y.relu())
 
 
+def blurred(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.b(F.conv2d(y, net.kernel.expand(y.shape[1], 1, 3, 3), padding=1, groups=y.shape[1]))
+
+
+def one_by_one(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.b(net.c(y.flatten(0, 1).unsqueeze(1)).view(len(y), -1, 8, 8))
+
+
 def maxout(net: Any, x: Tensor) -> Tensor:
     y = net.a(x)
     return net.b(y.view(len(y), -1, 2, 8, 8).amax(2))
@@ -259,6 +269,12 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     ),
     "the first half written over": (
         written_over, {"a": conv(3, 16), "c": conv(3, 8), "b": conv(16, 5)}, {"a": 8},
+    ),
+    "one kernel for every channel": (
+        blurred, {"a": conv(3, 16), "kernel": torch.rand(3, 3), "b": conv(16, 5)}, {"a": 16},
+    ),
+    "channels filtered one by one, as pictures": (
+        one_by_one, {"a": conv(3, 16), "c": conv(1, 1), "b": conv(16, 5)}, {"a": 16},
     ),
     "the larger of two neighbours": (maxout, {"a": conv(3, 16), "b": conv(8, 5)}, {"a": 8}),
     "a group norm by hand": (normed_by_hand, {"a": conv(3, 16), "b": conv(16, 5), "groups": 4}, {"a": 4}),

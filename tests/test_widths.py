@@ -392,6 +392,30 @@ def test_a_mask_that_the_network_holds_selects_what_it_says() -> None:
     assert not trace(model, IMAGE).groups
 
 
+def test_an_expert_that_the_example_does_not_reach_holds_what_may_feed_it() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        best = m.gate(y.mean((2, 3))).argmax(1)
+        out = torch.zeros_like(y)
+        for number, expert in enumerate((m.b, m.c)):
+            if (best == number).any():
+                out[best == number] = expert(y[best == number])
+        return m.e(m.d(out).relu())
+
+    layers = {
+        "a": conv(3, 8),
+        "gate": nn.Linear(8, 2),
+        "b": conv(8, 8),
+        "c": conv(8, 8),
+        "d": conv(8, 12),
+        "e": conv(12, 5),
+    }
+    model = Net(run, **layers)
+    graph = prove_every_width(model, IMAGE)
+    assert sizes(graph) == {"d": 12}
+    assert "which the values of the example have not reached" in reasons(graph)
+
+
 class Inferring(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -546,9 +546,19 @@ def _watch(
         seen = watch.sites, watch.memory, watch.spans, watch.reads
         forwards += _watch_training(watch, trained, example, device, forwards[0], notes)
         watch.sites, watch.memory, watch.spans, watch.reads = *seen[:3], seen[3] | watch.reads
+    _hold_for_unseen(watch)
     component = components(watch)
     graph = _with_norms(build(watch, component, tuple(notes.values())), model, lessons)
     return Tracing(model, example, device, deadline, watch, graph, tuple(forwards), left, plain)
+
+
+def _hold_for_unseen(watch: Watch) -> None:
+    """Parameters that nothing has read may be read at other values: what was at hand where values decided has to stay."""
+    unseen = [n for n in watch.parameters if n not in watch.reads]
+    for labels, place in watch.decided if unseen else ():
+        watch.freezes.append(
+            (labels, Reason(f"may feed {unseen[0]}, which the values of the example have not reached", place))
+        )
 
 
 def _watch_training(

@@ -338,6 +338,9 @@ class Watch(TorchDispatchMode):
         self.spans: list[RawSpan] = []
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
         self.normed: dict[str, None] = {}  # layers with weights that a hook or parametrisation makes of statistics
+        self.decided: list[
+            tuple[np.ndarray, CallPlace]
+        ] = []  # activations at hand where values decided on what Python does
         self.reads: Counter[str] = Counter()  # parameter -> operations that read it; to hand on a view is not to read
         self.unknown: dict[Reason, None] = {}  # operations without a rule
         self.at_hand: list[Layer] = []  # what reached an operation that raised
@@ -828,6 +831,8 @@ class Watch(TorchDispatchMode):
                         self._birth(tensor, known)
                 position = len(self.records)
                 self.records.append(record)
+                if record.by_values and torch.Tag.data_dependent_output in func.tags:
+                    self.decided += [(labels, self.place()) for labels in self._at_hand()]
         for number, tensor in enumerate(outs):
             known = state(tensor)
             if known is not NOTHING:
@@ -889,6 +894,13 @@ class Watch(TorchDispatchMode):
         entry.references += 1
         reference = weakref.ref(tensor, self._release)
         self._references[id(reference)] = (reference, key)
+
+    def _at_hand(self) -> Iterator[np.ndarray]:
+        """Labels of the activations that are alive."""
+        for entry in self._live.values():
+            labels = entry.memory.births[entry.birth][2]
+            if labels is not None:
+                yield labels
 
     def _vector_of(self, layers: tuple[Layer, ...]) -> np.ndarray | None:
         """The first layer as a vector of labels, the same object for the same layer."""

@@ -186,6 +186,12 @@ def decided(watch: Watch, call: Call) -> None:
         watch.put(o)
 
 
+@rule("_local_scalar_dense")
+def told(watch: Watch, call: Call) -> None:
+    """``item``, ``if``: what Python does with the value nobody sees."""
+    watch.freeze_operands(call.args, call.kwargs, "decides by its value what Python does next")
+
+
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 def made_here(watch: Watch, call: Call) -> None:
     """The same number everywhere: it may be as wide as anything that it is combined with, if its size follows.
@@ -206,6 +212,19 @@ def new_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> None:
             if len(labels) == size:  # in a rehearsal it may be another than was predicted
                 layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
     watch.put_all(out, layers)
+
+
+def counted_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> list[Layer]:
+    """Layers for those of ``dims``, new ones, of which the size of a tensor says what they count."""
+    layers = []
+    watch.made += 1
+    for dim in dims:
+        given = next((n for n in watch.said_sizes[dim : dim + 1] if n == out.shape[dim]), None)
+        name = number_name(watch.module_name, f"made{watch.made}.{dim}")
+        labels = watch.like_axis(name, given, out.shape[dim])
+        if labels is not None and len(labels) == out.shape[dim]:
+            layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
+    return layers
 
 
 def fixed(watch: Watch, call: Call) -> None:

@@ -48,22 +48,27 @@ def convolution(watch: Watch, call: Call) -> None:
         watch.consume(consumed)
     if isinstance(bias, Tensor):
         watch.tie(made, watch.vector(bias, 0))
+    images = [
+        m for m in state(x).layers if x.ndim == weight.ndim and varying(m) == (0,)
+    ]  # channels filtered one by one
     positions = x if transposed else out
-    spatial = math.prod(positions.shape[2 - (x.ndim != weight.ndim) :]) * (x.shape[0] if x.ndim == weight.ndim else 1)
+    spatial = math.prod(positions.shape[2 - (x.ndim != weight.ndim) :])
+    if x.ndim == weight.ndim and not images:
+        spatial *= x.shape[0]
     watch.sites.append(
         RawSite(
             watch.module_name,
             "transposed convolution" if transposed else "convolution",
             known.source,
             int(spatial * math.prod(weight.shape[2:])),
-            (rows, cols),
+            (rows, cols, *(m.reshape(-1) for m in images)),
             watch.clock,
             baked=bool(bake),
         )
     )
     shape = [1] * out.ndim
     shape[1 if x.ndim == weight.ndim else 0] = -1
-    watch.put(call.out, [made.reshape(shape)] if np.count_nonzero(made) else [])
+    watch.put(call.out, [*([made.reshape(shape)] if np.count_nonzero(made) else []), *images])
 
 
 def note_normed(watch: Watch, weight: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from espalier.carving import number_name
 from espalier.graph.call import Call
 from espalier.graph.numbers import Width
-from espalier.graph.rules.elementwise import combine, new_widths
+from espalier.graph.rules.elementwise import combine, counted_widths, new_widths
 from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
 from espalier.graph.watch import ALL, Layer, State, Watch, compact, narrowed, state, varying
 from espalier.layers import ChannelPad
@@ -81,11 +81,14 @@ def expand(watch: Watch, call: Call) -> None:
     """Along a dimension that had one position the result may be as wide as what it is combined with, if its size follows."""
     tensor, known = call.first, state(call.first)
     layers = [align(layer, call.out.ndim) for layer in known.layers]
+    before = (1,) * (call.out.ndim - tensor.ndim) + tuple(tensor.shape)
+    new = [d for d, (n, m) in enumerate(zip(before, call.out.shape, strict=True)) if n == 1 < m]
+    if known.derived:  # a kernel for each channel
+        layers += counted_widths(watch, call.out, new)
     if known.layers or known.derived or known.value is not None:
         watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
         return
-    before = (1,) * (call.out.ndim - tensor.ndim) + tuple(tensor.shape)
-    new_widths(watch, call.out, [d for d, n in enumerate(before) if n == 1])
+    new_widths(watch, call.out, new)
 
 
 def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
