@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architectures
+from benchmarks import architectures, proofs
 from benchmarks.alignment import as_table as alignment_table
 from benchmarks.blocks import BLOCK, families, fill
 from benchmarks.common import RESULTS, ROOT, read_results, table
@@ -326,7 +326,7 @@ def appendix(recipes: Mapping[str, Mapping[str, Any]], found: Rows) -> dict[str,
     pages |= {
         "speed": ["# Speed", *alignment_part(), *gpu_part()],
         "structure": ["# Time and memory of the structure", *structure_part()],
-        "networks": ["# Networks nobody chose", *families_part(), *architectures_part(), *soak_part()],
+        "networks": ["# Networks nobody chose", *families_part(), *architectures_part(), *soak_part(), *proofs_part()],
     }
     written = "*Written by `python -m benchmarks.tables`; do not edit.*"
     return {name: "\n\n".join([parts[0], written, *parts[1:]]) + "\n" for name, parts in pages.items()}
@@ -473,6 +473,18 @@ def soak_part() -> list[str]:
         f"{seen.get('frozen by rehearsal', 0):,} had channels that only the rehearsal found to be fixed."
     )
     return ["## Random networks", text, _origin([content["environment"]])]
+
+
+def proofs_part() -> list[str]:
+    """What proofs cost; empty without a result."""
+    content = read_results(proofs.NAME)
+    if not content:
+        return []
+    return [
+        "## What a proof costs",
+        f"By `python -m benchmarks.proofs`. {proofs.as_table(content)}",
+        _origin([content["environment"]]),
+    ]
 
 
 def runs_part(
