@@ -276,6 +276,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     "channels filtered one by one, as pictures": (
         one_by_one, {"a": conv(3, 16), "c": conv(1, 1), "b": conv(16, 5)}, {"a": 16},
     ),
+    "two maps that a bilinear layer reads": (
+        lambda net, x: net.b(net.l(net.a(x).mean((2, 3)), net.c(x).mean((2, 3))).relu()),
+        {"a": conv(3, 8), "c": conv(3, 6), "l": nn.Bilinear(8, 6, 7), "b": nn.Linear(7, 5)},
+        {"a": 8, "c": 6, "l": 7},
+    ),
     "the larger of two neighbours": (maxout, {"a": conv(3, 16), "b": conv(8, 5)}, {"a": 8}),
     "a group norm by hand": (normed_by_hand, {"a": conv(3, 16), "b": conv(16, 5), "groups": 4}, {"a": 4}),
     "channels padded by a difference of widths": (

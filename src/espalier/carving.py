@@ -235,6 +235,10 @@ def _linear(module: nn.Linear, name: str, kept: Kept, width: int | None) -> None
     module.out_features, module.in_features = module.weight.shape
 
 
+def _bilinear(module: nn.Bilinear, name: str, kept: Kept, width: int | None) -> None:
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
 def _batch_norm(module: _NormBase, name: str, kept: Kept, width: int | None) -> None:
     known = [
         t
@@ -280,6 +284,7 @@ GATES = {"LSTM": 4, "GRU": 3}
 REFRESH: dict[type, Refresh] = {
     _ConvNd: _conv,
     nn.Linear: _linear,
+    nn.Bilinear: _bilinear,
     _NormBase: _batch_norm,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,

@@ -44,6 +44,7 @@ FORMAT = "espalier/1"
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
     _ConvNd: ("in_channels", "out_channels", "groups", "kernel_size", "padding"),
     nn.Linear: ("in_features", "out_features"),
+    nn.Bilinear: ("out_features", "in1_features", "in2_features"),
     _NormBase: ("num_features",),
     nn.GroupNorm: ("num_channels", "num_groups"),
     nn.LayerNorm: ("normalized_shape",),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from espalier.carving import computes_weight
 from espalier.graph.call import Call
 from espalier.graph.reasons import Reason
-from espalier.graph.rules.elementwise import combine
+from espalier.graph.rules.elementwise import combine, unknown
 from espalier.graph.rules.table import align, derived_from, pending_of, rule, settle
 from espalier.graph.watch import COMPUTED, Layer, RawSite, State, Watch, state, varying
 
@@ -243,6 +243,22 @@ def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
         )
     )
     return layers
+
+
+@rule("_trilinear")
+def bilinear(watch: Watch, call: Call) -> None:
+    """``x (..., I) W (O, I, J) y (..., J)``, as ``nn.Bilinear`` computes it."""
+    x, weight, y = call.operands
+    known = state(weight)
+    if known.source is None or weight.ndim != 3 or x.ndim != 2 or y.ndim != 2:
+        unknown(watch, call)
+        return
+    for given, dim in ((x, 1), (y, 2)):
+        read = watch.axis_labels(known.source, dim, weight.shape[dim])
+        watch.tie(watch.vector(given, 1), read)
+        watch.consume(read)
+    made = watch.vector(weight, 0)
+    watch.put(call.out, [made.reshape(1, -1)] if np.count_nonzero(made) else [])
 
 
 @rule("embedding")
