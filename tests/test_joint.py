@@ -105,3 +105,15 @@ def test_a_plan_is_measured_with_the_rectangles_that_it_leads_to():
 def test_a_pace_that_leaves_ranks_no_time_is_refused():
     with pytest.raises(ValueError, match="ranks fall after channels"):
         es.Joint(fade=0.3)
+
+
+def test_layers_that_may_select_their_inputs_stand_beside_layers_that_may_be_factorised():
+    class Centred(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(F.relu(self.wide(self.block(x - x.mean(1, keepdim=True)))).mean((2, 3)))
+
+    model = Centred()
+    run = es.attach(model, EXAMPLE, budget=es.Budget(macs=0.7), method=es.Joint())
+    kinds = {g.kind for g in run.graph.groups}
+    assert {"inputs", "form"} <= kinds, kinds

@@ -324,7 +324,7 @@ def offered(
     places = {n: p for n, p in found[0].items() if not is_frozen(model, n)}
     multiple_of = budget.multiple_of if budget.latency is None else int(np.lcm(budget.multiple_of, graph.grain))
     layouts = {n: layout(p, method.form) for n, p in places.items() if method.ranks and n not in graph.selects}
-    unfit = refused(model, example, places, layouts) if layouts else {}
+    unfit = refused(model, example, {n: places[n] for n in layouts}, layouts)
     forms = Kernels({})
     for name, place in places.items():
         rows: list[tuple[ConvSequence, list[Rectangle], int]] = []
