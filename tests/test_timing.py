@@ -691,6 +691,19 @@ def test_on_the_way_no_more_goes_than_the_last_decision_can_use(paper):
     assert took[False][-1] ** 2 >= 0.6 >= took[True][-1] ** 2 >= 0.9 * 0.6
 
 
+def test_what_is_left_of_a_network_is_not_measured_as_if_it_were_whole(paper):
+    torch.manual_seed(0)
+    _, profile = paper(Small(), lambda share: share)
+    budget, method = es.Budget(latency=0.6, profile=profile), es.TCP(chunk=0.01)
+    run = es.attach(Small(), X, budget=budget, method=method)
+    times_on_the_way(run, profile)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_device, "race", lambda *_, **__: pytest.fail("it was measured"))
+        again = es.attach(Small(), X, budget=budget, method=method, state=run.state_dict())
+    assert again.cost == run.cost and again.limits == run.limits
+    assert again.budget.profile == run.budget.profile
+
+
 def test_a_block_that_is_a_large_step_does_not_lead_below_the_limit_before_the_last_decision(paper):
     torch.manual_seed(0)
     model = build_model("resnet20", num_classes=10)

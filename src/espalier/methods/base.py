@@ -635,7 +635,7 @@ def attach(
         model.load_state_dict(state["model"]["weights"])
         # fractions were of the network that the run began with, not of what is left of it by now
         limits: dict[str, Any] = {m: n for m, n in state["limits"].items() if m in COUNTS}  # times are the profile's
-        absolute = replace(wanted, **limits)
+        absolute = to_go_on(replace(wanted, **limits), state)
         run = (
             method.start(model, example, absolute, batches=given) if method.trains else AtOnce(model, example, absolute)
         )
@@ -643,6 +643,13 @@ def attach(
     run.held_out = None if held_out is None else TaskBatches(held_out, task)
     check_run(run)
     return run
+
+
+def to_go_on(budget: Budget, state: Mapping[str, Any]) -> Budget:
+    """``budget`` for ``Method.start`` on what is left of a network, before ``state`` is read: with the times that the run has
+    measured, and by prediction alone, because what is left would be measured as if it were the whole network."""
+    profile = state.get("profile")
+    return budget if profile is None else replace(budget, profile=from_json(profile, anyway=True).elsewhere())
 
 
 def _digest(batches: Batches | None) -> str:

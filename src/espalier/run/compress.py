@@ -22,7 +22,7 @@ from espalier.costs import LATENCY, Cost, cost
 from espalier.graph import Graph, files, trace
 from espalier.graph.watch import TraceError, TraceTimeout
 from espalier.methods.agreement import check_run, once, share, take_from_first
-from espalier.methods.base import Method, Run, budget_for, need_method
+from espalier.methods.base import Method, Run, budget_for, need_method, to_go_on
 from espalier.methods.scoring import buffers_kept, modes_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
@@ -315,6 +315,7 @@ class _Job:
         self.checkpoint = None if folder is None else folder / CHECKPOINT
         content = once(lambda: _checkpoint(self.checkpoint) if resumes else None)
         self.goes_on = content is not None
+        self.state = (content or {}).get("process") or {}  # of the run that goes on
         self.small = copy_model(self.model, {}).to(self.device)
         if content is not None:
             take_over(self.small, content, where=str(self.checkpoint))
@@ -329,7 +330,7 @@ class _Job:
     @property
     def budget_now(self) -> Budget:
         """Fractions are of the network that the run began with, not of what is left of it by now."""
-        return self._absolute_budget() if self.goes_on and self.limited else self.budget
+        return to_go_on(self._absolute_budget(), self.state) if self.goes_on and self.limited else self.budget
 
     @contextmanager
     def cutting(self) -> Iterator[None]:

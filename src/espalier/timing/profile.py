@@ -171,7 +171,13 @@ class Profile:
 
     def corrected(self, factor: float) -> Profile:
         """The same, whose predictions are ``factor`` times as long; what was fitted is not fitted again."""
-        found = replace(self, correction=self.correction * factor)
+        return self._fitted_as(replace(self, correction=self.correction * factor))
+
+    def elsewhere(self) -> Profile:
+        """The same as of another machine: by it is predicted, and nothing measured."""
+        return self._fitted_as(replace(self, setting=replace(self.setting, processor="")))
+
+    def _fitted_as(self, found: Profile) -> Profile:
         found.__dict__.update({n: v for n, v in self.__dict__.items() if n in FITTED})
         return found
 
