@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +184,40 @@ def test_a_scripted_part_takes_its_tensors_with_it() -> None:
     es.verify(model, graph, plan, X).require()
 
 
+def test_a_scripted_network_is_compressed_saved_and_loaded(tmp_path: Path) -> None:
+    small = es.compress(torch.jit.script(net()), X, budget=BUDGET, method=es.Magnitude()).model
+    es.save(small, tmp_path / "small.safetensors")
+    again = es.load(tmp_path / "small.safetensors", base=torch.jit.script(net()))
+    assert torch.equal(again(X), small(X)) and small.state_dict()["0.weight"].shape[0] < 16
+
+
+def test_a_forward_that_was_replaced_is_that_of_the_copy() -> None:
+    model = net()
+    before = model.forward
+    model.forward = lambda x: before(x) * 2  # type: ignore[method-assign]
+    small = es.compress(model, X, budget=BUDGET, method=es.Magnitude()).model
+    assert small[0].weight.shape[0] < 16 == model[0].weight.shape[0]
+
+
+def test_a_forward_that_returns_nothing_is_refused() -> None:
+    model = net()
+    model.forward = lambda x: None  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="gives NoneType; it has to return what it computes"):
+        es.trace(model, X)
+
+
 # -- inputs
+
+
+@dataclass(frozen=True)
+class Both:
+    p: Tensor
+    q: Tensor
+
+
+def test_an_input_that_is_a_dataclass_is_compressed() -> None:
+    model = Takes(lambda i: i.p + i.q)
+    assert es.compress(model, (Both(X, X),), budget=BUDGET, method=es.Magnitude()).model.a.weight.shape[0] < 8
 
 
 class Pair(NamedTuple):

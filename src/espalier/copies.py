@@ -235,6 +235,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return new
     if kind is types.FunctionType:
         return _copied_function(value, memo)
+    if kind is types.MethodType:
+        return types.MethodType(value.__func__, _copied(value.__self__, memo))
     if isinstance(value, Tensor) and not value.is_leaf:  # a result, which deepcopy refuses
         result = memo[id(value)] = value.detach().clone()
         return result
@@ -252,7 +254,8 @@ def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> type
             content = cell.cell_contents
         except ValueError:  # nothing in it yet
             return function
-        ours = isinstance(content, nn.Module) or id(content) in memo.get(_TABLES, ())
+        owner = content.__self__ if type(content) is types.MethodType else content  # a forward before it was replaced
+        ours = isinstance(owner, nn.Module) or id(content) in memo.get(_TABLES, ())
         new.append(types.CellType(_copied(content, memo)) if ours else cell)
     if all(a is b for a, b in zip(new, cells, strict=True)):
         return function

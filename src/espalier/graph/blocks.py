@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from espalier.carving import put_in_place
 from espalier.copies import copy_model, device_of, named_modules
+from espalier.graph.call import mapped
 from espalier.graph.graph import BLOCK, Block, Extent, Graph, Group, Site, Term
 from espalier.graph.tracing import call_arguments, mode
 from espalier.graph.watch import first_line, tensors_in, tensors_of, uncompiled
@@ -303,7 +303,7 @@ def _noise(value: Any, generator: torch.Generator) -> Any:
             return tensor
         return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
-    return tree_map_only(Tensor, noise, value)
+    return mapped(value, noise)
 
 
 def _agree(model: nn.Module, blocks: Sequence[Block], inputs: Any) -> str | None:

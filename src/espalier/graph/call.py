@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 @functools.cache
@@ -60,6 +64,22 @@ class Call:
     @property
     def outs(self) -> list[Tensor]:
         return tensors_of(self.out)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with another tensor for every one in it, also inside named tuples and dataclasses."""
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return change(item)
+        if not dataclasses.is_dataclass(item) or isinstance(item, type):
+            return item
+        new = copy.copy(item)
+        for name, held in vars(item).items():
+            object.__setattr__(new, name, mapped(held, change))  # it may be frozen
+        return new
+
+    return tree_map(leaf, value)
 
 
 def tensors_of(args: Any, kwargs: Any = None) -> list[Tensor]:

@@ -12,18 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from espalier.carving import Kept, carve, computes_weight, make_plain, number_named
 from espalier.copies import copied, named_modules, named_tensors, unwrapped
 from espalier.graph.branches import AsWatched, SizesRemember, turned
-from espalier.graph.call import tensors_of
+from espalier.graph.call import mapped, tensors_of
 from espalier.graph.constants import Value, same_value
 from espalier.graph.graph import Graph, Group
 from espalier.graph.grouping import build, components
@@ -535,6 +535,11 @@ def _watch(
         raise
     except Exception as error:
         raise _Failed(error, _blame(error, private)) from error
+    if output is None or isinstance(output, GeneratorType):
+        kind = type(model).__name__
+        raise TraceError(
+            f"trace: the forward of {kind} gives {type(output).__name__}; it has to return what it computes"
+        )
     forwards = [Forward.of(watch, output, training=False)]
     left = _left(private, trained)
     for tensor in _read_again(private, left, example, device):
@@ -725,14 +730,11 @@ def call_arguments(example: Any, device: str) -> tuple[tuple[Any, ...], dict[str
         elsewhere = device == "meta" or tensor.device.type != device
         return tensor.detach().to(device) if elsewhere else tensor.detach().clone()
 
-    def move(value: Any) -> Any:
-        return tree_map_only(Tensor, private, value)  # also inside named tuples
-
     if isinstance(example, dict):
-        return (), move(example)
+        return (), mapped(example, private)
     if isinstance(example, (tuple, list)) and not hasattr(example, "_fields"):
-        return tuple(move(v) for v in example), {}
-    return (move(example),), {}
+        return tuple(mapped(v, private) for v in example), {}
+    return (mapped(example, private),), {}
 
 
 @contextmanager

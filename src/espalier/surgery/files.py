@@ -408,7 +408,7 @@ def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = dict(model.named_modules(remove_duplicate=False))[path]
     found: Tensor | None = module._parameters.get(key)
     found = module._buffers[key] if found is None else found
     assert found is not None
@@ -418,9 +418,10 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 def _replace(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put ``values`` in the place of parameters and buffers of these names, in one walk; shared parameters stay shared."""
     new: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))  # a scripted model has no ``get_submodule``
     for name, value in values.items():
         path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = modules[path]
         if key in module._parameters:
             old = module._parameters[key]
             assert old is not None

@@ -24,7 +24,7 @@ from espalier.costs import CostModel, cost
 from espalier.forms import composed
 from espalier.forms.shapes import rectangle_of
 from espalier.graph import Graph
-from espalier.graph.call import Call
+from espalier.graph.call import Call, mapped
 from espalier.graph.graph import FORM
 from espalier.graph.standins import StandIns
 from espalier.graph.tracing import call_arguments, mode, observe, private_copy, same_random_numbers
@@ -382,7 +382,7 @@ def difference(
     to be so in both; ``ValueError`` if nothing is finite, or if there is nothing.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = tree_map_only(Tensor, lambda t: _noise(t, generator), example)
+    inputs = mapped(example, lambda t: _noise(t, generator))
     error, scale = _apart(*(_in_double(m, inputs, training, inside) for m in (one, other)))
     if error > ROUNDING[0] * scale and error < ROUNDING[1] * scale:  # rounded otherwise, or another network?
         return _apart(*(_all_in_double(m, inputs, training, inside) for m in (one, other)))
@@ -392,7 +392,7 @@ def difference(
 def within_rounding(one: nn.Module, other: nn.Module, example: Any, *, training: bool, tolerance: float) -> bool:
     """Does every output differ by less than that of ``one`` does by itself when its operations round otherwise?"""
     generator = torch.Generator().manual_seed(0)
-    inputs = tree_map_only(Tensor, lambda t: _noise(t, generator), example)
+    inputs = mapped(example, lambda t: _noise(t, generator))
     exact, again, found = (_in_double(m, inputs, training, False).outputs for m in (one, one, other))
     if not all(map(torch.equal, exact, again)):
         return False  # it is never the same
@@ -486,9 +486,7 @@ def _all_in_double(model: nn.Module, example: Any, training: bool, inside: bool)
     """The same where modules have kept what a forward computes once, and nothing is made shorter on the way."""
     private = copy_model(model, {})
     own = next((p.dtype for p in private.parameters() if p.is_floating_point()), torch.float32)
-    forward(
-        private, tree_map_only(Tensor, lambda t: t.to(own) if t.is_floating_point() else t, example), training=training
-    )
+    forward(private, mapped(example, lambda t: t.to(own) if t.is_floating_point() else t), training=training)
     with _DoubleForSingle():
         return forward(private.double(), example, training=training, inside=inside)
 
