@@ -101,9 +101,9 @@ def diffusion(name: str, example: Any, **options: Any) -> Built:
     return getattr(importlib.import_module("diffusers"), name)(**options), example
 
 
-def volume(name: str, *, side: int = 32, **options: Any) -> Built:
+def volume(name: str, *, side: int = 32, count: int = 1, **options: Any) -> Built:
     nets = importlib.import_module("monai.networks.nets")
-    example = torch.rand(1, 1, side, side, side, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(count, 1, side, side, side, generator=torch.Generator().manual_seed(0))
     return getattr(nets, name)(**options), example
 
 
@@ -221,7 +221,7 @@ NETWORKS: dict[str, Callable[[], Built]] = {
     "monai:AttentionUnet": lambda: volume(
         "AttentionUnet", spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2)
     ),
-    "monai:DenseNet121": lambda: volume("DenseNet121", spatial_dims=3, in_channels=1, out_channels=2),
+    "monai:DenseNet121": lambda: volume("DenseNet121", count=2, spatial_dims=3, in_channels=1, out_channels=2),
     "monai:HighResNet": lambda: volume("HighResNet", spatial_dims=3, in_channels=1, out_channels=2),
 }  # fmt: skip
 
