@@ -67,6 +67,12 @@ IN_PYTHON = {
     "half": (lambda: es.Budget(macs="half"), r"Budget\(macs='half'\): give a fraction \(0\.4 or 40%\) or a count"),
     "a class for a method": (lambda: one_shot(method=es.DPRP), r"method=DPRP: .* es\.DPRP\(\)"),
     "a name for a method": (lambda: one_shot(method="magnitude"), r"method='magnitude': .* es\.Magnitude\(\)"),
+    "a class for a task": (
+        lambda: one_shot(task=es.Segmentation),
+        r"task=Segmentation: .* es\.Segmentation\(classes=21\)",
+    ),
+    "a name for a task": (lambda: one_shot(task="detection"), r"task='detection': give a task"),
+    "a file for a profile": (lambda: es.Budget(latency=0.5, profile="p.json"), r"give es\.load_profile\('p\.json'\)"),
     "a folder": (lambda: es.compress(net(), "pictures", budget=HALF), r"give load_data\('imagefolder:pictures'\)"),
     "a path": (lambda: es.compress(net(), Path("pictures"), budget=HALF), r"load_data\('imagefolder:pictures'\)"),
     "a folder by name": (lambda: es.load_data("pictures"), r"is a folder: give imagefolder:pictures"),

@@ -832,7 +832,7 @@ def measure_little(monkeypatch, *, networks):
 def test_a_result_says_the_milliseconds_that_were_measured(profile, monkeypatch):
     measure_little(monkeypatch, networks=2)
     monkeypatch.setattr(on_device, "race", lambda contents, **_: [2.0, 0.98765])
-    budget = es.Budget(latency=0.5, macs=0.9, profile=profile)
+    budget = es.Budget(latency="50%", macs=0.9, profile=profile)
     result = es.compress(Small().eval(), X, budget=budget, method=es.Magnitude())
     assert "MACs limit" not in repr(result) and "macs limit " in repr(result)
     assert "0.988 of 2 ms, limit 1 ms" in repr(result)

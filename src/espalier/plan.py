@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -124,8 +125,8 @@ class Budget:
     Runtime, 16 runs fastest there, and 8 is the least for a GPU (docs/results.md); ``protect`` lists groups or modules,
     wildcards allowed, that keep everything.
 
-    ``latency`` is time in a runtime: a fraction of what the dense network takes there, or a text such as "2.0 ms".  It needs a
-    ``profile`` (``es.profile``, ``es.load_profile``), which says how long every layer takes at every width.
+    ``latency`` is time in a runtime: a fraction of what the dense network takes there, or a text such as "50%" or "2.0 ms".  It
+    needs a ``profile`` (``es.profile``, ``es.load_profile``), which says how long every layer takes at every width.
     """
 
     macs: float | str | None = None
@@ -153,6 +154,10 @@ class Budget:
                     f'{value / 100:g} or "{value:g}%"'
                 )
             object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
+        if isinstance(self.latency, str) and self.latency.strip().endswith("%"):
+            object.__setattr__(self, "latency", amount_of(self.latency, f"Budget(latency={self.latency!r})"))
+        if isinstance(self.profile, (str, os.PathLike)):
+            raise ValueError(f"Budget(profile={self.profile!r}): give es.load_profile({os.fspath(self.profile)!r})")
         if self.latency is not None:
             milliseconds_of(self.latency, 1.0)
             if self.profile is None:

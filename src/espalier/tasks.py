@@ -153,6 +153,14 @@ class TaskBatches:
         return map(self.task.split, self.batches)
 
 
+def need_task(task: Any) -> Task:
+    """``task``, ``Classification()`` for ``None``.  Raises: ValueError for what is no task, with an example."""
+    if task is None or isinstance(task, Task):
+        return task or Classification()
+    said = task.__name__ if isinstance(task, type) else repr(task)[:80]
+    raise ValueError(f"task={said}: give a task with its settings, for example es.Segmentation(classes=21)")
+
+
 def task_of(batches: Iterable[Any]) -> Task:
     """What ``batches`` are for; plain pairs are a classifier's."""
     return batches.task if isinstance(batches, TaskBatches) else Classification()

@@ -22,7 +22,7 @@ from espalier.run.latency import Timing, latency
 from espalier.run.onnx import onnx_session, to_onnx_bytes
 from espalier.run.rundir import write_file
 from espalier.surgery.writing import check_place
-from espalier.tasks import Classification, Metric, Task
+from espalier.tasks import Metric, Task, need_task
 from espalier.timing.bits import quantised
 
 
@@ -67,7 +67,7 @@ def export_int8(
     """
     target = Path(path)
     check_place(target)
-    task = task or Classification()
+    task = need_task(task)
     images = [task.split(batch)[0] for batch in calibration]
     judged = list(test)
     if not images or not judged:

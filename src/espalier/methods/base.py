@@ -28,7 +28,7 @@ from espalier.settings import Settings
 from espalier.solver import BudgetError, solve
 from espalier.surgery import rebuild, shrink_, structure
 from espalier.surgery.shrink import bake
-from espalier.tasks import Classification, Task, TaskBatches
+from espalier.tasks import Task, TaskBatches, need_task
 from espalier.timing.closing import calibrated, settle
 from espalier.timing.family import Family
 from espalier.timing.forms import measured as with_forms
@@ -623,7 +623,7 @@ def attach(
     check_sound(model, who="attach")
     take_from_first(model)
     wanted = budget_for(method, budget)
-    task = task or Classification()
+    task = need_task(task)
     given = None if batches is None else TaskBatches(list(batches), task)
     check_same("batches=", _digest(given))
     if state is None:

@@ -55,7 +55,7 @@ from espalier.run.rundir import (
 )
 from espalier.run.timed import TimeKept, time_kept
 from espalier.surgery.verify import Proof, verify as proof_of
-from espalier.tasks import Classification, Metric, Task, TaskBatches, example_of, to_device
+from espalier.tasks import Classification, Metric, Task, TaskBatches, example_of, need_task, to_device
 from espalier.timing.profile import Profile, save_profile
 
 OnDense = Callable[[Mapping[str, float], bool], None]
@@ -182,7 +182,7 @@ def compress(
     unwrapped(model, who="compress")
     method = method or TCP()
     need_method(method)
-    task = task or Classification()
+    task = need_task(task)
     source, example, calibration = _data_or_example(data, method, task)
     recipe = recipe or Recipe()
     own = join(recipe) if source is not None else share()
