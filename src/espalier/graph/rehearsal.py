@@ -236,7 +236,10 @@ class Rehearsal:
         for one, other in zip(layers, survivors, strict=True):
             if one.shape != other.shape:
                 one, other = np.broadcast_arrays(one, other)
-            if (one != other).any():
+            elsewhere = one != other
+            if self.single:
+                elsewhere &= one != 0  # beside others, too, the last unit of a group does not say where it belongs
+            if elsewhere.any():
                 raise Mismatch(key, "arranges the remaining channels differently", watch.place())
 
     def ended(self, watch: Watch) -> None:
