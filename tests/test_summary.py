@@ -138,3 +138,28 @@ def test_reasons_become_sentences():
     )
     assert reason.split(": ")[0] == reason.text  # it is a sentence to whoever wants one
     assert (str(UNUSED), UNUSED.line) == ("nothing consumes these channels", "")
+
+
+def test_channels_that_can_only_go_all_at_once_are_named():
+    class Unit(nn.Module):
+        """Columns of the last convolution cross the groups of the one before: 6 in each of 8 is no multiple of 8."""
+
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv2d(3, 48, 1)
+            self.two, self.head = nn.Conv2d(48, 48, 1, groups=8), nn.Linear(48, 5)
+            self.three = nn.Conv2d(48, 48, 1, groups=8)
+
+        def forward(self, x):
+            y = self.two(self.one(x))
+            b, c, h, w = y.shape
+            y = y.view(b, 8, c // 8, h, w).transpose(1, 2).reshape(b, c, h, w)
+            return self.head(self.three(y).mean((2, 3)))
+
+    summary = overview(trace(Unit(), torch.zeros(1, 3, 4, 4)))
+    tied = [row for row in summary.frozen if "tied" in row.reason]
+    assert [(row.channels, row.layers) for row in tied] == [(48, ("two",))]
+    assert not any(
+        "tied" in row.reason
+        for row in overview(trace(build_model("resnet8", num_classes=10), torch.zeros(1, 3, 32, 32))).frozen
+    )

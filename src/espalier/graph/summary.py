@@ -70,6 +70,9 @@ class Summary:
     unknown: tuple[str, ...]
 
 
+ONE_UNIT = "are tied to each other: all would have to go at once"
+
+
 def overview(graph: Graph) -> Summary:
     """The rows of all tables."""
     length = _lengths(graph)
@@ -78,12 +81,14 @@ def overview(graph: Graph) -> Summary:
     params = sum(_amount(term, length) for term in graph.parameters)
     peak = max((sum(c * length[e] for c, e in moment) for moment in graph.activations), default=0.0)
     units = sum(g.size for g in graph.groups if g.size > 1)
+    groups = _group_rows(graph, macs)
+    tied = [FrozenRow(ONE_UNIT, "", r.channels, r.made_by) for r in groups if r.units == 1 < r.channels]
     return Summary(
         totals=Totals(sum(macs), params, round(peak), len(graph.groups), units),
-        groups=_group_rows(graph, macs),
+        groups=groups,
         layers=layers,
         other_params=params - sum(row.params for row in layers),
-        frozen=_frozen_rows(graph.frozen, graph),
+        frozen=(*_frozen_rows(graph.frozen, graph), *tied),
         notes=tuple(str(note.shortened) for note in graph.notes),
         unknown=tuple(str(operation.shortened) for operation in graph.unknown),
     )
