@@ -87,6 +87,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, rois = ctx.saved_tensors
+    if not len(rois):
+        return (torch.zeros_like(x), *[None] * 6)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return (*torch.autograd.grad(roi_align(x, rois, *ctx.options), x, gradient), *[None] * 6)
