@@ -27,7 +27,7 @@ from espalier.methods.scoring import buffers_kept, modes_kept
 from espalier.methods.tcp import TCP
 from espalier.plan import Budget, Plan
 from espalier.run.batches import Batch, Source
-from espalier.run.checkpoint import fingerprint, read_checkpoint, seeded, take_over
+from espalier.run.checkpoint import check_entries, fingerprint, read_checkpoint, seeded, take_over
 from espalier.run.data import Data, set_aside
 from espalier.run.evaluate import evaluate, pick_device
 from espalier.run.latency import ms_said
@@ -315,6 +315,8 @@ class _Job:
         self.checkpoint = None if folder is None else folder / CHECKPOINT
         content = once(lambda: _checkpoint(self.checkpoint) if resumes else None)
         self.goes_on = content is not None
+        if content is not None:
+            check_entries(content, where=str(self.checkpoint))
         self.state = (content or {}).get("process") or {}  # of the run that goes on
         self.small = copy_model(self.model, {}).to(self.device)
         if content is not None:
