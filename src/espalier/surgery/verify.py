@@ -404,10 +404,8 @@ def within_rounding(one: nn.Module, other: nn.Module, example: Any, *, training:
     return all(bool((x - y).abs().max() <= f) for x, y, f in zip(exact, found, far, strict=True))
 
 
-ROUNDINGS, MARGIN = (
-    3,
-    4.0,
-)  # forwards that are rounded otherwise, and how much farther than these another network may be
+ROUNDINGS = 3  # forwards that are rounded otherwise
+MARGIN = 4.0  # how much farther than these another network may be
 DIGITS = 4e-15  # relative: more than sums in another order make of float64
 
 
