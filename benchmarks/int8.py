@@ -3,8 +3,8 @@
     python -m benchmarks.int8 [--data-dir D] [NETWORK ...]
 
 Small is half of the MACs in multiples of 16, by ``es.Magnitude()``.  Times need no training.  With ``--data-dir`` the ResNet-20
-of the published weights (``D/weights``) is cut to half of its MACs by ``es.SVDOneShot()`` on 1024 training images, and all four
-are judged by the whole test set.  Every processor has rows of its own, since not all have instructions for eight bits (VNNI);
+of the published weights (``D/weights``) is cut to half of its MACs by ``es.SVDOneShot()`` and trained for two epochs, and all four are
+judged by the whole test set.  Every processor has rows of its own, since not all have instructions for eight bits (VNNI);
 its networks that are in the results already are measured again, others stay.
 """
 
@@ -113,9 +113,9 @@ def judged(folder: Path) -> dict[str, Any]:
     load_weights(dense, folder / "weights" / "resnet20-12fca82f.th")
     dense.eval()
     calibration = list(data.calibration_batches(batch_size=128, batches=8))
-    small = es.compress(
-        dense, calibration, budget=es.Budget(macs=0.5, multiple_of=4), method=es.SVDOneShot()
-    ).model.eval()
+    budget = es.Budget(macs=0.5, multiple_of=4)
+    recipe = es.Recipe(epochs=2, lr=0.02, distill=0.5, channels_last=True)
+    small = es.compress(dense, data, budget=budget, method=es.SVDOneShot(), recipe=recipe).model.eval()
     accuracy = {}
     with tempfile.TemporaryDirectory() as out:
         for name, network in (("dense", dense), ("small", small)):
