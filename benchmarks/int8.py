@@ -3,9 +3,9 @@
     python -m benchmarks.int8 [--data-dir D] [NETWORK ...]
 
 Small is half of the MACs in multiples of 16, by ``es.Magnitude()``.  Times need no training.  With ``--data-dir`` the ResNet-20
-of the published weights (``D/weights``) is cut to half of its MACs by ``es.SVDOneShot()`` and trained for two epochs, and all four are
-judged by the whole test set.  Every processor has rows of its own, since not all have instructions for eight bits (VNNI);
-its networks that are in the results already are measured again, others stay.
+of the published weights (``D/weights``) is cut to half of its MACs by ``es.SVDOneShot()`` and trained for two epochs, and all
+four are judged by the whole test set.  Every processor has rows of its own, since not all have instructions for eight bits
+(VNNI); its networks that are in the results already are measured again, others stay.
 """
 
 from __future__ import annotations

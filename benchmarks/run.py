@@ -467,11 +467,18 @@ def _with_loop(job: Job, dense: nn.Module, data: Data, recipe: Recipe) -> dict[s
 
 
 def within_time(peer: Cut, model: nn.Module, example: torch.Tensor, budget: Budget, batches: list[Any]) -> nn.Module:
-    """A peer plans by MACs: the largest share of them whose network is measured within the budget of time, by bisection."""
+    """A peer plans by MACs: the largest share of them whose network is measured within the budget of time, by bisection.
+
+    Raises: ValueError if no network that it makes is fast enough.
+    """
     low, high, best = 0.0, 1.0, None
     for _ in range(7):
         share = (low + high) / 2
-        small = peer(copy.deepcopy(model), example, share, budget.multiple_of, batches)
+        try:
+            small = peer(copy.deepcopy(model), example, share, budget.multiple_of, batches)
+        except ValueError:  # it cannot give up so many
+            low = share
+            continue
         kept = time_kept(model, small, example, budget)
         assert kept is not None
         if kept.small <= kept.limit:

@@ -273,6 +273,7 @@ class Record:
     asked: tuple[str, str, int]  # module, source line and which call on it
     by_values: bool  # values of activations decide on the size of its result, or on what Python does next
     outputs: list[tuple[tuple[int, ...], State, Value]]
+    answer: Any = None  # what Python was told of values (``item``)
 
 
 @dataclass
@@ -300,6 +301,9 @@ class Observer(Protocol):
 
     def follows(self, watch: Watch, func: Any, origins: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> bool:
         """Is the result that which was predicted, so that no rule need be applied?"""
+
+    def answer(self, func: Any, out: Any) -> Any:
+        """What Python is to be told of values in place of ``out``, so that the forward takes the path that is predicted."""
 
     def check(self, watch: Watch, record: Record, operands: list[State], outs: list[Tensor]) -> bool:
         """The rule was applied: is the result that which was predicted?  False where nothing was."""
@@ -772,6 +776,8 @@ class Watch(TorchDispatchMode):
                 out = stand_in(func, args, kwargs)
             if out is None:
                 out = func(*args, **kwargs)
+            if self.rehearsal is not None and torch.Tag.data_dependent_output in func.tags:
+                out = self.rehearsal.answer(func, out)
         except Exception as error:
             self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
             if self.rehearsal is None:
@@ -817,6 +823,7 @@ class Watch(TorchDispatchMode):
                 asked,
                 depends_on_values(func, tensors),
                 states,
+                out if not outs else None,
             )
             if rehearsal is not None:
                 if not rehearsal.check(self, record, operands, outs):

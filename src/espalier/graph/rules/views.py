@@ -315,7 +315,7 @@ def select(watch: Watch, call: Call) -> None:
     for layer in known.layers:
         held = slice(0, index + 1) if index >= 0 else slice(tensor.shape[dim] + index, None)
         watch.mix(layer, [dim], "is selected by a fixed index", held=held)
-        layers.append(compact(np.asarray(np.broadcast_to(layer, tensor.shape).take(index, dim))))
+        layers.append(compact(np.asarray(layer.take(index if layer.shape[dim] > 1 else 0, dim))))
     watch.put(call.out, layers, derived=known.derived, pending=known.pending)
 
 
