@@ -18,9 +18,12 @@ from typer.testing import CliRunner
 import espalier as es
 from espalier import solver
 from espalier.costs import CostModel
-from espalier.forms import Rectangle, cut_kernel, dense_sequence, find_places, sequence
+from espalier.forms import Rectangle, Wish, cut_kernel, dense_sequence, find_places, sequence
+from espalier.forms.candidates import options_at
+from espalier.forms.spectra import spectra_of
 from espalier.graph.alternatives import with_alternatives
 from espalier.graph.times import Staircase
+from espalier.layers import FactorisedConv
 from espalier.methods import base
 from espalier.methods.blocks import block_rules, offer_blocks, worth_of_blocks
 from espalier.present.cli import app
@@ -324,6 +327,10 @@ class Machine:
         self.ran, self.runs = None, 0
         monkeypatch.setattr(on_device, "_clock", lambda threads: lambda: self.now)
         monkeypatch.setitem(on_device.RUNTIMES, "paper", self.opened)
+        monkeypatch.setattr(on_device, "_slower", [1.0])
+
+    def watched(self, ms):
+        """One run was."""
 
     def opened(self, content, threads, batch, precision):
         ms, seen = float(content), []
@@ -339,6 +346,7 @@ class Machine:
             begin = self.now
             run(watched)
             seen.append(1e3 * (self.now - begin))
+            self.watched(seen[-1])
 
         return alone, watched, lambda: [("only", "Conv", on_device._fast(seen))]
 
@@ -368,6 +376,34 @@ def test_a_machine_that_is_never_at_rest_is_measured_as_it_is(monkeypatch):
     machine.now = 0.0
     found = on_device.measure(b"0.6", **ON_PAPER, seconds=0.3, beside=b"1.0", pace=1.0)
     assert (found["whole"], found["beside"]) == pytest.approx((0.9, 1.5)) and machine.now < 2 * on_device.WAIT
+
+
+def test_a_machine_that_does_not_come_to_rest_is_waited_for_once(monkeypatch):
+    """A run held to a time has dozens of networks measured: to wait for each took minutes beside a busy neighbour."""
+    machine = Machine(monkeypatch, lambda now: True)
+
+    def race():
+        machine.now = 0.0
+        return on_device.race([b"1.0", b"0.6"], **ON_PAPER, seconds=1.0, pace=1.0)
+
+    assert race() == pytest.approx([1.5, 0.9]) and machine.now > 4.0
+    for _ in range(2):
+        assert race() == pytest.approx([1.5, 0.9]) and machine.now < 1.5
+    machine.now = 0.0
+    on_device.measure(b"0.6", **ON_PAPER, seconds=0.1, beside=b"1.0", pace=1.0)
+    assert machine.now < 0.5
+    machine.slow = lambda now: False
+    assert race() == pytest.approx([1.0, 0.6])
+    machine.slow = busy_first(1.5)  # it has been seen at rest, and is waited for again
+    assert race() == pytest.approx([1.0, 0.6])
+
+
+def test_of_a_fast_network_some_runs_of_a_turn_are_watched(monkeypatch):
+    machine = Machine(monkeypatch, lambda now: False)
+    seen = []
+    monkeypatch.setattr(machine, "watched", seen.append)
+    on_device.measure(b"0.05", **ON_PAPER, seconds=0.2, beside=b"1.0", pace=1.0)
+    assert 3 * on_device.WATCHED <= len(seen) <= 10 * on_device.WATCHED
 
 
 def test_nodes_are_timed_while_the_network_beside_is_as_fast_as_on_a_machine_at_rest(monkeypatch):
@@ -901,6 +937,70 @@ def test_kernel_shapes_and_ranks_that_fall_in_training_have_times_too(profile, m
     assert run.budget.profile.lacking(run.graph) == [] and run.budget.profile.forms and run.cost.latency > 0
     with pytest.raises(ValueError, match="no times are known of the forms"):
         solve(replace(run.graph, overhead=None), {}, {"latency": 1.0})
+
+
+def stepped(run, to=1.0, steps=10):
+    """``run`` after training to ``to``, on noise."""
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.01)
+    for step in range(round(to * steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * run.lr_scale(step / steps, default=1.0)
+        (run.model(torch.randn(2, *X.shape[1:])).square().mean() + run.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step(progress=(step + 1) / steps, optimizer=optimizer)
+    return run
+
+
+@pytest.mark.parametrize("to", [0.4, 0.8])  # before the layers take their forms, and after
+def test_tt_lc_is_held_to_a_time_and_goes_on_with_what_it_has_measured(profile, monkeypatch, to):
+    """Every form at every rank has a time, so the solver chooses forms by it as by MACs, and the plan is measured."""
+    measure_little(monkeypatch, networks=2)
+    races = []
+
+    def race(contents, **_):
+        races.append(contents)
+        return [1.0, 0.9]
+
+    monkeypatch.setattr(on_device, "race", race)
+    torch.manual_seed(0)
+    budget, method = es.Budget(latency=0.95, profile=profile), es.TTLC(search=0, iterations=2, share=0.7)
+    run = es.attach(Small(), X, budget=budget, method=method)
+    known = run.budget.profile
+    assert {x.form for part in known.forms for x in part.layers} == {"", "channel", "spatial", "tucker", "tt"}
+    assert len(races) == 1, "what is out of reach by the clock fails before anything is trained"
+    stepped(run, to)
+    assert len(races) == 2 and run.replaced == (to > 0.7)
+    state = run.state_dict()
+    for going in (run, es.attach(Small(), X, budget=budget, method=method, state=state)):
+        assert going.budget.profile.forms == known.forms and going._reference is not None
+        small = going.finish()
+        assert any(isinstance(m, FactorisedConv) for m in small.modules())
+        assert going.cost.latency <= going.limits["latency"]
+        own = es.cost(es.trace(small, X, rehearse=False))
+        assert (own.macs, own.params) == (going.cost.macs, going.cost.params)
+    assert len(races) == 2, "of the rest of the run nothing is measured again"
+
+
+def test_under_a_budget_of_time_the_faster_form_is_taken_whatever_its_macs(profile, monkeypatch):
+    measure_little(monkeypatch, networks=2)
+    monkeypatch.setattr(on_device, "race", lambda contents, **_: [1.0, 0.9])
+    torch.manual_seed(0)
+    run = es.TTLC(search=0).start(Small(), X, es.Budget(latency=0.95, profile=profile))
+    flat = (np.array([10_000]), np.array([10_000]))
+    run._times = dict.fromkeys(run._times, Staircase(flat, np.ones((1, 1))))  # two stages take 2 ms, four take 4
+    run._times["two.0", ""] = Staircase(flat, np.array([[9.0]]))
+    place, wish = run.places["two.0"], Wish((8, 8), 0.5, 8)
+    found = spectra_of({"two.0": run.model.two[0].weight.detach()})["two.0"]
+
+    def times(**price):
+        return [run._price(place, option)[0] for option in options_at(place, found, wish, **price)[0]]
+
+    assert times(price=run._price)[0] == 2.0 and times(price=run._price)[-1] == 9.0
+    assert times(price=run._price) == sorted(set(times(price=run._price))), "each takes longer than the one before"
+    assert times() != sorted(set(times())), "by MACs forms are on the front that are slower than better ones"
+    with pytest.raises(ValueError, match="ranks='evbmf'"):
+        es.TTLC(ranks="equal").start(Small(), X, es.Budget(latency=0.95, profile=profile))
 
 
 def test_where_a_profile_was_made_elsewhere_its_prediction_counts(profile, monkeypatch):

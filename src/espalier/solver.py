@@ -68,7 +68,7 @@ def solve(
     if LATENCY in limits and dense.latency is None:
         raise ValueError(
             "no times are known of the forms that layers may take here: give a method that measures them (DPRP, SVDOneShot, "
-            "MGP, Joint) or needs none (TCP, Magnitude)"
+            "TTLC, MGP, Joint) or needs none (TCP, Magnitude)"
         )
     values, orders = _sorted(graph, importance)
     steps = np.array([block_size(g, multiple_of or 1) for g in graph.groups], dtype=np.int64)

@@ -4,7 +4,7 @@ from espalier.forms.form import Form, Stage, Wish, columns, cost_of, dense_seque
 from espalier.forms.lowrank import LowRank
 from espalier.forms.matrix import MatrixForm
 from espalier.forms.places import Place, find_places
-from espalier.forms.sequences import composed, sequence, sequential, stages
+from espalier.forms.sequences import blank, composed, sequence, sequential, stages
 from espalier.forms.shapes import Rectangle, cut_kernel, rectangles, shape_sequence, shapes
 from espalier.forms.table import FORMS
 
@@ -17,6 +17,7 @@ __all__ = [
     "Rectangle",
     "Stage",
     "Wish",
+    "blank",
     "columns",
     "composed",
     "cost_of",

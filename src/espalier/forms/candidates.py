@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +18,17 @@ from espalier.forms.tensors import folded
 from espalier.forms.tucker import below
 from espalier.graph import ConvSequence
 
+Price = Callable[[Place, ConvSequence], tuple[float, ...]]
+"""What a form costs at a place, one number for each kind of cost that counts: ``cost_of``, or its time."""
+
 
 def options_at(
-    place: Place, spectra: Spectra, wish: Wish, *, forms: Collection[str] | None = None
+    place: Place, spectra: Spectra, wish: Wish, *, forms: Collection[str] | None = None, price: Price = cost_of
 ) -> tuple[list[ConvSequence], np.ndarray]:
     """Forms of ``place`` from cheap to dear, the dense layer last, and the share of energy each loses, falling.
 
-    Only what is on the front stays: dearer in MACs and in weights than all before it, and closer.  Only those of ``forms`` (all
-    without) are offered that are ``possible``.
+    Only what is on the front stays: dearer in all that ``price`` says than all before it, and closer.  Only those of ``forms``
+    (all without) are offered that are ``possible``.
     """
     allowed = possible(shape_of(place), forms)
     offers: list[tuple[float, ConvSequence]] = []
@@ -34,7 +37,7 @@ def options_at(
             known: list[Offered] = [(cost_of(place, made), held) for held, made in offers]
             found = list(form.offers(place, spectra, wish, known=known))
             offers += [(held, form.sequence(place, ranks)) for held, ranks in found]
-    return _front(place, offers)
+    return _front(place, offers, price)
 
 
 def scaled(place: Place, form: str, fraction: float, wish: Wish, *, more: int = 0) -> ConvSequence:
@@ -47,10 +50,12 @@ def scaled(place: Place, form: str, fraction: float, wish: Wish, *, more: int = 
     return of.sequence(place, of.scaled(place, rank, wish))
 
 
-def cheapest(place: Place, wish: Wish, *, forms: Collection[str] | None = None) -> list[ConvSequence]:
+def cheapest(
+    place: Place, wish: Wish, *, forms: Collection[str] | None = None, price: Price = cost_of
+) -> list[ConvSequence]:
     """The least that ``options_at`` can offer, and the dense layer; the latter alone if nothing is cheaper."""
     offers = [(0.0, scaled(place, name, 0.0, wish)) for name in possible(shape_of(place), forms)]
-    options = _front(place, offers)[0]
+    options = _front(place, offers, price)[0]
     return options if len(options) == 1 else [options[0], options[-1]]
 
 
@@ -69,14 +74,17 @@ def held(place: Place, spectra: Spectra, form: ConvSequence) -> float:
     return form_named(form.name).held(spectra, ranks_of(place, form))
 
 
-def _front(place: Place, offers: Sequence[tuple[float, ConvSequence]]) -> tuple[list[ConvSequence], np.ndarray]:
+def _front(
+    place: Place, offers: Sequence[tuple[float, ConvSequence]], price: Price
+) -> tuple[list[ConvSequence], np.ndarray]:
     top = dense_sequence(place)
-    dense = cost_of(place, top)
-    priced = [(cost_of(place, form), share, form) for share, form in offers]
-    priced.sort(key=lambda p: (p[0][0] / dense[0] + p[0][1] / dense[1], -p[1]))
+    dense = price(place, top)
+    priced = [(price(place, form), share, form) for share, form in offers]
+    priced.sort(key=lambda p: (sum(own / whole for own, whole in zip(p[0], dense, strict=True)), -p[1]))
     options: list[ConvSequence] = []
     kept: list[float] = []
-    last, best = (0, 0), -1.0
+    last: tuple[float, ...] = (0.0,) * len(dense)
+    best = -1.0
     for cost, share, form in priced:
         if below(last, cost) and below(cost, dense) and share > best:
             options.append(form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,20 @@ def sequential(place: Place, form: str, weights: Sequence[Tensor], bias: Tensor 
         "kernel_size": place.kernel, "stride": place.stride, "padding": place.padding, "dilation": place.dilation,
     }  # fmt: skip
     return FactorisedConv(*made, **geometry)
+
+
+def blank(place: Place, form: ConvSequence, layer: Any) -> nn.Sequential:
+    """The row that ``form`` is of ``layer``, which has the geometry of ``place`` and any widths: weights mean nothing."""
+    ends = [layer.weight.shape[1], *form.widths, layer.weight.shape[0]]
+    here = replace(place, in_channels=ends[0], out_channels=ends[-1])
+    weights = [
+        layer.weight.new_full((b, 1 if stage.depthwise else a, *(() if here.linear else stage.kernel)), BLANK)
+        for stage, (a, b) in zip(stages(here, form.name), itertools.pairwise(ends), strict=True)
+    ]
+    return sequential(here, form.name, weights, layer.bias)
+
+
+BLANK = 0.1  # zeros and numbers below the normal ones take another time
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 
 from espalier.carving import put_in_place
 from espalier.forms.places import Place
-from espalier.forms.sequences import sequential
+from espalier.forms.sequences import blank
 from espalier.forms.table import form_named
 from espalier.graph.tracing import call_arguments, mode, private_copy
 from espalier.graph.watch import first_line
@@ -49,24 +49,11 @@ def _fails(
     args, kwargs = call_arguments(example, device)
     for name, place in places.items():
         layer: Any = private.get_submodule(name)
-        put_in_place(private, layer, _row(place, forms[name], layer))
+        form = form_named(forms[name])
+        put_in_place(private, layer, blank(place, form.sequence(place, [1] * form.ranks), layer))
     try:
         with torch.no_grad(), mode(private, training=False):
             private(*args, **kwargs)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def _row(place: Place, name: str, layer: Any) -> nn.Module:
-    form = form_named(name)
-    made = form.sequence(place, [1] * form.ranks)
-    ends = [place.in_channels, *made.widths, place.out_channels]
-    weights = []
-    for number, stage in enumerate(form.stages(place)):
-        inputs = 1 if stage.depthwise else ends[number]
-        kernel = () if place.linear else stage.kernel
-        weights.append(
-            torch.zeros(ends[number + 1], inputs, *kernel, device=layer.weight.device, dtype=layer.weight.dtype)
-        )
-    return sequential(place, name, weights, layer.bias)

@@ -127,6 +127,6 @@ def _pairs(place: Place, wish: Wish) -> list[tuple[int, int]]:
     return list(dict.fromkeys(found))
 
 
-def below(one: Sequence[int], other: Sequence[int]) -> bool:
+def below(one: Sequence[float], other: Sequence[float]) -> bool:
     """Less in everything."""
     return all(a < b for a, b in zip(one, other, strict=True))

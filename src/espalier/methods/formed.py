@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from espalier.forms import Place, Wish, dense_sequence, find_places
-from espalier.forms.candidates import cheapest
+from espalier.forms import Place, Wish, cost_of, dense_sequence, find_places
+from espalier.forms.candidates import Price, cheapest
 from espalier.forms.form import shape_of
 from espalier.forms.table import possible
 from espalier.forms.trial import refused
@@ -57,16 +57,16 @@ def check_reachable(
     budget: Budget,
     choices: Sequence[Sequence[str]],
     *,
-    tt_fraction: float,
+    wish: Wish,
     skipped: Mapping[str, str],
+    price: Price = cost_of,
 ) -> None:
     """Raises: BudgetError if the layers ``places`` in their cheapest forms of one of ``choices`` are above ``limits``."""
-    wish = Wish((1, 1), tt_fraction, budget.multiple_of)
     failed: BudgetError | None = None
     for forms in choices:
-        alternatives = {n: cheapest(p, wish, forms=forms) for n, p in places.items()}
+        alternatives = {n: cheapest(p, wish, forms=forms, price=price) for n, p in places.items()}
         alternatives = {n: options for n, options in alternatives.items() if len(options) > 1}
-        offered = with_alternatives(graph, alternatives)
+        offered = budget.timed(with_alternatives(graph, alternatives))
         worth = {alternatives_name(n): np.ones(2) for n in alternatives}
         try:
             solve(offered, worth, limits, multiple_of=1, protect=budget.protected(offered))

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from espalier.carving import put_in_place
 from espalier.costs import Cost, CostModel
-from espalier.forms import FORMS, LowRank, MatrixForm, Place, cost_of, dense_sequence, find_places, sequence, sequential
-from espalier.forms.form import shape_of
+from espalier.forms import (
+    FORMS,
+    LowRank,
+    MatrixForm,
+    Place,
+    blank,
+    cost_of,
+    dense_sequence,
+    find_places,
+    sequence,
+    sequential,
+)
 from espalier.forms.lowrank import BasisChange
 from espalier.forms.table import ALWAYS, matrix_form
 from espalier.forms.trial import refused
@@ -131,18 +141,12 @@ class RankAlternatives:
 
     def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
         """Give layers of ``model``, of any widths, the ranks of ``options``: the structure, of weights that mean nothing."""
-        for name, whole in self.places.items():
+        for name, place in self.places.items():
             option = options.get(alternatives_name(name), self.top(name))
             if option == self.top(name):
                 continue
-            layer: Any = model.get_submodule(name)
-            place = replace(whole, out_channels=layer.weight.shape[0], in_channels=layer.weight.shape[1])
-            form = matrix_form(self.forms[name])
-            left, right = (
-                layer.weight.new_full((n, self.ranks[name][option - 1]), 0.1) for n in form.size(shape_of(place))
-            )
-            weights = form.stage_weights(left, right, place.weight_shape)
-            put_layer(model, name, sequential(place, self.forms[name], weights, layer.bias))
+            row = sequence(place, self.forms[name], [self.ranks[name][option - 1]])
+            put_layer(model, name, blank(place, row, model.get_submodule(name)))
 
     def plain(self, layer: str, factors: tuple[Tensor, Tensor, Tensor], *, bias: Tensor | None) -> nn.Sequential:
         """Two plain layers in a row; both take a square root of ``s``, so that further training treats them alike."""

@@ -21,6 +21,7 @@ from EVBMF and Bayesian optimisation together.  What follows is our reading, in 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,14 +32,18 @@ import torch
 from torch import Tensor, nn
 
 from espalier.copies import device_of
-from espalier.forms import FORMS, Wish, cost_of, dense_sequence, sequential
-from espalier.forms.candidates import Factors, compose, factorise, full_rank, options_at, ranks_of
+from espalier.costs import LATENCY
+from espalier.forms import FORMS, Place, Wish, blank, cost_of, dense_sequence, sequential
+from espalier.forms.candidates import Factors, compose, factorise, full_rank, options_at, ranks_of, scaled
+from espalier.forms.form import shape_of
 from espalier.forms.spectra import Spectra, spectra_of
+from espalier.forms.table import possible
 from espalier.forms.transfer import moved
 from espalier.graph import ConvSequence, with_alternatives
 from espalier.graph.alternatives import alternatives_name
+from espalier.graph.times import Staircase
 from espalier.methods.agreement import check_run, check_same, once
-from espalier.methods.base import Batches, Method, Removed, Run, Status
+from espalier.methods.base import NO_BUDGET, Batches, Method, Removed, Run, Status
 from espalier.methods.decay import decay_products
 from espalier.methods.equal import equal_sequences
 from espalier.methods.formed import check_reachable, places_for
@@ -47,8 +52,8 @@ from espalier.methods.scoring import loss_with
 from espalier.methods.search import JOURNAL, Point, Trials, curves, minimise, name_of
 from espalier.plan import Budget
 from espalier.settings import Fraction, OneOf, Portion, Positive, described
-from espalier.solver import solve
 from espalier.surgery import put_layer
+from espalier.timing.profile import Profile
 
 RANKS = ("evbmf", "energy", "equal")
 
@@ -140,11 +145,17 @@ class TTLCRun(Run):
     """One run of TT-LC."""
 
     def __init__(self, model: nn.Module, example: Any, budget: Budget, method: TTLC, batches: Batches | None) -> None:
-        super().__init__(model, example, budget)
+        through = _is_through(model, budget)
+        super().__init__(model, example, NO_BUDGET if through else budget)
+        self.budget = budget
         if budget.activation_memory is not None:
             raise ValueError(
                 "TT-LC: activation_memory cannot be its budget, because a factorised layer holds more activations than a "
                 "dense one; give macs, params or both"
+            )
+        if method.ranks == "equal" and budget.latency is not None:
+            raise ValueError(
+                "TTLC(ranks='equal'): counts MACs and parameters alone; under a budget of time give ranks='evbmf' or 'energy'"
             )
         self.method = method
         self.batches = batches
@@ -167,7 +178,49 @@ class TTLCRun(Run):
         self._arrived = 0  # of the C steps within the last L step
         self._travel = 0.0  # sum of the learning rates since then, over what momentum leaves of each
         self._decayed = 0  # steps whose decay is that of factors still
+        # forms that layers may have: those that are measured, and then those that the last choice was among
+        self.offered: dict[str, list[ConvSequence]] = {}
+        self._times: dict[tuple[str, str], Staircase] = {}  # of every stage of every form, where time is limited
+        if LATENCY in self.limits and not through:
+            self._learn_times()
         self._check_reachable()
+        if LATENCY in self.limits and not through:  # what is out of reach by the clock fails now
+            self._choose(spectra_of(self.lc.plain()), {}, measured=True)
+
+    def _learn_times(self) -> None:
+        """Time is a cost like others once it is known of every form at every rank: each is measured whole, and narrower."""
+        wish, plain = self._wish((1, 1), 1.0), self.graph
+        self.offered = {
+            n: [*(scaled(p, form, 1.0, wish) for form in possible(shape_of(p), self.method.forms)), dense_sequence(p)]
+            for n, p in self.places.items()
+        }
+        self.graph = with_alternatives(plain, self.offered)
+        self.know_forms()
+        self._times = {(s.module, s.form): s.time for s in self.graph.sites if s.time is not None}
+        self.graph = self.budget.timed(plain)
+
+    def put(self, model: nn.Module, options: Mapping[str, int]) -> None:
+        for name, row in self.offered.items():
+            form = row[options.get(alternatives_name(name), len(row)) - 1]
+            if form.widths:
+                put_layer(model, name, blank(self.places[name], form, model.get_submodule(name)))
+
+    def _wish(self, ranks: tuple[int, int], tt_fraction: float) -> Wish:
+        """Ranks are also multiples of what the runtime likes, where time is limited."""
+        grain = self.graph.grain if LATENCY in self.limits else 1
+        return Wish(ranks, tt_fraction, math.lcm(self.budget.multiple_of, grain))
+
+    def _price(self, place: Place, form: ConvSequence) -> tuple[float, ...]:
+        """What is limited decides which forms are cheaper: MACs and weights, or milliseconds, or all of them."""
+        if LATENCY not in self.limits:
+            return cost_of(place, form)
+        ends = [place.in_channels, *form.widths, place.out_channels]
+        alone = form.depthwise or (False,) * len(form.macs)
+        took = 0.0
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(ends)):
+            stage = (f"{place.name}.{number}", form.name) if form.widths else (place.name, "")
+            took += float(self._times[stage].at((outputs,) if alone[number] else (outputs, inputs)))
+        return (took,) if len(self.limits) == 1 else (*cost_of(place, form), took)
 
     def _check_reachable(self) -> None:
         """A budget that cannot be met fails now, not in the middle of the run; a model within it already is fine."""
@@ -180,8 +233,9 @@ class TTLCRun(Run):
             self.limits,
             self.budget,
             [(f,) for f in method.forms] if method.ranks == "equal" else [method.forms],
-            tt_fraction=max(method.tt_fraction, TT_RANGE[0]) if method.trials else method.tt_fraction,
+            wish=self._wish((1, 1), max(method.tt_fraction, TT_RANGE[0]) if method.trials else method.tt_fraction),
             skipped=self.skipped,
+            price=self._price,
         )
 
     # -- 1. L steps ----------------------------------------------------------------------------------------------------
@@ -244,8 +298,10 @@ class TTLCRun(Run):
             self.collapsed[name] = found
         return floored[0], floored[1]
 
-    def _choose(self, spectra: Mapping[str, Spectra], point: Mapping[str, float]) -> dict[str, ConvSequence]:
-        """The forms that keep most inside the budget.  ``BudgetError`` if none do."""
+    def _choose(
+        self, spectra: Mapping[str, Spectra], point: Mapping[str, float], *, measured: bool = False
+    ) -> dict[str, ConvSequence]:
+        """The forms that keep most inside the budget; of time by the clock if ``measured``.  ``BudgetError`` if none do."""
         if self.method.ranks == "equal":
             return equal_sequences(
                 self.graph, self.places, spectra, self.limits, forms=self.method.forms,
@@ -255,16 +311,16 @@ class TTLCRun(Run):
         worth: dict[str, np.ndarray] = {}
         for name, place in self.places.items():
             ranks = self.proposal(name, spectra[name])
-            fraction = point.get("tt", self.method.tt_fraction)
-            wish = Wish(ranks, fraction, self.budget.multiple_of)
-            options, lost = options_at(place, spectra[name], wish, forms=self.method.forms)
+            wish = self._wish(ranks, point.get("tt", self.method.tt_fraction))
+            options, lost = options_at(place, spectra[name], wish, forms=self.method.forms, price=self._price)
             if len(options) == 1:
                 continue
             held = self._worth(1.0 - lost, spectra[name], ranks)
             alternatives[name] = options
             worth[alternatives_name(name)] = 2.0 ** point.get(self.stages[name], 0.0) * np.diff(held, prepend=0.0)
-        graph = with_alternatives(self.graph, alternatives)
-        plan = solve(graph, worth, self.limits, multiple_of=1, protect=self.budget.protected(graph))
+        self.offered = alternatives
+        graph = self.budget.timed(with_alternatives(self.graph, alternatives))
+        plan = self.decide(worth, graph=graph, measured=measured)
         taken = {n: options[len(plan.keep[alternatives_name(n)]) - 1] for n, options in alternatives.items()}
         return {n: c for n, c in taken.items() if c.widths}
 
@@ -295,6 +351,8 @@ class TTLCRun(Run):
 
         # The limits, not the budget: a resumed run has it in absolute numbers.
         asked = (method, self.limits, self.budget.multiple_of, list(self.places), ranges)
+        if self.budget.profile is not None:  # by whose predictions trials choose
+            asked = (*asked, self.budget.profile)  # type: ignore[assignment]
         same = name_of(asked, (*wanted.values(), *self.model.state_dict().values()))
 
         def found() -> tuple[Point, Trials]:
@@ -333,7 +391,7 @@ class TTLCRun(Run):
             self.collapsed = {}
             if number == last_choice:
                 self.point = self.search(wanted, spectra)
-            sequences = self._choose(spectra, self.point)
+            sequences = self._choose(spectra, self.point, measured=number == last_choice)
         factors = self._fit(wanted, sequences, sweeps=self.method.sweeps)
         mu, theta = self.lc.mu if number else 0.0, {n: compose(f) for n, f in factors.items()}
         gap = self.lc.c_step(theta, fresh=choosing, mu=self._next_mu(number))
@@ -416,7 +474,7 @@ class TTLCRun(Run):
         self.replaced, self._at = True, progress
         self.factors = {}
         alternatives = {n: [self.sequences[n], dense_sequence(self.places[n])] for n in final}
-        self.graph = with_alternatives(self.graph, alternatives)
+        self.graph = self.budget.timed(with_alternatives(self.graph, alternatives))
         self.taken = {alternatives_name(n): 1 for n in alternatives}
         self.options_stay()
         return Removed({}, self.cost)
@@ -426,7 +484,7 @@ class TTLCRun(Run):
         if not self.replaced:
             self.forced = True
             if not self.sequences and any(getattr(self.cost, m) > limit for m, limit in self.limits.items()):
-                self.sequences = self._choose(spectra_of(self.lc.plain()), self.point)
+                self.sequences = self._choose(spectra_of(self.lc.plain()), self.point, measured=True)
             self._replace(1.0, None)
         return self.model
 
@@ -440,6 +498,14 @@ class TTLCRun(Run):
         "replaced", "forced", "_at", "_arrived", "_travel", "_decayed", "sequences", "factors", "collapsed", "trials",
         "point", "lc",
     )  # fmt: skip
+
+
+def _is_through(model: nn.Module, budget: Budget) -> bool:
+    """Whether layers of ``model`` have the forms already whose times a run has measured: one that goes on after its cut."""
+    profile = budget.profile
+    forms = profile.forms if isinstance(profile, Profile) else ()
+    there = {n for n, _ in model.named_modules()}
+    return any(x.form and x.module in there for part in forms for x in part.layers)
 
 
 def _is_channels_last(weight: Tensor) -> bool:
