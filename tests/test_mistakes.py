@@ -54,6 +54,8 @@ def places(tmp_path, monkeypatch):
     Path("own.py").write_text(OWN)
     Path("model.onnx").write_bytes(b"onnx")
     torch.save(net().state_dict(), "model.pt")
+    torch.jit.save(torch.jit.trace(net(), X), "script.pt")
+    torch.export.save(torch.export.export(net(), (X,)), "p.pt2")
     namespace: dict[str, Any] = {}
     exec(OWN, namespace)
     torch.save(namespace["build"]().state_dict(), "own.pt")
@@ -125,8 +127,23 @@ ON_THE_COMMAND_LINE = {
         ["compress", "--model", "resnet8", "--data", "pictures", "--macs", "0.5", "--out", "o"],
         r"give imagefolder:pictures",
     ),
-    "evaluate an onnx": (["evaluate", "model.onnx", "--model", "resnet8", "--data", "digits"], r"is an ONNX file"),
-    "export a checkpoint of nothing": (["export", "model.pt"], r"--model is missing"),
+    "evaluate an onnx": (
+        ["evaluate", "model.onnx", "--model", "resnet8", "--data", "digits"],
+        r"for a runtime already",
+    ),
+    "export a checkpoint of nothing": (["export", "model.pt"], r"model\.pt: is a file; say with --model"),
+    "evaluate a checkpoint of nothing": (["evaluate", "model.pt"], r"model\.pt: is a file; say with --model"),
+    "export an onnx": (
+        ["export", "model.onnx"],
+        r"for a runtime already; espalier time measures it; give the run folder",
+    ),
+    "a file of code for a model": (["inspect", "own.py"], r"own\.py is a file of code: .*own\.py:build"),
+    "inspect a run": (["inspect", "run"], r"espalier evaluate run"),
+    "TorchScript for weights": (
+        [*RUN, "--macs", "0.5", "--weights", "script.pt"],
+        r"script\.pt: is a TorchScript file; give the checkpoint",
+    ),
+    "a program for weights": ([*RUN, "--macs", "0.5", "--weights", "p.pt2"], r"p\.pt2: is a program of torch\.export;"),
     "a fraction out of reach": (
         [*RUN, "--multiple-of", "1", "--macs", "0.01"],
         r"smallest reachable is [\d,]+ \([\d.]+% of [\d,]+\); raise the budget$",

@@ -218,7 +218,7 @@ def evaluate(
     settings: Mapping[str, dict[str, Any]],
 ) -> None:
     """Accuracy and cost of the network in a run folder, or of a file of weights with --model and --data."""
-    _check_exists(path)
+    _check_holds_network(path, model)
     wanted: Config = {
         "model": given(name=model),
         "data": {**given(name=data, dir=data_dir), **settings["data"]},
@@ -259,7 +259,7 @@ def export(
     trust: opt.Trust = False,
 ) -> None:
     """Write the network in a run folder, or in a file with --model, for another program, and compare it with PyTorch."""
-    _check_exists(path)
+    _check_holds_network(path, model)
     wanted: Config = {"model": given(name=model), "data": given(name=data)}
     needs = BOTH if int8 else () if path.is_dir() else ("model",)  # of a folder, input_of_run says what is missing
     merged = merged_settings(wanted, config=None, out=path, resume=path.is_dir(), trust=trust, needs=needs)
@@ -364,6 +364,14 @@ def demo(out: Annotated[Path, typer.Option("--out", help="Folder that receives t
         run_demo(out)
 
 
-def _check_exists(path: Path) -> None:
+def _check_holds_network(path: Path, model: str | None) -> None:
+    """Raises: ValueError unless ``path`` is a folder, or may be a file of weights of a ``model`` that is named."""
     if not path.exists():
         raise ValueError(f"{path}: there is no such run folder or file")
+    if path.suffix in (".onnx", ".pt2"):
+        also = "; espalier time measures it" if path.suffix == ".onnx" else ""
+        raise ValueError(
+            f"{path}: is a file for a runtime already{also}; give the run folder that it came from, or weights and --model"
+        )
+    if path.is_file() and model is None:
+        raise ValueError(f"{path}: is a file; say with --model whose weights they are, or give a run folder")

@@ -228,7 +228,8 @@ def _zeros(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         sizes = [n if isinstance(n, int) else 1 if place == 0 else None for place, n in enumerate(port.shape)]
         if None in sizes:
             raise ValueError(
-                f"latency: the file leaves the shape of {port.name!r} open, {port.shape}: give an example input"
+                f"latency: the file leaves the shape of {port.name!r} open, {port.shape}: give an example input "
+                "(on the command line --input 1,3,224,224)"
             )
         found.append(torch.zeros([int(n or 1) for n in sizes], dtype=_ONNX_TYPES[port.type]))
     return tuple(found)

@@ -26,6 +26,7 @@ import pickle
 import sys
 import traceback
 import types
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -228,7 +229,12 @@ def model_names() -> list[str]:
 def _unknown(name: str, known: list[str]) -> ValueError:
     place = Path(name)
     if place.is_dir():
-        return ValueError(f"{name} is a folder, and a network has a name: es.load_run({name!r}) opens a run's")
+        return ValueError(
+            f"{name} is a folder, and a network has a name; of a run es.load_run({name!r}) opens the network, "
+            f"and espalier evaluate {name} judges it"
+        )
+    if place.suffix == ".py":
+        return ValueError(f"{name} is a file of code: name the function in it that builds the network, {name}:build")
     if place.suffix in (".pt", ".pth", ".safetensors", ".ckpt", ".th"):
         return ValueError(
             f"{name} is a file of weights: give it as --weights {name}, and --model with the network's name"
@@ -451,6 +457,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(weights)
 
 
+def _program_in(path: Path) -> str:
+    """What a file of PyTorch is that holds a whole network and not its weights alone; empty for anything else."""
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        parts = {part for name in archive.namelist() for part in name.split("/")}
+        if parts & {"archive_format", "serialized_exported_program.json"}:
+            return "a program of torch.export"
+        if "code" in parts:
+            return "a TorchScript file"
+    return ""
+
+
 def _read_weights(path: Path) -> object:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give a file of weights, of a run {path / 'model.safetensors'}")
@@ -458,6 +475,8 @@ def _read_weights(path: Path) -> object:
         raise ValueError(f"{path}: there is no such weights file")
     if path.suffix == ".onnx":
         raise ValueError(f"{path}: is an ONNX file; give the PyTorch checkpoint that it was exported from")
+    if program := _program_in(path):
+        raise ValueError(f"{path}: is {program}; give the checkpoint that it was made from")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
