@@ -588,7 +588,7 @@ def _level(rows: Rows) -> float:
 def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, gaps: bool = True) -> str:
     """One line per method, in the recipe's order; a method without a result says so, or with ``gaps=False`` is left out."""
     dense = next((_mine(rows, label) for label, m in recipe["methods"].items() if m["name"] == "dense"), [])
-    lines = []
+    lines, timed = [], "latency" in recipe["budget"]
     for label in recipe["methods"]:
         mine = _mine(rows, label)
         if not mine:
@@ -600,7 +600,7 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
             _mean([r["accuracy"] for r in mine], 2),
             _share([r["macs_left"] for r in mine]),
             _share([r["params_left"] for r in mine]),
-            None if recipe["methods"][label]["name"] == "dense" else _faster(mine),
+            None if recipe["methods"][label]["name"] == "dense" else _time_left(mine) if timed else _faster(mine),
             _spent(recipe, label, mine),
             _taught(recipe, label, mine),
             f"{len(mine)} of {len(recipe['seeds'])}",
@@ -611,11 +611,14 @@ def recipe_table(recipe: Mapping[str, Any], rows: Rows, *, short: bool = False, 
                 _mean([c for r in mine if (c := r["seconds"].get("cut"))], 1, unit=" s"),
             ]
         lines.append(line)
-    head = ["method", "accuracy", "MACs left, %", "parameters left, %", "speed-up", "trained", "teacher", "seeds"]
+    speed = "time left, %" if timed else "speed-up"
+    head = ["method", "accuracy", "MACs left, %", "parameters left, %", speed, "trained", "teacher", "seeds"]
     if not short:
         head[7:7] = ["training", "cut"]
     asked = ", ".join(f"{k} {100 * v:.4g} %" for k, v in recipe["budget"].items() if k != "multiple_of" and v <= 1)
     notes = [f"{r['label']}, seed {r['seed']}: {r['note']}." for r in rows if r.get("note")]
+    if timed:
+        notes.append("*Time left* is measured beside the dense network, in turns, at the end of every run.")
     return "\n\n".join([f"Budget: {asked}.", table(head, lines), *notes])
 
 
@@ -652,6 +655,15 @@ def _taught(recipe: Mapping[str, Any], label: str, rows: Rows) -> str:
     weight = setting.get("recipe", {}).get("distill")
     trained = "weights" in recipe.get("model", {}) or _before(recipe, label) > 0 or setting.get("trained", False)
     return "yes" if trained and weight != 0 else "no"
+
+
+TIMED = "onnxruntime, batch 1"
+
+
+def _time_left(rows: Rows) -> str:
+    """Of the time of the dense network, measured in turns at the end of every run."""
+    times = [r["time"]["small"] / r["time"]["dense"] if "time" in r else 1 / r["speedup"][TIMED] for r in rows]
+    return _share(times)
 
 
 def _faster(rows: Rows) -> str | None:
@@ -711,7 +723,7 @@ def _training(mine: Rows, dense: Rows) -> str | None:
 
 def _speedup(row: Mapping[str, Any]) -> float | None:
     """In ONNX Runtime, batch 1; ``None`` if other work shared the core while it was measured."""
-    return row["speedup"].get("onnxruntime, batch 1") if _alone(row.get("timed", row)) else None
+    return row["speedup"].get(TIMED) if _alone(row.get("timed", row)) else None
 
 
 def _alone(where: Mapping[str, Any]) -> bool:
