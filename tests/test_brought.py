@@ -92,7 +92,19 @@ def sparse() -> nn.Module:
     return model
 
 
+def without_a_mean() -> nn.Module:
+    model = net()
+    model[1].running_mean[2] = float("nan")
+    return model
+
+
+def packed() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(net(), {nn.Linear}, dtype=torch.qint8)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a NaN among statistics": (without_a_mean, r"1\.running_mean has values that are NaN"),
+    "weights that are packed": (packed, r"7 is a Linear of torch\.ao\.nn\.quantized.*quantised"),
     "sparse": (sparse, r"3\.bias is sparse"),
     "on meta": (lambda: net().to("meta"), "is on meta; give dense weights"),
     "NaN": (spoilt, r"3\.bias has values that are NaN"),
@@ -104,7 +116,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.ao.quantization")
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_network_that_cannot_come_to_anything_is_refused_before_anything_is_written(
     kind: str, tmp_path: Path

@@ -369,6 +369,15 @@ def test_loaders_without_a_length_are_told_apart_by_what_has_one():
     assert identity(source) == {"training batches": 3}
 
 
+def test_a_loader_whose_data_set_has_no_length_is_refused():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(X[0], Y[0])])
+
+    with pytest.raises(ValueError, match="train loader has no length"):
+        Loaders(DataLoader(Stream()), [(X, Y)], num_classes=3).steps(1)
+
+
 def test_a_test_folder_may_lack_a_class_but_not_add_one(tmp_path):
     write_images(tmp_path, classes=("a", "b", "c"), splits=("train",), per_class=1)
     write_images(tmp_path, classes=("b",), splits=("test",), per_class=1)

@@ -25,7 +25,7 @@ def unwrapped(model: nn.Module, *, who: str, in_place: bool = False) -> nn.Modul
     """The network inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and averaged weights.
 
     Raises: ValueError for what is no module, for a wrapper that holds parts of the parameters only or, ``in_place``, would not
-    notice that they change, and for layers that have not seen an input.
+    notice that they change, and for layers that have not seen an input or whose weights are quantised.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"{who}: expected an nn.Module, got {type(model).__name__}")
@@ -43,7 +43,21 @@ def unwrapped(model: nn.Module, *, who: str, in_place: bool = False) -> nn.Modul
                 f"{who}: {path or 'the model'} is a {type(module).__name__}, which has no weights before it has seen an input; "
                 "run the model once on an example, and give it then"
             )
+        kind: Any = type(module)
+        if _is_quantised(kind):
+            raise ValueError(
+                f"{who}: {path or 'the model'} is a {kind.__name__} of {kind.__module__}, whose weights are "
+                "quantised; give the network as it was before, and quantise what comes back"
+            )
     return model
+
+
+@functools.cache
+def _is_quantised(kind: type) -> bool:
+    """Its weights are packed, so that none is seen among the parameters; what only stands ready for that computes in floats."""
+    return kind.__module__.startswith("torch.ao.nn.") and (
+        "quantized" in kind.__module__ and "FloatFunctional" not in kind.__name__
+    )
 
 
 def check_free(model: nn.Module, *, who: str) -> None:
@@ -85,10 +99,17 @@ def check_sound(model: nn.Module, *, who: str) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             how = "on meta" if tensor.is_meta else "quantised" if tensor.is_quantized else "sparse"
             raise ValueError(f"{who}: {name} is {how}; give dense weights of floating point that hold values")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
-            raise ValueError(
-                f"{who}: {name} has values that are NaN or infinite before anything is done; give sound weights"
-            )
+        _check_finite(name, tensor, who)
+    for name, statistic in named_tensors(model)[1].items():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):  # other buffers may hold infinity, as masks do
+            _check_finite(name, statistic, who)
+
+
+def _check_finite(name: str, tensor: Tensor, who: str) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+        raise ValueError(
+            f"{who}: {name} has values that are NaN or infinite before anything is done; give sound weights"
+        )
 
 
 def check_names(model: nn.Module, *, who: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -244,9 +244,12 @@ class Loaders:
         return self.holdout is not None
 
     def steps(self, batch_size: int) -> int:
-        if not isinstance(self.train, Sized):
-            raise ValueError("the train loader has no length, which the rate schedule needs; give it a __len__")
-        return len(self.train)
+        try:
+            return len(cast(Sized, self.train))
+        except TypeError as error:  # a DataLoader has a length, of which its data set may know nothing
+            raise ValueError(
+                "the train loader has no length, which the rate schedule needs; give it, or the data set in it, a __len__"
+            ) from error
 
     def train_batches(self, *, batch_size: int, epoch: int, seed: int, channels_last: bool = False) -> Iterator[Batch]:
         return self._batches("train", channels_last, seed=epoch_seed(seed, epoch))
