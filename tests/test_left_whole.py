@@ -214,6 +214,83 @@ def joined_to_match(net: Any, x: Tensor) -> Tensor:
     return net.b(z + torch.cat([y, y.new_zeros(1, z.shape[1] - y.shape[1], 8, 8)], 1))
 
 
+def gated_frequencies(net: Any, x: Tensor) -> Tensor:
+    y = torch.fft.rfft2(net.a(x)) * torch.view_as_complex(net.w)
+    return net.b(torch.fft.irfft2(y, s=(8, 8)))
+
+
+def mixed_frequencies(net: Any, x: Tensor) -> Tensor:
+    """A Fourier layer: complex weights for each of the lowest frequencies."""
+    y = torch.fft.rfft2(net.a(x))
+    z = torch.zeros(len(x), net.w.shape[1], 8, 5, dtype=y.dtype)
+    z[:, :, :3, :3] = torch.einsum("bixy,ioxy->boxy", y[:, :, :3, :3], net.w)
+    return net.b(torch.fft.irfft2(z, s=(8, 8)))
+
+
+def convolved_frequencies(net: Any, x: Tensor) -> Tensor:
+    """Real and imaginary parts as channels of a convolution."""
+    y = torch.fft.rfft2(net.a(x))
+    b, _, h, w = y.shape
+    y = net.c(torch.view_as_real(y).permute(0, 1, 4, 2, 3).reshape(b, -1, h, w)).relu()
+    y = y.view(b, -1, 2, h, w)
+    return net.b(torch.fft.irfft2(torch.complex(y[:, :, 0], y[:, :, 1]), s=(8, 8)))
+
+
+def branches_side_by_side(net: Any, x: Tensor) -> Tensor:
+    """A dimension of branches that is put in, and taken out, in place."""
+    both = torch.cat([net.a(x).unsqueeze_(1), net.c(x).unsqueeze_(dim=1)], 1)
+    return net.b(both.sum(1, keepdim=True).squeeze_(1))
+
+
+def standardised_by_hand(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.c(net.a(x)).relu())
+
+
+class Standardised(nn.Conv2d):
+    """Its statistics are spread over the weight before they meet it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        deviation = weight.view(len(weight), -1).std(1).view(-1, 1, 1, 1) + 1e-5
+        return F.conv2d(x, weight / deviation.expand_as(weight), self.bias, padding=self.padding)
+
+
+def weights_added_up(net: Any, x: Tensor) -> Tensor:
+    """A kernel of three by three and one of one, and a product of two thin matrices, as one weight."""
+    thin = (net.p @ net.q).view(net.w.shape)
+    return net.b(F.conv2d(net.a(x), net.w + F.pad(net.v, [1, 1, 1, 1]) + thin, padding=1))
+
+
+def weights_mixed(net: Any, x: Tensor) -> Tensor:
+    """A mixture of kernels, whose shares are learned."""
+    shares = net.s.softmax(0).view(-1, 1, 1, 1, 1)
+    return net.b(F.conv2d(net.a(x), (shares * net.w).sum(0), padding=1))
+
+
+def inputs_before_outputs(net: Any, x: Tensor) -> Tensor:
+    """Weights as others store them, positions first."""
+    return net.b(F.conv2d(net.a(x), net.w.permute(3, 2, 0, 1), padding=1))
+
+
+def in_windows(net: Any, x: Tensor) -> Tensor:
+    """Windows of as many positions as there are channels."""
+    y = net.a(x).permute(0, 2, 3, 1)
+    b, h, w, c = y.shape
+    y = (
+        y.view(b, h // net.side, net.side, w // net.side, net.side, c)
+        .transpose(2, 3)
+        .reshape(-1, net.side * net.side, c)
+    )
+    y = net.m(y).view(b, h // net.side, w // net.side, net.side, net.side, -1).transpose(2, 3).reshape(b, h, w, -1)
+    return net.b(y.permute(0, 3, 1, 2))
+
+
+def kernel_of_each(net: Any, x: Tensor) -> Tensor:
+    """A depthwise convolution as a sum over positions."""
+    y = F.unfold(net.a(x), 3, padding=1).unflatten(1, (-1, 9))
+    return net.b(torch.einsum("bckn,ck->bcn", y, net.w).unflatten(2, (8, 8)))
+
+
 STEPS = {"scale": torch.rand(16) / 50 + 0.01, "zero": torch.zeros(16)}
 
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
@@ -296,6 +373,50 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     ),
     "a number of pieces that is as large as they are": (
         lambda net, x: net.b(sum(net.a(x).chunk(net.pieces, 1))), {"a": conv(3, 16), "b": conv(4, 5), "pieces": 4}, {"a": 4},
+    ),
+    "a gate for each frequency": (
+        gated_frequencies, {"a": conv(3, 16), "w": nn.Parameter(torch.rand(16, 8, 5, 2)), "b": conv(16, 4)}, {"a": 16},
+    ),
+    "complex weights for each frequency": (
+        mixed_frequencies,
+        {"a": conv(3, 12), "w": nn.Parameter(torch.randn(12, 10, 3, 3, dtype=torch.cfloat)), "b": conv(10, 4)},
+        {"a": 12, "w": 10},
+    ),
+    "weights that are added up": (
+        weights_added_up,
+        {
+            "a": conv(3, 12), "w": nn.Parameter(torch.randn(16, 12, 3, 3)), "v": nn.Parameter(torch.randn(16, 12, 1, 1)),
+            "p": nn.Parameter(torch.randn(16, 3)), "q": nn.Parameter(torch.randn(3, 108)), "b": conv(16, 4),
+        },
+        {"a": 12, "w": 16, "p": 3},
+    ),
+    "a mixture of weights": (
+        weights_mixed,
+        {
+            "a": conv(3, 12), "s": nn.Parameter(torch.randn(3)), "w": nn.Parameter(torch.randn(3, 14, 12, 3, 3)),
+            "b": conv(14, 4),
+        },
+        {"a": 12, "w": 14},
+    ),
+    "weights with their positions first": (
+        inputs_before_outputs,
+        {"a": conv(3, 12), "w": nn.Parameter(torch.randn(3, 3, 12, 16)), "b": conv(16, 4)},
+        {"a": 12, "w": 16},
+    ),
+    "windows of as many positions as there are channels": (
+        in_windows, {"a": conv(3, 16), "m": nn.Linear(16, 12), "b": conv(12, 4), "side": 4}, {"a": 16, "m": 12},
+    ),
+    "a convolution of frequencies": (
+        convolved_frequencies, {"a": conv(3, 6), "c": conv(12, 20, 1), "b": conv(10, 4)}, {"a": 6, "c": 10},
+    ),
+    "branches along a dimension that is put in in place": (
+        branches_side_by_side, {"a": conv(3, 16), "c": conv(3, 16), "b": conv(16, 4)}, {"a": 16},
+    ),
+    "weights standardised by hand": (
+        standardised_by_hand, {"a": conv(3, 16), "c": Standardised(16, 12, 3, padding=1), "b": conv(12, 4)}, {"a": 16, "c": 12},
+    ),
+    "a product for each channel": (
+        kernel_of_each, {"a": conv(3, 16), "w": nn.Parameter(torch.rand(16, 9)), "b": conv(16, 4)}, {"a": 15},
     ),
     "positions in another order": (reordered, {"a": conv(3, 16), "b": conv(16, 4)}, {"a": 16}),
 }  # fmt: skip

@@ -99,6 +99,9 @@ def _alike(watch: Watch, component: np.ndarray, axes: list[Axis], reasons: dict[
     consumed = np.zeros(watch.label_count, dtype=bool)
     for vector in watch.consumers:
         consumed[vector] = True
+    for _ in watch.read_alike:  # of sums of sums, too
+        for one, other in watch.read_alike:
+            consumed[one] = consumed[other] = consumed[one] | consumed[other]
     consumed[0] = False
     free = np.zeros(watch.label_count, dtype=bool)
     free[component[np.flatnonzero(consumed)]] = True

@@ -153,7 +153,7 @@ class Rehearsal:
                     return False
                 kept.append(())
                 continue
-            predictions = [self._predict(watch, layer) for layer in known.layers]
+            predictions = self._predict_all(watch, known.layers)
             if tensor.shape != self._shape(was, predictions):
                 return False
             kept.append(tuple([p.layer for p in predictions]))
@@ -191,7 +191,7 @@ class Rehearsal:
         if all(value is not None for _, _, value in (*expected.outputs, *record.outputs)):
             for (was, planned, before), (shape, known, now) in zip(expected.outputs, record.outputs, strict=True):
                 known.differs = _another_value(before, now, differs)
-                predicted = self._shape(was, [self._predict(watch, layer) for layer in planned.layers])
+                predicted = self._shape(was, self._predict_all(watch, planned.layers))
                 if not self.loose and len(shape) == len(predicted) and any(map(operator.gt, shape, predicted)):
                     raise Mismatch(watch.key(), _unexpected(shape, predicted), watch.place())  # it costs more
             return True
@@ -233,7 +233,7 @@ class Rehearsal:
         if not layers and not known.layers and (shape == was or self.loose):
             return
         layers = tuple(m for m in map(compact, layers) if m.size > 1)
-        predictions = [self._predict(watch, layer) for layer in known.layers]
+        predictions = self._predict_all(watch, known.layers)
         survivors = [p.layer for p in predictions if p.layer.size > 1]
         predicted = self._shape(was, predictions)
         if predicted != shape:
@@ -264,6 +264,28 @@ class Rehearsal:
             for dim, size in prediction.sizes:
                 shape[dim] = size
         return tuple(shape)
+
+    def _predict_all(self, watch: Watch, layers: tuple[Layer, ...]) -> list[Prediction]:
+        """Of every layer what survives; of several along one dimension, as of a weight that was flattened, what does in all."""
+        if len(layers) < 2 or sum(n > 1 for n in map(max, zip(*(m.shape for m in layers), strict=False))) == sum(
+            n > 1 for m in layers for n in m.shape
+        ):
+            return [self._predict(watch, layer) for layer in layers]
+        alive = np.ones((1,) * layers[0].ndim, dtype=bool)
+        for layer in layers:
+            alive = alive & self.alive[layer]
+        kept = list(layers)
+        for dim in range(alive.ndim):
+            if alive.shape[dim] > 1:
+                keep = np.flatnonzero(np.moveaxis(alive, dim, 0).reshape(alive.shape[dim], -1).any(1))
+                alive = alive.take(keep, dim)
+                kept = [m.take(keep, dim) if m.shape[dim] > 1 else m for m in kept]
+        if not alive.all():
+            raise Mismatch(watch.key(), "would leave a ragged set of channels", watch.place())
+        sizes = [
+            tuple((d, k.shape[d]) for d, n in enumerate(m.shape) if n > 1) for m, k in zip(layers, kept, strict=True)
+        ]
+        return [Prediction(m, compact(k), s) for m, k, s in zip(layers, kept, sizes, strict=True)]
 
     def _predict(self, watch: Watch, layer: Layer) -> Prediction:
         """What of a layer survives; remembered, since most operations hand on the layer they got."""

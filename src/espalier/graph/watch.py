@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espalier.copies import named_modules, tensors_of_modules
@@ -103,6 +104,7 @@ Origin = tuple[Any, int] | None  # where a tensor comes from: (number of the ope
 
 
 ALL = slice(None)
+LARGEST_KERNEL = 7  # positions of a weight that belongs to no convolution; dimensions that are longer have channels
 
 
 class State:
@@ -335,6 +337,7 @@ class Watch(TorchDispatchMode):
         self.freezes: list[tuple[np.ndarray, Reason]] = []
         self.mixes: list[tuple[np.ndarray, slice, Reason]] = []
         self.consumers: list[np.ndarray] = []
+        self.read_alike: list[tuple[np.ndarray, np.ndarray]] = []  # of weights that are added up before they are used
         self.sites: list[RawSite] = []
         self.records: list[Record] = []
         self.memory = Memory()
@@ -425,9 +428,12 @@ class Watch(TorchDispatchMode):
     def _raw_layers(self, name: str, shape: tuple[int, ...]) -> tuple[Layer, ...]:
         """Layers of a parameter or buffer: one per dimension that has channels."""
         layers = []
-        kernel = len(shape) > 2 and min(shape[:2]) > 1  # (O, I, ...): positions are no channels
-        for dim, size in enumerate(shape[:2] if kernel else shape):
-            if (name, dim) in self._axis_of if self.rehearsal is not None else size > 1:
+        least = [1] * len(shape)
+        if len(shape) > 2 and min(shape[:2]) > 1:  # (O, I, ...): positions are no channels
+            owner = self._modules.get(name.rpartition(".")[0])
+            least[2:] = [shape[d] if isinstance(owner, _ConvNd) else LARGEST_KERNEL for d in range(2, len(shape))]
+        for dim, size in enumerate(shape):
+            if (name, dim) in self._axis_of if self.rehearsal is not None else size > least[dim]:
                 labels = self.axis_labels(name, dim, size)
                 layers.append(labels.reshape((1,) * dim + (len(labels),) + (1,) * (len(shape) - dim - 1)))
         return tuple(layers)
@@ -606,10 +612,7 @@ class Watch(TorchDispatchMode):
         Where nothing says what it counts, they are among ``made_labels``: in a rehearsal as in the first watch.
         """
         size = out.shape[dim]
-        said = self.said_sizes[: out.ndim]
-        given = (
-            said[dim] if all(n in (-1, m) for n, m in zip(said, out.shape, strict=False)) and dim < len(said) else None
-        )
+        given = self.given_at(out, dim)
         alike = self.like_axis(name, given, size)
         if alike is not None:
             return alike
@@ -617,6 +620,12 @@ class Watch(TorchDispatchMode):
         if type(given) is int or not self.follow(size, labels):
             self.made_labels.update(labels[-1:].tolist())
         return labels
+
+    def given_at(self, out: Tensor, dim: int) -> int | None:
+        """What the call gives for the size of its result along ``dim``; ``None`` where it gives no sizes in order."""
+        said = self.said_sizes[: out.ndim]
+        in_order = dim < len(said) and all(n in (-1, m) for n, m in zip(said, out.shape, strict=False))
+        return said[dim] if in_order else None
 
     def like_axis(self, name: str, given: int | None, size: int) -> np.ndarray | None:
         """Labels of a new dimension, if ``given`` is the size of a tensor that says what it counts."""

@@ -45,6 +45,8 @@ class Positions:
     def energy(self) -> Tensor:
         """Sum of squares per position, like ``per_position``; rows by rows, so that no large copy is made of the squares."""
         weight = self.parameter.detach()
+        if weight.is_complex():
+            weight = weight.abs()
         if weight.numel() <= _PIECE or len(self.dims) != 1:
             return self.per_position(weight.square())
         rows = weight.split(max(1, _PIECE * len(weight) // weight.numel()))

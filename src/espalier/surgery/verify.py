@@ -248,7 +248,7 @@ def _dead_groups(model: nn.Module, graph: Graph, plan: Plan) -> list[str]:
             continue
         energy = np.zeros(group.size)
         for s in read:
-            weight = tensors[s.tensor].detach().double().cpu().movedim(s.dim, 0)
+            weight = tensors[s.tensor].detach().abs().double().cpu().movedim(s.dim, 0)
             squares = weight.reshape(len(weight), -1).square().sum(1).numpy()  # also of a vector
             energy += squares[s.index].reshape(group.size, -1).sum(1)
         if energy.any() and not energy[kept].any():
@@ -267,7 +267,7 @@ def _whole(model: nn.Module, graph: Graph, plan: Plan, small: nn.Module, baked: 
         here = not any(b.holds(name) for b in absent)
         if here and type(small.get_submodule(name)) is not type(plain.get_submodule(name)):
             bake(plain, name)
-    whole = mask(plain, graph, plan).double()
+    whole = _lengthened(mask(plain, graph, plan))
     kept = graph.kept({n: np.asarray(u) for n, u in plan.keep.items()})
     with torch.no_grad():
         for layer, module in whole.named_modules():
@@ -484,10 +484,23 @@ def _farthest(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float] | N
     return (max(error), max(scale)) if error else None
 
 
+LONG = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+def _lengthened(model: nn.Module) -> nn.Module:
+    """``model.double()``, which would leave complex weights as they are."""
+    return model._apply(lambda t: t.to(LONG.get(t.dtype, t.dtype)))
+
+
 def _in_double(model: nn.Module, example: Any, training: bool, inside: bool) -> Seen:
     """A forward in float64, also where the model's own code asks for single precision (a grid of coordinates, say)."""
     try:
-        return forward(copy_model(model, {}).double(), example, training=training, inside=inside)
+        return forward(_lengthened(copy_model(model, {})), example, training=training, inside=inside)
     except RuntimeError:
         return _all_in_double(model, example, training, inside)
 
@@ -498,13 +511,11 @@ def _all_in_double(model: nn.Module, example: Any, training: bool, inside: bool)
     own = next((p.dtype for p in private.parameters() if p.is_floating_point()), torch.float32)
     forward(private, mapped(example, lambda t: t.to(own) if t.is_floating_point() else t), training=training)
     with _DoubleForSingle():
-        return forward(private.double(), example, training=training, inside=inside)
+        return forward(_lengthened(private), example, training=training, inside=inside)
 
 
 class _DoubleForSingle(TorchDispatchMode):
     """What an operation would read or make in a shorter floating-point format is float64."""
-
-    SHORTER = (torch.float32, torch.float16, torch.bfloat16)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         args, kwargs = tree_map(self._lengthened, (args, kwargs or {}))
@@ -516,8 +527,8 @@ class _DoubleForSingle(TorchDispatchMode):
 
     def _lengthened(self, value: Any) -> Any:
         if isinstance(value, torch.dtype):
-            return torch.float64 if value in self.SHORTER else value
-        return value.double() if isinstance(value, Tensor) and value.dtype in self.SHORTER else value
+            return LONG.get(value, value)
+        return value.to(LONG[value.dtype]) if isinstance(value, Tensor) and value.dtype in LONG else value
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:

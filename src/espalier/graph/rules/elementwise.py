@@ -28,6 +28,7 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
     merged: list[Layer] = []
     shapes = [(1,) * (ndim - t.ndim) + tuple(t.shape) for t in operands]
     for tensor in operands:
+        first_own = len(merged)
         for layer in state(tensor).layers:
             layer = align(layer, ndim)
             dims = varying(layer)
@@ -42,6 +43,9 @@ def combine(watch: Watch, operands: Sequence[Tensor], shape: Sequence[int]) -> l
                 continue
             for i, known in enumerate(merged):
                 if set(varying(known)) & set(dims) or (not dims and not varying(known)):
+                    if i >= first_own:  # of one weight, whose dimensions were flattened
+                        watch.freeze([layer], "its channels are entangled with another dimension")
+                        break
                     watch.tie(known, layer)
                     if watch.is_made(known):
                         known, layer = layer, known
@@ -63,11 +67,14 @@ def _is_alike(tensor: Tensor, layer: Layer) -> bool:
 def _meets_fixed(
     tensor: Tensor, dims: tuple[int, ...], operands: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], ndim: int
 ) -> bool:
-    """Another operand is as long as this one along its channels, but no channels of its own are known there."""
+    """Another operand is as long as this one along its channels, but no channels of its own are known there.
+
+    Where it has some along one of the dimensions, every position along the others belongs to them.
+    """
     for other, size in zip(operands, shapes, strict=True):
-        if other is not tensor:
+        if other is not tensor and any(size[d] > 1 for d in dims):
             theirs = [align(m, ndim) for m in state(other).layers]
-            if any(size[d] > 1 and not any(m.shape[d] > 1 for m in theirs) for d in dims):
+            if not any(m.shape[d] > 1 for m in theirs for d in dims):
                 return True
     return False
 
@@ -83,12 +90,33 @@ KEEPS_ZERO = {
 SUMS = {aten.add, aten.add_, aten.sub, aten.sub_}
 
 
-def computed(call: Call, operands: Sequence[Tensor]) -> bool:
+PRODUCTS = {aten.mul, aten.mul_}
+
+
+def _is_zero_with_plain(operands: Sequence[Tensor], ndim: int) -> bool:
+    """Does the product have channels along no dimension but those of weights that are zero where their parameter is?"""
+    plain, other = (
+        {d for t in operands if state(t).derived == kind for m in state(t).layers for d in varying(align(m, ndim))}
+        for kind in (PLAIN, COMPUTED)
+    )
+    return other <= plain
+
+
+def _places(watch: Watch, tensor: Tensor) -> dict[int | None, Layer]:
+    """Dimension -> the layer that has channels along it, be they of several positions each."""
+    found: dict[int | None, Layer] = {}
+    for layer in state(tensor).layers:
+        dims, guess = varying(layer), watch.guessed(layer)
+        found[guess[1] if guess is not None else dims[0] if len(dims) == 1 else None] = layer
+    return found
+
+
+def computed(watch: Watch, call: Call, operands: Sequence[Tensor]) -> bool:
     """Could the result be other than zero where a parameter among ``operands`` is zero?"""
     packet = call.packet
-    if packet in SUMS and len(operands) == 2:  # of one parameter twice, seen otherwise
-        one, other = (state(t).layers for t in operands)
-        return len(one) != len(other) or not all(map(np.array_equal, one, other))
+    if packet in SUMS and len(operands) == 2:  # where all is zero that both have along the same dimensions
+        one, other = (_places(watch, t).keys() for t in operands)
+        return operands[0].shape != operands[1].shape or one != other or None in one
     quotient = packet in (aten.div, aten.div_)
     return packet not in KEEPS_ZERO or (quotient and any(state(t).layers for t in operands[1:]))
 
@@ -96,9 +124,11 @@ def computed(call: Call, operands: Sequence[Tensor]) -> bool:
 def pointwise(watch: Watch, call: Call) -> None:
     operands, outs = call.operands, call.outs
     derived = derived_from(operands)
-    if derived == PLAIN and computed(call, operands):
-        derived = COMPUTED
     shape = outs[0].shape if outs else ()
+    if derived == COMPUTED and call.packet in PRODUCTS and _is_zero_with_plain(operands, len(shape)):
+        derived = PLAIN
+    elif derived == PLAIN and computed(watch, call, operands):
+        derived = COMPUTED
     if len(operands) == 1 and operands[0].shape == shape:
         known = state(operands[0])
         for o in outs:
@@ -108,6 +138,11 @@ def pointwise(watch: Watch, call: Call) -> None:
         operands.sort(key=lambda t: state(t).source in watch.buffers)
     layers = combine(watch, operands, shape)
     pending = pending_of(operands)
+    if derived == PLAIN and call.packet in SUMS and len(operands) == 2:  # who reads the sum reads both
+        one, other = (_places(watch, t) for t in operands)
+        for dim in one:
+            a, b = np.broadcast_arrays(one[dim], other[dim])
+            watch.read_alike.append((a, b))
     if not derived:
         settle(watch, operands)
         pending = ()
@@ -120,14 +155,14 @@ rule(
     "hardswish", "hardswish_", "_prelu_kernel", "where", "copy_", "celu", "celu_", "elu", "elu_", "softplus", "mish", "mish_",
     "hardsigmoid_", "hardtanh", "hardtanh_", "threshold", "threshold_", "log_sigmoid_forward", "rrelu_with_noise", "selu",
     "leaky_relu", "leaky_relu_", "logit", "hardshrink", "softshrink", "masked_fill", "masked_fill_", "relu6", "silu", "silu_",
-    "lerp", "addcmul", "addcdiv", "dropout", "feature_dropout", "maximum", "minimum",
+    "lerp", "addcmul", "addcdiv", "dropout", "feature_dropout", "maximum", "minimum", "complex", "polar",
 )(pointwise)  # fmt: skip
 
 
 @rule("clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout", "empty_like",
       "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli_", "bernoulli", "fill_", "zero_",
       "uniform_", "normal_", "exponential_", "cauchy_", "log_normal_", "geometric_", "random_", "fill", "_reshape_alias_copy",
-      "positive")  # fmt: skip
+      "positive", "_conj", "_conj_physical", "conj_physical", "_neg_view", "resolve_conj", "resolve_neg")  # fmt: skip
 def same(watch: Watch, call: Call) -> None:
     """The result has the channels of the first operand."""
     known = state(call.first)
@@ -203,6 +238,11 @@ def made_here(watch: Watch, call: Call) -> None:
 
 def new_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> None:
     """Labels for each of ``dims`` of a tensor that holds no channels; its own, or what a module's number counts."""
+    watch.put_all(out, made_widths(watch, out, dims))
+
+
+def made_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> list[Layer]:
+    """Layers for each of ``dims``, new ones: of labels of their own, or of what a size or a module's number counts."""
     layers = []
     watch.made += 1
     for dim in dims:
@@ -211,19 +251,6 @@ def new_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> None:
             labels = watch.made_axis(number_name(watch.module_name, f"made{watch.made}.{dim}"), out, dim)
             if len(labels) == size:  # in a rehearsal it may be another than was predicted
                 layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
-    watch.put_all(out, layers)
-
-
-def counted_widths(watch: Watch, out: Tensor, dims: Iterable[int]) -> list[Layer]:
-    """Layers for those of ``dims``, new ones, of which the size of a tensor says what they count."""
-    layers = []
-    watch.made += 1
-    for dim in dims:
-        given = next((n for n in watch.said_sizes[dim : dim + 1] if n == out.shape[dim]), None)
-        name = number_name(watch.module_name, f"made{watch.made}.{dim}")
-        labels = watch.like_axis(name, given, out.shape[dim])
-        if labels is not None and len(labels) == out.shape[dim]:
-            layers.append(labels.reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
     return layers
 
 

@@ -217,18 +217,22 @@ def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
     for m in state(a).layers:
         if not any(m is e for e in ends_a) and m.ndim == out.ndim:
             layers.append(m)
-    outer = np.zeros(0, dtype=np.int64)
+    outer: list[Layer] = []
     for m in state(b).layers:
         if not any(m is e for e in ends_b):
             moved = align(m, out.ndim) if b.ndim > 1 else m
+            same = next((n for n in layers if n.shape == moved.shape and varying(n) and out.ndim > 2), None)
+            if same is not None:  # one product for each channel
+                watch.tie(same, moved)
+                continue
             layers.append(moved)
             if weight is b:
-                outer = m.reshape(-1)
+                outer.append(m)
     macs = out.numel() * a.shape[ka]
     through = [m.reshape(-1) for m in state(a).layers if not any(m is e for e in ends_a)]  # channels among its rows
     if weight is not b:
-        outer, through = np.zeros(0, dtype=np.int64), [m.reshape(-1) for m in layers]
-    factors = tuple([f for f in (outer, inner, *through) if f.size > 1][:FACTORS])
+        outer, through = [], [m.reshape(-1) for m in layers]
+    factors = tuple([f for f in (*_apart(outer), inner, *through) if f.size > 1][:FACTORS])
     count = math.prod(len(f) for f in factors)
     if not count or macs % count:
         factors, count = (), 1
@@ -243,6 +247,13 @@ def contract(watch: Watch, a: Tensor, b: Tensor, out: Tensor) -> list[Layer]:
         )
     )
     return layers
+
+
+def _apart(layers: list[Layer]) -> list[np.ndarray]:
+    """Labels of each; of several along one dimension, as of a weight that was flattened, every label once."""
+    dims = [set(varying(m)) for m in layers]
+    alone = [sum(bool(d & other) for other in dims) == 1 for d in dims]
+    return [m.reshape(-1) if one else np.unique(m) for m, one in zip(layers, alone, strict=True)]
 
 
 @rule("_trilinear")

@@ -64,7 +64,19 @@ def along(watch: Watch, call: Call) -> None:
         watch.mix(layer, [dim], f"{call.packet} runs over these channels")
         layers.append(layer if call.outs[0].shape == call.first.shape else narrowed(layer, dim))
     for o in call.outs:
-        watch.put(o, layers)
+        watch.put(o, layers, derived=COMPUTED if known.derived else 0, pending=known.pending)
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fourier(watch: Watch, call: Call) -> None:
+    """What lies along its dimensions is mixed, all others are left alone."""
+    tensor, known = call.first, state(call.first)
+    dims = dims_of(call["dim"], tensor.ndim)
+    for layer in known.layers:
+        watch.mix(layer, dims, "a Fourier transform runs over these channels")
+    for o in call.outs:
+        layers = [m for m in known.layers if all(m.shape[d] in (1, o.shape[d]) for d in range(o.ndim))]
+        watch.put(o, layers, derived=known.derived, pending=known.pending)
 
 
 def spatial(watch: Watch, call: Call) -> None:

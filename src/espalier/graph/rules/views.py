@@ -13,9 +13,9 @@ from torch import Tensor
 
 from espalier.carving import number_name
 from espalier.graph.call import Call
-from espalier.graph.numbers import Width
-from espalier.graph.rules.elementwise import combine, counted_widths, new_widths
-from espalier.graph.rules.table import align, aten, derived_from, pending_of, rule
+from espalier.graph.numbers import Number, Width
+from espalier.graph.rules.elementwise import combine, made_widths, new_widths, unknown
+from espalier.graph.rules.table import align, aten, derived_from, dims_of, pending_of, rule
 from espalier.graph.watch import ALL, Layer, State, Watch, compact, narrowed, state, varying
 from espalier.layers import ChannelPad
 
@@ -66,6 +66,43 @@ def turned(watch: Watch, call: Call) -> None:
     watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
+@rule("unsqueeze_", "squeeze_")
+def turned_in_place(watch: Watch, call: Call) -> None:
+    """The tensor has its new shape by now, its layers have the old one."""
+    out, known = call.out, state(call.first)
+    layers = list(known.layers)
+    if any(m.ndim != out.ndim for m in layers):
+        if call.get("dim") is None:  # which dimensions had one position nobody knows any more
+            unknown(watch, call)
+            return
+        dims = dims_of(call["dim"], max(out.ndim, layers[0].ndim))
+        if out.ndim > layers[0].ndim:
+            layers = [np.expand_dims(m, tuple(dims)) for m in layers]
+        else:
+            layers = [m.squeeze(tuple(d for d in dims if m.shape[d] == 1)) for m in layers]
+    if any(m.ndim != out.ndim for m in layers):  # of several dimensions only some went
+        unknown(watch, call)
+        return
+    watch.put(out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("view_as_real")
+def parted(watch: Watch, call: Call) -> None:
+    """Real and imaginary part lie along a new last dimension."""
+    known = state(call.first)
+    layers = [m[..., None] for m in known.layers]
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
+@rule("view_as_complex")
+def joined(watch: Watch, call: Call) -> None:
+    """The pairs along the last dimension become one number each."""
+    known = state(call.first)
+    watch.freeze([m for m in known.layers if m.shape[-1] > 1], "real and imaginary part of one number are no channels")
+    layers = [m[..., 0] for m in known.layers if m.shape[-1] == 1]
+    watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
+
+
 TURNS: dict[Any, Callable[..., Layer]] = {
     aten.t: np.transpose,
     aten.t_: np.transpose,
@@ -83,8 +120,8 @@ def expand(watch: Watch, call: Call) -> None:
     layers = [align(layer, call.out.ndim) for layer in known.layers]
     before = (1,) * (call.out.ndim - tensor.ndim) + tuple(tensor.shape)
     new = [d for d, (n, m) in enumerate(zip(before, call.out.shape, strict=True)) if n == 1 < m]
-    if known.derived:  # a kernel for each channel
-        layers += counted_widths(watch, call.out, new)
+    if known.derived:  # a kernel for each channel, or a statistic of a weight for each of its inputs
+        layers += made_widths(watch, call.out, new)
     if known.layers or known.derived or known.value is not None:
         watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
         return
@@ -146,7 +183,9 @@ def view(watch: Watch, call: Call) -> None:
                         watch.stay(call.out.shape[dim])
                 dims = (shrinking,)
         for dim in dims:
-            watch.follow(call.out.shape[dim], line(result, dim))
+            given = watch.given_at(call.out, dim)
+            if given is None or isinstance(given, Number):  # another dimension's size may be the same number by chance
+                watch.follow(call.out.shape[dim], line(result, dim))
         layers.append(result)
     watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
