@@ -183,6 +183,23 @@ def blurred(net: Any, x: Tensor) -> Tensor:
     return net.b(F.conv2d(y, net.kernel.expand(y.shape[1], 1, 3, 3), padding=1, groups=y.shape[1]))
 
 
+def blurred_as_often(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.b(F.conv2d(y, net.kernel.repeat(net.width, 1, 1, 1), padding=1, groups=net.width))
+
+
+def wavelets(net: Any, x: Tensor) -> Tensor:
+    """Four fixed kernels for each channel."""
+    y = net.a(x)
+    return net.b(F.conv2d(y, net.kernels.repeat(y.shape[1], 1, 1, 1), stride=2, groups=y.shape[1]))
+
+
+def turned_kernels(net: Any, x: Tensor) -> Tensor:
+    """The same weight in four directions."""
+    y = net.a(x)
+    return net.b(torch.stack([F.conv2d(y, torch.rot90(net.w, n, (2, 3)), padding=1) for n in range(4)]).amax(0))
+
+
 def one_by_one(net: Any, x: Tensor) -> Tensor:
     y = net.a(x)
     return net.b(net.c(y.flatten(0, 1).unsqueeze(1)).view(len(y), -1, 8, 8))
@@ -349,6 +366,15 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, int]]] = {
     ),
     "one kernel for every channel": (
         blurred, {"a": conv(3, 16), "kernel": torch.rand(3, 3), "b": conv(16, 5)}, {"a": 16},
+    ),
+    "one kernel as often as a module says": (
+        blurred_as_often, {"a": conv(3, 16), "kernel": torch.rand(1, 1, 3, 3), "width": 16, "b": conv(16, 5)}, {"a": 16},
+    ),
+    "four kernels for every channel": (
+        wavelets, {"a": conv(3, 12), "kernels": torch.rand(4, 1, 2, 2), "b": conv(48, 5)}, {"a": 12},
+    ),
+    "kernels that are turned": (
+        turned_kernels, {"a": conv(3, 12), "w": nn.Parameter(torch.rand(16, 12, 3, 3)), "b": conv(16, 5)}, {"a": 12, "w": 16},
     ),
     "channels filtered one by one, as pictures": (
         one_by_one, {"a": conv(3, 16), "c": conv(1, 1), "b": conv(16, 5)}, {"a": 16},

@@ -137,7 +137,20 @@ def test_reasons_become_sentences():
         str(Reason("is an output of the model", CallPlace("", "Net", ""))) == "is an output of the model: (model) [Net]"
     )
     assert reason.split(": ")[0] == reason.text  # it is a sentence to whoever wants one
-    assert (str(UNUSED), UNUSED.line) == ("nothing consumes these channels", "")
+
+
+def test_channels_that_nothing_consumes_are_named_by_their_layer():
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unused = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3)
+
+        def forward(self, x):
+            return self.a(x)
+
+    graph = trace(Left(), torch.zeros(1, 3, 8, 8))
+    found = {str(f.reason) for f in graph.frozen if f.reason.text == UNUSED}
+    assert found == {"nothing consumes these channels: unused [Conv2d]"}
 
 
 def test_channels_that_can_only_go_all_at_once_are_named():

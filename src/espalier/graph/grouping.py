@@ -66,7 +66,7 @@ def build(watch: Watch, component: np.ndarray, notes: tuple[Reason, ...]) -> Gra
     own = {f"{b}.{kind}" for b in watch.baked for kind in ("weight", "bias")}
     return Graph(
         groups=groups,
-        frozen=_frozen(axes, shapes, span, component, group_of_label, reasons),
+        frozen=_frozen(watch, axes, shapes, span, component, group_of_label, reasons),
         sites=sites,
         parameters=_parameters(watch, axes, span, extents),
         activations=activations,
@@ -214,6 +214,7 @@ def _parameters(watch: Watch, axes: list[Axis], limits: Limits, extents: _Extent
 
 
 def _frozen(
+    watch: Watch,
     axes: list[Axis],
     shapes: dict[str, tuple[int, ...]],
     limits: Limits,
@@ -234,7 +235,7 @@ def _frozen(
         stuck = axis.start + np.flatnonzero(group_of_label[axis.start : axis.start + axis.size] < 0)
         counts: dict[Reason, int] = {}
         for root, n in zip(*np.unique(component[stuck], return_counts=True), strict=True):
-            reason = reasons.get(int(root), UNUSED)
+            reason = reasons.get(int(root)) or Reason(UNUSED, watch.owner(axis.tensor))
             counts[reason] = counts.get(reason, 0) + int(n)
         frozen += [Frozen(axis.tensor, axis.dim, n, reason) for reason, n in counts.items()]
     return tuple(frozen)

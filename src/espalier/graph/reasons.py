@@ -58,7 +58,7 @@ class Reason(str):
 
 OUTPUT = "is an output of the model"  # no news to anybody
 WITH_FIXED = "is combined with channels that are fixed"
-UNUSED = Reason("nothing consumes these channels")
+UNUSED = "nothing consumes these channels"
 FIXED = Reason("is fixed")
 
 

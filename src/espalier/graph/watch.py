@@ -681,6 +681,11 @@ class Watch(TorchDispatchMode):
     def place(self) -> CallPlace:
         return CallPlace(self.module_name, type(self.module).__name__, user_line())
 
+    def owner(self, tensor: str) -> CallPlace:
+        """The module that holds a parameter or buffer."""
+        name = tensor.rpartition(".")[0]
+        return CallPlace(name, type(self._modules[name]).__name__, "")
+
     def key(self) -> tuple[str, str]:
         """What a rehearsal learns about: the operation, and the source line it is on or the layer of torch's it is in.
 

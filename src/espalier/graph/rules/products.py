@@ -123,7 +123,9 @@ def grouped(
         if not owned:  # ``groups`` follows a width, or a rehearsal shows that it does not
             watch.follow(groups, x[:, 0])
         watch.whole_groups[name] = outside
-        if max(inside, outside) > 1:
+        if max(inside, outside) > 1 and not watch.is_made(
+            rows
+        ):  # kernels that are repeated for every channel hold no weight
             watch.divided.add(name)
         if transposed:  # weight (I, O/g): rows follow the inputs, columns stay
             watch.tie(rows.reshape(groups, inside), x)

@@ -36,7 +36,7 @@ def executed(watch: Watch, call: Call) -> None:
     watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
 
 
-rule("squeeze", "flip", "repeat", "unfold")(executed)
+rule("squeeze", "flip", "rot90", "unfold")(executed)
 
 
 @rule("roll")
@@ -126,6 +126,30 @@ def expand(watch: Watch, call: Call) -> None:
         watch.put(call.out, layers, source=known.source, derived=known.derived, pending=known.pending)
         return
     new_widths(watch, call.out, new)
+
+
+@rule("repeat")
+def repeat(watch: Watch, call: Call) -> None:
+    """Kernels that are repeated for each channel, as many times as a tensor's size says, go with the channels; all of them."""
+    tensor, out, known = call.first, call.out, state(call.first)
+    executed(watch, call)
+    if not known.derived:
+        return
+    watch.made += 1
+    layers = list(state(out).layers)
+    for dim, size in enumerate((1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape)):
+        times = out.shape[dim] // size if size else 1
+        if times == 1:
+            continue
+        name = number_name(watch.module_name, f"made{watch.made}.{dim}")
+        given = watch.said_sizes[dim] if len(watch.said_sizes) == out.ndim else None
+        labels = watch.like_axis(name, given, times) if size > 1 else watch.made_axis(name, out, dim)
+        if labels is None or len(labels) != times:
+            continue
+        watch.freeze([m for m in layers if m.shape[dim] > 1], "is repeated for every channel")
+        layers = [m for m in layers if m.shape[dim] == 1]
+        layers.append(labels.repeat(size).reshape((1,) * dim + (-1,) + (1,) * (out.ndim - dim - 1)))
+    watch.put(out, layers, derived=known.derived, pending=known.pending)
 
 
 def reshaped(layer: Layer, shape: Sequence[int], new: Sequence[int]) -> Layer:
