@@ -28,7 +28,7 @@ import espalier as es
 from espalier.methods.agreement import check_same, check_soon, once, share
 from espalier.optional import import_lightning
 from espalier.present.cli import app
-from espalier.present.edge import stdout
+from espalier.present.edge import stdout, stopped
 from espalier.run.data import load_data
 from tests.steps import measure_nothing
 
@@ -356,3 +356,15 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number_of_proc
 )
 def test_what_goes_wrong_is_said_in_every_process(pair, name, words):
     assert all(words in found[name] for found in pair)
+
+
+def test_a_process_that_was_lost_is_told_with_the_command_that_goes_on(monkeypatch):
+    """Gloo's own error was a traceback that ends in "Check the logs of the remote worker"."""
+    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:12208: Connection reset by peer")
+    for together, says in ((False, "Read error"), (True, "another process of this run has ended; go on with: this")):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda together=together: together)
+        with pytest.raises((RuntimeError, ValueError), match=says) as caught, stopped("go on with: this"):
+            raise lost
+        assert isinstance(caught.value, ValueError) == together
+    with pytest.raises(RuntimeError, match="of the user's own"), stopped("go on with: this"):
+        raise RuntimeError("of the user's own")

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from espalier.methods.lc import PenaltyDiverged
 from espalier.run.loop import TrainingDiverged
+from espalier.run.processes import is_lost_process
 from espalier.run.stopping import TrainingStopped, stop_now, stop_within
 from espalier.surgery.writing import cannot_write
 
@@ -78,7 +79,7 @@ def printable(text: str) -> str:
 @contextmanager
 def stopped(advice: str, *, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Ctrl-C inside says what to do next and ends with exit code 130, SIGTERM with 143; so does the error of a disk that is
-    full or gone, if something has ``begun`` that can go on."""
+    full or gone, or of another process that has ended, if something has ``begun`` that can go on."""
     before = signal.getsignal(signal.SIGTERM)
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and before == signal.SIG_DFL:
@@ -89,6 +90,11 @@ def stopped(advice: str, *, begun: Callable[[], bool] = lambda: True) -> Iterato
         stop = stop_within(error)
         if stop is None and isinstance(error, OSError) and begun():
             raise OSError(f"{error}; then {advice}") from error
+        if stop is None and is_lost_process(error):
+            ended = (
+                f"another process of this run has ended; {advice}" if begun() else f"another process has ended: {error}"
+            )
+            raise ValueError(ended) from error
         if stop is None:
             raise
         code = 143 if isinstance(stop, TrainingStopped) else 130

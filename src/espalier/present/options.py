@@ -18,7 +18,7 @@ import typer
 from espalier.present.config import METHODS, TASKS
 from espalier.settings import Setting, settings_of
 
-SHORTER = {"warmup_epochs": "--warmup", "clip_norm": "--clip"}
+SHORTER = {"warmup_epochs": "--warmup", "clip_norm": "--clip", "image_size": "--crop"}
 """Second spellings of options that are named after fields."""
 PANELS = {"data": "Network and data", "recipe": "Training"}
 """Where the help shows the options of a section."""

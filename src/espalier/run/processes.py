@@ -80,6 +80,13 @@ def _start(recipe: Recipe) -> None:
         torch.cuda.set_device(fabric.device)
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether ``error`` is that of a message to a process that is no longer there."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
