@@ -145,6 +145,26 @@ def test_a_weight_that_the_forward_uses_twice_keeps_its_form_and_says_so() -> No
     assert reasons["w"].startswith("conv2d is called with this parameter")
 
 
+class Turned(nn.Module):
+    """Weights that are made of parameters: turned, and added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.randn(3, 3, 3, 16))
+        self.v, self.w = nn.Parameter(torch.randn(8, 16, 1, 1)), nn.Parameter(torch.randn(8, 16, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.k.permute(3, 2, 0, 1), padding=1).relu()
+        return F.conv2d(x, self.w + F.pad(self.v, [1, 1, 1, 1]), padding=1)
+
+
+def test_a_budget_that_only_other_forms_could_meet_names_the_parameters_that_weights_are_made_of() -> None:
+    reasons = find_places(Turned(), torch.zeros(1, 3, 8, 8))[1]
+    assert set(reasons) == {"k", "w"}
+    with pytest.raises(es.BudgetError, match=r"keep their form: k \(conv2d is called with .* what is made of it"):
+        es.attach(Turned(), torch.zeros(1, 3, 8, 8), budget=es.Budget(macs=0.5), method=es.DPRP())
+
+
 @pytest.mark.parametrize(
     "method", [es.SVDOneShot(), es.DPRP(), es.TTLC(search=0), es.MGP(), es.Joint()], ids=lambda m: m.name
 )

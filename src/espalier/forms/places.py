@@ -67,7 +67,8 @@ def find_places(model: nn.Module, example: Any) -> tuple[dict[str, Place], dict[
     passes (``graph.standins``).  Plain convolutions along one to
     three axes and ``nn.Linear`` that run exactly once qualify; grouped convolutions, other paddings than zeros, computed
     weights, and parameters that several modules share do not, nor does a layer that is called with ``input=x``, or whose weight
-    the forward uses elsewhere too.  Parameters that a forward convolves with by itself are listed by their own names.
+    the forward uses elsewhere too.  Parameters that a forward convolves with by itself, as they are or with what it makes of
+    them, are listed by their own names.
     """
     for device, passes in (("meta", True), ("cpu", True), ("cpu", False)):  # as a trace does
         private = private_copy(model, device)
@@ -95,7 +96,10 @@ def find_places(model: nn.Module, example: Any) -> tuple[dict[str, Place], dict[
         else:
             places[name] = _place(name, layer, seen.calls[name][0])
     reasons.update(
-        {n: f"{by} is called with this parameter, and no layer to put a form in" for n, by in seen.bare.items()}
+        {
+            n: f"{by} is called with this parameter or what is made of it, and no layer to put a form in"
+            for n, by in seen.bare.items()
+        }
     )
     return places, reasons
 
@@ -128,14 +132,20 @@ class _Seen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in METADATA:
-            for value in tree_leaves((args, kwargs)):
-                name = self._layers.get(id(value))
-                if name is not None and name not in self._inside:
-                    self.reads.setdefault(name, _called(func))
-                elif id(value) in self._others and value.ndim > 1 and not self._inside and _called(func) in WEIGHING:
-                    self.bare.setdefault(self._others[id(value)], _called(func))
-        return func(*args, **kwargs)
+        if func in METADATA:
+            return func(*args, **kwargs)
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        sources = [self._others.get(id(t)) or getattr(t, "_made_of", None) for t in tensors]
+        for value, source in zip(tensors, sources, strict=True):
+            name = self._layers.get(id(value))
+            if name is not None and name not in self._inside:
+                self.reads.setdefault(name, _called(func))
+            elif source and value.ndim > 1 and not self._inside and _called(func) in WEIGHING:
+                self.bare.setdefault(source, _called(func))
+        made = func(*args, **kwargs)
+        if sources and all(sources) and isinstance(made, Tensor):  # a weight that is turned, scaled, added up
+            made._made_of = max(zip(tensors, sources, strict=True), key=lambda pair: pair[0].numel())[1]  # type: ignore[attr-defined]
+        return made
 
 
 WEIGHING = frozenset(["linear", *(f"conv{'_transpose' * turned}{n}d" for turned in (0, 1) for n in (1, 2, 3))])

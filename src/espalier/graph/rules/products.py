@@ -28,6 +28,7 @@ def convolution(watch: Watch, call: Call) -> None:
     known = state(weight)
     note_normed(watch, weight)
     rows, cols = watch.vector(weight, 0), watch.vector(weight, 1)
+    watch.freeze([m for m in known.layers if min(varying(m), default=0) > 1], "are positions of a kernel")
     bake = ""
     if known.pending:
         module = watch.module
