@@ -200,3 +200,23 @@ def test_the_command_line_says_what_was_found_and_warns_of_weights_that_do_not_f
     config = (tmp_path / "run" / "config.toml").read_text()
     assert 'mean = "measured"' in config
     assert "grey = true" in config
+
+
+def test_the_central_cut_is_named_as_in_training_scripts(tmp_path, unmeasured):
+    pictures = write(tmp_path / "pictures", per_class=2)
+    asked = (
+        "--resize",
+        "14",
+        "--crop",
+        "12",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "0",
+        "--method",
+        "none",
+        "--out",
+        str(tmp_path / "run"),
+    )
+    found = CliRunner().invoke(app, ["compress", "--model", "resnet8", "--data", f"imagefolder:{pictures}", *asked])
+    assert found.exit_code == 0 and "inputs are 3x12x12" in found.output, found.output

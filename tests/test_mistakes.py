@@ -86,6 +86,12 @@ IN_PYTHON = {
     ),
     "a run for weights": (lambda: es.load_weights(net(), "run"), r"is a folder; .*model\.safetensors"),
     "a run for a file": (lambda: es.load("run", base=net()), r"is a folder; give es\.load_run\('run'\)"),
+    "a run for a file, without a base": (lambda: es.load("run"), r"is a folder; give es\.load_run\('run'\)"),
+    "a network's file without a base": (
+        lambda: (es.save(net(), "small.safetensors"), es.load("small.safetensors")),
+        r"give base=YOUR_MODEL\(\.\.\.\), a fresh one",
+    ),
+    "a time without a profile": (lambda: es.Budget(latency=0.6), r"Budget\(latency=0\.6, profile=es\.profile\(model"),
     "onnx for weights": (lambda: es.load_weights(net(), "model.onnx"), r"is an ONNX file; give the PyTorch checkpoint"),
     "a checkpoint for a network": (lambda: es.load("model.pt", base=net()), r"is a checkpoint \(es\.load_weights"),
     "weights for a run": (lambda: es.load_run("model.pt"), r"holds no run.*give a folder"),

@@ -163,7 +163,7 @@ class Budget:
             if self.profile is None:
                 raise ValueError(
                     f"Budget(latency={self.latency!r}): needs the profile of the network in a runtime: "
-                    "Budget(latency=0.5, profile=es.profile(model, example))"
+                    f"Budget(latency={self.latency!r}, profile=es.profile(model, example))"
                 )
         if all(v is None for v in (*self._values().values(), self.latency)):
             raise ValueError(

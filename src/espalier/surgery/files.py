@@ -456,15 +456,20 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, str
     write_beside(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], *, base: nn.Module | None = None) -> nn.Module:
     """Rebuild the small network of ``path`` on ``base``, a fresh model of the class that was compressed; returns ``base``.
 
     Device, dtype and memory format are those of ``base``; one on meta, which has no memory, gets the file's tensors on the CPU.
 
     Raises: FileNotFoundError if there is none; ValueError if the file is damaged, was not written by ``save``, or belongs to
-    another architecture or to other settings of it.  ``base`` is as it was then.
+    another architecture or to other settings of it, or without a ``base``.  ``base`` is as it was then.
     """
     table, tensors = _read(path)
+    if base is None:
+        raise ValueError(
+            f"{path}: holds weights and structure, not the code of the network; give base=YOUR_MODEL(...), a fresh one of the "
+            "class that was compressed"
+        )
     given, base = base, unwrapped(base, who="load", in_place=True)
     try:
         with untouched_on_error(base):
