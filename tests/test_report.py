@@ -309,7 +309,10 @@ def test_the_numbers_are_written_as_a_table(runs, tmp_path, no_figures):
     assert any("onnxruntime" in name or "torch" in name for name in rows[0])
     folder = runs[-1].folder
     done = report(folder, "--no-timing", "--csv", tmp_path / "runs.csv", "--out", tmp_path / "page.html")
-    assert done.exit_code == 0 and "dense" in (tmp_path / "runs.csv").read_text()
+    assert done.exit_code == 0
+    [whole] = csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())
+    assert (whole["method"], whole["test_images"], whole["processor"]) == ("dense", "360", runs[0].metrics["processor"])
+    assert whole["date"] and float(whole["standard error"]) > 0
 
 
 def test_the_page_opens_with_what_was_asked_met_and_lost(runs, no_figures):

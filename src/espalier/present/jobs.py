@@ -36,7 +36,18 @@ from espalier.run.loop import Epoch, History, OnEpoch, OnStep, check_fit, train
 from espalier.run.models import load_weights
 from espalier.run.processes import held, join
 from espalier.run.recipe import Recipe
-from espalier.run.rundir import CHECKPOINT, LOG, MODEL, begin_folder, check_folder, unfinished, write_log
+from espalier.run.report import circumstances
+from espalier.run.rundir import (
+    CHECKPOINT,
+    LOG,
+    METRICS,
+    MODEL,
+    begin_folder,
+    check_folder,
+    unfinished,
+    write_log,
+    write_sealed,
+)
 from espalier.run.suspect import suspicion
 from espalier.solver import BudgetError
 from espalier.surgery import load, save
@@ -183,6 +194,8 @@ def train_only(
         on_epoch=after_epoch,
         on_step=on_step,
     )
+    images = len(data.test) if isinstance(data, (Data, FolderData)) else 0
+    once(lambda: write_sealed(out / METRICS, circumstances(images)))
     once(lambda: save(network, out / MODEL))
 
 

@@ -194,6 +194,7 @@ def _dense_metrics(folder: Path, config: Config, network: nn.Module | None, note
     scores = {name: log[-1][column] for name, column in judged.items() if log and column in log[-1]}
     used = {**cost(trace(network, blank_input(config), rehearse=False)).counts, "bytes": size_on_disk(network)}
     return {
+        **(read_sealed(folder / METRICS) if (folder / METRICS).exists() else {}),  # runs did not always write it
         "metric": asdict(metric),
         "dense": {**scores, **used}, "small": {**scores, **used}, "fraction": dict.fromkeys(used, 1.0), "limits": {},
         "latency": [], "layers": (), "notes": {}, "versions": config.get("versions", {}),

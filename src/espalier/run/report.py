@@ -97,11 +97,15 @@ def measured(folder: Path, outcome: Outcome) -> dict[str, Any]:
         "seconds": result.history.seconds,
         "cut_seconds": outcome.cut_seconds,
         "seed": outcome.config["recipe"].get("seed"),
-        "test_images": outcome.test_images,
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "processor": processor(),
+        **circumstances(outcome.test_images),
         "versions": outcome.config["versions"],
     }
+
+
+def circumstances(test_images: int) -> dict[str, Any]:
+    """When and where a run ended, and by how many images it is judged; 0 where that is not known."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"test_images": test_images, "date": now, "processor": processor()}
 
 
 def _batch(example: Any) -> int | None:

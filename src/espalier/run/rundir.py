@@ -13,7 +13,7 @@
 ``graph.json``                the channel structure of the dense network, in whose units the plan counts
 ``profile.json``              what layers take in the runtime, where the budget is about time
 ``history.json``              what the method recorded on its way (ranks, kernels), to plot
-``metrics.json``              dense and small side by side
+``metrics.json``              dense and small side by side; of a run that only trains, when and where
 ``summary.md``                the same to read
 ``run.lock``, ``run.owner``   who is at work in the folder, while somebody is
 ``report.html``               the same with figures, written by ``espalier report``
