@@ -565,7 +565,9 @@ def test_what_a_runs_configuration_lacks_is_named_with_file_and_section(tiny, tm
 def test_what_a_file_of_weights_does_not_say_is_asked_for(command, tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")
     done = espalier(command, tmp_path / "w.pt")
-    refused(done, "error: --model is missing: give it\n")
+    refused(
+        done, f"error: {tmp_path / 'w.pt'}: is a file; say with --model whose weights they are, or give a run folder\n"
+    )
     if command == "evaluate":
         refused(espalier(command, tmp_path / "w.pt", "--model", "resnet8"), "error: --data is missing: give it\n")
 

@@ -32,7 +32,7 @@ RUNS: dict[str, tuple[Method, list[str]]] = {
     ),
     "tt-lc": (
         es.TTLC(search=0, iterations=3),
-        ["espalier.methods.tt_lc.solve", "espalier.methods.tt_lc.factorise", "espalier.methods.lc._Pull.forward"],
+        [SOLVE, "espalier.methods.tt_lc.factorise", "espalier.methods.lc._Pull.forward"],
     ),
     "magnitude": (es.Magnitude(), [SOLVE, WEIGHTS]),
     "svd-oneshot": (es.SVDOneShot(), [SOLVE, "espalier.methods.svd_oneshot._factors"]),

@@ -329,6 +329,14 @@ def test_frobenius_decay_sets_in_with_the_factors() -> None:
         torch.testing.assert_close(layer.weight - old, -1e-3 * tt_lc.DECAY_EVERY * gradient, rtol=0.02, atol=1e-7)
 
 
+def c_step(run: tt_lc.TTLCRun, progress: float) -> None:
+    wanted, sequences = run.lc.wanted(), run.sequences
+    choosing = run._spectra(wanted)
+    if choosing is not None:
+        sequences = run._choose(choosing, run.point)
+    run._c_step(progress, wanted, sequences, fresh=choosing is not None)
+
+
 def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monkeypatch) -> None:
     """``meta`` stands for a GPU: whatever reads a number of it, or mixes it with the CPU, raises."""
     run = es.TTLC(search=0).start(net(), X, es.Budget(macs=0.4))
@@ -346,7 +354,7 @@ def test_a_c_step_fetches_all_weights_at_once_and_brings_them_back_at_once(monke
         monkeypatch.setattr(module, "moved", watched)
     monkeypatch.setattr(lc_module, "relative_gap", lambda *_: 0.5)  # waits once
     for number in range(1, 3):
-        run._c_step(0.1 * number)
+        c_step(run, 0.1 * number)
         assert trips == ["cpu", "meta"] * number
     assert {w.device.type for f in run.factors.values() for w in f.weights} == {"cpu"}
     assert {t.device.type for t in run.lc._targets} == {"meta"} and run.lc._targets
@@ -792,7 +800,7 @@ def one_iteration(model: nn.Module, images: torch.Tensor) -> None:
     model.eval()
     dense, budget = copy.deepcopy(model), es.Budget(macs=0.6)
     run = es.TTLC(search=0, sweeps=1).start(model, images, budget)
-    run._c_step(0.1)
+    c_step(run, 0.1)
     small = run.finish()
     assert run.sequences
     proof = es.verify(dense, run.graph, run.plan, images, small=small, budget=budget).require()
@@ -803,7 +811,7 @@ def test_a_factorised_network_that_computes_something_else_is_named() -> None:
     model, images = es.build_model("resnet20", num_classes=10).eval(), torch.zeros(1, 3, 32, 32)
     dense = copy.deepcopy(model)
     run = es.TTLC(search=0).start(model, images, es.Budget(macs=0.6))
-    run._c_step(0.1)
+    c_step(run, 0.1)
     small = run.finish()
     with pytest.raises(ValueError, match=r"another form, 'conv1:form' first|give what its finish"):
         es.verify(dense, run.graph, run.plan, images)

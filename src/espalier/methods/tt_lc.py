@@ -273,7 +273,11 @@ class TTLCRun(Run):
         while not self.replaced and progress < self._due() - 1e-9 and progress >= self._next_approach() - 1e-9:
             self._approach(progress)
         while not self.replaced and progress >= self._due() - 1e-9:
-            self._c_step(progress)
+            wanted, sequences = self.lc.wanted(), self.sequences
+            choosing = self._spectra(wanted)
+            if choosing is not None:
+                sequences = self._choose(choosing, self.point, measured=self.lc.iterations == self._last_choice)
+            self._c_step(progress, wanted, sequences, fresh=choosing is not None)
             if self.lc.iterations == self.method.c_steps:
                 removed = self._replace(progress, optimizer)
                 check_run(self)
@@ -380,21 +384,31 @@ class TTLCRun(Run):
 
     # -- 5. C steps ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _last_choice(self) -> int:
+        """The C step that chooses for good."""
+        return max(1, round(self.method.select * self.method.c_steps)) - 1
+
     @torch.no_grad()
-    def _c_step(self, progress: float) -> None:
+    def _spectra(self, wanted: Mapping[str, Tensor]) -> dict[str, Spectra] | None:
+        """What a C step chooses by, of ``wanted``; ``None`` once all is chosen.  The last one that chooses searches first."""
+        if self.lc.iterations > self._last_choice:
+            return None
+        spectra = spectra_of(wanted)
+        self.collapsed = {}
+        if self.lc.iterations == self._last_choice:
+            self.point = self.search(wanted, spectra)
+        return spectra
+
+    @torch.no_grad()
+    def _c_step(
+        self, progress: float, wanted: Mapping[str, Tensor], sequences: dict[str, ConvSequence], *, fresh: bool
+    ) -> None:
+        """The closest to ``wanted`` that ``sequences`` can have, which are ``fresh`` while C steps choose."""
         number = self.lc.iterations
-        last_choice = max(1, round(self.method.select * self.method.c_steps)) - 1
-        choosing = number <= last_choice
-        wanted, sequences = self.lc.wanted(), self.sequences
-        if choosing:
-            spectra = spectra_of(wanted)
-            self.collapsed = {}
-            if number == last_choice:
-                self.point = self.search(wanted, spectra)
-            sequences = self._choose(spectra, self.point, measured=number == last_choice)
         factors = self._fit(wanted, sequences, sweeps=self.method.sweeps)
         mu, theta = self.lc.mu if number else 0.0, {n: compose(f) for n, f in factors.items()}
-        gap = self.lc.c_step(theta, fresh=choosing, mu=self._next_mu(number))
+        gap = self.lc.c_step(theta, fresh=fresh, mu=self._next_mu(number))
         self.sequences, self.factors, self._at = sequences, factors, progress
         check_same("what the layers are compressed to", repr((sorted(sequences.items()), gap)))
         self.record("gap", {"all": gap}, progress=progress)

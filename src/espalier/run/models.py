@@ -460,10 +460,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def _program_in(path: Path) -> str:
     """What a file of PyTorch is that holds a whole network and not its weights alone; empty for anything else."""
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        parts = {part for name in archive.namelist() for part in name.split("/")}
-        if parts & {"archive_format", "serialized_exported_program.json"}:
+        names = [name.split("/") for name in archive.namelist()]  # the first folder is called as the file was
+        if any({"archive_format", "serialized_exported_program.json"} & set(parts[-1:]) for parts in names):
             return "a program of torch.export"
-        if "code" in parts:
+        if any(parts[1:2] == ["code"] for parts in names):
             return "a TorchScript file"
     return ""
 
