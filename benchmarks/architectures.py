@@ -161,8 +161,7 @@ NETWORKS: dict[str, Callable[[], Built]] = {
     "torchvision:fasterrcnn_resnet50_fpn": lambda: detector("fasterrcnn_resnet50_fpn"),
     "torchvision:fasterrcnn_mobilenet_v3_large_fpn": lambda: detector("fasterrcnn_mobilenet_v3_large_fpn"),
     "torchvision:maskrcnn_resnet50_fpn": lambda: detector("maskrcnn_resnet50_fpn"),
-    # of ten boxes the key points, not of a hundred: each costs 4 GMACs
-    "torchvision:keypointrcnn_resnet50_fpn": lambda: detector("keypointrcnn_resnet50_fpn", box_detections_per_img=10),
+    "torchvision:keypointrcnn_resnet50_fpn": lambda: detector("keypointrcnn_resnet50_fpn"),
     "torchvision:retinanet_resnet50_fpn": lambda: detector("retinanet_resnet50_fpn"),
     "torchvision:fcos_resnet50_fpn": lambda: detector("fcos_resnet50_fpn"),
     "torchvision:ssd300_vgg16": lambda: detector("ssd300_vgg16", side=300),

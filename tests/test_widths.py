@@ -12,7 +12,6 @@ import torch
 from proving import randomise, reasons, sizes
 from test_graph import Net, conv
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from espalier.costs import cost
 from espalier.forms.places import find_places
@@ -564,18 +563,14 @@ def test_a_buffer_that_activations_are_written_into_is_no_constant() -> None:
     verify(model, graph, plan, torch.randn(1, 3, 8, 8)).require()
 
 
-@pytest.mark.parametrize("by", ["values", "width", "both"])
-def test_a_number_that_values_decide_is_no_width(by: str) -> None:
-    def run(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x)
-        box = 1 + int((m.box(y).abs().mean() * 20).item())
-        number = {"values": box, "width": y.shape[1], "both": box * y.shape[1]}[by]
-        return F.interpolate(m.b(y.relu()), size=(2 + box % 5, 2 + box % 3)).amax((2, 3)) / number
+@pytest.mark.parametrize("how", ["select", "slice"])
+def test_a_position_that_values_decide_holds_all_channels(how: str) -> None:
+    def run(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.a(x).relu()
+        at = int((m.head(y).abs().mean() * 20).item()) % 8
+        part = y[:, at].unsqueeze(1) if how == "select" else y[:, : at + 1].sum(1, keepdim=True)
+        return m.b(part), m.c(y)
 
-    torch.manual_seed(0)
-    image = torch.randn(1, 3, 8, 8)
-    model = Net(run, a=conv(3, 16), b=conv(16, 4), box=conv(16, 4)).eval()
-    graph = trace(model, image)
-    assert sizes(graph) == ({"a": 16} if by == "values" else {})
-    if by == "values":
-        verify(model, graph, Plan({"a": np.arange(0, 16, 3)}), image).require()
+    torch.manual_seed(1)
+    model = Net(run, a=conv(3, 16), head=conv(16, 4), b=conv(1, 4), c=conv(16, 4)).eval()
+    assert sizes(trace(model, torch.randn(1, 3, 8, 8))) == {}

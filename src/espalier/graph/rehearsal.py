@@ -162,20 +162,11 @@ class Rehearsal:
         self.position += 1
         return True
 
-    def answer(self, func: Any, out: Any) -> Any:
-        """What ``func`` told Python of values in the first forward, so that this one takes the same path with the same numbers.
-
-        Of ``out``, which it tells now: a number that follows from constants alone may follow the widths, and is not put.
-        """
-        due = self.records[self.position] if self.position < len(self.records) else None
-        known = due is not None and due.op is func and due.by_values and self.astray is None and not self.stopped
-        return due.answer if known and due is not None else out
-
     def check(self, watch: Watch, record: Record, operands: list[State], outs: list[Tensor]) -> bool:
         """The rule was applied anew: hold its result against the record."""
         if self.stopped:
             return False
-        self.loose = self.loose or (record.by_values and bool(outs))
+        self.loose = self.loose or record.by_values
         expected = self._expected(record)
         if self.loose and (expected is None or len(expected.outputs) != len(outs)):
             self.stopped = True  # other values, another path: what comes now is not rehearsed

@@ -275,7 +275,6 @@ class Record:
     asked: tuple[str, str, int]  # module, source line and which call on it
     by_values: bool  # values of activations decide on the size of its result, or on what Python does next
     outputs: list[tuple[tuple[int, ...], State, Value]]
-    answer: Any = None  # what Python was told of values (``item``)
 
 
 @dataclass
@@ -303,9 +302,6 @@ class Observer(Protocol):
 
     def follows(self, watch: Watch, func: Any, origins: Any, scalars: tuple[Any, ...], outs: list[Tensor]) -> bool:
         """Is the result that which was predicted, so that no rule need be applied?"""
-
-    def answer(self, func: Any, out: Any) -> Any:
-        """What Python is to be told of values in place of ``out``, so that the forward takes the path that is predicted."""
 
     def check(self, watch: Watch, record: Record, operands: list[State], outs: list[Tensor]) -> bool:
         """The rule was applied: is the result that which was predicted?  False where nothing was."""
@@ -345,6 +341,7 @@ class Watch(TorchDispatchMode):
         self.spans: list[RawSpan] = []
         self.baked: dict[str, None] = {}  # modules whose weight is computed from statistics over its inputs
         self.normed: dict[str, None] = {}  # layers with weights that a hook or parametrisation makes of statistics
+        self.told = False  # has Python been told of values?  Then a position may be another one for other inputs
         self.decided: list[
             tuple[np.ndarray, CallPlace]
         ] = []  # activations at hand where values decided on what Python does
@@ -509,6 +506,7 @@ class Watch(TorchDispatchMode):
         guess = self.guessed(layer)
         if guess is not None and guess[1] in dims and len(dims) < len(varying(layer)):
             self.wrong_guesses.setdefault(guess[0], set()).update(self.axes_in(layer))
+        held = ALL if self.told else held
         if held != ALL:
             self.held |= self.axes_in(layer)
         rest = [d for d in range(layer.ndim) if d not in dims]
@@ -790,8 +788,6 @@ class Watch(TorchDispatchMode):
                 out = stand_in(func, args, kwargs)
             if out is None:
                 out = func(*args, **kwargs)
-            if self.rehearsal is not None and torch.Tag.data_dependent_output in func.tags:
-                out = self.rehearsal.answer(func, out)
         except Exception as error:
             self.at_hand = [m for t in tensors_in((args, kwargs)) for m in state(t).layers]
             if self.rehearsal is None:
@@ -837,7 +833,6 @@ class Watch(TorchDispatchMode):
                 asked,
                 depends_on_values(func, tensors),
                 states,
-                out if not outs else None,
             )
             if rehearsal is not None:
                 if not rehearsal.check(self, record, operands, outs):
@@ -853,6 +848,7 @@ class Watch(TorchDispatchMode):
                 position = len(self.records)
                 self.records.append(record)
                 if record.by_values and torch.Tag.data_dependent_output in func.tags:
+                    self.told = True
                     self.decided += [(labels, self.place()) for labels in self._at_hand()]
         for number, tensor in enumerate(outs):
             known = state(tensor)

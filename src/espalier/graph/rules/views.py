@@ -281,6 +281,9 @@ def shares(watch: Watch, layer: Layer, dim: int, ends: Sequence[int], text: str,
     First guess where two tensors were joined there: the cut is where they meet; then: yes, so that equal pieces lose the same;
     then: no, and what is ``held`` stays.  A rehearsal decides.
     """
+    if watch.told:
+        watch.mix(layer, [dim], text)
+        return
     size, level = math.gcd(*ends, layer.shape[dim]), watch.level()
     labels = line(layer, dim)
     if all(_seam(watch, labels, n) for n in ends):
